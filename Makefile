@@ -1,0 +1,60 @@
+# `make` lists the targets. `make demo`, `make test` and `make check` set up what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check fix clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=python3.12, PIP_ARGS='--extra-index-url …', DEMO_ARGS, TEST_ARGS='-k name'"
+
+install: $(STAMP) ## create .venv with the package, the demo's plot and the tools
+
+demo: $(STAMP) ## solve problems live, then race D2F against autoregression
+	$(BIN)/d2f demo $(DEMO_ARGS)
+
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(STAMP) ## lint, formatting, types, import contract
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+fix: $(STAMP) ## repair what ruff can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "make: no '$(PYTHON)' found; install Python 3.11 or newer, or say PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: d2f needs Python 3.11 or newer, but '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+	       "say PYTHON=python3.12, for example"; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "Creating $(VENV) with $$("$(PYTHON)" -V)"; "$(PYTHON)" -m venv --clear $(VENV); } || { \
+	  echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv"; exit 1; }
+	@rm -f $@
+	@echo "Installing d2f and its tools into $(VENV); PyTorch is large, this takes some minutes (log: $(LOG))"
+	@{ PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	     $(PIP_ARGS) -c constraints.txt -e '.[dev,demo]' 2>&1 && touch $@; } | tee $(LOG) \
+	   | awk '/^Collecting|^Installing build/ { printf "  %s\n", $$0 } \
+	          /^ *Downloading .*MB\)/ { printf "  %s\n", $$0 } \
+	          /^Installing collected/ { print "  Installing packages" } { fflush() }'
+	@test -f $@ || { tail -n 25 $(LOG); echo "make: the installation failed; the whole log is $(LOG)"; exit 1; }
