@@ -1,0 +1,1 @@
+"""What block diffusion is: layouts, visibility, mask ratios, corruption, decoding thresholds."""

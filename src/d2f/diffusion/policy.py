@@ -1,0 +1,62 @@
+"""The thresholds of pipelined parallel decoding (paper, section 4 and algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from d2f.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingPolicy:
+    """When blocks open, when they turn bold and which tokens are accepted.
+
+    Raises `ConfigError` for a value outside its range.
+
+    Example:
+        >>> DecodingPolicy(confidence_threshold=0.98).block_size
+        32
+    """
+
+    block_size: int = 32
+    """Tokens of a block (k)."""
+    add_threshold: float = 0.1
+    """Open the next block when the last one's decoded share is >= this (tau_add)."""
+    activate_threshold: float = 0.95
+    """A block turns fully active when its predecessor's decoded share is >= this (tau_act)."""
+    confidence_threshold: float = 0.9
+    """Accept a token when its confidence is > this (tau_conf)."""
+    max_live_blocks: int | None = None
+    """Most blocks that are open and not yet cached; None: the paper's unbounded window."""
+    confidence: str = "probability"
+    """What ranks the token that a fully active block is forced to accept."""
+
+    def __post_init__(self) -> None:
+        for name in ("add_threshold", "activate_threshold", "confidence_threshold"):
+            value = getattr(self, name)
+            # Above 1 a fully active block may never come about, and decoding would not end.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a number between 0 and 1")
+        for name in ("block_size", "max_live_blocks"):
+            value = getattr(self, name)
+            if name == "max_live_blocks" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.confidence != "probability":
+            raise ConfigError(unknown_name("confidence", self.confidence, ["probability"]))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DecodingPolicy:
+        """Build a policy from a checkpoint's or a recipe's table; unknown keys are refused."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(unknown_name("decoding policy field", name, known))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as a plain table, as checkpoints carry it."""
+        return asdict(self)

@@ -1,0 +1,49 @@
+"""Exceptions that d2f raises on purpose.
+
+    D2FError
+    ├── ConfigError       a setting, option or recipe is wrong
+    ├── RequestError      a prompt or a generation request cannot be served
+    ├── CheckpointError   a model, adapter or tokenizer folder is wrong
+    └── TrainingError     a run cannot start, resume or go on
+
+Every message names the offending value and what to do about it. The command line prints it as one
+line; nothing else in the package catches it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class D2FError(Exception):
+    """Base of all errors that d2f raises on purpose."""
+
+
+class ConfigError(D2FError, ValueError):
+    """A setting, option or recipe is wrong."""
+
+
+class RequestError(D2FError, ValueError):
+    """A prompt or a generation request cannot be served."""
+
+
+class CheckpointError(D2FError):
+    """A model, adapter or tokenizer folder is missing, broken or of another kind."""
+
+
+class TrainingError(D2FError):
+    """A training run cannot start, resume or go on."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Word the refusal of an unknown name, with the nearest known one.
+
+    Example:
+        >>> unknown_name("strategy", "pipelind", ["pipelined", "serial"])
+        "unknown strategy 'pipelind'; did you mean 'pipelined'? Known: pipelined, serial"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}"
