@@ -1,0 +1,54 @@
+"""Find the folder of a model, an adapter or a tokenizer: a local one, or one of the hub's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from d2f.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
+    """The local folder that a path or a hub id such as `owner/name` stands for.
+
+    A folder that exists wins over a hub id of the same name. From the hub come configuration,
+    tokenizer and safetensors files (`weights=False`: without the last), never code or pickles.
+
+    Raises:
+        CheckpointError: No such folder, or the hub does not give it (offline, unknown, private).
+
+    Example:
+        >>> resolve_folder("/no/such/folder")
+        Traceback (most recent call last):
+        ...
+        d2f.errors.CheckpointError: there is no folder '/no/such/folder'; give a folder or a hub \
+id like owner/name
+    """
+    path = Path(path_or_hub_id).expanduser()
+    name = str(path_or_hub_id)
+    if path.is_dir() and name:
+        return path
+    if path.exists() and name:
+        raise CheckpointError(f"'{name}' is a file; give the folder that holds it")
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no folder '{name}'; give a folder or a hub id like owner/name"
+        )
+    # Imported here: it costs a fifth of a second and local folders do not need it.
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES
+    try:
+        # Patterns match across slashes; folders inside a repository hold other formats.
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except Exception as error:  # the client's errors share no base across versions
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"there is no folder '{name}' here, and the hub does not give it: "
+            f"{reason.rstrip('.')}. Check the name, the network and, for private or gated models, "
+            "your hub login"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""Models: one transformer core, four checkpoint layouts, adapters."""

@@ -1,0 +1,338 @@
+"""Models from checkpoints and back, and models with fresh weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from d2f.errors import CheckpointError, ConfigError, unknown_name
+from d2f.hub import resolve_folder
+from d2f.models.families import DREAM, config_from_spec, spec_from_config
+from d2f.models.lora import has_adapter, load_adapter
+from d2f.models.names import published_modules, published_parameters
+from d2f.models.spec import ModelSpec
+from d2f.models.storage import (
+    POLICY_FILE,
+    StoredTensor,
+    compare_tensors,
+    read_headers,
+    read_json,
+    read_policy,
+    read_tensor,
+    replaced_folder,
+    write_json,
+)
+from d2f.models.transformer import Transformer
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_INIT_STD = 0.02
+_OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    merge_adapter: bool = True,
+) -> Transformer:
+    """Load a LLaDA, Dream, Llama or Qwen2 checkpoint, with or without a LoRA adapter.
+
+    No code of the checkpoint runs and no tokenizer is needed. The model is in evaluation mode and
+    its parameters require no gradient.
+
+    Args:
+        path_or_hub_id: Folder with config.json and safetensors, or a hub id such as `owner/name`.
+        adapter: Folder or hub id of an adapter in PEFT's format.
+        device: Where the weights go; None: the GPU if there is one, else the CPU.
+        dtype: `torch.float32`, `"bfloat16"`, …; None: the one that the checkpoint holds.
+        merge_adapter: Add the adapter to the weights, rather than compute it beside them.
+
+    Raises:
+        CheckpointError: Something is missing, broken, of an unknown architecture or of another
+            model. All keys at fault are named at once, before any weight is loaded.
+        ConfigError: `device` or `dtype` is unknown.
+
+    Example:
+        >>> from d2f.testing import write_checkpoint
+        >>> import tempfile
+        >>> folder = write_checkpoint(tempfile.mkdtemp(), "Dream")
+        >>> load_model(folder, device="cpu").spec.architecture.name
+        'Dream'
+    """
+    target, to_dtype = resolve_device(device), resolve_dtype(dtype)
+    folder = resolve_folder(path_or_hub_id)
+    adapter_folder = None if adapter is None else resolve_folder(adapter)
+    spec = read_spec(folder)
+    with torch.device("meta"):
+        model = Transformer(spec)
+    places = published_parameters(model)
+    stored = match_headers(folder, spec, places)
+    _check_tied_head(folder, spec)
+    kept = to_dtype or _main_dtype(stored)
+    for name, (module, attribute) in places.items():
+        _assign(module, attribute, read_tensor(name, stored[name], target, kept))
+    model.eval()
+    if adapter_folder is not None:
+        load_adapter(model, adapter_folder, merge=merge_adapter)
+    return model
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """What a model folder's config.json and decoding policy say; raises `CheckpointError`."""
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
+        )
+    spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    return replace(spec, recommended_policy=read_policy(folder))
+
+
+def match_headers(
+    folder: Path, spec: ModelSpec, places: Mapping[str, tuple[nn.Module, str]] | None = None
+) -> dict[str, StoredTensor]:
+    """The stored tensors of a model, checked against its config by their headers alone.
+
+    `places` are the parameters of a model of this spec, when one is already built.
+    """
+    if places is None:
+        with torch.device("meta"):
+            places = published_parameters(Transformer(spec))
+    wanted = {name: tuple(getattr(*place).shape) for name, place in places.items()}
+    stored = {
+        name: tensor
+        for name, tensor in read_headers(folder, "model").items()
+        # Old checkpoints store the rotary frequencies, which follow from the config.
+        if not name.endswith("rotary_emb.inv_freq") and name != _tied_head(spec)
+    }
+    problems = compare_tensors(stored, wanted)
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {problems}")
+    return stored
+
+
+def _tied_head(spec: ModelSpec) -> str | None:
+    return f"{spec.architecture.names['lm_head']}.weight" if spec.tie_embeddings else None
+
+
+def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
+    """A tied checkpoint may store its head once more, but not another one."""
+    name = _tied_head(spec)
+    if name is None:
+        return
+    tensors = read_headers(folder, "model")
+    if name not in tensors:
+        return
+    embed = f"{spec.architecture.names['embed']}.weight"
+    cpu = torch.device("cpu")
+    same = tensors[name].shape == tensors[embed].shape and torch.equal(
+        read_tensor(name, tensors[name], cpu), read_tensor(embed, tensors[embed], cpu)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{folder}: config.json ties the embeddings, but {name} differs from {embed}; "
+            "correct config.json, or remove the tensor"
+        )
+
+
+def _main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most numbers: a few norms in fp32 do not make an fp32 model."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in stored.values():
+        count[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
+    return count.most_common(1)[0][0]
+
+
+def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
+    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device that an option names; None: the GPU if there is one, else the CPU.
+
+    Raises `ConfigError` for a device that torch does not know or this machine lacks.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device '{device}'; use 'cpu', 'cuda' or 'cuda:0'") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device '{device}' is not on this machine, which has {torch.cuda.device_count()} "
+            "GPUs that torch can use; use 'cpu'"
+        )
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating-point type that an option names; raises `ConfigError` for any other.
+
+    Example:
+        >>> resolve_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if dtype is None or dtype in _DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(unknown_name("dtype", name, _DTYPES))
+    return _DTYPES[name]
+
+
+def save_model(
+    model: Transformer, folder: str | Path, *, max_shard_bytes: int | None = None
+) -> None:
+    """Write a model as the hub does: config.json, safetensors, and its decoding policy if any.
+
+    Args:
+        model: A model without adapter, or with a merged one.
+        folder: Replaced as a whole once all is written; other files in it, such as a tokenizer's,
+            stay. An interrupted save leaves the old folder as it was.
+        max_shard_bytes: Split the weights into files of at most this size, and an index. A single
+            tensor that is larger gets a file of its own.
+
+    Raises:
+        ConfigError: The model carries an adapter, or `max_shard_bytes` is not positive.
+        CheckpointError: The folder cannot be written.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> import tempfile
+        >>> save_model(tiny_model("llada"), tempfile.mkdtemp())
+    """
+    if has_adapter(model):
+        raise ConfigError(
+            "the model carries an adapter; merge it first (merge_adapter), or save it by itself "
+            "(save_adapter)"
+        )
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    tensors = {
+        name: getattr(*place).detach().contiguous()
+        for name, place in published_parameters(model).items()
+    }
+    shards = _split(tensors, max_shard_bytes)
+    # The key is the one that both older and newer releases of transformers read.
+    config = config_from_spec(model.spec) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    with replaced_folder(Path(folder), _OWNED) as new:
+        write_json(new / "config.json", config)
+        if model.spec.recommended_policy is not None:
+            write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
+        files: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            single = len(shards) == 1
+            file = "model" if single else f"model-{i + 1:05d}-of-{len(shards):05d}"
+            save_file(shard, new / f"{file}.safetensors", metadata={"format": "pt"})
+            files |= dict.fromkeys(shard, f"{file}.safetensors")
+        if len(shards) > 1:
+            size = sum(t.nbytes for t in tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": files}
+            write_json(new / "model.safetensors.index.json", index)
+
+
+def _split(tensors: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        # The header takes its share: name, dtype, shape and offsets as JSON, padded.
+        size = tensor.nbytes + len(name) + 160
+        if max_bytes is not None and shards[-1] and used + size > max_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += size
+    return shards
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = "cpu",
+    dtype: str | torch.dtype | None = torch.float32,
+) -> Transformer:
+    """A model with fresh random weights, the same on every device for the same seed.
+
+    Matrices are normal with deviation 0.02, those that write to the residual stream scaled down by
+    sqrt(2 * layers); norms are 1 and biases 0.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> build_model(tiny_spec("llada"), seed=1).embed.weight.std().item() < 0.03
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.float32
+    with torch.device("meta"):
+        model = Transformer(spec)
+    for ours in published_modules(spec).values():
+        module = model.get_submodule(ours)
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 2:
+                value = torch.randn(parameter.shape, generator=generator) * _INIT_STD
+                if ours.endswith(("o_proj", "down_proj")):
+                    value /= math.sqrt(2 * spec.num_layers)
+            else:
+                fill = 0.0 if attribute == "bias" else 1.0
+                value = torch.full(parameter.shape, fill)
+            _assign(module, attribute, value.to(target, to_dtype))
+    return model.eval()
+
+
+def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
+    """An autoregressive model's weights as a diffusion model with the shifted head, as Dream's.
+
+    The new model shares the weights of the given one: no copy is made, and training one changes
+    the other. Dream has biases on queries, keys and values; where the given model has none (Llama)
+    they are zero. Its decoding policy, if any, is dropped.
+
+    Raises:
+        ConfigError: The model is a diffusion model already, carries an adapter, or its vocabulary
+            does not hold `mask_token_id`.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> as_diffusion(tiny_model("qwen2"), mask_token_id=94).spec.architecture.name
+        'Dream'
+    """
+    spec = model.spec
+    if not spec.architecture.causal:
+        raise ConfigError(f"{spec.architecture.name} is a diffusion model already")
+    if has_adapter(model):
+        raise ConfigError("the model carries an adapter; merge it first (merge_adapter)")
+    if not 0 <= mask_token_id < spec.vocab_size:
+        raise ConfigError(
+            f"mask_token_id is {mask_token_id}; the vocabulary holds ids 0 to {spec.vocab_size - 1}"
+        )
+    new_spec = replace(
+        spec,
+        architecture=DREAM,
+        mask_token_id=mask_token_id,
+        qkv_bias=True,
+        recommended_policy=None,
+    )
+    with torch.device("meta"):
+        new = Transformer(new_spec)
+    given = dict(model.named_parameters())
+    for ours in published_modules(new_spec).values():
+        module = new.get_submodule(ours)
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            shared = given.get(f"{ours}.{attribute}")
+            if shared is None:
+                zeros = torch.zeros(parameter.shape, device=model.device, dtype=model.dtype)
+                shared = nn.Parameter(zeros, requires_grad=False)
+            setattr(module, attribute, shared)
+    return new.train(model.training)

@@ -1,0 +1,287 @@
+"""The four families of hub checkpoints: LLaDA, Dream, and the autoregressive Llama and Qwen2.
+
+A family turns a published config.json into a `ModelSpec` and back. Everything that differs between
+them is a value here; no other module asks which family a model is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from d2f.errors import CheckpointError, unknown_name
+from d2f.models.spec import Architecture, ModelSpec
+
+Config = Mapping[str, Any]
+
+_HUGGING_FACE_NAMES = {
+    "embed": "model.embed_tokens",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.q_proj": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.k_proj": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.v_proj": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.o_proj": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.gate_proj": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.up_proj": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.down_proj": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
+_LLADA_NAMES = {
+    "embed": "model.transformer.wte",
+    "layers.{i}.attention_norm": "model.transformer.blocks.{i}.attn_norm",
+    "layers.{i}.q_proj": "model.transformer.blocks.{i}.q_proj",
+    "layers.{i}.k_proj": "model.transformer.blocks.{i}.k_proj",
+    "layers.{i}.v_proj": "model.transformer.blocks.{i}.v_proj",
+    "layers.{i}.o_proj": "model.transformer.blocks.{i}.attn_out",
+    "layers.{i}.mlp_norm": "model.transformer.blocks.{i}.ff_norm",
+    "layers.{i}.gate_proj": "model.transformer.blocks.{i}.ff_proj",
+    "layers.{i}.up_proj": "model.transformer.blocks.{i}.up_proj",
+    "layers.{i}.down_proj": "model.transformer.blocks.{i}.ff_out",
+    "norm": "model.transformer.ln_f",
+    # One level up from the blocks, yet of the same last name as their down projection.
+    "lm_head": "model.transformer.ff_out",
+}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+LLADA = Architecture(
+    name="llada",
+    class_name="LLaDAModelLM",
+    shifted=False,
+    causal=False,
+    rope_full_precision=True,
+    lora_targets=("q_proj", "k_proj", "v_proj", "attn_out"),
+    names=_LLADA_NAMES,
+)
+DREAM = Architecture(
+    name="Dream",
+    class_name="DreamModel",
+    shifted=True,
+    causal=False,
+    rope_full_precision=False,
+    lora_targets=_ATTENTION,
+    names=_HUGGING_FACE_NAMES,
+)
+LLAMA = Architecture(
+    name="llama",
+    class_name="LlamaForCausalLM",
+    shifted=True,
+    causal=True,
+    rope_full_precision=False,
+    lora_targets=_ATTENTION,
+    names=_HUGGING_FACE_NAMES,
+)
+QWEN2 = Architecture(
+    name="qwen2",
+    class_name="Qwen2ForCausalLM",
+    shifted=True,
+    causal=True,
+    rope_full_precision=False,
+    lora_targets=_ATTENTION,
+    names=_HUGGING_FACE_NAMES,
+)
+
+
+def spec_from_config(config: Config, where: str = "config.json") -> ModelSpec:
+    """Read a published config.json.
+
+    Raises `CheckpointError` for an unknown `model_type`, a missing entry, or a setting that this
+    core does not compute (ALiBi, sliding windows, other activations or norms, …).
+
+    Example:
+        >>> from d2f.testing import tiny_config
+        >>> spec_from_config(tiny_config("qwen2")).architecture.causal
+        True
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(f"{where}: {unknown_name('model_type', model_type, FAMILIES)}")
+    architecture, read = FAMILIES[model_type]
+    try:
+        spec = read(config, architecture, where)
+    except KeyError as error:
+        raise CheckpointError(f"{where}: the entry {error} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: an entry is of the wrong type: {error}") from None
+    _check(spec, where)
+    return spec
+
+
+def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json with which the hub's own code, and `spec_from_config`, read the model."""
+    name = spec.architecture.name
+    common = {
+        "architectures": [spec.architecture.class_name],
+        "model_type": name,
+        "vocab_size": spec.vocab_size,
+        "rope_theta": spec.rope_theta,
+        "rms_norm_eps": spec.norm_eps,
+        "mask_token_id": spec.mask_token_id,
+        "bos_token_id": spec.bos_token_id,
+        "pad_token_id": spec.pad_token_id,
+        "eos_token_id": spec.eos_token_ids[0]
+        if len(spec.eos_token_ids) == 1
+        else list(spec.eos_token_ids) or None,
+    }
+    if spec.architecture is LLADA:
+        return common | {
+            "d_model": spec.hidden_size,
+            "mlp_hidden_size": spec.intermediate_size,
+            "n_layers": spec.num_layers,
+            "n_heads": spec.num_heads,
+            "n_kv_heads": spec.num_kv_heads,
+            "max_sequence_length": spec.max_positions,
+            "embedding_size": spec.vocab_size,
+            "weight_tying": spec.tie_embeddings,
+            "include_qkv_bias": spec.qkv_bias,
+            **_LLADA_FIXED,
+        }
+    return common | {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+
+
+_LLADA_FIXED = {
+    "block_type": "llama",
+    "block_group_size": 1,
+    "activation_type": "silu",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "include_bias": False,
+    "bias_for_layer_norm": False,
+    "layer_norm_with_affine": True,
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_positions",
+)
+_HUGGING_FACE_FIXED = {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False}
+
+
+def _refuse_other(config: Config, fixed: Config, where: str) -> None:
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise CheckpointError(
+                f"{where}: {name} is {config[name]!r}; only {value!r} is supported"
+            )
+
+
+def _check(spec: ModelSpec, where: str) -> None:
+    for name in _SIZES:
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{where}: {name} is {value!r}; it must be a whole number >= 1")
+    if spec.num_heads % spec.num_kv_heads:
+        raise CheckpointError(
+            f"{where}: {spec.num_heads} heads cannot share {spec.num_kv_heads} key/value heads"
+        )
+    if spec.head_dim % 2:
+        raise CheckpointError(f"{where}: head_dim is {spec.head_dim}; rotation needs an even one")
+    singles = (spec.mask_token_id, spec.bos_token_id, spec.pad_token_id)
+    for token in (*spec.eos_token_ids, *(token for token in singles if token is not None)):
+        if not isinstance(token, int):
+            raise CheckpointError(f"{where}: {token!r} is no token id")
+    mask = spec.mask_token_id
+    if mask is not None and not 0 <= mask < spec.vocab_size:
+        raise CheckpointError(
+            f"{where}: mask_token_id is {mask}; the vocabulary holds 0 to {spec.vocab_size - 1}"
+        )
+
+
+def _token_ids(config: Config) -> dict[str, Any]:
+    eos = config.get("eos_token_id")
+    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return {
+        "mask_token_id": config.get("mask_token_id"),
+        "eos_token_ids": eos_ids,
+        "bos_token_id": config.get("bos_token_id"),
+        "pad_token_id": config.get("pad_token_id"),
+    }
+
+
+def _read_llada(config: Config, architecture: Architecture, where: str) -> ModelSpec:
+    _refuse_other(config, _LLADA_FIXED, where)
+    width, heads = config["d_model"], config["n_heads"]
+    kv_heads = config.get("n_kv_heads")
+    if kv_heads is None:
+        kv_heads = 1 if config.get("multi_query_attention") else heads
+    return ModelSpec(
+        architecture=architecture,
+        # The rows of the embedding may exceed the tokenizer's vocabulary.
+        vocab_size=config.get("embedding_size") or config["vocab_size"],
+        hidden_size=width,
+        intermediate_size=config.get("mlp_hidden_size") or config["mlp_ratio"] * width,
+        num_layers=config["n_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width // heads,
+        rope_theta=float(config["rope_theta"]),
+        norm_eps=float(config["rms_norm_eps"]),
+        max_positions=config["max_sequence_length"],
+        qkv_bias=bool(config.get("include_qkv_bias")),
+        tie_embeddings=bool(config.get("weight_tying")),
+        **_token_ids(config),
+    )
+
+
+def _read_hugging_face(config: Config, architecture: Architecture, where: str) -> ModelSpec:
+    # In Llama `attention_bias` is one on o_proj too; the others ignore the entry.
+    llama = {"attention_bias": False} if architecture is LLAMA else {}
+    _refuse_other(config, _HUGGING_FACE_FIXED | llama, where)
+    # transformers 5 writes the rope entries into one table, earlier versions beside the others.
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None) or config["rope_theta"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{where}: {unknown_name('rope type', kind, ['default', 'llama3'])}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise CheckpointError(f"{where}: only rotation of whole heads is supported")
+    heads = config["num_attention_heads"]
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        rope_theta=float(theta),
+        norm_eps=float(config["rms_norm_eps"]),
+        max_positions=config["max_position_embeddings"],
+        rope_scaling=rope if kind == "llama3" else None,
+        # Qwen2 and Dream have it always and do not say so.
+        qkv_bias=architecture is not LLAMA,
+        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        **_token_ids(config),
+    )
+
+
+FAMILIES: dict[str, tuple[Architecture, Callable[[Config, Architecture, str], ModelSpec]]] = {
+    "llada": (LLADA, _read_llada),
+    "Dream": (DREAM, _read_hugging_face),
+    "llama": (LLAMA, _read_hugging_face),
+    "qwen2": (QWEN2, _read_hugging_face),
+}

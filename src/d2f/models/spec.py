@@ -1,0 +1,78 @@
+"""What a model is: sizes, token ids and the facts of its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from d2f.diffusion.policy import DecodingPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The facts of a family of hub checkpoints that code elsewhere depends on."""
+
+    name: str
+    """`model_type` of its config.json."""
+    class_name: str
+    """First entry of `architectures` in its config.json."""
+    shifted: bool
+    """The hidden state at position p predicts the token at p + 1 (Dream, Llama, Qwen2)."""
+    causal: bool
+    """Attention is causal: an autoregressive model."""
+    rope_full_precision: bool
+    """Queries and keys are rotated in fp32 whatever the model's dtype (LLaDA)."""
+    lora_targets: tuple[str, ...]
+    """Published names of the four attention projections, which LoRA adapts by default."""
+    names: Mapping[str, str]
+    """Our module name -> published module name; `{i}` stands for the layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Sizes, token ids and recommended policy of one model.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> tiny_spec("llada").mask_token_id
+        94
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    """Longest sequence, prompt and response together."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """The llama3 scaling of rotary frequencies; None: unscaled."""
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    mask_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    recommended_policy: DecodingPolicy | None = None
+    """The decoding policy that the checkpoint carries, if any."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, without adapters."""
+        width, kv = self.hidden_size, self.num_kv_heads * self.head_dim
+        query = self.num_heads * self.head_dim
+        attention = 2 * width * query + 2 * width * kv + self.qkv_bias * (query + 2 * kv)
+        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size * width
+        return self.num_layers * layer + tables + width
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in all layers in bf16; twice that in fp32."""
+        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -1,0 +1,224 @@
+"""Files of a checkpoint: JSON, safetensors headers, folders that are replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.errors import CheckpointError, ConfigError
+
+POLICY_FILE = "decoding_policy.json"
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NUM_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a safetensors header says about one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `CheckpointError` naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file.parent} holds no {file.name}; is it the right folder?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_policy(folder: Path) -> DecodingPolicy | None:
+    """The decoding policy that a model or adapter folder carries, if any."""
+    file = folder / POLICY_FILE
+    if not file.exists():
+        return None
+    try:
+        return DecodingPolicy.from_dict(read_json(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, with a newline at its end."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """Names, shapes and dtypes of `stem`.safetensors, or of the shards that its index lists.
+
+    Raises:
+        CheckpointError: The file is missing, broken, pickled, or of a dtype other than fp32, bf16
+            and fp16.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return _read_header(single)
+    if not index.exists():
+        pickles = sorted(
+            p.name for p in folder.iterdir() if any(fnmatch(p.name, x) for x in _PICKLES)
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds pickled weights only ({_some(pickles)}), which can run code when "
+                "they are loaded; convert them to safetensors"
+            )
+        raise CheckpointError(f"{folder} holds neither {single.name} nor {index.name}")
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shard_of.values()
+    ):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names beside it")
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(shard_of.values())):
+        tensors |= _read_header(folder / name)
+    absent = [name for name in shard_of if name not in tensors]
+    if absent:
+        raise CheckpointError(f"{index} lists tensors that no shard holds: {_some(absent)}")
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    with _opened(file) as stored:
+        for name in stored.keys():  # noqa: SIM118 (the handle is no dict)
+            part = stored.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is {part.get_dtype()}; only {', '.join(_DTYPES)} are "
+                    "supported, so quantised weights must be converted first"
+                )
+            tensors[name] = StoredTensor(
+                file=file, shape=tuple(part.get_shape()), dtype=_DTYPES[part.get_dtype()]
+            )
+    return tensors
+
+
+def read_tensor(
+    name: str, stored: StoredTensor, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One tensor, copied to `device` and converted (None: as stored)."""
+    # Opened anew for each tensor, and copied: a map of the whole file would stay resident beside
+    # the copies, and a tensor that lies in the map is not aligned as CPU kernels like it.
+    with _opened(stored.file) as file:
+        return file.get_tensor(name).to(device, dtype or stored.dtype, copy=True)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            yield stored
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; fetch the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({error}); fetch it again"
+        ) from None
+
+
+def compare_tensors(
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> str:
+    """What is missing, unexpected or wrongly shaped, worded for an error; empty if nothing is."""
+    misshaped = [
+        f"{name} is {list(stored[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    problems = {
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [name for name in stored if name not in wanted],
+        "wrongly shaped": misshaped,
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = len(listed) - _NUM_NAMED
+    return ", ".join(listed[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `folder` when the block ends well.
+
+    Files of the old folder stay, except those that match a pattern of `owned`. An interrupted
+    block leaves the old folder as it was.
+    """
+    target = folder.expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"cannot save to '{folder}': it is a file")
+    new, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if target.exists():
+            # Links, so that big neighbours such as trainer states cost nothing.
+            shutil.copytree(
+                target,
+                new,
+                symlinks=True,
+                ignore=lambda at, names: _kept_back(Path(at), names, target, new, owned),
+                copy_function=_link_or_copy,
+                dirs_exist_ok=True,
+            )
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"cannot save to '{folder}': {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _kept_back(
+    at: Path, names: list[str], target: Path, new: Path, owned: Iterable[str]
+) -> set[str]:
+    if at != target:
+        return set()
+    return {n for n in names if (new / n).exists() or any(fnmatch(n, x) for x in owned)}
+
+
+def _link_or_copy(source: str, to: str) -> None:
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)

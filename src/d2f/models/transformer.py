@@ -1,0 +1,204 @@
+"""The one transformer core: pre-norm decoder with rotary attention and SwiGLU.
+
+Shapes: B sequences, L new tokens, S cache slots, M selected positions, D hidden size, V vocabulary,
+N query heads, K key/value heads, H head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visible
+from d2f.errors import ConfigError
+from d2f.models.cache import KVCache
+from d2f.models.spec import ModelSpec
+from d2f.ops.attention import attention, group_mask
+from d2f.ops.linear import linear_fp32
+from d2f.ops.rope import apply_rope, rope_frequencies, rope_tables
+
+
+class Layer(nn.Module):
+    """One pre-norm block: attention, then SwiGLU."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width, head_dim = spec.hidden_size, spec.head_dim
+        query, kv = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
+        self.head_dim = head_dim
+        self.attention_norm = nn.RMSNorm(width, spec.norm_eps)
+        self.q_proj = nn.Linear(width, query, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(width, kv, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(width, kv, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(query, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, spec.norm_eps)
+        self.gate_proj = nn.Linear(width, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, width, bias=False)
+
+    def project(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, of the new tokens: (B, L, heads, H) each."""
+        h_BLD = self.attention_norm(x_BLD)
+        q, k, v = (
+            projection(h_BLD).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def mlp(self, x_BLD: Tensor) -> Tensor:
+        """The gated feed-forward network, without its residual."""
+        h_BLD = self.mlp_norm(x_BLD)
+        return self.down_proj(F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD))
+
+
+class Transformer(nn.Module):
+    """A LLaDA, Dream, Llama or Qwen2 model.
+
+    Two calls make the waist that decoding builds on: `forward` gives hidden states, `head` logits
+    for the positions that need them, with `align` between them for architectures whose head
+    predicts the next position. `logits` does all three without a cache.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> tiny_model("Dream").logits(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 96])
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        # Not drawn here, as `build_model` and checkpoints fill it: on the meta device the draw of
+        # nn.Embedding would import torch's compiler, which takes two seconds.
+        table_VD = torch.empty(spec.vocab_size, spec.hidden_size)
+        self.embed = nn.Embedding.from_pretrained(table_VD, freeze=False)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.lm_head = (
+            None
+            if spec.tie_embeddings
+            else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.embed.weight.dtype
+
+    def forward(
+        self,
+        ids_BL: Tensor,
+        positions_BL: Tensor | None = None,
+        blocks_BL: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        slots_BL: Tensor | None = None,
+        num_read_slots: int | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, L, D), not yet aligned.
+
+        Args:
+            ids_BL: Token ids.
+            positions_BL: Position of each token; None: 0, 1, ….
+            blocks_BL: Block number of each token (B or 1, L); padding carries `PADDING_BLOCK`.
+                None: all tokens see each other, which needs no mask. A cache needs numbers.
+            cache: Keys and values of earlier forwards, written in place.
+            slots_BL: Cache slot that each token is written to; -1: not written, and then not seen.
+            num_read_slots: Slots 0 … this - 1 of the cache are read; None: all.
+        """
+        if positions_BL is None:
+            positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
+        x_BLD = self.embed(ids_BL)
+        rope_dtype = torch.float32 if self.spec.architecture.rope_full_precision else x_BLD.dtype
+        rope = rope_tables(positions_BL, self._frequencies(), rope_dtype)
+        flat_T, keys_BS = None, blocks_BL
+        if cache is not None:
+            assert blocks_BL is not None and slots_BL is not None, "a cache needs blocks and slots"
+            flat_T = cache.place(slots_BL, blocks_BL.expand_as(slots_BL))
+            keys_BS = cache.blocks_BS[:, :num_read_slots]
+        mask = None
+        if blocks_BL is not None and keys_BS is not None:
+            groups = self.spec.num_heads // self.spec.num_kv_heads
+            mask = group_mask(visible(blocks_BL, keys_BS), groups)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            q, k, v = layer.project(x_BLD, rope)
+            if cache is not None and flat_T is not None:
+                cache.write(index, flat_T, k, v)
+                k = cache.keys[index][:, :num_read_slots]
+                v = cache.values[index][:, :num_read_slots]
+            x_BLD = x_BLD + layer.o_proj(attention(q, k, v, mask))
+            x_BLD = x_BLD + layer.mlp(x_BLD)
+        return self.norm(x_BLD)
+
+    def align(
+        self, hidden_BLD: Tensor, positions_BL: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The hidden state that predicts the token at each position of a forward: (B, L, D).
+
+        Where the architecture predicts the next position, that is the state before, which for the
+        first position of a forward lies in the cache. Position 0 has none before it and uses its
+        own, as Dream's published code does.
+        """
+        if not self.spec.architecture.shifted:
+            return hidden_BLD
+        first_B1D = hidden_BLD[:, :1]
+        if cache is not None and cache.boundary_BD is not None:
+            assert positions_BL is not None
+            start_B11 = positions_BL[:, :1, None] == 0
+            first_B1D = torch.where(start_B11, first_B1D, cache.boundary_BD[:, None])
+        return torch.cat([first_B1D, hidden_BLD[:, :-1]], dim=1)
+
+    def head(self, aligned_MD: Tensor) -> Tensor:
+        """Logits (M, V) in fp32 of aligned hidden states; leading dimensions are kept."""
+        weight_VD = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        return linear_fp32(aligned_MD, weight_VD)
+
+    def logits(
+        self,
+        ids_BL: Tensor,
+        layout: BlockLayout | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V), fp32: row p scores the token at p, whatever the architecture.
+
+        Args:
+            ids_BL: Token ids.
+            layout: Block-causal attention over these blocks; None: the model's own attention,
+                full for diffusion models, causal for autoregressive ones.
+            lengths_B: Real tokens of each row; later ones are padding and never change a row.
+
+        Raises:
+            ConfigError: A layout was given to an autoregressive model.
+        """
+        blocks_BL = None
+        if self.spec.architecture.causal:
+            if layout is not None:
+                raise ConfigError(
+                    f"{self.spec.architecture.name} attends causally; it takes no block layout"
+                )
+            blocks_BL = causal_blocks(ids_BL.shape[1], ids_BL.device)
+        elif layout is not None:
+            blocks_BL = layout.block_numbers(ids_BL.shape[1], ids_BL.device)
+        if lengths_B is not None:
+            inside_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
+            zero_BL = torch.zeros_like(ids_BL, dtype=torch.int32)
+            blocks_BL = zero_BL if blocks_BL is None else blocks_BL.expand_as(ids_BL)
+            blocks_BL = torch.where(inside_BL, blocks_BL, PADDING_BLOCK)
+        return self.head(self.align(self(ids_BL, blocks_BL=blocks_BL)))
+
+    def _frequencies(self) -> Tensor:
+        # Made on first use, not in __init__: models are built on the meta device, and rounding
+        # them with the weights to bf16 would spoil the positions.
+        frequency_H = self.__dict__.get("_frequency_H")
+        if frequency_H is None or frequency_H.device != self.device:
+            spec = self.spec
+            frequency_H = rope_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
+            frequency_H = frequency_H.to(self.device)
+            self.__dict__["_frequency_H"] = frequency_H
+        return frequency_H

@@ -1,0 +1,1 @@
+"""Tensor operations of the transformer core, in plain torch."""
