@@ -1,0 +1,31 @@
+"""Grade-school word problems with worked answers, generated on the spot.
+
+A problem is drawn in four stages, one file each: a plan of relations (`plan`), numbers that
+make every step come out exactly (`numbers`), names and things (`words`), and sentences
+(`frames`, `comparisons`, `stories`, `questions`). There is no data to download.
+
+Example:
+    >>> from d2f.problems import extract_answer, generate_problem
+    >>> problem = generate_problem(seed=0, index=0, split="test")
+    >>> extract_answer(problem.response) == problem.answer
+    True
+"""
+
+from d2f.problems.answer import extract_answer
+from d2f.problems.generator import generate_problem, generate_problems
+from d2f.problems.plan import QUESTION_CATALOGUE as QUESTIONS
+from d2f.problems.plan import RELATIONS
+from d2f.problems.problem import SPLITS, Problem, ProblemConfig
+from d2f.problems.relation import Relation
+
+__all__ = [
+    "QUESTIONS",
+    "RELATIONS",
+    "SPLITS",
+    "Problem",
+    "ProblemConfig",
+    "Relation",
+    "extract_answer",
+    "generate_problem",
+    "generate_problems",
+]

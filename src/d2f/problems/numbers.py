@@ -1,0 +1,182 @@
+"""Numbers for a plan: given values and constants that make every step come out exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import lcm
+from random import Random
+
+from d2f.problems.plan import Node, Plan
+from d2f.problems.relation import Relation
+
+__all__ = ["Filled", "fill_numbers"]
+
+# No step may need more than this to divide a value that an earlier step must hit by choice.
+_MOST_DIVISIBILITY = 48
+_MOST_FACTOR = 12
+_MOST_ADDED = 30
+
+_RANGES = {"mul": (3, 9), "per": (2, 6), "price": (2, 9), "pay": (5, 12), "speed": (5, 12)}
+_SMALL = (2, 10)
+_NOTES = (20, 50, 100)
+
+Calculation = tuple[int, str, int, int]
+
+
+@dataclass(slots=True)
+class Filled:
+    """One node's value, its constants and the calculations that lead to it."""
+
+    value: int
+    c: int = 0
+    k: int = 0
+    calculations: tuple[Calculation, ...] = ()
+
+
+def _needs(rng: Random, nodes: list[Node]) -> tuple[list[int], dict[int, int]] | None:
+    """Walk back through the plan: what must each value be divisible by?"""
+    needs = [1] * len(nodes)
+    chosen: dict[int, int] = {}
+    for i in range(len(nodes) - 1, -1, -1):
+        rel = nodes[i].relation
+        if rel is None:
+            continue
+        need = rel.divisor
+        if rel.drawn_divisor:
+            need = chosen[i] = 2 + int(rng.random() * 7)
+        # Without a constant to adjust, the result is divisible only if the inputs are.
+        if rel.drawn_divisor or not rel.consts:
+            need *= needs[i]
+        if rel.halves_sum:
+            need *= 2
+        if need == 1:
+            continue
+        for j in (nodes[i].a, nodes[i].b if rel.other == "same" else -1):
+            if j >= 0:
+                needs[j] = lcm(needs[j], need)
+                if needs[j] > _MOST_DIVISIBILITY:
+                    return None
+    return needs, chosen
+
+
+def _draw(rng: Random, kind: str, a: int, most: int) -> int:
+    """Draw one constant; a value that cannot work is turned down by the step itself."""
+    if kind in _RANGES:
+        low, high = _RANGES[kind]
+        return low + int(rng.random() * (min(high, max(low, most // a)) - low + 1))
+    if kind == "add":
+        return 2 + int(rng.random() * (_MOST_ADDED - 1))
+    if kind == "sub":
+        return 2 + int(rng.random() * max(1, min(a - 3, _MOST_ADDED)))
+    if kind == "small":
+        return _SMALL[0] + int(rng.random() * (_SMALL[1] - _SMALL[0] + 1))
+    if kind == "goal":
+        return a + 2 + int(rng.random() * 40)
+    if kind == "multiple":
+        return a * (2 + int(rng.random() * 8))
+    assert kind == "note"
+    return _NOTES[int(rng.random() * 3)]
+
+
+def _compute(rel: Relation, a: int, b: int, c: int, k: int, most: int) -> Filled | None:
+    """Carry out the relation's operations, or give up where one leaves the allowed numbers."""
+    env: dict[str | int, int] = {"a": a, "b": b, "c": c, "k": k}
+    done: list[Calculation] = []
+    result = 0
+    for sign, left, right in rel.ops:
+        # A digit in the program stands for itself.
+        x = env.get(left, left)
+        y = env.get(right, right)
+        assert isinstance(x, int)
+        assert isinstance(y, int)
+        if sign == "+":
+            result = x + y
+        elif sign == "-":
+            result = x - y
+        elif sign == "*":
+            if x > _MOST_FACTOR and y > _MOST_FACTOR:
+                return None
+            result = x * y
+        else:
+            if y > _MOST_FACTOR or x % y:
+                return None
+            result = x // y
+        # From 2 up: no sentence then has to say "1 apples".
+        if not 2 <= result <= most:
+            return None
+        env["t"] = result
+        done.append((x, sign, y, result))
+    return Filled(result, c, k, tuple(done))
+
+
+def _given(rng: Random, node: Node, need: int, most: int) -> Filled | None:
+    assert node.frame is not None
+    assert node.frame.base is not None
+    low, high = node.frame.base
+    first, last = -(-low // need), high // need
+    if last < first:
+        # The range holds no multiple: take a small one above it, where that is still modest.
+        first, last = 1, 2
+    value = need * (first + int(rng.random() * (last - first + 1)))
+    return Filled(value) if 2 <= value <= most else None
+
+
+def _step(
+    rng: Random, rel: Relation, a: int, b: int, need: int, fixed: int, most: int
+) -> Filled | None:
+    """Find constants for one relation so that its result suits the steps after it."""
+    if not rel.consts:
+        filled = _compute(rel, a, b, 0, 0, most)
+        return filled if filled is not None and filled.value % need == 0 else None
+    single = rel.ops[0][1:] == ("a", "c")
+    for _ in range(4 if need == 1 else 8):
+        c = k = 0
+        for name, kind in rel.consts:
+            value = fixed if kind == "div" and name == "c" else _draw(rng, kind, a, most)
+            # Move an added or subtracted constant to where the result is divisible as needed.
+            if need > 1 and single and kind == "add":
+                value += -(a + value) % need
+            elif need > 1 and single and kind == "sub":
+                value += (a - value) % need
+            if name == "c":
+                c = value
+            else:
+                k = value
+        if c > most:
+            continue
+        filled = _compute(rel, a, b, c, k, most)
+        if filled is not None and filled.value % need == 0:
+            return filled
+    return None
+
+
+def fill_numbers(rng: Random, plan: Plan, most: int, tries: int = 8) -> list[Filled] | None:
+    """Choose every given value and constant, or return None where the plan resists.
+
+    Example:
+        >>> from d2f.problems.plan import sample_plan
+        >>> rng = Random(3)
+        >>> plan = sample_plan(rng, 2)
+        >>> plan is None or fill_numbers(rng, plan, 400) is not None
+        True
+    """
+    nodes = plan.nodes
+    for _ in range(tries):
+        back = _needs(rng, nodes)
+        if back is None:
+            continue
+        needs, chosen = back
+        filled: list[Filled] = []
+        for i, node in enumerate(nodes):
+            rel = node.relation
+            if rel is None:
+                new = _given(rng, node, needs[i], most)
+            else:
+                b = filled[node.b].value if node.b >= 0 else 0
+                new = _step(rng, rel, filled[node.a].value, b, needs[i], chosen.get(i, 0), most)
+            if new is None or (node.frame is not None and new.value > node.frame.most):
+                break
+            filled.append(new)
+        else:
+            return filled
+    return None

@@ -1,0 +1,292 @@
+"""Plans: which relations a problem consists of, before any name or number is chosen."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from random import Random
+
+from d2f.problems.comparisons import COMPARISONS
+from d2f.problems.frames import BASE_FRAMES, FRAMES, Frame
+from d2f.problems.questions import DIRECT, QUESTIONS
+from d2f.problems.relation import Relation
+from d2f.problems.stories import STORIES
+
+__all__ = ["QUESTION_CATALOGUE", "RELATIONS", "Node", "Plan", "sample_plan", "split_of"]
+
+RELATIONS: dict[str, Relation] = {rel.id: rel for rel in (*COMPARISONS, *STORIES)}
+"""Every relation by its id: comparisons first, then what happens in stories."""
+
+QUESTION_CATALOGUE: dict[str, Relation | None] = {DIRECT: None} | {q.id: q for q in QUESTIONS}
+"""Every question by its id; the direct one computes nothing and has no relation."""
+
+Catalogue = dict[str, tuple[tuple[Relation, ...], ...]]
+
+
+def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Relation, ...]]:
+    """The relations each frame can feed."""
+    found: dict[str, tuple[Relation, ...]] = {}
+    for frame in FRAMES.values():
+        found[frame.id] = tuple(
+            rel
+            for rel in relations
+            if rel.takes in frame.tags
+            and bool(rel.other) == paired
+            # A sentence that names two subjects side by side needs both said the same way.
+            and (frame.peer == frame.id or not (rel.peers_only or rel.other == "same"))
+        )
+    return found
+
+
+_ALONE = _index(COMPARISONS, False)
+_PAIRED = _index((*COMPARISONS, *STORIES), True)
+_STORY = _index(STORIES, False)
+_ASK_ALONE = _index(QUESTIONS, False)
+_ASK_PAIRED = _index(QUESTIONS, True)
+_MOST_BUDGET = 7
+
+# How often each group of relations is drawn from, where it has one that fits.
+_WEIGHTS = {"alone": 0.3, "story": 0.55, "paired": 0.11, "ask": 0.9, "ask_paired": 0.25}
+
+Choices = tuple[float, tuple[tuple[float, tuple[Relation, ...]], ...]]
+
+
+def _choices(frame_id: str, pair: bool, budget: int) -> Choices:
+    """What may come next after a frame with `budget` steps to go: weighted groups of relations."""
+    groups = {"alone": _ALONE[frame_id], "story": _STORY[frame_id]}
+    if not pair:
+        groups["paired"] = _PAIRED[frame_id]
+        # A side branch may take up to two steps more than the question itself.
+        groups["ask_paired"] = _ASK_PAIRED[frame_id] if budget <= 3 else ()
+    groups["ask"] = tuple(rel for rel in _ASK_ALONE[frame_id] if len(rel.ops) == budget)
+    fitting = tuple(
+        (_WEIGHTS[name], fits)
+        for name, rels in groups.items()
+        if (fits := tuple(rel for rel in rels if len(rel.ops) <= budget))
+    )
+    return sum(weight for weight, _ in fitting), fitting
+
+
+_CHOICES: dict[tuple[str, bool, int], Choices] = {
+    (frame_id, pair, budget): _choices(frame_id, pair, budget)
+    for frame_id in FRAMES
+    for pair in (False, True)
+    for budget in range(1, _MOST_BUDGET + 1)
+}
+_BILL = FRAMES["bill"]
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A quantity of the plan: given (no relation) or computed from earlier nodes."""
+
+    frame: Frame | None
+    subject: int
+    item: int
+    relation: Relation | None = None
+    a: int = -1
+    b: int = -1
+
+
+class Plan:
+    """A growing list of quantities; subjects and items are numbers until they get names."""
+
+    def __init__(self, rng: Random) -> None:
+        self.rng = rng
+        self.nodes: list[Node] = []
+        self.subjects: list[tuple[str, int, int]] = []
+        """The class of each subject and, for two people acting together, which two."""
+        self.items: list[str] = []
+        """The word group of each item."""
+        self.taken: set[tuple[str, int, int]] = set()
+        self.changed: set[int] = set()
+        """Quantities whose own subject went on to something else: no longer compared with."""
+        self.structure = ""
+
+    def new_subject(self, kind: str, one: int = -1, two: int = -1) -> int:
+        """Add a subject and return its number."""
+        self.subjects.append((kind, one, two))
+        return len(self.subjects) - 1
+
+    def new_item(self, group: str) -> int:
+        """Add an item and return its number."""
+        self.items.append(group)
+        return len(self.items) - 1
+
+    def add(self, node: Node) -> int:
+        """Append a quantity and return its position."""
+        if node.frame is not None:
+            self.taken.add((node.frame.id, node.subject, node.item))
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def add_given(self, frame: Frame, item: int) -> int:
+        """Append a given quantity with a subject of its own."""
+        return self.add(Node(frame, self.new_subject(frame.who), item))
+
+    def is_pair(self, subject: int) -> bool:
+        """Whether the subject is two people together."""
+        return self.subjects[subject][0] == "pair"
+
+    def apply(self, rel: Relation, a: int, b: int = -1) -> int:
+        """Append the quantity that `rel` computes; -1 where it would repeat an earlier one."""
+        source = self.nodes[a]
+        if rel.ask:
+            return self.add(Node(None, -1, -1, rel, a, b))
+        assert source.frame is not None
+        frame = FRAMES[source.frame.peer if rel.out == "peer" else rel.out]
+        pair = self.is_pair(source.subject)
+        item = source.item
+        if rel.who == "same":
+            if pair and frame.lead != "{n}":
+                return -1
+            subject = source.subject
+            if not rel.item and (frame.id, subject, item) in self.taken:
+                return -1
+            # The same person may not hold two quantities of one frame, whatever the item.
+            if any(key[0] == frame.id and key[1] == subject for key in self.taken):
+                return -1
+        elif rel.who == "both":
+            subject = self.new_subject("pair", source.subject, self.nodes[b].subject)
+        else:
+            subject = self.new_subject(frame.who)
+        if rel.who in ("same", "both"):
+            self.changed.update((a, b))
+        if rel.item != "same":
+            item = self.new_item(rel.item)
+        return self.add(Node(frame, subject, item, rel, a, b))
+
+
+def _fits(rels: tuple[Relation, ...], budget: int) -> list[Relation]:
+    return [rel for rel in rels if len(rel.ops) <= budget]
+
+
+def _partner(plan: Plan, top: int, rel: Relation, budget: int) -> tuple[int, int]:
+    """Choose or build the second input; return it and the steps it took."""
+    rng, node = plan.rng, plan.nodes[top]
+    assert node.frame is not None
+    if rel.other != "same":
+        return plan.add_given(_BILL, -1), 0
+    older = [
+        i
+        for i, other in enumerate(plan.nodes)
+        if i not in (top, *plan.changed) and other.frame is node.frame and other.item == node.item
+    ]
+    older = [i for i in older if not plan.is_pair(plan.nodes[i].subject)]
+    if older and rng.random() < 0.6:
+        return older[int(rng.random() * len(older))], 0
+    if node.frame.base is None:
+        return (older[0], 0) if older else (-1, 0)
+    side, spent = plan.add_given(node.frame, node.item), 0
+    spare = budget - len(rel.ops)
+    while spare and rng.random() < 0.4:
+        fits = _fits(_ALONE[node.frame.id], spare)
+        if not fits:
+            break
+        step = fits[int(rng.random() * len(fits))]
+        side = plan.apply(step, side)
+        spare -= len(step.ops)
+        spent += len(step.ops)
+    return side, spent
+
+
+def _extend(plan: Plan, top: int, budget: int) -> tuple[int, int]:
+    """Append one relation (with a side branch at times); return the new top and its cost."""
+    rng, node = plan.rng, plan.nodes[top]
+    assert node.frame is not None
+    total, groups = _CHOICES[node.frame.id, plan.is_pair(node.subject), budget]
+    if not groups:
+        return -1, 0
+    draw = rng.random() * total
+    rels = groups[-1][1]
+    for weight, group in groups:
+        draw -= weight
+        if draw < 0:
+            rels = group
+            break
+    rel = rels[int(rng.random() * len(rels))]
+    side, spent = (-1, 0)
+    if rel.other:
+        side, spent = _partner(plan, top, rel, budget)
+        if side < 0:
+            return -1, 0
+    cost = spent + len(rel.ops)
+    if rel.ask and cost != budget:
+        return -1, 0
+    new = plan.apply(rel, top, side)
+    if new >= 0 and cost < budget and not plan.nodes[new].frame:
+        return -1, 0
+    return new, cost
+
+
+def sample_plan(rng: Random, num_steps: int) -> Plan | None:
+    """Draw a plan of exactly `num_steps` calculations, or None where the draw got stuck.
+
+    Example:
+        >>> plan = sample_plan(Random(1), 2)
+        >>> plan is None or "given" in plan.structure
+        True
+    """
+    plan = Plan(rng)
+    frame = BASE_FRAMES[int(rng.random() * len(BASE_FRAMES))]
+    top = plan.add_given(frame, plan.new_item(frame.items) if frame.items else -1)
+    budget = num_steps
+    while budget:
+        state = plan.nodes[top].frame
+        if state is None or not state.tags:
+            return None
+        for _ in range(4):
+            mark = len(plan.nodes)
+            new, cost = _extend(plan, top, budget)
+            if new >= 0:
+                break
+            if len(plan.nodes) > mark:
+                return None
+        else:
+            return None
+        top, budget = new, budget - cost
+    plan.structure = _structure(plan)
+    return plan
+
+
+def _structure(plan: Plan) -> str:
+    """Name the plan by its relations and edges, the same for every order of equal parts."""
+    nodes = plan.nodes
+    tree: list[str] = []
+    for node in nodes:
+        if node.relation is None:
+            tree.append("given")
+            continue
+        parts = [tree[node.a]] + ([tree[node.b]] if node.b >= 0 else [])
+        tree.append(f"{node.relation.id}({','.join(parts)})")
+    seen: dict[int, int] = {}
+
+    def write(i: int) -> str:
+        if i in seen:
+            return f"#{seen[i]}"
+        seen[i] = len(seen)
+        node = nodes[i]
+        if node.relation is None:
+            return "given"
+        if node.b < 0:
+            return f"{node.relation.id}({write(node.a)})"
+        first, second = node.a, node.b
+        if node.relation.commutes and tree[second] < tree[first]:
+            first, second = second, first
+        return f"{node.relation.id}({write(first)},{write(second)})"
+
+    text = write(len(nodes) - 1)
+    relation = nodes[-1].relation
+    return text if relation is not None and relation.ask else f"{DIRECT}({text})"
+
+
+def split_of(structure: str) -> str:
+    """Return the split a structure belongs to: 8 of 10 train, one each of the others.
+
+    Example:
+        >>> split_of("direct(more(half(given)))") in ("train", "validation", "test")
+        True
+    """
+    digest = hashlib.blake2b(structure.encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 10
+    return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")

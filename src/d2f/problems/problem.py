@@ -1,0 +1,74 @@
+"""The problem and the knobs that set its difficulty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SPLITS", "Problem", "ProblemConfig"]
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+
+MOST_STEPS = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    r"""A word problem with its worked answer.
+
+    Example:
+        >>> Problem(prompt="?", response="1 + 1 = 2\n#### 2", answer=2, num_steps=1,
+        ...         structure="direct(more(given))").answer
+        2
+    """
+
+    prompt: str
+    """The story and the question, on one line."""
+    response: str
+    """One sentence a step with its calculation, then a line `#### N`."""
+    answer: int
+    num_steps: int
+    """The number of calculations in the response."""
+    structure: str
+    """The relations and how they feed each other, without names, numbers or things."""
+    distractors: tuple[str, ...] = ()
+    """The sentences of the prompt that the answer does not need."""
+    shuffled: bool = False
+    """Whether some quantity is used before the sentence that determines it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProblemConfig:
+    """What problems are like.
+
+    Example:
+        >>> ProblemConfig(min_steps=2, max_steps=3).max_steps
+        3
+    """
+
+    min_steps: int = 2
+    """The fewest calculations; step counts are uniform up to `max_steps`."""
+    max_steps: int = 7
+    """The most calculations, at most 7."""
+    distractor_rate: float = 0.35
+    """The probability of a sentence that is not needed; a second one comes at this rate again."""
+    shuffle_rate: float = 0.3
+    """The probability that the sentences before the question are shuffled."""
+    max_value: int = 400
+    """The largest number that may be given or computed, 100 to 999."""
+    max_words: int = 85
+    """The longest prompt, in words; longer stories are drawn again (60 or more)."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
+            raise ValueError(
+                f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
+                f" got {self.min_steps} and {self.max_steps}"
+            )
+        for name in ("distractor_rate", "shuffle_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 100 <= self.max_value <= 999:
+            raise ValueError(f"max_value must be in [100, 999], got {self.max_value}")
+        if self.max_words < 60:
+            raise ValueError(f"max_words must be at least 60, got {self.max_words}")
