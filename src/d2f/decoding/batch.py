@@ -1,0 +1,117 @@
+"""What every strategy is given and what it gives back.
+
+Shapes: B sequences, L positions of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from d2f.diffusion.policy import DecodingPolicy
+
+
+class BlockState(Enum):
+    """The life of a block, in order."""
+
+    SEMI_ACTIVE = "semi-active"
+    FULLY_ACTIVE = "fully active"
+    COMPLETE = "complete"
+    CACHED = "cached"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockView:
+    """One block as a person may watch it."""
+
+    state: BlockState
+    token_ids: tuple[int | None, ...]
+    """None where not decoded yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """One finished response."""
+
+    token_ids: list[int]
+    """The response up to and including its first EOS."""
+    num_forwards: int
+    """Model calls that refine blocks, or in autoregression yield a token."""
+    num_prefill_forwards: int
+    """Model calls that only read the prompt."""
+    num_query_tokens: int
+    """Tokens computed for this sequence in all its forwards, padding not counted."""
+    finish_reason: str
+    """`eos` or `length`."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Response tokens / forwards."""
+        return len(self.token_ids) / max(self.num_forwards, 1)
+
+    @property
+    def query_tokens_per_forward(self) -> float:
+        """Tokens computed / forwards: what a forward costs, beside what it yields."""
+        return self.num_query_tokens / max(self.num_forwards, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """The input of one batch: sequences that run under the same settings."""
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: Sequence[int]
+    seeds: Sequence[int]
+    policy: DecodingPolicy
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 0.0
+    early_stop: bool = True
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.prompts)
+
+
+class DecodingBatch(Protocol):
+    """Sequences decoded together, one model call per `step`."""
+
+    def step(self) -> None:
+        """Run one model call for all unfinished sequences."""
+
+    def finished(self) -> list[bool]:
+        """Which sequences are done."""
+
+    def results(self, rows: list[int]) -> list[GenerationResult]:
+        """The responses of finished sequences."""
+
+    def view(self, row: int) -> list[BlockView]:
+        """The blocks of a sequence as they stand."""
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these sequences only, in this order."""
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts as (B, L), zeros at the end, and their lengths (B,)."""
+    width = max(len(prompt) for prompt in prompts)
+    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+    ids_BL = torch.tensor(rows, dtype=torch.long, device=device).view(len(rows), width)
+    return ids_BL, torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+
+def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[list[int], str]:
+    """The tokens up to and including the first EOS, and the finish reason.
+
+    Example:
+        >>> cut_at_eos([5, 9, 7], (9,))
+        ([5, 9], 'eos')
+    """
+    for index, token in enumerate(token_ids):
+        if token in eos_token_ids:
+            return token_ids[: index + 1], "eos"
+    return token_ids, "length"

@@ -1,0 +1,201 @@
+"""Algorithm 2 of the paper line by line: the oracle of the pipeline.
+
+One sequence, plain Python state, no cache: every forward computes the prompt and all open blocks
+under the block-causal mask. Slow and obvious on purpose; it shares no code with the pipeline but
+the choice of a token and its confidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from d2f.decoding.batch import (
+    BlockState,
+    BlockView,
+    GenerationResult,
+    Sequences,
+    cut_at_eos,
+)
+from d2f.decoding.sampling import choose_tokens, gumbel_noise
+from d2f.diffusion.layout import BlockLayout
+from d2f.models.transformer import Transformer
+
+
+@dataclass
+class Block:
+    """One block of the response."""
+
+    tokens: list[int | None]
+    state: BlockState = BlockState.SEMI_ACTIVE
+
+    @property
+    def share(self) -> float:
+        """Decoded share."""
+        return sum(token is not None for token in self.tokens) / len(self.tokens)
+
+
+class ReferenceBatch:
+    """Sequences decoded one after the other by the oracle."""
+
+    def __init__(self, model: Transformer, sequences: Sequences) -> None:
+        self.rows = [ReferenceSequence(model, sequences, row) for row in range(len(sequences))]
+
+    def step(self) -> None:
+        """One forward of the first unfinished sequence."""
+        next(row for row in self.rows if not row.done).step()
+
+    def finished(self) -> list[bool]:
+        """Which sequences are done."""
+        return [row.done for row in self.rows]
+
+    def results(self, rows: list[int]) -> list[GenerationResult]:
+        """The responses of finished sequences."""
+        return [self.rows[row].result() for row in rows]
+
+    def view(self, row: int) -> list[BlockView]:
+        """The open blocks of a sequence as they stand."""
+        return [BlockView(state=b.state, token_ids=tuple(b.tokens)) for b in self.rows[row].blocks]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these sequences only."""
+        self.rows = [self.rows[row] for row in rows]
+
+
+class ReferenceSequence:
+    """Algorithm 2 on one prompt."""
+
+    def __init__(self, model: Transformer, sequences: Sequences, row: int) -> None:
+        self.model, self.policy, self.sequences = model, sequences.policy, sequences
+        self.prompt = list(sequences.prompts[row])
+        self.limit, self.seed = sequences.max_new_tokens[row], sequences.seeds[row]
+        self.blocks: list[Block] = []
+        self.eos_seen = False
+        self.done = False
+        self.num_forwards = 0
+        self.num_query_tokens = 0
+
+    def step(self) -> None:
+        """One pass of the algorithm's loop."""
+        self._open_block()
+        self._activate_blocks()
+        candidates = self._forward()
+        self._cache_blocks()
+        self._accept(candidates)
+        self._retire_blocks()
+        self.done = self._is_done()
+
+    def _num_opened_tokens(self) -> int:
+        return sum(len(block.tokens) for block in self.blocks)
+
+    def _open_block(self) -> None:
+        share = self.blocks[-1].share if self.blocks else 1.0
+        live = sum(block.state is not BlockState.CACHED for block in self.blocks)
+        window = self.policy.max_live_blocks
+        room = self.limit - self._num_opened_tokens()
+        if room <= 0 or self.eos_seen or share < self.policy.add_threshold:
+            return
+        if window is not None and live >= window:
+            return
+        self.blocks.append(Block(tokens=[None] * min(self.policy.block_size, room)))
+
+    def _activate_blocks(self) -> None:
+        share_before = 1.0
+        for block in self.blocks:
+            ready = share_before >= self.policy.activate_threshold
+            if ready and block.state is BlockState.SEMI_ACTIVE:
+                block.state = BlockState.FULLY_ACTIVE
+            share_before = block.share
+
+    def _forward(self) -> dict[tuple[int, int], tuple[int, float]]:
+        """Candidate token and confidence of every masked position, by (block, offset)."""
+        mask = self.model.spec.mask_token_id
+        assert mask is not None
+        response = [token for block in self.blocks for token in block.tokens]
+        ids = self.prompt + [mask if token is None else token for token in response]
+        layout = BlockLayout(prompt_length=len(self.prompt), block_size=self.policy.block_size)
+        with torch.inference_mode():
+            ids_1L = torch.tensor([ids], device=self.model.device)
+            logits_LV = self.model.logits(ids_1L, layout)[0]
+        candidates = {}
+        for number, block in enumerate(self.blocks):
+            for offset, token in enumerate(block.tokens):
+                if token is None:
+                    position = len(self.prompt) + number * self.policy.block_size + offset
+                    candidates[number, offset] = self._choose(logits_LV[position], position)
+        live = sum(len(b.tokens) for b in self.blocks if b.state is not BlockState.CACHED)
+        self.num_query_tokens += live + (len(self.prompt) if self.num_forwards == 0 else 0)
+        return candidates
+
+    def _choose(self, logits_V: torch.Tensor, position: int) -> tuple[int, float]:
+        noise_1V = None
+        if self.sequences.temperature > 0:
+            key = (self.seed, position, self.num_forwards)
+            seed_1, position_1, step_1 = (torch.tensor([k], device=logits_V.device) for k in key)
+            noise_1V = gumbel_noise(seed_1, position_1, step_1, len(logits_V))
+        token_1, confidence_1 = choose_tokens(
+            logits_V[None],
+            mask_token_id=self.model.spec.mask_token_id,
+            temperature=self.sequences.temperature,
+            noise_MV=noise_1V,
+        )
+        return int(token_1), float(confidence_1)
+
+    def _cache_blocks(self) -> None:
+        for block in self.blocks:
+            if block.state is BlockState.COMPLETE:
+                block.state = BlockState.CACHED
+
+    def _accept(self, candidates: dict[tuple[int, int], tuple[int, float]]) -> None:
+        self.num_forwards += 1
+        # The pipeline compares in fp32, where the confidence was computed.
+        threshold = float(torch.tensor(self.policy.confidence_threshold, dtype=torch.float32))
+        for number, block in enumerate(self.blocks):
+            mine = {o: value for (n, o), value in candidates.items() if n == number}
+            if not mine:
+                continue
+            chosen = [o for o, (_, confidence) in mine.items() if confidence > threshold]
+            if not chosen and block.state is BlockState.FULLY_ACTIVE:
+                chosen = [max(mine, key=lambda o: mine[o][1])]
+            for offset in chosen:
+                block.tokens[offset] = mine[offset][0]
+                self.eos_seen |= mine[offset][0] in self.sequences.eos_token_ids
+
+    def _retire_blocks(self) -> None:
+        for block in self.blocks:
+            if block.share < 1:
+                break
+            if block.state is not BlockState.CACHED:
+                block.state = BlockState.COMPLETE
+
+    def _is_done(self) -> bool:
+        if self.sequences.early_stop:
+            for block in self.blocks:
+                for token in block.tokens:
+                    if token is None:
+                        return False
+                    if token in self.sequences.eos_token_ids:
+                        return True
+        all_decoded = all(block.share == 1 for block in self.blocks)
+        return all_decoded and (self.eos_seen or self._num_opened_tokens() >= self.limit)
+
+    def result(self) -> GenerationResult:
+        """The finished response."""
+        tokens: list[int] = []
+        for block in self.blocks:
+            for token in block.tokens:
+                if token is None:
+                    break
+                tokens.append(token)
+            else:
+                continue
+            break
+        token_ids, reason = cut_at_eos(tokens, self.sequences.eos_token_ids)
+        return GenerationResult(
+            token_ids=token_ids,
+            num_forwards=self.num_forwards,
+            num_prefill_forwards=0,
+            num_query_tokens=self.num_query_tokens,
+            finish_reason=reason,
+        )

@@ -1,0 +1,1 @@
+"""The engine: it owns the loop; requests go in, responses come out."""

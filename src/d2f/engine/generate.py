@@ -1,0 +1,103 @@
+"""`generate_ids`: token ids in, token ids out, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from d2f.decoding.batch import GenerationResult
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.engine import Engine
+from d2f.engine.request import Request
+from d2f.models.transformer import Transformer
+
+
+@overload
+def generate_ids(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    policy: DecodingPolicy | None = None,
+    *,
+    max_new_tokens: int = 256,
+    eos_token_id: int | Sequence[int] | None = None,
+    strategy: str = "pipelined",
+    early_stop: bool = True,
+    **strategy_options: Any,
+) -> GenerationResult: ...
+
+
+@overload
+def generate_ids(
+    model: Transformer,
+    prompt_ids: Sequence[Sequence[int]],
+    policy: DecodingPolicy | None = None,
+    *,
+    max_new_tokens: int = 256,
+    eos_token_id: int | Sequence[int] | None = None,
+    strategy: str = "pipelined",
+    early_stop: bool = True,
+    **strategy_options: Any,
+) -> list[GenerationResult]: ...
+
+
+def generate_ids(
+    model: Transformer,
+    prompt_ids: Sequence[int] | Sequence[Sequence[int]],
+    policy: DecodingPolicy | None = None,
+    *,
+    max_new_tokens: int = 256,
+    eos_token_id: int | Sequence[int] | None = None,
+    strategy: str = "pipelined",
+    early_stop: bool = True,
+    **strategy_options: Any,
+) -> GenerationResult | list[GenerationResult]:
+    """Answer one prompt, or several at once.
+
+    Args:
+        model: From `load_model`.
+        prompt_ids: One list of token ids, or a list of lists.
+        policy: Thresholds of the pipeline; None: the checkpoint's recommended ones, else the
+            defaults.
+        max_new_tokens: Exact upper bound of each response.
+        eos_token_id: One or several; None: the model's own, `()`: none.
+        strategy: `pipelined`, `serial`, `autoregressive`, `vanilla` or `reference`.
+        early_stop: End once everything before an accepted EOS is decoded; False decodes every
+            block that was opened, as the original does. The tokens are the same.
+        strategy_options: `temperature` and `seed` for every strategy; `num_steps` and
+            `block_length` for `vanilla`. An option without effect is refused by name.
+
+    Returns:
+        A result, or a list of results for a list of prompts.
+
+    Raises:
+        RequestError: The model cannot serve a prompt.
+        ConfigError: An unknown strategy or option.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> result = generate_ids(tiny_model("llada"), [1, 2, 3], max_new_tokens=5)
+        >>> result.num_forwards <= 5
+        True
+    """
+    several = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], int)
+    prompts: Any = prompt_ids if several else [prompt_ids]
+    common = {
+        name: strategy_options.pop(name)
+        for name in ("temperature", "seed")
+        if name in strategy_options
+    }
+    requests = [
+        Request(
+            prompt_ids=prompt,
+            max_new_tokens=max_new_tokens,
+            policy=policy,
+            eos_token_id=eos_token_id,
+            strategy=strategy,
+            early_stop=early_stop,
+            options=strategy_options,
+            **common,
+        )
+        for prompt in prompts
+    ]
+    results = Engine(model).generate(requests)
+    return results if several else results[0]
