@@ -1,0 +1,159 @@
+"""What a run is assembled from: its tokenizer, its models, its data."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from d2f.errors import ConfigError, unknown_name
+from d2f.hub import resolve_folder
+from d2f.models.checkpoint import as_diffusion, build_model, load_model
+from d2f.models.families import config_from_spec, spec_from_config
+from d2f.models.lora import adapter_parameters, attach_adapter, load_adapter
+from d2f.models.transformer import Transformer
+from d2f.text import Tokenizer
+from d2f.training.config import TrainConfig
+from d2f.training.data import TokenDataset
+from d2f.training.seeds import derive_seed, generator
+from d2f.training.sources import encode_data, read_pairs
+from d2f.training.tokenizer import train_tokenizer
+
+
+def tokenizer_folder(config: TrainConfig) -> Path:
+    """Folder of the run's tokenizer, trained now if the recipe asks for it.
+
+    Raises:
+        CheckpointError: The folder or hub id holds none.
+    """
+    settings = config.tokenizer
+    if settings is None:
+        assert config.model.init is not None
+        return resolve_folder(config.model.init, weights=False)
+    if settings.path is not None:
+        return resolve_folder(settings.path, weights=False)
+    folder = Path(config.output) / "tokenizer"
+    if not (folder / "tokenizer_config.json").exists():
+        pairs = read_pairs(config.data, settings.num_samples)
+        texts = (text for pair in pairs for text in pair)
+        assert settings.vocab_size is not None
+        train_tokenizer(texts, folder, vocab_size=settings.vocab_size)
+    return folder
+
+
+def load_models(
+    config: TrainConfig, tokenizer: Tokenizer, device: torch.device, checkpoint: Path | None
+) -> tuple[Transformer, Transformer | None]:
+    """The model to train, from its start or a checkpoint, and a teacher of its own if needed.
+
+    Without one, the teacher is the model with its adapter off, or the stage has none.
+
+    Raises:
+        ConfigError: Architecture, tokenizer and recipe do not fit.
+        CheckpointError: Weights cannot be loaded.
+    """
+    full = config.lora is None
+    at_start = checkpoint is None or not full
+    model = _initial(config, tokenizer, device) if at_start else None
+    own_teacher = (
+        config.stage == "d2f"
+        and (full or config.model.teacher != "init")
+        and (config.objective is None or config.objective.objective != "cross_entropy")
+    )
+    teacher = None
+    if own_teacher and config.model.teacher != "init":
+        teacher = load_model(config.model.teacher, device=device, dtype=config.model.dtype)
+    elif own_teacher:
+        teacher = copy.deepcopy(model) if model else _initial(config, tokenizer, device)
+    if model is None:
+        assert checkpoint is not None
+        model = load_model(checkpoint, device=device, dtype=config.model.dtype)
+    _check_vocabulary(model, tokenizer, config)
+    if teacher is not None:
+        _check_teacher(model, teacher)
+        teacher.eval().requires_grad_(False)
+    if config.lora is None:
+        model.requires_grad_(True)
+    elif checkpoint is None:
+        attach_adapter(model, config.lora, generator(config.seed, "adapter"))
+    else:
+        load_adapter(model, checkpoint, merge=False)
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(True)
+    return model, teacher
+
+
+def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Transformer:
+    """The weights that the run starts from, of the kind that the stage trains."""
+    settings = config.model
+    if settings.init is not None:
+        model = load_model(settings.init, device=device, dtype=settings.dtype)
+    else:
+        assert settings.config is not None
+        spec = spec_from_config(settings.config, "[model.config]")
+        known = config_from_spec(spec) | {"rope_parameters": None, "torch_dtype": None}
+        for name in settings.config:
+            if name not in known:
+                raise ConfigError(f"[model.config]: {unknown_name('key', name, known)}")
+        seed = derive_seed(config.seed, "weights")
+        model = build_model(spec, seed=seed, device=device, dtype=settings.dtype)
+    causal = model.spec.architecture.causal
+    if config.stage == "autoregressive":
+        if not causal:
+            raise ConfigError(f"{model.spec.architecture.name} is no autoregressive model")
+        return model
+    candidates = (settings.mask_token_id, model.spec.mask_token_id, tokenizer.mask_token_id)
+    mask = next((token for token in candidates if token is not None), None)
+    if mask is None:
+        raise ConfigError(
+            f"neither {settings.init or '[model.config]'} nor the tokenizer names a mask token; "
+            "set model.mask_token_id"
+        )
+    if causal:
+        return as_diffusion(model, mask_token_id=mask)
+    model.spec = replace(model.spec, mask_token_id=mask)
+    return model
+
+
+def _check_vocabulary(model: Transformer, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    spec = model.spec
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}"
+        )
+    if not spec.eos_token_ids:
+        raise ConfigError("the model's config names no eos_token_id")
+    own = config.tokenizer is not None and config.tokenizer.vocab_size is not None
+    if own and tokenizer.eos_token_id != spec.eos_token_ids[0]:
+        raise ConfigError(
+            f"eos_token_id is {tokenizer.eos_token_id} in the tokenizer and "
+            f"{spec.eos_token_ids[0]} in the model"
+        )
+
+
+def _check_teacher(model: Transformer, teacher: Transformer) -> None:
+    if teacher.spec.vocab_size != model.spec.vocab_size or teacher.spec.architecture.causal:
+        raise ConfigError(
+            f"the teacher, a {teacher.spec.architecture.name} of {teacher.spec.vocab_size} tokens, "
+            f"cannot teach a {model.spec.architecture.name} of {model.spec.vocab_size}"
+        )
+
+
+def load_dataset(
+    config: TrainConfig, tokenizer: Tokenizer, folder: Path, model: Transformer
+) -> TokenDataset:
+    """Encode the run's data for this model; `folder` holds the tokenizer.
+
+    Raises:
+        ConfigError: Sequences are longer than the model's positions.
+        TrainingError: The data cannot be read, or no sample fits.
+    """
+    if config.data.sequence_length > model.spec.max_positions:
+        raise ConfigError(
+            f"data.sequence_length is {config.data.sequence_length}; the model has "
+            f"{model.spec.max_positions} positions"
+        )
+    encoded = encode_data(config.data, tokenizer, folder)
+    return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])

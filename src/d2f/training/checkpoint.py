@@ -1,0 +1,132 @@
+"""Checkpoints of a run: weights as published, optimizer and RNG state, recipe, provenance.
+
+A run's folder:
+
+- `log.jsonl`, `samples.jsonl`, `training_summary.json`, and `tokenizer/` if the run made one;
+- `checkpoint-00000100/`: config.json and weights, or the adapter, with training_state.pt (optimizer
+  and random state), recipe.json (resolved) and provenance.json;
+- `final/`: the finished model and nothing else.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2f.errors import TrainingError
+from d2f.models.checkpoint import save_model
+from d2f.models.lora import has_adapter, save_adapter
+from d2f.models.storage import replaced_folder, write_json
+from d2f.models.transformer import Transformer
+from d2f.training.config import TrainConfig, to_table
+
+STATE_FILE = "training_state.pt"
+RECIPE_FILE = "recipe.json"
+_NAME = re.compile(r"checkpoint-(\d{8})")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def save_checkpoint(
+    model: Transformer, config: TrainConfig, state: dict[str, Any], *, step: int
+) -> Path:
+    """Write `checkpoint-<step>`, then remove all but the newest ones.
+
+    A folder of that name appears only when it is complete.
+    """
+    output = Path(config.output)
+    folder = output / f"checkpoint-{step:08d}"
+    with replaced_folder(folder, ["*"]) as new:
+        _save_weights(model, config, new)
+        torch.save(state, new / STATE_FILE)
+        write_json(new / RECIPE_FILE, to_table(config))
+        write_json(new / "provenance.json", provenance())
+    for old in list_checkpoints(output)[: -config.keep_checkpoints]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    if not output.is_dir():
+        return []
+    return sorted(path for path in output.iterdir() if _NAME.fullmatch(path.name))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Optimizer, RNG and loop state of a checkpoint; never runs code from the file.
+
+    Raises:
+        TrainingError: The file is missing or broken.
+    """
+    file = folder / STATE_FILE
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises errors of many kinds for a broken file
+        raise TrainingError(f"cannot resume from {file}: {error}") from None
+
+
+def save_final(model: Transformer, config: TrainConfig, tokenizer_folder: Path | None) -> Path:
+    """Write `final/`: the model or adapter, its tokenizer and its decoding policy.
+
+    The model is converted to `model.output_dtype` in place, which ends its training.
+    """
+    folder = Path(config.output) / "final"
+    policy = config.policy or model.spec.recommended_policy
+    model.spec = replace(model.spec, recommended_policy=policy)
+    if not has_adapter(model):
+        model.to(getattr(torch, config.model.output_dtype))
+    with replaced_folder(folder, ["*"]) as new:
+        _save_weights(model, config, new)
+        for name in _TOKENIZER_FILES:
+            if tokenizer_folder is not None and (tokenizer_folder / name).exists():
+                shutil.copyfile(tokenizer_folder / name, new / name)
+    return folder
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and, in a git checkout, the commit."""
+    # Inside another project's checkout the commit would be that project's.
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", __file__) else None
+    return {
+        **{name: _version(name) for name in ("d2f", "torch", "transformers", "tokenizers")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": commit,
+        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+    }
+
+
+def _save_weights(model: Transformer, config: TrainConfig, folder: Path) -> None:
+    if has_adapter(model):
+        save_adapter(model, folder, base_model=config.model.init or "")
+        return
+    mib = config.model.max_shard_mib
+    save_model(model, folder, max_shard_bytes=None if mib is None else mib * 2**20)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,161 @@
+"""The settings of a training run, and the recipes that write them down.
+
+A recipe is a TOML file with the fields of `TrainConfig`; its tables are the classes in
+`d2f.training.sections`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.errors import ConfigError
+from d2f.models.lora import LoraConfig
+from d2f.training.sections import (
+    DTYPES,
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TokenizerConfig,
+    at_least,
+    one_of,
+)
+from d2f.training.tables import apply_override, from_table
+
+STAGES = ("autoregressive", "masked-diffusion", "d2f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: the top level of a recipe.
+
+    Raises `ConfigError` for values out of range and for tables that the stage does not use.
+
+    Example:
+        >>> from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig
+        >>> TrainConfig(
+        ...     stage="autoregressive", output="runs/base", steps=100, batch_size=8,
+        ...     model=ModelConfig(init="Qwen/Qwen2.5-0.5B"), optimizer=OptimizerConfig(lr=1e-4),
+        ...     data=DataConfig(kind="problems", num_problems=1000, sequence_length=256),
+        ... ).log_every
+        10
+    """
+
+    stage: str
+    """autoregressive, masked-diffusion or d2f."""
+    output: str
+    """Folder for checkpoints, logs and the final model."""
+    steps: int
+    """Updates of the weights; with `max_seconds`, at most."""
+    batch_size: int
+    """Sequences of an update."""
+    micro_batch_size: int | None = None
+    """Sequences in memory at once; none: the whole batch. The gradient is the same."""
+    max_seconds: float | None = None
+    """End, and drive the learning rate, by the seconds since the first step instead of by steps.
+    Such a run cannot be repeated bit for bit."""
+    seed: int = 0
+    """Seed of weights, order of samples, noise and dropout."""
+    precision: str = "float32"
+    """Type of the products: float32, or bfloat16 (autocast; the weights stay as they are)."""
+    compile: bool = True
+    """Compile the forward and backward passes on a GPU."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; none: only when the run is stopped."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    tokenizer: TokenizerConfig | None = None
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter with these settings; none: all weights."""
+    noise: NoiseConfig | None = None
+    objective: ObjectiveConfig | None = None
+    sample: SampleConfig | None = None
+    policy: DecodingPolicy | None = None
+    """`[policy]`: the decoding policy that the final model carries."""
+
+    def __post_init__(self) -> None:
+        one_of("stage", self.stage, STAGES)
+        one_of("precision", self.precision, DTYPES)
+        for name in (
+            "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
+            "checkpoint_every", "keep_checkpoints",
+        ):  # fmt: skip
+            at_least(name, getattr(self, name), 1)
+        self._check_tables()
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ConfigError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        if self.model.dtype != "float32" and self.lora is None:
+            raise ConfigError(
+                "model.dtype bfloat16 is for frozen weights below a [lora] adapter; to train all "
+                'weights faster, keep float32 and set precision = "bfloat16"'
+            )
+
+    def _check_tables(self) -> None:
+        if (self.noise is None) != (self.stage == "autoregressive"):
+            raise ConfigError(
+                f"stage {self.stage} {'needs' if self.noise is None else 'has no use for'} [noise]"
+            )
+        if self.noise is not None and (self.noise.kind == "uniform") != (
+            self.stage == "masked-diffusion"
+        ):
+            raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
+        if self.stage != "d2f" and (self.objective is not None or self.model.teacher != "init"):
+            raise ConfigError(f"stage {self.stage} has no use for [objective] or model.teacher")
+        hard = self.objective is not None and self.objective.objective == "cross_entropy"
+        if hard and self.model.teacher != "init":
+            raise ConfigError("objective cross_entropy trains on the data; it has no model.teacher")
+        if self.tokenizer is None and self.model.init is None:
+            raise ConfigError("new weights need a [tokenizer]")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a training recipe.
+
+    Args:
+        path: A TOML file.
+        overrides: Settings that replace the file's, as `key=value` or `table.key=value`; the value
+            is TOML, and taken as text where it is not.
+
+    Raises:
+        ConfigError: The file is missing or no TOML; an unknown key or table (the message names the
+            nearest known one); a missing, wrongly typed or impossible value.
+
+    Example:
+        >>> from tempfile import NamedTemporaryFile
+        >>> with NamedTemporaryFile("w", suffix=".toml") as file:
+        ...     _ = file.write("stege = 'd2f'"); file.flush()
+        ...     load_recipe(file.name)
+        Traceback (most recent call last):
+        d2f.errors.ConfigError: ...: unknown key 'stege'; did you mean 'stage'? ...
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    return from_table(TrainConfig, table, str(path))
+
+
+def to_table(config: TrainConfig) -> dict[str, Any]:
+    """The settings as plain JSON values, defaults included, as checkpoints record them."""
+    return json.loads(json.dumps(asdict(config)))

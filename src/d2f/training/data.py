@@ -1,0 +1,142 @@
+"""Token data of a run, held in flat arrays, and the batches drawn from it.
+
+Shapes: T tokens of all samples, E samples, B sequences of a batch, L positions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f.errors import TrainingError
+from d2f.training.sections import DataConfig
+from d2f.training.seeds import generator
+from d2f.training.sources import Encoded
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Clean sequences of equal length, each starting at position 0, filled up with EOS."""
+
+    ids_BL: Tensor
+    prompt_length_B: Tensor
+    end_B: Tensor
+    """Where the answer ends: one past its first EOS, or the sequence's end if it was cut."""
+
+    def part(self, start: int, end: int) -> Batch:
+        """Some of its sequences."""
+        return Batch(**{name: value[start:end] for name, value in vars(self).items()})
+
+
+class TokenDataset:
+    """All samples of a run as flat integer arrays on the CPU.
+
+    Over-long samples are dropped or truncated as the config says; `num_rows`, `num_dropped` and
+    `num_truncated` count them.
+
+    Raises `TrainingError` if no sample remains.
+
+    Example:
+        >>> from array import array
+        >>> encoded = Encoded(tokens=array("i", [5, 6, 7]), prompt_lengths=array("i", [1]),
+        ...                   response_lengths=array("i", [2]))
+        >>> config = DataConfig(kind="problems", num_problems=1, sequence_length=5)
+        >>> TokenDataset(encoded, config, eos_token_id=0).batch(torch.tensor([0])).ids_BL
+        tensor([[5, 6, 7, 0, 0]])
+    """
+
+    def __init__(self, encoded: Encoded, config: DataConfig, *, eos_token_id: int) -> None:
+        self.sequence_length = config.sequence_length
+        self.eos_token_id = eos_token_id
+        if not encoded.tokens:
+            raise TrainingError("the data hold no samples; is data.paths right?")
+        prompt_E, response_E = _tensor(encoded.prompt_lengths), _tensor(encoded.response_lengths)
+        length_E = prompt_E.long() + response_E.long()
+        start_E = length_E.cumsum(0) - length_E
+        limit = config.sequence_length - 1
+        keep_E = prompt_E <= min(config.max_prompt_length or limit, limit)
+        # The first EOS belongs to the answer, so a sample fits if there is room for it.
+        long_E = length_E > limit
+        if config.over_long == "drop":
+            keep_E &= ~long_E
+        cut_E = keep_E & long_E
+        length_E = torch.where(cut_E, config.sequence_length, length_E)
+        self.num_rows = len(prompt_E)
+        self.num_dropped = int((~keep_E).sum())
+        self.num_truncated = int(cut_E.sum())
+        tokens_T = _tensor(encoded.tokens)
+        fits = bool((tokens_T < 2**15).all())
+        self._tokens_T = tokens_T.to(torch.int16 if fits else torch.int32)
+        self._start_E = start_E[keep_E]
+        self._prompt_E = prompt_E[keep_E]
+        self._length_E = length_E[keep_E]
+        if not len(self):
+            raise TrainingError(
+                f"none of {self.num_rows} samples fits into data.sequence_length "
+                f"{config.sequence_length}; raise it, or set over_long = 'truncate'"
+            )
+
+    def __len__(self) -> int:
+        return len(self._start_E)
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of tokens of a sample, without EOS."""
+        return float(self._length_E.double().mean())
+
+    def batch(self, rows_B: Tensor) -> Batch:
+        """Gather samples by number."""
+        position_L = torch.arange(self.sequence_length)
+        length_B = self._length_E[rows_B]
+        # Past a sample's end the index runs into its neighbours; those tokens are replaced.
+        index_BL = (self._start_E[rows_B][:, None] + position_L).clamp_max(len(self._tokens_T) - 1)
+        inside_BL = position_L < length_B[:, None]
+        ids_BL = torch.where(inside_BL, self._tokens_T[index_BL].long(), self.eos_token_id)
+        return Batch(
+            ids_BL=ids_BL,
+            prompt_length_B=self._prompt_E[rows_B].long(),
+            end_B=(length_B + 1).clamp_max(self.sequence_length),
+        )
+
+
+class SampleOrder:
+    """Which samples make up each batch: a new permutation in every epoch, a function of the seed.
+
+    Batches follow each other without gaps, across the ends of epochs.
+
+    Example:
+        >>> SampleOrder(num_rows=4, batch_size=4, seed=0).rows(0).sort().values
+        tensor([0, 1, 2, 3])
+    """
+
+    def __init__(self, *, num_rows: int, batch_size: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epoch = -1
+        self._permutation_E = torch.empty(0, dtype=torch.long)
+
+    def rows(self, step: int) -> Tensor:
+        """Sample numbers (B,) of the batch of a step, the first being 0."""
+        parts, index = [], step * self.batch_size
+        end = index + self.batch_size
+        while index < end:
+            epoch, offset = divmod(index, self.num_rows)
+            part_M = self._permutation(epoch)[offset : offset + end - index]
+            parts.append(part_M)
+            index += len(part_M)
+        return torch.cat(parts)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            source = generator(self.seed, "order", epoch)
+            self._permutation_E = torch.randperm(self.num_rows, generator=source)
+            self._epoch = epoch
+        return self._permutation_E
+
+
+def _tensor(values: array[int]) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int32)

@@ -1,0 +1,119 @@
+"""What a run tells while it runs: a JSONL log, and a bar or plain lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = Mapping[str, Any]
+
+
+class Reporter(Protocol):
+    """Takes the records of a run."""
+
+    def record(self, record: Record) -> None:
+        """A line of the log: step, loss, lr, and so on."""
+
+    def sample(self, sample: Record) -> None:
+        """A sample answer."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class JsonLog:
+    """A JSONL file that a resumed run goes on with."""
+
+    def __init__(self, path: Path, *, after_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if after_step and path.exists():
+            # Lines of steps that the resumed run makes again.
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= after_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append records."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Silent:
+    """Reports nothing."""
+
+    def record(self, record: Record) -> None:
+        """Nothing."""
+
+    def sample(self, sample: Record) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Terminal:
+    """A progress bar on stderr; where stderr is no terminal, a line every ten seconds."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._live = self._console.is_terminal
+        self._last = 0.0
+        self._progress = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%  {task.fields[text]}"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("", total=1.0, step=0, text="starting")
+        if self._live:
+            self._progress.start()
+
+    def record(self, record: Record) -> None:
+        """Move the bar."""
+        share, seconds = record["progress"], record["seconds"]
+        left = seconds * (1 - share) / share if share else 0.0
+        text = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"{_duration(left)} left"
+        )
+        if self._live:
+            self._progress.update(self._task, completed=share, step=record["step"], text=text)
+        elif share >= 1 or time.monotonic() - self._last >= 10:
+            self._last = time.monotonic()
+            self.note(f"step {record['step']}  {share:.0%}  lr {record['lr']:.2e}  {text}")
+
+    def sample(self, sample: Record) -> None:
+        """Show the end of a prompt and the answer."""
+        prompt = " ".join(str(sample["prompt"]).split())[-60:]
+        answer = " ".join(str(sample["answer"]).split())[:160]
+        self.note(f"step {sample['step']}  … {prompt} -> {answer}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        if self._live:
+            self._progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,178 @@
+"""From a recipe to a finished model: assemble what a run needs, train, write the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2f.errors import TrainingError
+from d2f.models.checkpoint import resolve_device
+from d2f.models.storage import write_json
+from d2f.models.transformer import Transformer
+from d2f.text import Tokenizer
+from d2f.training.assemble import load_dataset, load_models, tokenizer_folder
+from d2f.training.checkpoint import (
+    RECIPE_FILE,
+    list_checkpoints,
+    load_state,
+    provenance,
+    save_final,
+)
+from d2f.training.config import TrainConfig, to_table
+from d2f.training.data import TokenDataset
+from d2f.training.progress import Reporter, Silent
+from d2f.training.trainer import Sampler, Trainer
+
+MakeSampler = Callable[[TrainConfig, Tokenizer], Sampler]
+# A checkpoint continues only the run that made it; other settings may change on resuming.
+_IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """What came out of a run; also written as training_summary.json."""
+
+    finished: bool
+    """False: stopped before its end; the newest checkpoint continues it."""
+    folder: str
+    """The finished model, or the checkpoint."""
+    stage: str
+    steps: int
+    seconds: float
+    """Training time, without the first step, samples and checkpoints."""
+    tokens: int
+    """Positions computed: steps * batch_size * sequence_length."""
+    last: dict[str, Any] | None
+    """Last line of the log."""
+    num_parameters: int
+    num_trained_parameters: int
+    data: dict[str, Any]
+    """Samples: rows, dropped, truncated, used, mean length."""
+    device: str
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    make_sampler: MakeSampler | None = None,
+    reporter: Reporter | None = None,
+) -> TrainingSummary:
+    """Run a recipe: the model ends up in `<output>/final`, the log in `<output>/log.jsonl`.
+
+    Ctrl-C and SIGTERM save a checkpoint and return. A run limited by steps gives the same weights
+    each time on a CPU, resumed or not; one limited by `max_seconds` does not.
+
+    Args:
+        config: The recipe, from `load_recipe`.
+        device: None: the GPU if there is one, else the CPU.
+        resume: Go on from the newest checkpoint in the output folder.
+        make_sampler: Builds what gives sample answers during training.
+        reporter: Is told how the run goes.
+
+    Raises:
+        TrainingError: The output folder already holds a run and `resume` is False, or holds none
+            to resume; the data cannot be read; a loss or gradient is not finite.
+        ConfigError, CheckpointError: Model, tokenizer and recipe do not fit.
+
+    Example:
+        >>> train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))  # doctest: +SKIP
+    """
+    reporter = reporter or Silent()
+    target = resolve_device(device)
+    checkpoint = _find_checkpoint(config, resume)
+    folder = tokenizer_folder(config)
+    tokenizer = Tokenizer.load(folder)
+    model, teacher = load_models(config, tokenizer, target, checkpoint)
+    reporter.note(f"{config.stage}: {_size(model)}; preparing data")
+    dataset = load_dataset(config, tokenizer, folder, model)
+    reporter.note(
+        f"{len(dataset):,} samples of {dataset.mean_length:.0f} tokens on average, "
+        f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long"
+    )
+    trainer = Trainer(
+        config,
+        model,
+        dataset,
+        teacher=teacher,
+        sampler=make_sampler(config, tokenizer) if make_sampler and config.sample else None,
+        reporter=reporter,
+        state=load_state(checkpoint) if checkpoint else None,
+    )
+    finished = trainer.run()
+    summary = _summarise(config, trainer, dataset, finished)
+    if finished:
+        save_final(model, config, folder)
+    write_json(Path(config.output) / "training_summary.json", asdict(summary))
+    return summary
+
+
+def _summarise(
+    config: TrainConfig, trainer: Trainer, dataset: TokenDataset, finished: bool
+) -> TrainingSummary:
+    output, model = Path(config.output), trainer.student
+    return TrainingSummary(
+        finished=finished,
+        folder=str(output / "final" if finished else list_checkpoints(output)[-1]),
+        stage=config.stage,
+        steps=trainer.step,
+        seconds=round(trainer.seconds, 3),
+        tokens=trainer.step * config.batch_size * config.data.sequence_length,
+        last=trainer.last_record,
+        num_parameters=model.spec.num_parameters,
+        num_trained_parameters=_num_trained(model),
+        data={
+            "rows": dataset.num_rows,
+            "dropped": dataset.num_dropped,
+            "truncated": dataset.num_truncated,
+            "used": len(dataset),
+            "mean_length": round(dataset.mean_length, 2),
+        },
+        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        recipe=to_table(config),
+        provenance=provenance(),
+    )
+
+
+def _find_checkpoint(config: TrainConfig, resume: bool) -> Path | None:
+    """The checkpoint to go on from, checked to be of this run."""
+    output = Path(config.output)
+    found = list_checkpoints(output)
+    if not resume:
+        if found or (output / "final").exists():
+            raise TrainingError(
+                f"{output} already holds a run; continue it with --resume, choose another "
+                "--output, or remove the folder"
+            )
+        return None
+    if not found:
+        raise TrainingError(f"{output} holds no checkpoint to resume from")
+    try:
+        recorded = json.loads((found[-1] / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot resume from {found[-1]}: {error}") from None
+    table = to_table(config)
+    for name in _IDENTITY:
+        if recorded.get(name) != table[name]:
+            raise TrainingError(
+                f"{found[-1]} was made with another '{name}' than this recipe's, so it cannot be "
+                "resumed; start anew with another --output"
+            )
+    return found[-1]
+
+
+def _num_trained(model: Transformer) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _size(model: Transformer) -> str:
+    trained = _num_trained(model)
+    return f"{model.spec.num_parameters / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained"

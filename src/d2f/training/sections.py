@@ -1,0 +1,225 @@
+"""The tables of a training recipe: model, tokenizer, data, noise, objective, optimizer, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f.diffusion.schedule import MaskRatioSchedule
+from d2f.errors import ConfigError, unknown_name
+from d2f.problems import ProblemConfig
+from d2f.training.objective import check_names
+
+DATA_KINDS = ("problems", "jsonl", "hub")
+LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OVER_LONG = ("drop", "truncate")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """`[model]`: what is trained, and who teaches it."""
+
+    init: str | None = None
+    """Folder or hub id of the weights to start from; none: new weights after `config`.
+    Autoregressive weights in a diffusion stage become a Dream model, whose head stays shifted."""
+    config: Mapping[str, Any] | None = None
+    """Architecture of new weights: the entries of a published config.json."""
+    mask_token_id: int | None = None
+    """Mask token for weights that name none; none: the tokenizer's."""
+    teacher: str = "init"
+    """Stage d2f. "init": the weights the run starts from (the model with its adapter off, or a
+    frozen copy where all weights are trained); else a folder or hub id."""
+    dtype: str = "float32"
+    """Type of the weights in memory; bfloat16 only for frozen weights below an adapter."""
+    output_dtype: str = "bfloat16"
+    """Type of the weights in `final/`."""
+    max_shard_mib: int | None = None
+    """Largest weight file in MiB; none: one file."""
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.config is None):
+            raise ConfigError("[model] needs either init (weights) or config (a new architecture)")
+        one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.output_dtype", self.output_dtype, DTYPES)
+        at_least("model.max_shard_mib", self.max_shard_mib, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """`[tokenizer]`: where the tokenizer comes from; without this table, from `model.init`."""
+
+    path: str | None = None
+    """Folder or hub id."""
+    vocab_size: int | None = None
+    """Train a byte-level BPE of this size on the data instead."""
+    num_samples: int = 20_000
+    """Samples that such a tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.vocab_size is None):
+            raise ConfigError("[tokenizer] needs either path or vocab_size")
+        at_least("tokenizer.vocab_size", self.vocab_size, 260)
+        at_least("tokenizer.num_samples", self.num_samples, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """`[data]`: pairs of prompt and response, and how they become sequences."""
+
+    kind: str
+    """problems: the built-in generator; jsonl: files; hub: data sets of the hub (needs the
+    package `datasets`)."""
+    sequence_length: int
+    """Tokens of every sequence. Each starts at position 0; what follows the response is EOS."""
+    num_problems: int | None = None
+    """Problems to generate."""
+    seed: int = 0
+    """Seed of the generator."""
+    problems: ProblemConfig = field(default_factory=ProblemConfig)
+    """What the problems are like."""
+    paths: tuple[str, ...] = ()
+    """JSONL files, or ids of hub data sets; used one after the other."""
+    split: str = "train"
+    """Split of the hub data sets."""
+    prompt_field: str = "prompt"
+    """Name of the prompt in a row of files or data sets."""
+    response_field: str = "response"
+    """Name of the response in a row of files or data sets."""
+    response_suffix: str = ""
+    """Text put behind each response, before EOS: the end-of-turn token of LLaDA, say."""
+    max_prompt_length: int | None = None
+    """Samples with a longer prompt are dropped, and counted; none: as long as one token of the
+    response has room."""
+    over_long: str = "drop"
+    """Samples whose prompt, response and EOS exceed `sequence_length`: drop, or truncate the
+    response, which then has no EOS. Both are counted."""
+    num_workers: int | None = None
+    """Processes that generate and encode problems; none: as many as there are cores, for large
+    sets. The data do not depend on it."""
+
+    def __post_init__(self) -> None:
+        one_of("data.kind", self.kind, DATA_KINDS)
+        one_of("data.over_long", self.over_long, OVER_LONG)
+        at_least("data.sequence_length", self.sequence_length, 2)
+        for name in ("num_problems", "max_prompt_length", "num_workers"):
+            at_least(f"data.{name}", getattr(self, name), 1)
+        if (self.kind == "problems") != (self.num_problems is not None):
+            raise ConfigError(f'data.num_problems belongs to kind "problems", not to "{self.kind}"')
+        if (self.kind == "problems") == bool(self.paths):
+            raise ConfigError('data.paths belongs to the kinds "jsonl" and "hub", which need it')
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """`[noise]`: how much is masked (stages masked-diffusion and d2f)."""
+
+    kind: str
+    """masked-diffusion: "uniform", one rate per sample, stratified over the batch. d2f: a
+    `MaskRatioSchedule`: "monotone", "original" or "random"."""
+    low: float
+    """Smallest mask ratio."""
+    high: float
+    """Largest mask ratio."""
+    block_size: int
+    """Positions of a block; in stage masked-diffusion only the log's loss per block and
+    `train_on_eos_blocks` know blocks."""
+    frontier_share: float = 0.0
+    """masked-diffusion: share of the samples of a batch that are noised as decoding in blocks sees
+    them: all before a random block is visible, all behind it masked. See `frontier_inputs`."""
+    train_on_eos_blocks: bool = True
+    """Blocks of nothing but EOS are masked and count in the loss. False: they stay visible EOS."""
+
+    def __post_init__(self) -> None:
+        at_least("noise.block_size", self.block_size, 1)
+        if not 0 <= self.frontier_share < 1 or (self.frontier_share and self.kind != "uniform"):
+            raise ConfigError(
+                f"noise.frontier_share is {self.frontier_share}; it must be in 0 … 1, and belongs "
+                'to kind "uniform"'
+            )
+        if self.kind == "uniform":
+            if not 0 < self.low <= self.high <= 1:
+                raise ConfigError(
+                    f"noise from {self.low} to {self.high}: it must satisfy 0 < low <= high <= 1"
+                )
+        else:
+            self.schedule()
+
+    def schedule(self) -> MaskRatioSchedule:
+        """The schedule of mask ratios per block."""
+        return MaskRatioSchedule(kind=self.kind, low=self.low, high=self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """`[objective]`: the loss of stage d2f; see `distillation_loss`."""
+
+    objective: str = "forward_kl"
+    """forward_kl, reverse_kl, soft_cross_entropy or cross_entropy (to the data, no teacher)."""
+    weighting: str = "inverse_ratio"
+    """inverse_ratio or none."""
+
+    def __post_init__(self) -> None:
+        check_names(self.objective, self.weighting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """`[optimizer]`: AdamW and its learning rate."""
+
+    lr: float
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.05
+    """On matrices; never on norms, biases and the embedding table."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    schedule: str = "constant"
+    """After warm-up: constant, linear or cosine down to `final_lr_share`, or wsd: stable, then
+    linear from `decay_start` on."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay_start: float = 0.7
+    """wsd: share of the run after which the learning rate falls."""
+    final_lr_share: float = 0.0
+    """Last learning rate as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.schedule", self.schedule, LR_SCHEDULES)
+        for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("decay_start", "final_lr_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; it must be in 0 … 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """`[sample]`: answers written to the log during training."""
+
+    every: int
+    """Steps between them."""
+    num_prompts: int = 4
+    """Prompts: held-out problems, or the first rows of the files."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_prompts", "max_new_tokens"):
+            at_least(f"sample.{name}", getattr(self, name), 1)
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for a value that is not among the known ones."""
+    if value not in known:
+        raise ConfigError(unknown_name(name, value, known))
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raise `ConfigError` for a number that is too small; None passes."""
+    if value is not None and value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,313 @@
+"""From a clean batch to a loss: noise, forward passes, loss per position, for each stage.
+
+Shapes: B sequences, L positions, N blocks, M selected positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from d2f.diffusion.corruption import corrupt
+from d2f.diffusion.layout import BlockLayout, causal_blocks
+from d2f.models.lora import adapter_disabled
+from d2f.models.transformer import Transformer
+from d2f.training.config import TrainConfig
+from d2f.training.data import Batch
+from d2f.training.objective import (
+    diffusion_weights,
+    distillation_weights,
+    mean_weights,
+    position_loss,
+)
+from d2f.training.sections import NoiseConfig, ObjectiveConfig
+
+FRONTIER_BLOCKS = 3
+"""Blocks that count in the loss of `frontier_inputs`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepInputs:
+    """What the forward passes and the loss of a batch, or of a part of one, need."""
+
+    ids_BL: Tensor
+    """Tokens that the models read: the noisy sequence, or the clean one in autoregression."""
+    target_BL: Tensor
+    """Clean tokens."""
+    weight_BL: Tensor
+    """Weight of each position's loss. Those of a whole batch already hold the denominator, so the
+    losses of its parts add up."""
+    block_BL: Tensor
+    """Block numbers (int32): 0 for the prompt, then 1 … N."""
+    selected_M: Tensor | None = None
+    """Positions of the flattened batch with a weight; None: the loss is computed at all of them,
+    which keeps shapes the same from step to step."""
+
+    def parts(self, size: int, *, select: bool) -> Iterator[StepInputs]:
+        """Cut the batch into micro-batches; `select` leaves out positions without a weight."""
+        columns = (self.ids_BL, self.target_BL, self.weight_BL, self.block_BL)
+        for ids, target, weight, block in zip(*(c.split(size) for c in columns), strict=True):
+            yield StepInputs(
+                ids_BL=ids,
+                target_BL=target,
+                weight_BL=weight,
+                block_BL=block,
+                selected_M=weight.flatten().nonzero()[:, 0] if select else None,
+            )
+
+    def to(self, device: torch.device) -> StepInputs:
+        """Copy to a device, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **moved)
+
+
+def make_inputs(
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    mask_token_id: int | None,
+    generator: torch.Generator,
+) -> StepInputs:
+    """Corrupt a clean batch as the stage asks; the same generator state gives the same noise."""
+    if config.stage == "autoregressive":
+        return autoregressive_inputs(batch)
+    assert config.noise is not None
+    assert mask_token_id is not None
+    if config.stage == "masked-diffusion":
+        return masked_diffusion_inputs(batch, config.noise, mask_token_id, generator)
+    weighting = (config.objective or ObjectiveConfig()).weighting
+    return d2f_inputs(batch, config.noise, weighting, mask_token_id, generator)
+
+
+def autoregressive_inputs(batch: Batch) -> StepInputs:
+    """The response and its first EOS count; the padding behind does not."""
+    position_L = torch.arange(batch.ids_BL.shape[1])
+    # Nothing precedes position 0, so without a prompt its token cannot be predicted.
+    first_B1 = batch.prompt_length_B.clamp_min(1)[:, None]
+    counted_BL = (position_L >= first_B1) & (position_L < batch.end_B[:, None])
+    return StepInputs(
+        ids_BL=batch.ids_BL,
+        target_BL=batch.ids_BL,
+        weight_BL=mean_weights(counted_BL),
+        block_BL=counted_BL.to(torch.int32),
+    )
+
+
+def masked_diffusion_inputs(
+    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
+) -> StepInputs:
+    """One mask rate t per sequence, uniform in [low, high] and stratified over the batch.
+
+    The rates lie one in each of as many equal strata, which leaves the distribution of each as it
+    is and takes most of the variance out of the batch's loss. With `noise.frontier_share`, the
+    first sequences of the batch, whose order is random, are noised by `frontier_inputs` instead.
+    """
+    size = batch.ids_BL.shape[0]
+    num_frontier = round(noise.frontier_share * size)
+    offset = torch.rand((), generator=generator)
+    t_B1 = noise.low + (noise.high - noise.low) * _strata(offset, size - num_frontier)[:, None]
+    scattered = _scattered_inputs(
+        batch.part(num_frontier, size), noise, mask_token_id, generator, t_B1
+    )
+    if num_frontier == 0:
+        return scattered
+    frontier = frontier_inputs(batch.part(0, num_frontier), noise, mask_token_id, generator)
+    share = num_frontier / size
+    return StepInputs(
+        ids_BL=torch.cat([frontier.ids_BL, scattered.ids_BL]),
+        target_BL=batch.ids_BL,
+        weight_BL=torch.cat([frontier.weight_BL * share, scattered.weight_BL * (1 - share)]),
+        block_BL=torch.cat([frontier.block_BL, scattered.block_BL]),
+    )
+
+
+def _strata(offset: Tensor, size: int) -> Tensor:
+    """One number (size,) in each of `size` equal parts of [0, 1)."""
+    return (offset + torch.arange(size) / size) % 1
+
+
+def _scattered_inputs(
+    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator, t_B1: Tensor
+) -> StepInputs:
+    length = batch.ids_BL.shape[1]
+    end_B = _noise_end(batch, noise)
+    noised = corrupt(
+        batch.ids_BL,
+        BlockLayout(prompt_length=batch.prompt_length_B, block_size=length),
+        t_B1,
+        mask_token_id=mask_token_id,
+        generator=generator,
+        lengths_B=end_B,
+    )
+    position_L = torch.arange(length)
+    response_BL = (position_L >= batch.prompt_length_B[:, None]) & (position_L < end_B[:, None])
+    return StepInputs(
+        ids_BL=noised.ids_BL,
+        target_BL=batch.ids_BL,
+        weight_BL=diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL),
+        block_BL=_blocks(batch, noise).block_numbers(length),
+    )
+
+
+def frontier_inputs(
+    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
+) -> StepInputs:
+    """Noise as a sampler that decodes block by block meets it.
+
+    Blocks before a random one are visible, that one is masked at a uniform rate, all behind it are
+    masked whole. Scattered noise all but never shows such a sequence. The loss is the mean over
+    the masks of the first `FRONTIER_BLOCKS` masked blocks; what lies further ahead cannot be known
+    yet and would drown the rest.
+    """
+    size, length = batch.ids_BL.shape
+    layout = _blocks(batch, noise)
+    answer_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
+    first_B = (torch.rand(size, generator=generator) * answer_B).long()
+    block_N = torch.arange(-(-length // noise.block_size))
+    t_B1 = _strata(torch.rand((), generator=generator), size)[:, None]
+    ratio_BN = torch.where(block_N < first_B[:, None], 0.0, 1.0)
+    ratio_BN = torch.where(block_N == first_B[:, None], t_B1, ratio_BN)
+    noised = corrupt(
+        batch.ids_BL,
+        layout,
+        ratio_BN,
+        mask_token_id=mask_token_id,
+        generator=generator,
+        lengths_B=_noise_end(batch, noise),
+    )
+    block_BL = layout.block_numbers(length)
+    counted_BL = noised.masked_BL & (block_BL <= first_B[:, None] + FRONTIER_BLOCKS)
+    return StepInputs(
+        ids_BL=noised.ids_BL,
+        target_BL=batch.ids_BL,
+        weight_BL=counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size,
+        block_BL=block_BL,
+    )
+
+
+def d2f_inputs(
+    batch: Batch,
+    noise: NoiseConfig,
+    weighting: str,
+    mask_token_id: int,
+    generator: torch.Generator,
+) -> StepInputs:
+    """Mask ratios that belong to blocks (paper, section 3.2), for student and teacher alike."""
+    end_B = _noise_end(batch, noise)
+    layout = _blocks(batch, noise)
+    num_blocks_B = -(-(end_B - batch.prompt_length_B) // noise.block_size)
+    noised = corrupt(
+        batch.ids_BL,
+        layout,
+        noise.schedule().sample(num_blocks_B, generator),
+        mask_token_id=mask_token_id,
+        generator=generator,
+        lengths_B=end_B,
+    )
+    return StepInputs(
+        ids_BL=noised.ids_BL,
+        target_BL=batch.ids_BL,
+        weight_BL=distillation_weights(noised.masked_BL, noised.ratio_BL, weighting),
+        block_BL=layout.block_numbers(batch.ids_BL.shape[1]),
+    )
+
+
+def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
+    return BlockLayout(prompt_length=batch.prompt_length_B, block_size=noise.block_size)
+
+
+def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
+    """Where noise ends (B,): at the sequence's end, or at that of the block with the first EOS."""
+    length = torch.tensor(batch.ids_BL.shape[1])
+    if noise.train_on_eos_blocks:
+        return length.expand_as(batch.end_B)
+    blocks_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
+    return (batch.prompt_length_B + blocks_B * noise.block_size).minimum(length)
+
+
+class StageLoss:
+    """The loss of a part of a batch: `loss(inputs)` gives (scalar, loss_BL without gradient).
+
+    Stage d2f runs the teacher first, under full attention and without gradients: another model,
+    or, if `teacher` is None, the student with its adapter off. The student then reads the same
+    noisy tokens under block-causal attention.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Transformer,
+        teacher: Transformer | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.compiled = compiled
+        self._distils = config.stage == "d2f"
+        self._causal = config.stage == "autoregressive"
+        objective = (config.objective or ObjectiveConfig()).objective
+        self._objective = objective if self._distils else "cross_entropy"
+        self._autocast = config.precision == "bfloat16"
+        self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._compute
+        self._teach: Callable[..., Tensor] = self._logits
+        if compiled:
+            # Fills what the models compute once and keep, which would else compile them twice.
+            with torch.no_grad():
+                for model in filter(None, (student, teacher)):
+                    model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
+            self._student_loss = torch.compile(self._compute, dynamic=False)
+            self._teach = torch.compile(self._logits, dynamic=False)
+
+    def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and the loss of each position (0 where it was not computed)."""
+        rows_M = inputs.selected_M
+        target = inputs.target_BL.flatten()
+        if self._objective != "cross_entropy":
+            with torch.no_grad(), self._teacher_view():
+                target = self._teach(self.teacher or self.student, inputs.ids_BL, None, rows_M)
+        elif rows_M is not None:
+            target = target[rows_M]
+        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, inputs.block_BL, rows_M)
+
+    def _teacher_view(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
+
+    def _compute(
+        self,
+        ids_BL: Tensor,
+        target_M: Tensor,
+        weight_BL: Tensor,
+        block_BL: Tensor,
+        rows_M: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        attended = block_BL if self._distils else None
+        if self._causal:
+            attended = causal_blocks(ids_BL.shape[1], ids_BL.device)
+        logits_MV = self._logits(self.student, ids_BL, attended, rows_M)
+        loss_M = position_loss(logits_MV, target_M, self._objective)
+        if rows_M is None:
+            loss_BL = loss_M.view(weight_BL.shape)
+        else:
+            flat = torch.zeros(weight_BL.numel(), device=loss_M.device)
+            loss_BL = flat.index_copy(0, rows_M, loss_M).view(weight_BL.shape)
+        return (weight_BL * loss_BL).sum(), loss_BL.detach()
+
+    def _logits(
+        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None, rows_M: Tensor | None
+    ) -> Tensor:
+        """Aligned logits (M, V), fp32, of the selected rows of the flattened batch."""
+        with torch.autocast(ids_BL.device.type, torch.bfloat16, enabled=self._autocast):
+            aligned_TD = model.align(model(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+            # Chosen before the head: its output is what fills the memory.
+            return model.head(aligned_TD if rows_M is None else aligned_TD[rows_M])

@@ -1,0 +1,302 @@
+"""The training loop: batches, noise, gradients, guarded updates, log, checkpoints.
+
+Everything random is a function of (seed, step), except dropout, whose generator state is part of
+a checkpoint. So a run that is resumed goes on as if it had not been stopped, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2f.errors import TrainingError
+from d2f.models.transformer import Transformer
+from d2f.training.checkpoint import save_checkpoint
+from d2f.training.config import TrainConfig
+from d2f.training.data import SampleOrder, TokenDataset
+from d2f.training.objective import block_sums
+from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
+from d2f.training.progress import JsonLog, Reporter, Silent
+from d2f.training.seeds import derive_seed, generator
+from d2f.training.step import StageLoss, StepInputs, make_inputs
+
+Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
+"""Answers some prompts; every record has `prompt` and `answer`."""
+
+
+class Trainer:
+    """One run of one stage on one device.
+
+    Args:
+        config: The recipe.
+        student: The model, on its device, whose trained parameters require gradients.
+        dataset: The samples.
+        teacher: Stage d2f: a frozen model; None: the student with its adapter off.
+        sampler: Gives sample answers; called every `sample.every` steps.
+        reporter: Is told of every record.
+        state: What `load_state` read, to go on from there.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Transformer,
+        dataset: TokenDataset,
+        *,
+        teacher: Transformer | None = None,
+        sampler: Sampler | None = None,
+        reporter: Reporter | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.device = student.device
+        self.step = 0
+        """Updates made so far."""
+        self.seconds = 0.0
+        """Training time, without the first step, samples and checkpoints."""
+        self.last_record: dict[str, Any] | None = None
+        compiled = config.compile and self.device.type == "cuda"
+        self.loss = StageLoss(config, student, teacher, compiled=compiled)
+        self.update = GuardedUpdate(
+            build_optimizer(student, config.optimizer), config.optimizer.clip_norm
+        )
+        self.order = SampleOrder(
+            num_rows=len(dataset), batch_size=config.batch_size, seed=config.seed
+        )
+        self._dataset = dataset
+        self._sampler = sampler
+        self._reporter = reporter or Silent()
+        self._state = state
+        self._stop = threading.Event()
+        if state is not None:
+            self._restore(state)
+        output = Path(config.output)
+        self._log = JsonLog(output / "log.jsonl", after_step=self.step)
+        self._samples = JsonLog(output / "samples.jsonl", after_step=self.step)
+        self._window = _Window(self.step, self.seconds)
+
+    def stop(self) -> None:
+        """Ask the run to save a checkpoint and end after the step in progress."""
+        self._stop.set()
+
+    def run(self) -> bool:
+        """Train to the end; False if it was stopped before, with a checkpoint saved.
+
+        Raises:
+            TrainingError: A loss or gradient was not finite. The weights of the step before are
+                saved as a checkpoint.
+        """
+        self.student.train()
+        devices = [self.device] if self.device.type == "cuda" else []
+        # The caller's random state is none of our business.
+        with torch.random.fork_rng(devices), self._signals():
+            torch.manual_seed(derive_seed(self.config.seed, "dropout"))
+            if self._state is not None:
+                self._restore_rng(self._state["rng"])
+            return self._loop()
+
+    def _loop(self) -> bool:
+        start = None
+        while self.progress < 1 and not self._stop.is_set():
+            self._train_step()
+            if start is None:
+                # The first step compiles; it would spoil speeds and time-driven schedules.
+                self._wait()
+                start = time.perf_counter() - self.seconds
+                self._window.timed_from = (self.step, self.seconds)
+            self.seconds = time.perf_counter() - start
+            due = self.step % self.config.log_every == 0
+            if due or self.progress >= 1:
+                self._wait()
+                self.seconds = time.perf_counter() - start
+                self._write_log()
+            elif self.device.type == "cpu":
+                self._check_finite()
+            pause = time.perf_counter()
+            self._sample_if_due()
+            every = self.config.checkpoint_every
+            if every is not None and self.step % every == 0 and self.progress < 1:
+                self.save()
+            start += time.perf_counter() - pause
+        self._check_finite()
+        if self.progress < 1:
+            self.save()
+        return self.progress >= 1
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or, where the recipe limits them, seconds."""
+        share = self.step / self.config.steps
+        if self.config.max_seconds is not None:
+            share = max(share, self.seconds / self.config.max_seconds)
+        return min(share, 1.0)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step."""
+        self._check_finite()
+        return self._save(self.step)
+
+    def _train_step(self) -> None:
+        """One update from one batch, in parts of `micro_batch_size`."""
+        lr = learning_rate(self.config.optimizer, self.step, self.progress)
+        batch = self._dataset.batch(self.order.rows(self.step))
+        inputs = make_inputs(
+            batch,
+            self.config,
+            mask_token_id=self.student.spec.mask_token_id,
+            generator=generator(self.config.seed, "noise", self.step),
+        )
+        size = self.config.micro_batch_size or self.config.batch_size
+        total = torch.zeros((), device=self.device)
+        logged = (self.step + 1) % self.config.log_every == 0
+        for part in inputs.parts(size, select=not self.loss.compiled):
+            moved = part.to(self.device)
+            loss, loss_BL = self.loss(moved)
+            loss.backward()
+            total += loss.detach()
+            if logged:
+                self._window.add_blocks(moved, loss_BL, self._num_blocks)
+        self.step += 1
+        norm = self.update.apply(self.step, lr, total)
+        self._window.add(total, norm, lr)
+
+    @property
+    def _num_blocks(self) -> int:
+        noise = self.config.noise
+        return 0 if noise is None else -(-self._dataset.sequence_length // noise.block_size)
+
+    def _write_log(self) -> None:
+        self._check_finite()
+        tokens = self.config.batch_size * self._dataset.sequence_length
+        record = self._window.record(self.step, tokens, self.seconds) | {
+            "progress": round(self.progress, 6)
+        }
+        self._window = _Window(self.step, self.seconds)
+        self.last_record = record
+        self._log.write([record])
+        self._reporter.record(record)
+
+    def _sample_if_due(self) -> None:
+        settings = self.config.sample
+        if self._sampler is None or settings is None or self.step % settings.every:
+            return
+        self.student.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            answers = [{"step": self.step, **answer} for answer in self._sampler(self.student)]
+        self.student.train()
+        self._samples.write(answers)
+        if answers:
+            self._reporter.sample(answers[0])
+
+    def _check_finite(self) -> None:
+        bad = self.update.first_bad_step()
+        if bad is None:
+            return
+        folder = self._save(bad - 1)
+        raise TrainingError(
+            f"loss or gradient is not finite at step {bad}; the weights of step {bad - 1} are in "
+            f"{folder}. Lower optimizer.lr, or look at the data"
+        )
+
+    def _save(self, step: int) -> Path:
+        self._wait()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "step": step,
+            "seconds": self.seconds,
+            "rng": rng,
+            "optimizer": self.update.optimizer.state_dict(),
+        }
+        return save_checkpoint(self.student, self.config, state, step=step)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.update.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise TrainingError(f"the checkpoint does not fit this recipe: {error}") from None
+
+    def _restore_rng(self, rng: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop the run after the step; a second Ctrl-C is the usual one."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: object) -> None:
+            self.stop()
+            self._reporter.note("stopping after this step; once more Ctrl-C to stop at once")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Window:
+    """Sums since the last line of the log; they stay on the device until the line is written."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.timed_from = (step, seconds)
+        """Where the clock of the window started."""
+        self._losses: list[Tensor] = []
+        self._norm: Tensor | None = None
+        self._lr = 0.0
+        self._blocks: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+        self._losses.append(loss)
+        self._norm, self._lr = norm, lr
+
+    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
+        if num_blocks:
+            counted_BL = inputs.weight_BL > 0
+            self._blocks.append(block_sums(loss_BL, counted_BL, inputs.block_BL, num_blocks))
+
+    def record(self, step: int, tokens_per_step: int, seconds: float) -> dict[str, Any]:
+        """The line: mean loss over the window; block losses, norm and rate of its last step."""
+        assert self._norm is not None
+        steps, elapsed = step - self.timed_from[0], seconds - self.timed_from[1]
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": torch.stack(self._losses).mean().item(),
+            "lr": self._lr,
+            "grad_norm": self._norm.item(),
+            "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
+            "seconds": round(seconds, 3),
+        }
+        if self._blocks:
+            sums_N = torch.stack([sums for sums, _ in self._blocks]).sum(0)
+            counts_N = torch.stack([counts for _, counts in self._blocks]).sum(0)
+            means = (sums_N / counts_N.clamp_min(1)).tolist()
+            record["loss_per_block"] = [
+                round(mean, 6) if count else None
+                for mean, count in zip(means, counts_N.tolist(), strict=True)
+            ]
+        return record

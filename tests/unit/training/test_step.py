@@ -1,0 +1,161 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.unit.training.tiny_run import FAMILY, make_config
+
+from d2f.diffusion.layout import BlockLayout
+from d2f.errors import ConfigError
+from d2f.models.lora import adapter_disabled, adapter_parameters
+from d2f.testing import tiny_adapter, tiny_model
+from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID
+from d2f.training.data import Batch
+from d2f.training.objective import (
+    autoregressive_loss,
+    distillation_loss,
+    masked_diffusion_loss,
+)
+from d2f.training.sections import NoiseConfig, ObjectiveConfig
+from d2f.training.step import StageLoss, make_inputs
+
+LENGTH = 20
+
+
+def make_batch(size=4):
+    g = torch.Generator().manual_seed(0)
+    prompt, end = torch.tensor([1, 3, 5, 2])[:size], torch.tensor([12, 9, 20, 7])[:size]
+    ids = torch.randint(90, (size, LENGTH), generator=g)
+    ids = torch.where(torch.arange(LENGTH) < end[:, None] - 1, ids, EOS_TOKEN_ID)
+    return Batch(ids_BL=ids, prompt_length_B=prompt, end_B=end)
+
+
+def inputs_of(config, batch=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return make_inputs(batch or make_batch(), config, mask_token_id=MASK_TOKEN_ID, generator=g)
+
+
+def models(config):
+    student = tiny_model(FAMILY[config.stage]).requires_grad_(True)
+    teacher = tiny_model("Dream", seed=1) if config.stage == "d2f" else None
+    return student, teacher
+
+
+def total(loss, inputs, size, *, select):
+    return sum(loss(part)[0] for part in inputs.parts(size, select=select))
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("stage", ["autoregressive", "masked-diffusion", "d2f"])
+def test_the_loss_is_the_public_one(stage, tmp_path):
+    config = make_config(tmp_path, stage)
+    batch, inputs = make_batch(), inputs_of(config)
+    student, teacher = models(config)
+    loss = total(StageLoss(config, student, teacher), inputs, 4, select=True)
+    position = torch.arange(LENGTH)
+    response = position >= batch.prompt_length_B[:, None]
+    masked = inputs.ids_BL == MASK_TOKEN_ID
+    if stage == "autoregressive":
+        counted = response & (position < batch.end_B[:, None])
+        expected = autoregressive_loss(student.logits(batch.ids_BL), batch.ids_BL, counted)
+    elif stage == "masked-diffusion":
+        # The weight of a masked position is 1 / (t * response positions).
+        t = 1 / (inputs.weight_BL.amax(1, keepdim=True) * response.sum())
+        logits = student.logits(inputs.ids_BL)
+        expected = masked_diffusion_loss(logits, batch.ids_BL, masked, t, response)
+    else:
+        layout = BlockLayout(prompt_length=batch.prompt_length_B, block_size=4)
+        ratio = torch.where(masked, 1 / (inputs.weight_BL * masked.sum()), 1.0)
+        expected = distillation_loss(
+            student.logits(inputs.ids_BL, layout), teacher.logits(inputs.ids_BL), masked, ratio
+        )
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("select", [True, False])
+@pytest.mark.parametrize("stage", ["autoregressive", "masked-diffusion", "d2f"])
+def test_accumulated_parts_are_the_whole(stage, select, tmp_path):
+    config = make_config(tmp_path, stage)
+    student, teacher = models(config)
+    loss, inputs = StageLoss(config, student, teacher), inputs_of(config)
+    whole, parts = (total(loss, inputs, size, select=select) for size in (4, 1))
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-6)
+    for one, other in zip(gradients(whole, student), gradients(parts, student), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_teacher_is_the_model_with_its_adapter_off(tmp_path):
+    config = make_config(tmp_path, "d2f", objective=ObjectiveConfig(weighting="none"))
+    model = tiny_model("Dream")
+    tiny_adapter(model)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
+    inputs = inputs_of(config)
+    loss = total(StageLoss(config, model), inputs, 4, select=True)
+    layout = BlockLayout(prompt_length=make_batch().prompt_length_B, block_size=4)
+    with adapter_disabled(model), torch.no_grad():
+        teacher = model.logits(inputs.ids_BL)
+    masked = inputs.ids_BL == MASK_TOKEN_ID
+    student = model.logits(inputs.ids_BL, layout)
+    expected = distillation_loss(student, teacher, masked, 1.0, weighting="none")
+    torch.testing.assert_close(loss, expected)
+    assert any(gradient.abs().max() > 0 for gradient in gradients(loss, model))
+
+
+def test_prompt_stays_and_noise_follows_the_generator(tmp_path):
+    for stage in ("masked-diffusion", "d2f"):
+        config, batch = make_config(tmp_path, stage), make_batch()
+        first, same, other = (inputs_of(config, seed=seed) for seed in (0, 0, 1))
+        prompt = torch.arange(LENGTH) < batch.prompt_length_B[:, None]
+        assert torch.equal(first.ids_BL[prompt], batch.ids_BL[prompt])
+        assert torch.equal(first.ids_BL, same.ids_BL)
+        assert not torch.equal(first.ids_BL, other.ids_BL)
+        assert torch.equal(first.weight_BL > 0, first.ids_BL == MASK_TOKEN_ID)
+
+
+def test_rates_are_stratified_over_the_batch(tmp_path):
+    noise = NoiseConfig(kind="uniform", low=0.001, high=1.0, block_size=4)
+    config = make_config(tmp_path, "masked-diffusion", noise=noise)
+    size, length = 16, 2000
+    batch = Batch(
+        ids_BL=torch.zeros(size, length, dtype=torch.long),
+        prompt_length_B=torch.zeros(size, dtype=torch.long),
+        end_B=torch.full((size,), length),
+    )
+    share = (inputs_of(config, batch).ids_BL == MASK_TOKEN_ID).float().mean(1).sort().values
+    steps = share.diff()
+    assert steps.min() > 0.02
+    assert steps.max() < 0.11
+
+
+@pytest.mark.parametrize("stage", ["masked-diffusion", "d2f"])
+def test_eos_blocks_can_be_left_out(stage, tmp_path):
+    config = make_config(tmp_path, stage)
+    noise = config.noise
+    everything = replace(noise, low=0.999, high=1.0)
+    kept = inputs_of(replace(config, noise=everything))
+    left_out = inputs_of(replace(config, noise=replace(everything, train_on_eos_blocks=False)))
+    batch = make_batch()
+    position = torch.arange(LENGTH)
+    # Ends 12, 9, 20, 7 and prompts 1, 3, 5, 2 on grids of 4: noise ends at 13, 11, 20, 10.
+    end = torch.tensor([13, 11, 20, 10])[:, None]
+    after = position >= end
+    assert (left_out.ids_BL[after] == batch.ids_BL.expand(4, -1)[after]).all()
+    assert (left_out.weight_BL[after] == 0).all()
+    assert (kept.weight_BL[after] > 0).float().mean() > 0.9
+    assert (left_out.weight_BL[(position < end) & (kept.block_BL > 0)] > 0).float().mean() > 0.9
+
+
+def test_without_a_prompt_autoregression_skips_the_first_token(tmp_path):
+    batch = replace(make_batch(1), prompt_length_B=torch.tensor([0]))
+    weight = inputs_of(make_config(tmp_path, "autoregressive"), batch).weight_BL
+    assert weight[0, 0] == 0
+    assert (weight[0, 1:12] > 0).all()
+    assert (weight[0, 12:] == 0).all()
+
+
+def test_noise_of_the_wrong_kind_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not fit"):
+        make_config(tmp_path, "masked-diffusion", noise=make_config(tmp_path, "d2f").noise)

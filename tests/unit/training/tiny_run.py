@@ -1,0 +1,65 @@
+"""A tiny run: short sequences of a pattern, a tiny model, any stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from d2f.models.lora import attach_adapter
+from d2f.testing import tiny_model
+from d2f.testing.tiny import EOS_TOKEN_ID
+from d2f.training.config import TrainConfig
+from d2f.training.data import TokenDataset
+from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
+from d2f.training.sources import Encoded
+from d2f.training.trainer import Trainer
+
+NOISE = {
+    "autoregressive": None,
+    "masked-diffusion": NoiseConfig(kind="uniform", low=0.001, high=1.0, block_size=4),
+    "d2f": NoiseConfig(kind="original", low=0.2, high=0.7, block_size=4),
+}
+FAMILY = {"autoregressive": "qwen2", "masked-diffusion": "llada", "d2f": "Dream"}
+
+
+def make_config(output: Any, stage: str, **overrides: Any) -> TrainConfig:
+    config = TrainConfig(
+        stage=stage,
+        output=str(output),
+        steps=6,
+        batch_size=8,
+        log_every=1,
+        model=ModelConfig(init="unused"),
+        data=DataConfig(kind="problems", num_problems=1, sequence_length=24),
+        optimizer=OptimizerConfig(lr=3e-3),
+        noise=NOISE[stage],
+    )
+    return replace(config, **overrides)
+
+
+def make_dataset(config: TrainConfig, num_samples: int = 40) -> TokenDataset:
+    """Prompts of 1 to 4 tokens; the response counts on from the last of them."""
+    encoded = Encoded()
+    for i in range(num_samples):
+        size = 1 + i % 4
+        prompt = [10 + i % 7] * size
+        response = [prompt[-1] + 1 + k for k in range(6 + i % 5)]
+        encoded.tokens.extend(prompt + response)
+        encoded.prompt_lengths.append(len(prompt))
+        encoded.response_lengths.append(len(response))
+    return TokenDataset(encoded, config.data, eos_token_id=EOS_TOKEN_ID)
+
+
+def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
+    """A trainer on a tiny model; for stage d2f with a LoRA adapter where the config has one."""
+    model = tiny_model(FAMILY[config.stage])
+    teacher = None
+    if config.lora is not None:
+        attach_adapter(model, config.lora, torch.Generator().manual_seed(0))
+    else:
+        model.requires_grad_(True)
+        if config.stage == "d2f":
+            teacher = tiny_model("Dream")
+    return Trainer(config, model, make_dataset(config), teacher=teacher, **options)
