@@ -1,0 +1,191 @@
+"""`d2f inspect`: what a checkpoint is, read from its headers without loading a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
+    from d2f.models.storage import StoredTensor
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its hub id.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a LoRA adapter for it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a checkpoint is: architecture, sizes, token ids, adapter, policy, memory needed.
+
+    No weight is loaded, so this takes no memory; keys and shapes are checked all the same.
+
+    Example: d2f inspect ./my-model --adapter ./my-adapter
+    """
+    import json
+
+    report = inspect_model(model, adapter)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(render(report))
+
+
+def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
+    """The facts of a checkpoint and, if given, of an adapter for it, as plain values.
+
+    From the hub only the small files are fetched; `dtype` and `files` are then None.
+
+    Raises:
+        CheckpointError: The model or the adapter is missing, broken or of another kind.
+
+    Example:
+        >>> from d2f.testing import write_checkpoint
+        >>> import tempfile
+        >>> inspect_model(write_checkpoint(tempfile.mkdtemp(), "llada"))["architecture"]
+        'llada'
+    """
+    from d2f.hub import resolve_folder
+    from d2f.models.checkpoint import match_headers, read_spec
+    from d2f.models.storage import read_policy
+
+    folder = resolve_folder(path, weights=False)
+    spec = read_spec(folder)
+    # A folder given by its path must hold its weights; that of a hub id need not hold them yet.
+    local = Path(path).expanduser().is_dir()
+    stored = match_headers(folder, spec) if local or any(folder.glob("*.safetensors")) else None
+    policy, adapted = spec.recommended_policy, None
+    if adapter is not None:
+        adapter_folder = resolve_folder(adapter)
+        policy = read_policy(adapter_folder) or policy
+        adapted = {"path": str(adapter)} | _adapter(adapter_folder, spec)
+    return {
+        "path": str(path),
+        "architecture": spec.architecture.name,
+        "decodes": "autoregressively" if spec.architecture.causal else "by diffusion",
+        "parameters": spec.num_parameters,
+        "dtype": None if stored is None else _dtypes(stored),
+        "sizes": _sizes(spec),
+        "token_ids": {
+            "mask": spec.mask_token_id,
+            "eos": list(spec.eos_token_ids),
+            "bos": spec.bos_token_id,
+            "pad": spec.pad_token_id,
+        },
+        "adapter": adapted,
+        "recommended_policy": None if policy is None else policy.to_dict(),
+        "memory": {
+            "weights_bf16_bytes": 2 * spec.num_parameters,
+            "weights_fp32_bytes": 4 * spec.num_parameters,
+            "kv_bf16_bytes_per_token": spec.kv_bytes_per_token,
+            "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
+        },
+        "files": None if stored is None else _files(stored),
+    }
+
+
+def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    from d2f.models.lora import read_adapter
+
+    config, targets, tensors = read_adapter(folder, spec)
+    return {
+        "r": config.r,
+        "alpha": config.alpha,
+        "use_rslora": config.use_rslora,
+        "targets": sorted({published.rsplit(".", 1)[-1] for published in targets}),
+        "modules": len(targets),
+        "parameters": sum(_numel(tensor) for tensor in tensors.values()),
+    }
+
+
+def _sizes(spec: ModelSpec) -> dict[str, Any]:
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"]
+    names += ["num_kv_heads", "head_dim", "max_positions", "tie_embeddings"]
+    return {name: getattr(spec, name) for name in names}
+
+
+def _numel(tensor: StoredTensor) -> int:
+    return tensor.num_bytes // tensor.dtype.itemsize
+
+
+def _dtypes(stored: dict[str, StoredTensor]) -> str:
+    """The dtypes of the tensors, that of most numbers first."""
+    count: Counter[str] = Counter()
+    for tensor in stored.values():
+        count[str(tensor.dtype).removeprefix("torch.")] += _numel(tensor)
+    return ", ".join(name for name, _ in count.most_common())
+
+
+def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
+    count = Counter(tensor.file for tensor in stored.values())
+    return [
+        {"name": file.name, "bytes": file.stat().st_size, "tensors": number}
+        for file, number in sorted(count.items())
+    ]
+
+
+def render(report: dict[str, Any]) -> Any:
+    """The report as a rich table of two columns."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _lines(report):
+        table.add_row(name, value)
+    return table
+
+
+def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    sizes, memory, adapter = report["sizes"], report["memory"], report["adapter"]
+    lines = [
+        ("architecture", f"{report['architecture']}, decodes {report['decodes']}"),
+        ("parameters", f"{report['parameters']:,} ({report['dtype'] or 'weights not fetched'})"),
+        ("layers", f"{sizes['num_layers']} of width {sizes['hidden_size']:,}"),
+        ("feed-forward", f"width {sizes['intermediate_size']:,}"),
+        ("heads", f"{sizes['num_heads']}, {sizes['num_kv_heads']} of keys and values"),
+        ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
+        ("positions", f"{sizes['max_positions']:,}"),
+        ("token ids", _pairs(report["token_ids"])),
+        ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
+        ("adapter", "none" if adapter is None else _adapter_line(adapter)),
+        (
+            "weights",
+            f"{_human(memory['weights_bf16_bytes'])} in bf16, "
+            f"{_human(memory['weights_fp32_bytes'])} in fp32",
+        ),
+        (
+            "KV cache",
+            f"{_human(memory['kv_bf16_bytes_per_token'])} per token in bf16, "
+            f"{_human(memory['kv_bf16_bytes_at_max_positions'])} for all positions",
+        ),
+    ]
+    for file in report["files"] or []:
+        size = _human(file["bytes"])
+        lines.append(("file", f"{file['name']}, {size}, {file['tensors']} tensors"))
+    return lines
+
+
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    return (
+        f"LoRA r={adapter['r']}, alpha={adapter['alpha']} on {', '.join(adapter['targets'])} "
+        f"({adapter['modules']} modules, {adapter['parameters']:,} parameters)"
+    )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, []))
+
+
+def _human(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""Measuring: scores on problems, and strategies side by side. Knows the engine only."""

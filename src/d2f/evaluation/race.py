@@ -1,0 +1,169 @@
+"""Strategies side by side on the same problems: score, speed, and what makes the difference.
+
+All runs take the problems in turn (problem 1 with every strategy, problem 2 with every strategy,
+…), so that a disturbance of the machine hits them alike. One problem at a time, batch size 1; the
+clock covers the engine's whole call, prompt included, and nothing of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f.engine.engine import Engine
+from d2f.engine.request import Request
+from d2f.errors import ConfigError
+from d2f.problems import Problem, extract_answer
+from d2f.text import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """One row of a race: an engine and how it is asked."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    strategy: str
+    early_stop: bool = True
+    num_problems: int
+    """The first so many problems; slow methods take fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One problem answered."""
+
+    correct: bool
+    num_tokens: int
+    num_forwards: int
+    num_query_tokens: int
+    prompt_length: int
+    seconds: float
+
+
+@dataclass
+class Row:
+    """The answers of one runner and what follows from them."""
+
+    name: str
+    answers: list[Answer] = field(default_factory=list)
+
+    def _sum(self, name: str) -> float:
+        return sum(getattr(answer, name) for answer in self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Response tokens up to EOS / seconds, over all problems."""
+        return self._sum("num_tokens") / self._sum("seconds")
+
+    @property
+    def milliseconds_per_forward(self) -> float:
+        """Wall time of a step."""
+        return 1000 * self._sum("seconds") / self._sum("num_forwards")
+
+    @property
+    def score(self) -> float:
+        """Share of right answers."""
+        return self._sum("correct") / len(self.answers)
+
+    def summary(self) -> dict[str, Any]:
+        """The columns of the contract, and what explains them."""
+        count, forwards = len(self.answers), self._sum("num_forwards")
+        answered = self._sum("num_tokens")
+        return {
+            "name": self.name,
+            "num_problems": count,
+            "score": self.score,
+            "score_standard_error": math.sqrt(self.score * (1 - self.score) / count),
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_forward": answered / forwards,
+            "mean_of_tokens_per_forward": sum(a.num_tokens / a.num_forwards for a in self.answers)
+            / count,
+            "query_tokens_per_forward": self._sum("num_query_tokens") / forwards,
+            "computed_per_answered": self._sum("num_query_tokens") / answered,
+            "milliseconds_per_forward": self.milliseconds_per_forward,
+            "seconds_per_problem": self._sum("seconds") / count,
+            "mean_tokens": answered / count,
+        }
+
+
+def paired_difference(one: Row, other: Row) -> tuple[float, float]:
+    """Score of `one` minus score of `other` on their common problems, and its standard error.
+
+    Example:
+        >>> paired_difference(Row("a"), Row("b"))
+        (0.0, 0.0)
+    """
+    gaps = [
+        int(a.correct) - int(b.correct) for a, b in zip(one.answers, other.answers, strict=False)
+    ]
+    if len(gaps) < 2:
+        return float(sum(gaps)), 0.0
+    mean = sum(gaps) / len(gaps)
+    variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    return mean, math.sqrt(variance / len(gaps))
+
+
+def response_limit(problems: Sequence[Problem], tokenizer: Tokenizer, block_size: int) -> int:
+    """Tokens of the longest worked answer and its EOS, rounded up to a block.
+
+    Example:
+        Every strategy of a race gets this as `max_new_tokens`.
+    """
+    longest = max(len(tokenizer.encode(problem.response)) + 1 for problem in problems)
+    return math.ceil(longest / block_size) * block_size
+
+
+def run_race(
+    runners: Sequence[Runner],
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    on_answer: Callable[[str, Answer], None] = lambda name, answer: None,
+) -> list[Row]:
+    """Answer the problems with every runner; each runs once unclocked before.
+
+    Raises:
+        ConfigError: A runner asks for more problems than there are, or for none.
+    """
+    for runner in runners:
+        if not 1 <= runner.num_problems <= len(problems):
+            raise ConfigError(
+                f"{runner.name} is to answer {runner.num_problems} problems, "
+                f"but there are {len(problems)}"
+            )
+        answer_problem(runner, problems[0], max_new_tokens=max_new_tokens)
+    rows = {runner.name: Row(runner.name) for runner in runners}
+    for index, problem in enumerate(problems):
+        for runner in runners:
+            if index < runner.num_problems:
+                answer = answer_problem(runner, problem, max_new_tokens=max_new_tokens)
+                rows[runner.name].answers.append(answer)
+                on_answer(runner.name, answer)
+    return list(rows.values())
+
+
+def answer_problem(runner: Runner, problem: Problem, *, max_new_tokens: int) -> Answer:
+    """One problem, clocked from token ids to token ids."""
+    prompt = runner.tokenizer.encode_prompt(problem.prompt)
+    request = Request(
+        prompt_ids=prompt,
+        max_new_tokens=max_new_tokens,
+        strategy=runner.strategy,
+        early_stop=runner.early_stop,
+    )
+    start = time.perf_counter()
+    [result] = runner.engine.generate([request])
+    seconds = time.perf_counter() - start
+    return Answer(
+        correct=extract_answer(runner.tokenizer.decode(result.token_ids)) == problem.answer,
+        num_tokens=len(result.token_ids),
+        num_forwards=result.num_forwards,
+        num_query_tokens=result.num_query_tokens,
+        prompt_length=len(prompt),
+        seconds=seconds,
+    )
