@@ -128,7 +128,11 @@ def table(scorer: Scorer, models: Sequence[str], block_length: int) -> dict[str,
         }
     return {
         "vanilla_block_length": block_length,
-        "rows": [row.summary() for row in rows.values()],
+        # One digit a problem, so that rows of several runs can be paired.
+        "rows": [
+            row.summary() | {"correct": "".join(str(int(a.correct)) for a in row.answers)}
+            for row in rows.values()
+        ],
         "paired_differences": differences,
     }
 

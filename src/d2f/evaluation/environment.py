@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import d2f
+from d2f import __version__
 
 
 def describe_environment(*, device: str, dtype: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def describe_environment(*, device: str, dtype: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
-        "d2f": d2f.__version__,
+        "d2f": __version__,
         "git_commit": git_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -49,11 +49,11 @@ class ProblemConfig:
     """The fewest calculations; step counts are uniform up to `max_steps`."""
     max_steps: int = 7
     """The most calculations, at most 7."""
-    distractor_rate: float = 0.35
+    distractor_rate: float = 0.25
     """The probability of a sentence that is not needed; a second one comes at this rate again."""
-    shuffle_rate: float = 0.3
+    shuffle_rate: float = 0.1
     """The probability that the sentences before the question are shuffled."""
-    max_value: int = 400
+    max_value: int = 200
     """The largest number that may be given or computed, 100 to 999."""
     max_words: int = 85
     """The longest prompt, in words; longer stories are drawn again (60 or more)."""

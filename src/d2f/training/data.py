@@ -25,6 +25,8 @@ class Batch:
     prompt_length_B: Tensor
     end_B: Tensor
     """Where the answer ends: one past its first EOS, or the sequence's end if it was cut."""
+    length_B: Tensor
+    """Where the sequence ends; what follows is padding, which no other position sees."""
 
     def part(self, start: int, end: int) -> Batch:
         """Some of its sequences."""
@@ -99,6 +101,7 @@ class TokenDataset:
             ids_BL=ids_BL,
             prompt_length_B=self._prompt_E[rows_B].long(),
             end_B=(length_B + 1).clamp_max(self.sequence_length),
+            length_B=torch.full_like(length_B, self.sequence_length),
         )
 
 

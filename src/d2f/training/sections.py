@@ -128,6 +128,10 @@ class NoiseConfig:
     frontier_share: float = 0.0
     """masked-diffusion: share of the samples of a batch that are noised as decoding in blocks sees
     them: all before a random block is visible, all behind it masked. See `frontier_inputs`."""
+    random_end: bool = False
+    """masked-diffusion: each sequence ends anywhere behind its answer instead of at
+    `sequence_length`. Without it the model learns where the end is, and answers worse when it is
+    decoded with another length; the padding behind the end costs a mask in attention."""
     train_on_eos_blocks: bool = True
     """Blocks of nothing but EOS are masked and count in the loss. False: they stay visible EOS."""
 
@@ -138,6 +142,8 @@ class NoiseConfig:
                 f"noise.frontier_share is {self.frontier_share}; it must be in 0 … 1, and belongs "
                 'to kind "uniform"'
             )
+        if self.random_end and self.kind != "uniform":
+            raise ConfigError('noise.random_end belongs to kind "uniform"')
         if self.kind == "uniform":
             if not 0 < self.low <= self.high <= 1:
                 raise ConfigError(

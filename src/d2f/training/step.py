@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2f.diffusion.corruption import corrupt
-from d2f.diffusion.layout import BlockLayout, causal_blocks
+from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks
 from d2f.models.lora import adapter_disabled
 from d2f.models.transformer import Transformer
 from d2f.training.config import TrainConfig
@@ -42,7 +42,7 @@ class StepInputs:
     """Weight of each position's loss. Those of a whole batch already hold the denominator, so the
     losses of its parts add up."""
     block_BL: Tensor
-    """Block numbers (int32): 0 for the prompt, then 1 … N."""
+    """Block numbers (int32): 0 for the prompt, then 1 … N; `PADDING_BLOCK` past the end."""
     selected_M: Tensor | None = None
     """Positions of the flattened batch with a weight; None: the loss is computed at all of them,
     which keeps shapes the same from step to step."""
@@ -110,9 +110,14 @@ def masked_diffusion_inputs(
 
     The rates lie one in each of as many equal strata, which leaves the distribution of each as it
     is and takes most of the variance out of the batch's loss. With `noise.frontier_share`, the
-    first sequences of the batch, whose order is random, are noised by `frontier_inputs` instead.
+    first sequences of the batch, whose order is random, are noised by `frontier_inputs` instead;
+    with `noise.random_end`, each sequence ends anywhere behind its answer.
     """
     size = batch.ids_BL.shape[0]
+    if noise.random_end:
+        room_B = batch.length_B - batch.end_B + 1
+        extra_B = (torch.rand(size, generator=generator) * room_B).long()
+        batch = replace(batch, length_B=batch.end_B + extra_B)
     num_frontier = round(noise.frontier_share * size)
     offset = torch.rand((), generator=generator)
     t_B1 = noise.low + (noise.high - noise.low) * _strata(offset, size - num_frontier)[:, None]
@@ -155,7 +160,7 @@ def _scattered_inputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL),
-        block_BL=_blocks(batch, noise).block_numbers(length),
+        block_BL=_padded_blocks(batch, noise),
     )
 
 
@@ -191,7 +196,7 @@ def frontier_inputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size,
-        block_BL=block_BL,
+        block_BL=_padded_blocks(batch, noise),
     )
 
 
@@ -226,13 +231,19 @@ def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
     return BlockLayout(prompt_length=batch.prompt_length_B, block_size=noise.block_size)
 
 
+def _padded_blocks(batch: Batch, noise: NoiseConfig) -> Tensor:
+    """Block numbers (B, L), with that of padding past the sequences' ends."""
+    length = batch.ids_BL.shape[1]
+    inside_BL = torch.arange(length) < batch.length_B[:, None]
+    return torch.where(inside_BL, _blocks(batch, noise).block_numbers(length), PADDING_BLOCK)
+
+
 def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
     """Where noise ends (B,): at the sequence's end, or at that of the block with the first EOS."""
-    length = torch.tensor(batch.ids_BL.shape[1])
     if noise.train_on_eos_blocks:
-        return length.expand_as(batch.end_B)
+        return batch.length_B
     blocks_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
-    return (batch.prompt_length_B + blocks_B * noise.block_size).minimum(length)
+    return (batch.prompt_length_B + blocks_B * noise.block_size).minimum(batch.length_B)
 
 
 class StageLoss:
@@ -256,6 +267,7 @@ class StageLoss:
         self.compiled = compiled
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
+        self._padded = config.noise is not None and config.noise.random_end
         objective = (config.objective or ObjectiveConfig()).objective
         self._objective = objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
@@ -292,6 +304,8 @@ class StageLoss:
         rows_M: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         attended = block_BL if self._distils else None
+        if self._padded:
+            attended = torch.where(block_BL == PADDING_BLOCK, PADDING_BLOCK, 0).to(torch.int32)
         if self._causal:
             attended = causal_blocks(ids_BL.shape[1], ids_BL.device)
         logits_MV = self._logits(self.student, ids_BL, attended, rows_M)

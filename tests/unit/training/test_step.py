@@ -15,6 +15,7 @@ from d2f.training.objective import (
     distillation_loss,
     masked_diffusion_loss,
 )
+from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.training.sections import NoiseConfig, ObjectiveConfig
 from d2f.training.step import StageLoss, make_inputs
 
@@ -26,7 +27,8 @@ def make_batch(size=4):
     prompt, end = torch.tensor([1, 3, 5, 2])[:size], torch.tensor([12, 9, 20, 7])[:size]
     ids = torch.randint(90, (size, LENGTH), generator=g)
     ids = torch.where(torch.arange(LENGTH) < end[:, None] - 1, ids, EOS_TOKEN_ID)
-    return Batch(ids_BL=ids, prompt_length_B=prompt, end_B=end)
+    whole = torch.full_like(end, LENGTH)
+    return Batch(ids_BL=ids, prompt_length_B=prompt, end_B=end, length_B=whole)
 
 
 def inputs_of(config, batch=None, seed=0):
@@ -123,6 +125,7 @@ def test_rates_are_stratified_over_the_batch(tmp_path):
         ids_BL=torch.zeros(size, length, dtype=torch.long),
         prompt_length_B=torch.zeros(size, dtype=torch.long),
         end_B=torch.full((size,), length),
+        length_B=torch.full((size,), length),
     )
     share = (inputs_of(config, batch).ids_BL == MASK_TOKEN_ID).float().mean(1).sort().values
     steps = share.diff()
@@ -159,3 +162,41 @@ def test_without_a_prompt_autoregression_skips_the_first_token(tmp_path):
 def test_noise_of_the_wrong_kind_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not fit"):
         make_config(tmp_path, "masked-diffusion", noise=make_config(tmp_path, "d2f").noise)
+
+
+def test_frontier_noise_has_one_partly_masked_block(tmp_path):
+    noise = replace(make_config(tmp_path, "masked-diffusion").noise, frontier_share=0.5)
+    config = make_config(tmp_path, "masked-diffusion", noise=noise)
+    inputs, batch = inputs_of(config), make_batch()
+    masked = inputs.ids_BL == MASK_TOKEN_ID
+    assert (masked[inputs.weight_BL > 0]).all()
+    for row in range(2):
+        blocks = inputs.block_BL[row]
+        shares = [masked[row][blocks == b].float().mean().item() for b in blocks.unique()]
+        assert shares == sorted(shares)
+        assert sum(0 < share < 1 for share in shares) <= 1
+        assert shares[-1] == 1
+    student, _ = models(config)
+    loss = StageLoss(config, student)
+    whole, parts = (total(loss, inputs, size, select=True) for size in (4, 1))
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-6)
+    assert torch.equal(inputs.target_BL, batch.ids_BL)
+
+
+@pytest.mark.parametrize("frontier_share", [0.0, 0.5])
+def test_random_ends_leave_padding_that_changes_nothing(tmp_path, frontier_share):
+    noise = replace(
+        make_config(tmp_path, "masked-diffusion").noise,
+        frontier_share=frontier_share,
+        random_end=True,
+    )
+    config = make_config(tmp_path, "masked-diffusion", noise=noise)
+    inputs, batch = inputs_of(config, seed=1), make_batch()
+    padding = inputs.block_BL == PADDING_BLOCK
+    assert padding.any()
+    assert not (padding & (torch.arange(LENGTH) < batch.end_B[:, None])).any()
+    assert (inputs.weight_BL[padding] == 0).all()
+    student, _ = models(config)
+    loss = StageLoss(config, student)
+    changed = replace(inputs, ids_BL=torch.where(padding, 17, inputs.ids_BL))
+    torch.testing.assert_close(loss(inputs)[0], loss(changed)[0], atol=1e-6, rtol=1e-6)
