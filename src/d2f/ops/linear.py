@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Since torch 2.8; before, the weights are converted at each call.
+_WIDENS = "dtype" in torch.ops.aten.mm.overloads()
+
 
 def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
     """`x @ weight.T` as fp32, with fp32 accumulation and no rounding of the result between.
@@ -20,7 +23,7 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
     trained = torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad)
     if weight_VD.dtype == torch.float32 or trained:
         return F.linear(x_MD, weight_VD).float()
-    if x_MD.is_cuda:
+    if x_MD.is_cuda and _WIDENS:
         flat_MD = x_MD.reshape(-1, x_MD.shape[-1])
         logits_MV = torch.mm(flat_MD, weight_VD.T, out_dtype=torch.float32)
         return logits_MV.unflatten(0, x_MD.shape[:-1])
