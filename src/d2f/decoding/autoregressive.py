@@ -13,6 +13,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
+    check_finite,
     cut_at_eos,
     pad_prompts,
 )
@@ -34,6 +35,7 @@ class AutoregressiveBatch:
         self.queries = [0] * len(self.rows)
         self.last_B = torch.zeros_like(self.length_B)
         self.done = [False] * len(self.rows)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.num_steps = 0
         self.cache = KVCache(
             model.spec,
@@ -57,11 +59,12 @@ class AutoregressiveBatch:
             )
             step_B = torch.full_like(seed_B, self.num_steps)
             noise_BV = gumbel_noise(seed_B, self.length_B, step_B, logits_BV.shape[-1])
-            self.last_B, _ = choose_tokens(
+            self.last_B, best_B = choose_tokens(
                 logits_BV, mask_token_id=None, temperature=temperature, noise_MV=noise_BV
             )
         else:
-            self.last_B = logits_BV.argmax(-1)
+            best_B, self.last_B = logits_BV.max(-1)
+        self.finite = self.finite & best_B.isfinite().all()
         self.num_steps += 1
         for row, token in enumerate(self.last_B.tolist()):
             if not self.done[row]:
@@ -117,6 +120,8 @@ class AutoregressiveBatch:
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of finished sequences."""
+        if rows:
+            check_finite(self.finite)
         return [self._result(row) for row in rows]
 
     def _result(self, row: int) -> GenerationResult:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
+from d2f.errors import RequestError
 
 
 class BlockState(Enum):
@@ -115,3 +116,16 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
         if token in eos_token_ids:
             return token_ids[: index + 1], "eos"
     return token_ids, "length"
+
+
+def check_finite(finite: Tensor) -> None:
+    """Refuse to hand out what was decoded from logits that are not finite.
+
+    Raises:
+        RequestError: `finite` is false.
+    """
+    if not bool(finite):
+        raise RequestError(
+            "the model's logits are not finite, so there is no answer; its weights may be broken, "
+            "or the temperature too close to 0"
+        )

@@ -19,6 +19,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
+    check_finite,
     cut_at_eos,
     pad_prompts,
 )
@@ -53,6 +54,7 @@ class PipelinedBatch:
         self.seed_B = torch.tensor(sequences.seeds, device=device)
         self.forwards_B, self.queries_B = zero_B, zero_B
         self.done_B = zero_B.bool()
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.eos_E = torch.tensor(sequences.eos_token_ids, dtype=torch.long, device=device)
         self.cache = KVCache(
             spec,
@@ -131,6 +133,7 @@ class PipelinedBatch:
         token_M, confidence_M = self._choose(
             self.model.head(aligned_BLD[row_M, column_M]), row_M, position_BL[row_M, column_M]
         )
+        self.finite = self.finite & confidence_M.isfinite().all()
         at_M = (row_M, index_BL[row_M, column_M])
         candidate_BR = torch.zeros_like(masked_BR).index_put_(at_M, torch.ones_like(row_M).bool())
         confidence_BR = torch.zeros_like(masked_BR, dtype=torch.float32)
@@ -190,6 +193,7 @@ class PipelinedBatch:
         """The responses of finished sequences."""
         if not rows:
             return []
+        check_finite(self.finite)
         index_M = torch.tensor(rows, device=self.tokens_BR.device)
         count_B = torch.minimum(self.opened_B * self.policy.block_size, self.limit_B)
         figures_B3 = torch.stack([count_B, self.forwards_B, self.queries_B], dim=1)

@@ -16,6 +16,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
+    check_finite,
     cut_at_eos,
     pad_prompts,
 )
@@ -86,6 +87,7 @@ class VanillaBatch:
             self.ids_BL = torch.where(in_prompt_BL, prompt_BL.gather(1, index_BL), self.ids_BL)
         self.seed_B = torch.tensor(sequences.seeds, device=device)
         self.plans = [transfer_plan(limit, **options) for limit in self.limits]
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
         self.steps = [0] * len(sequences)
         self.done = [False] * len(sequences)
 
@@ -124,6 +126,7 @@ class VanillaBatch:
             temperature=temperature,
             noise_MV=noise_MV,
         )
+        self.finite = self.finite & confidence_M.isfinite().all()
         confidence_BL = torch.full_like(candidate_BL, -torch.inf, dtype=torch.float32)
         confidence_BL[row_M, position_M] = confidence_M
         order_BL = confidence_BL.sort(dim=1, descending=True, stable=True).indices
@@ -160,6 +163,8 @@ class VanillaBatch:
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of finished sequences."""
+        if rows:
+            check_finite(self.finite)
         return [self._result(row) for row in rows]
 
     def _result(self, row: int) -> GenerationResult:

@@ -49,6 +49,7 @@ class Engine:
         self._batch: DecodingBatch | None = None
         self._running: list[int | None] = []
         self._watched: set[int] = set()
+        self._undelivered: list[Output] = []
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -62,11 +63,11 @@ class Engine:
         return number
 
     def step(self) -> list[Output]:
-        """One model call for the running batch; the requests that it finished."""
-        if not self._select():
-            return []
-        self._run()
-        return self._apply()
+        """One model call for the running batch; the requests that have been finished."""
+        if not self._undelivered:
+            return self._advance()
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
 
     def generate(self, requests: Sequence[Request]) -> list[GenerationResult]:
         """Answer all requests; results in their order. One bad request refuses all of them."""
@@ -74,25 +75,46 @@ class Engine:
             resolve(request, self.model.spec)
         numbers = [self.add(request) for request in requests]
         results: dict[int, GenerationResult] = {}
-        while len(results) < len(numbers):
-            for output in self.step():
-                if output.result is not None:
-                    results[output.request_id] = output.result
+        try:
+            while len(results) < len(numbers):
+                for output in self._advance():
+                    if output.request_id in numbers and output.result is not None:
+                        results[output.request_id] = output.result
+                    else:
+                        self._undelivered.append(output)
+        finally:
+            self._forget(set(numbers) - results.keys())
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Output]:
-        """Answer one request, reporting its blocks after each model call."""
-        number = self.add(request)
+        """Answer one request, reporting its blocks after each model call.
+
+        A stream that is dropped before its end takes its request out of the engine.
+
+        Raises:
+            RequestError: The request cannot be served, or its result was handed out by `step`.
+        """
+        resolved = resolve(request, self.model.spec)
+        assert isinstance(resolved.eos_token_id, tuple)
+        eos = resolved.eos_token_id
+        number = self.add(resolved)
         # Looking at blocks waits for the device, so only streamed requests are looked at.
         self._watched.add(number)
-        while True:
-            outputs = {output.request_id: output for output in self.step()}
-            if number in outputs:
-                self._watched.remove(number)
-                yield outputs[number]
-                return
-            if number in self._running:
-                yield Output(request_id=number, blocks=self.view(number))
+        try:
+            while True:
+                mine = [o for o in self._undelivered if o.request_id == number]
+                if mine:
+                    self._undelivered.remove(mine[0])
+                    yield mine[0]
+                    return
+                if number not in self._running and number not in [n for n, _ in self._waiting]:
+                    raise RequestError(f"the result of request {number} was handed out by step()")
+                self._undelivered += self._advance()
+                if number in self._running:
+                    yield Output(request_id=number, blocks=self.view(number), eos_token_ids=eos)
+        finally:
+            self._watched.discard(number)
+            self._forget({number})
 
     def view(self, request_id: int) -> list[BlockView]:
         """The blocks of a running request as they stand.
@@ -103,6 +125,22 @@ class Engine:
         if self._batch is None or request_id not in self._running:
             raise RequestError(f"request {request_id} is not running")
         return self._batch.view(self._running.index(request_id))
+
+    def _advance(self) -> list[Output]:
+        if not self._select():
+            return []
+        try:
+            self._run()
+            return self._apply()
+        except BaseException:
+            # A batch that broke off between two states must not be gone on with.
+            self._batch, self._running = None, []
+            raise
+
+    def _forget(self, numbers: set[int]) -> None:
+        """Drop requests nobody waits for any more."""
+        self._waiting = deque(entry for entry in self._waiting if entry[0] not in numbers)
+        self._running = [None if number in numbers else number for number in self._running]
 
     def _select(self) -> bool:
         """Start a batch of compatible waiting requests when none runs."""

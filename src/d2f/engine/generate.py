@@ -79,25 +79,24 @@ def generate_ids(
         >>> result.num_forwards <= 5
         True
     """
-    several = len(prompt_ids) > 0 and not isinstance(prompt_ids[0], int)
-    prompts: Any = prompt_ids if several else [prompt_ids]
-    common = {
-        name: strategy_options.pop(name)
-        for name in ("temperature", "seed")
-        if name in strategy_options
+    given: Any = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else prompt_ids
+    several = len(given) > 0 and (isinstance(given[0], Sequence) or hasattr(given[0], "tolist"))
+    several = several and not hasattr(given[0], "__index__")
+    prompts = given if several else [given]
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "policy": policy,
+        "eos_token_id": eos_token_id,
+        "strategy": strategy,
+        "early_stop": early_stop,
     }
-    requests = [
-        Request(
-            prompt_ids=prompt,
-            max_new_tokens=max_new_tokens,
-            policy=policy,
-            eos_token_id=eos_token_id,
-            strategy=strategy,
-            early_stop=early_stop,
-            options=strategy_options,
-            **common,
-        )
-        for prompt in prompts
-    ]
+    requests = [_request(prompt, settings, strategy_options) for prompt in prompts]
     results = Engine(model).generate(requests)
     return results if several else results[0]
+
+
+def _request(prompt: Sequence[int], settings: dict[str, Any], options: dict[str, Any]) -> Request:
+    """A request; of the options it takes those that every strategy knows as its own fields."""
+    own = {name: options[name] for name in ("temperature", "seed") if name in options}
+    rest = {name: value for name, value in options.items() if name not in own}
+    return Request(prompt_ids=prompt, options=rest, **settings, **own)

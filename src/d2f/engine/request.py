@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2f.decoding.batch import BlockView, GenerationResult
+from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos
 from d2f.decoding.strategies import check_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
@@ -46,6 +47,8 @@ class Output:
     request_id: int
     blocks: list[BlockView]
     """The response's blocks as they stand; of streamed requests only."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Those of the request."""
     result: GenerationResult | None = None
     """Set when the request is done."""
 
@@ -55,7 +58,8 @@ class Output:
         if self.result is not None:
             return self.result.token_ids
         tokens = (token for block in self.blocks for token in block.token_ids)
-        return [t for t in itertools.takewhile(lambda t: t is not None, tokens) if t is not None]
+        known = [t for t in itertools.takewhile(lambda t: t is not None, tokens) if t is not None]
+        return cut_at_eos(known, self.eos_token_ids)[0]
 
 
 def resolve(request: Request, spec: ModelSpec) -> Request:
@@ -65,17 +69,9 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
         RequestError: A prompt or length that this model cannot serve.
         ConfigError: An unknown strategy or option.
     """
-    prompt = list(request.prompt_ids)
+    prompt = _token_ids("prompt", request.prompt_ids, spec)
     eos = spec.eos_token_ids if request.eos_token_id is None else request.eos_token_id
-    eos_ids = (eos,) if isinstance(eos, int) else tuple(eos)
-    for kind, ids in (("prompt", prompt), ("EOS", eos_ids)):
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise RequestError(f"{kind} token {token!r} is not a whole number")
-            if not 0 <= token < spec.vocab_size:
-                raise RequestError(
-                    f"{kind} token {token} is outside the vocabulary of {spec.vocab_size}"
-                )
+    eos_ids = tuple(_token_ids("EOS", [eos] if isinstance(eos, int) else eos, spec))
     limit = request.max_new_tokens
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise RequestError(f"max_new_tokens is {limit!r}; it must be a whole number of at least 1")
@@ -85,9 +81,34 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
             f"{spec.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
     check_strategy(request.strategy, request.options, spec, len(prompt), limit)
-    if not 0 <= request.temperature < float("inf"):
-        raise RequestError(f"temperature is {request.temperature}; it must be 0 or more")
+    temperature, seed = request.temperature, request.seed
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise RequestError(f"temperature is {temperature!r}; it must be a number of 0 or more")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed is {seed!r}; it must be a whole number of at most 63 bits")
+    if not isinstance(request.policy, DecodingPolicy | None):
+        raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
     return Request(
         **(vars(request) | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy})
     )
+
+
+def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
+    """Ids as plain numbers, from a list, a tensor or an array."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if not isinstance(ids, Sequence) or isinstance(ids, str):
+        raise RequestError(f"{kind} {ids!r} is no list of token ids")
+    numbers = []
+    for token in ids:
+        try:
+            number = operator.index(token)
+        except TypeError:
+            raise RequestError(f"{kind} token {token!r} is not a whole number") from None
+        if not 0 <= number < spec.vocab_size:
+            raise RequestError(
+                f"{kind} token {number} is outside the vocabulary of {spec.vocab_size}"
+            )
+        numbers.append(number)
+    return numbers
