@@ -167,6 +167,7 @@ _LLADA_FIXED = {
     "bias_for_layer_norm": False,
     "layer_norm_with_affine": True,
 }
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -189,6 +190,15 @@ def _refuse_other(config: Config, fixed: Config, where: str) -> None:
 
 
 def _check(spec: ModelSpec, where: str) -> None:
+    if not (spec.rope_theta > 0 and spec.norm_eps >= 0):
+        raise CheckpointError(
+            f"{where}: rope_theta {spec.rope_theta} must be above 0 and the norm's epsilon "
+            f"{spec.norm_eps} not below"
+        )
+    for name in _LLAMA3 if spec.rope_scaling is not None else ():
+        value = (spec.rope_scaling or {}).get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise CheckpointError(f"{where}: {name} of the rope scaling is {value!r}")
     for name in _SIZES:
         value = getattr(spec, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

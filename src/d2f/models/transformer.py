@@ -14,7 +14,7 @@ from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visi
 from d2f.errors import ConfigError
 from d2f.models.cache import KVCache
 from d2f.models.spec import ModelSpec
-from d2f.ops.attention import attention, group_mask
+from d2f.ops.attention import AttentionMask, attention
 from d2f.ops.linear import linear_fp32
 from d2f.ops.rope import apply_rope, rope_frequencies, rope_tables
 
@@ -121,10 +121,7 @@ class Transformer(nn.Module):
             assert blocks_BL is not None and slots_BL is not None, "a cache needs blocks and slots"
             flat_T = cache.place(slots_BL, blocks_BL.expand_as(slots_BL))
             keys_BS = cache.blocks_BS[:, :num_read_slots]
-        mask = None
-        if blocks_BL is not None and keys_BS is not None:
-            groups = self.spec.num_heads // self.spec.num_kv_heads
-            mask = group_mask(visible(blocks_BL, keys_BS), groups)
+        mask = self._mask(blocks_BL, keys_BS)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             q, k, v = layer.project(x_BLD, rope)
@@ -191,6 +188,15 @@ class Transformer(nn.Module):
             blocks_BL = zero_BL if blocks_BL is None else blocks_BL.expand_as(ids_BL)
             blocks_BL = torch.where(inside_BL, blocks_BL, PADDING_BLOCK)
         return self.head(self.align(self(ids_BL, blocks_BL=blocks_BL)))
+
+    def _mask(self, blocks_BL: Tensor | None, keys_BS: Tensor | None) -> AttentionMask | None:
+        if blocks_BL is None or keys_BS is None:
+            return None
+        size = (max(len(blocks_BL), len(keys_BS)), blocks_BL.shape[1], keys_BS.shape[1])
+        groups = self.spec.num_heads // self.spec.num_kv_heads
+        return AttentionMask(
+            lambda start, end: visible(blocks_BL[:, start:end], keys_BS), size, groups
+        )
 
     def _frequencies(self) -> Tensor:
         # Made on first use, not in __init__: models are built on the meta device, and rounding

@@ -143,3 +143,17 @@ def test_select_keeps_rows_with_their_state(model_type):
     got = model.head(model.align(hidden_BLD, at, cache))
     whole = model.logits(torch.cat([ids_BL[[2, 0]], new], 1), block_layout(model, 8))
     torch.testing.assert_close(got, whole[:, 8:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llada", "Dream", "qwen2"])
+def test_attention_in_parts_is_the_same(name, monkeypatch):
+    model = tiny_model(name)
+    ids = torch.arange(1, 47).reshape(2, 23)
+    layout = None if name == "qwen2" else BlockLayout(prompt_length=5, block_size=4)
+    lengths = torch.tensor([23, 17])
+    whole = model.logits(ids, layout, lengths)
+    # Room for a few query rows at a time.
+    monkeypatch.setattr("d2f.ops.attention.MOST_MASK_ENTRIES", 300)
+    parts = model.logits(ids, layout, lengths)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(parts[1, :17], whole[1, :17], atol=1e-5, rtol=1e-5)
