@@ -82,7 +82,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a BOS or other additions."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError):
+            raise RequestError("the text is not valid Unicode") from None
 
     def encode_prompt(self, text: str, *, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt, as one message of the user if the tokenizer has a chat template.

@@ -22,6 +22,7 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         raise ConfigError(
             "the plot needs matplotlib: pip install matplotlib, or leave it out with --no-plot"
@@ -40,8 +41,10 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
         bars = axis.barh(names, values, color=colors)
         axis.bar_label(bars, [form.format(value) for value in values], padding=3)
         axis.set_xlabel(label)
-        axis.set_xlim(0, max(values) * 1.25)
+        # Room for the labels; but no model solves more than all problems.
+        axis.set_xlim(0, 1 if key == "score" else max(values) * 1.25)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[0].invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)

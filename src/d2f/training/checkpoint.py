@@ -10,12 +10,9 @@ A run's folder:
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
-import subprocess
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
 from d2f.models.transformer import Transformer
+from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table
 
 STATE_FILE = "training_state.pt"
@@ -95,17 +93,9 @@ def save_final(model: Transformer, config: TrainConfig, tokenizer_folder: Path |
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and, in a git checkout, the commit."""
-    # Inside another project's checkout the commit would be that project's.
-    commit = _git("rev-parse", "HEAD") if _git("ls-files", __file__) else None
-    return {
-        **{name: _version(name) for name in ("d2f", "torch", "transformers", "tokenizers")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
-    }
+    """Versions, commit and GPU, for every run's files."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**describe_code(), "gpu": gpu}
 
 
 def _save_weights(model: Transformer, config: TrainConfig, folder: Path) -> None:
@@ -114,19 +104,3 @@ def _save_weights(model: Transformer, config: TrainConfig, folder: Path) -> None
         return
     mib = config.model.max_shard_mib
     save_model(model, folder, max_shard_bytes=None if mib is None else mib * 2**20)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

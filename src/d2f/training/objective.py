@@ -41,7 +41,7 @@ def distillation_loss(
         teacher_logits: (B, L, V) over the same noisy tokens under full attention; no gradient
             flows into it. For `cross_entropy`, token ids (B, L).
         masked: (B, L), bool: positions that count.
-        mask_ratio: Mask ratio t_i of each position's block, of a shape that broadcasts to (B, L).
+        mask_ratio: Mask ratio t_i of each position's block: a number, (B, 1) or (B, L).
         objective: One of `OBJECTIVES`.
         weighting: `inverse_ratio` divides each position's loss by its mask ratio; `none` does not.
 
@@ -62,7 +62,13 @@ def distillation_loss(
             f"{'target ids' if hard else 'teacher logits'} {tuple(teacher_logits.shape)} and "
             f"masked {tuple(masked.shape)} do not belong together"
         )
-    ratio_BL = torch.as_tensor(mask_ratio, device=masked.device).expand(masked.shape)
+    masked = masked.bool()
+    ratio = torch.as_tensor(mask_ratio, device=masked.device)
+    if ratio.ndim not in (0, 2):
+        raise ConfigError(
+            f"mask_ratio has shape {tuple(ratio.shape)}; give a number, (B, 1) or (B, L)"
+        )
+    ratio_BL = ratio.expand(masked.shape)
     weight_BL = distillation_weights(masked, ratio_BL, weighting)
     # Only masked rows are read: with a vocabulary of 150,000 the others would fill the memory.
     loss_M = position_loss(student_logits[masked], teacher_logits[masked], objective)
@@ -118,7 +124,9 @@ def position_loss(student_MV: Tensor, target: Tensor, objective: str) -> Tensor:
     log_p_MV = student_MV.float().log_softmax(dim=-1)
     log_q_MV = target.detach().float().log_softmax(dim=-1)
     if objective == "forward_kl":
-        return (log_q_MV.exp() * (log_q_MV - log_p_MV)).sum(dim=-1)
+        q_MV = log_q_MV.exp()
+        # 0 log 0 is 0: a teacher may rule tokens out.
+        return torch.where(q_MV > 0, q_MV * (log_q_MV - log_p_MV), 0.0).sum(dim=-1)
     if objective == "reverse_kl":
         return (log_p_MV.exp() * (log_p_MV - log_q_MV)).sum(dim=-1)
     return -(log_q_MV.exp() * log_p_MV).sum(dim=-1)

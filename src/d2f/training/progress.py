@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,14 +38,24 @@ class JsonLog:
         if after_step and path.exists():
             # Lines of steps that the resumed run makes again.
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= after_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [line for line in lines if _step(line) <= after_step]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records."""
         with self.path.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a log line; of one that a crash cut short, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 class Silent:

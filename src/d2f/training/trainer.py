@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import TrainingError
+from d2f.errors import D2FError, TrainingError
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import save_checkpoint
 from d2f.training.config import TrainConfig
@@ -191,8 +191,13 @@ class Trainer:
             return
         self.student.eval()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            answers = [{"step": self.step, **answer} for answer in self._sampler(self.student)]
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                answers = [{"step": self.step, **answer} for answer in self._sampler(self.student)]
+        except D2FError as error:
+            # Hours of training must not end because an example cannot be answered.
+            self._reporter.note(f"no sample answers from here on: {error}")
+            self._sampler, answers = None, []
         self.student.train()
         self._samples.write(answers)
         if answers:

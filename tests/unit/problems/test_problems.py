@@ -142,7 +142,7 @@ def test_every_relation_question_and_frame_appears() -> None:
 def test_distractors_are_not_needed(sample: list[Problem]) -> None:
     """The worked answer is one of a story without the distractors: they name only strangers."""
     share = sum(bool(problem.distractors) for problem in sample) / len(sample)
-    assert 0.25 < share < 0.45
+    assert 0.15 < share < 0.35
     strangers = {name for name, _, _ in PEOPLE} | {*DAYS} | {*COLORS} | {*PRICED}
     for problem in sample:
         for text in problem.distractors:
@@ -168,7 +168,7 @@ def test_distractors_can_be_turned_off() -> None:
 
 
 def test_part_of_the_problems_are_shuffled(sample: list[Problem]) -> None:
-    assert 0.15 < sum(problem.shuffled for problem in sample) / len(sample) < 0.35
+    assert 0.05 < sum(problem.shuffled for problem in sample) / len(sample) < 0.15
     always = ProblemConfig(shuffle_rate=1.0, min_steps=4)
     shuffled = [problem.shuffled for problem in generate_problems(300, seed=1, config=always)]
     assert sum(shuffled) > 250

@@ -227,7 +227,7 @@ sample = {{every = 2, num_prompts = 2, max_new_tokens = 4}}
     )
     noise = config_for(files, stage).noise
     settings = [] if noise is None else [f"noise.{k}={v}" for k, v in vars(noise).items()]
-    settings = [s.replace("True", "true") for s in settings]
+    settings = [s.replace("True", "true").replace("False", "false") for s in settings]
     app = typer.Typer()
     app.command()(train_command)
     arguments = [str(recipe), "--device", "cpu", "--json"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.unit.training.tiny_run import FAMILY, make_config
 
-from d2f.diffusion.layout import BlockLayout
+from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout
 from d2f.errors import ConfigError
 from d2f.models.lora import adapter_disabled, adapter_parameters
 from d2f.testing import tiny_adapter, tiny_model
@@ -15,7 +15,6 @@ from d2f.training.objective import (
     distillation_loss,
     masked_diffusion_loss,
 )
-from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.training.sections import NoiseConfig, ObjectiveConfig
 from d2f.training.step import StageLoss, make_inputs
 
