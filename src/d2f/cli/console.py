@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from d2f.errors import ConfigError
+
 out = Console(highlight=False, soft_wrap=True)
 log = Console(stderr=True, highlight=False)
 
@@ -18,3 +20,17 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(part, path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        ConfigError: It cannot; says why.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.console import log, out, write_json
+from d2f.cli.console import check_writable, log, out, write_json
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Seed of the problems.", min=0)] = 2026,
     live: Annotated[bool, typer.Option("--live/--no-live", help="Show the pipeline first.")] = True,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Where the bar plot goes.", dir_okay=False)
-    ] = Path("d2f-demo.png"),
+        Path | None,
+        typer.Option(help="Where the bar plot goes. Default: d2f-demo.png.", dir_okay=False),
+    ] = None,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no plot.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False)
@@ -53,9 +55,10 @@ def demo_command(
 
     Example:  d2f demo --num-problems 200 --json race.json
     """
-    for path in (json_file, None if no_plot else plot):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {path.parent}")
+    picture = None if no_plot else _choose_plot(plot)
+    for path in (json_file, picture):
+        if path is not None:
+            check_writable(path)
     from d2f.cli.device import choose_device, fastest_dtype
     from d2f.evaluation.environment import describe_environment
     from d2f.problems import generate_problems
@@ -80,13 +83,23 @@ def demo_command(
         settings = {"seed": seed, "max_new_tokens": limit, "batch_size": 1}
         write_json(json_file, {"environment": environment | settings, "rows": summaries})
         out.print(f"Rows written to {json_file}")
-    if not no_plot and plot is not None:
+    if picture is not None:
         from d2f.evaluation.plot import plot_race
 
         title = f"{num_problems} word problems, one at a time, on {environment['processor']}"
-        plot_race(summaries, plot, title=title)
-        out.print(f"Plot drawn in {plot}")
+        plot_race(summaries, picture, title=title)
+        out.print(f"Plot drawn in {picture}")
     out.print('Ask it yourself:  d2f generate "Tom has 5 apples. Ann has 3 times as many …"')
+
+
+def _choose_plot(wanted: Path | None) -> Path | None:
+    """The plot's file; no plot where nobody asked for one and matplotlib is not there."""
+    if find_spec("matplotlib") is not None:
+        return wanted or Path("d2f-demo.png")
+    if wanted is not None:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    log.print("no matplotlib here, so no plot is drawn (pip install matplotlib)", style="dim")
+    return None
 
 
 def _load_models(device: str, dtype: str) -> dict[str, Transformer]:
@@ -110,7 +123,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, problems: Sequence[Prob
     out.print(f"[dim]slowed down to {SLOWED_SECONDS} s per forward[/dim]\n")
     engine = Engine(model)
     for problem in problems:
-        out.print(f"[bold]{problem.prompt}[/bold]")
+        out.print(Text(problem.prompt, style="bold"), soft_wrap=False)
         request = Request(prompt_ids=tokenizer.encode_prompt(problem.prompt), max_new_tokens=192)
         forwards, output = 0, None
         with Live(console=out, auto_refresh=False, transient=out.is_terminal) as screen:
@@ -125,7 +138,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, problems: Sequence[Prob
                     out.print(f"{forwards:3d} ", blocks, sep="")
         assert output is not None and output.result is not None
         if out.is_terminal:
-            out.print(render_blocks(output.blocks, tokenizer))
+            out.print(render_blocks(output.blocks, tokenizer), soft_wrap=False)
         text = tokenizer.decode(output.result.token_ids)
         verdict = "right" if extract_answer(text) == problem.answer else "wrong"
         out.print(
@@ -179,19 +192,22 @@ def _race(
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """All columns fit in 80 characters."""
     from rich.table import Table
 
-    table = Table(title="The race: one problem at a time, prompts included in the clock")
+    gap = 1 if out.width < 100 else 3
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
     for column in (
-        "", "problems", "score", "tokens/s", "tokens/forward", "computed/forward",
-        "ms/forward", "s/problem", "mean tokens",
+        "prob-\nlems", "score", "tokens\nper s", "tokens/\nforward", "query\ntokens/\nforward",
+        "ms/\nforward", "s per\nanswer", "mean\ntokens",
     ):  # fmt: skip
-        table.add_column(column, justify="left" if column == "" else "right")
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             str(row["num_problems"]),
-            f"{row['score']:.1%} ±{row['score_standard_error']:.1%}",
+            f"{row['score']:.1%} ±{100 * row['score_standard_error']:.1f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['tokens_per_forward']:.2f}",
             f"{row['query_tokens_per_forward']:.0f}",
@@ -200,7 +216,9 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['mean_tokens']:.0f}",
             style="bold" if row["name"] == "pipelined" else "",
         )
+    out.print("[bold]The race[/bold], one problem at a time, prompts included in the clock\n")
     out.print(table)
+    out.print()
 
 
 def _print_reasons(
@@ -216,15 +234,18 @@ def _print_reasons(
         yields = fast["tokens_per_forward"] / slow["tokens_per_forward"]
         costs = fast["milliseconds_per_forward"] / slow["milliseconds_per_forward"]
         out.print(
-            f"pipelined is [bold]{speed:.1f}x[/bold] {name}: {yields:.2f}x the tokens per forward, "
-            f"each forward at {costs:.2f}x the time"
+            f"pipelined is [bold]{speed:.1f}x {name}[/bold]: {yields:.1f}x the tokens/forward, "
+            f"{costs:.2f}x ms/forward"
         )
-    out.print(
-        f"[dim]vanilla computes {rows['vanilla']['computed_per_answered']:.0f} tokens for each "
-        f"token of an answer, pipelined {fast['computed_per_answered']:.1f}, autoregressive "
-        f"{rows['autoregressive']['computed_per_answered']:.1f}; all with {limit} new tokens "
-        "at most[/dim]"
-    )
     by_name = {row.name: row for row in answers}
     gap, error = paired_difference(by_name["pipelined"], by_name["autoregressive"])
-    out.print(f"score, pipelined minus autoregressive: {gap:+.1%} ± {error:.1%} (paired)\n")
+    out.print(f"Score, pipelined minus autoregressive: {gap:+.1%} ±{100 * error:.1f} (paired)")
+    out.print(
+        "Tokens computed for each token of an answer: "
+        f"vanilla {rows['vanilla']['computed_per_answered']:.0f}, "
+        f"pipelined {fast['computed_per_answered']:.1f}, "
+        f"autoregressive {rows['autoregressive']['computed_per_answered']:.1f}; "
+        f"{limit} new tokens at most.\n",
+        style="dim",
+        soft_wrap=False,
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,161 +15,203 @@ from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2f.decoding.batch import GenerationResult
+    from d2f.diffusion.policy import DecodingPolicy
     from d2f.engine.request import Request
     from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
+# What each strategy heeds of the policy; `serial` fixes the two thresholds of blocks.
+_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks")
+_HEEDED = {
+    "pipelined": (*_PIPELINE, "add_threshold", "activate_threshold"),
+    "reference": (*_PIPELINE, "add_threshold", "activate_threshold"),
+    "serial": _PIPELINE,
+}
+
+PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
+]
+AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="pipelined, serial, vanilla, reference or autoregressive. Default: pipelined, "
+        "or autoregressive for such a model."
+    ),
+]
+LimitOption = Annotated[int, typer.Option(help="Most tokens of the response.")]
+BlockSizeOption = Annotated[int | None, typer.Option(help="Tokens of a block.")]
+AddOption = Annotated[
+    float | None, typer.Option(help="Open a block at this decoded share of the last.")
+]
+ActivateOption = Annotated[
+    float | None, typer.Option(help="Fully active at this share of the predecessor.")
+]
+ConfidenceOption = Annotated[
+    float | None, typer.Option(help="Accept tokens above this probability.")
+]
+LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
+StepsOption = Annotated[int | None, typer.Option(help="vanilla: forwards in all.")]
+BlockLengthOption = Annotated[int | None, typer.Option(help="vanilla: tokens of a block.")]
+TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
+ChatOption = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
+]
+StreamOption = Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
 
 def generate_command(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            help="pipelined, serial, vanilla, reference or autoregressive. Default: pipelined, "
-            "or autoregressive for such a model."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the response.")] = 256,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of a block.")] = None,
-    add_threshold: Annotated[
-        float | None, typer.Option(help="Open a block at this decoded share of the last.")
-    ] = None,
-    activate_threshold: Annotated[
-        float | None, typer.Option(help="Fully active at this share of the predecessor.")
-    ] = None,
-    confidence_threshold: Annotated[
-        float | None, typer.Option(help="Accept tokens above this probability.")
-    ] = None,
-    max_live_blocks: Annotated[
-        int | None, typer.Option(help="Most blocks open and not cached.")
-    ] = None,
-    num_steps: Annotated[int | None, typer.Option(help="vanilla: forwards in all.")] = None,
-    block_length: Annotated[int | None, typer.Option(help="vanilla: tokens of a block.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the most probable tokens.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
-    ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    prompt: PromptArgument,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    strategy: StrategyOption = None,
+    max_new_tokens: LimitOption = 256,
+    block_size: BlockSizeOption = None,
+    add_threshold: AddOption = None,
+    activate_threshold: ActivateOption = None,
+    confidence_threshold: ConfidenceOption = None,
+    max_live_blocks: LiveBlocksOption = None,
+    num_steps: StepsOption = None,
+    block_length: BlockLengthOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    chat: ChatOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    stream: StreamOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt. The text goes to stdout, statistics to stderr.
 
     Example:  d2f generate "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many
     apples does Ann have?"
     """
-    import sys
-
-    # Usage errors first: before seconds of imports.
-    thresholds = {
-        "block_size": block_size,
-        "add_threshold": add_threshold,
-        "activate_threshold": activate_threshold,
-        "confidence_threshold": confidence_threshold,
-        "max_live_blocks": max_live_blocks,
-    }
-    options = {"num_steps": num_steps, "block_length": block_length}
     if stream and as_json:
-        raise ConfigError("--stream and --json exclude each other")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-
+        raise typer.BadParameter("--stream and --json exclude each other")
+    changed = _given(
+        block_size=block_size,
+        add_threshold=add_threshold,
+        activate_threshold=activate_threshold,
+        confidence_threshold=confidence_threshold,
+        max_live_blocks=max_live_blocks,
+    )
+    _check_values(changed)
+    loaded, tokenizer = _load(model, adapter, device, dtype)
     from d2f.engine.request import Request
-    from d2f.text import Tokenizer
 
-    source, loaded = _load(model, adapter, device, dtype)
-    tokenizer = Tokenizer.load(source)
     causal = loaded.spec.architecture.causal
     strategy = strategy or ("autoregressive" if causal else "pipelined")
-    changed = {name: value for name, value in thresholds.items() if value is not None}
-    if changed and strategy not in ("pipelined", "serial", "reference"):
-        raise ConfigError(f"strategy {strategy} takes no {', '.join(sorted(changed))}")
     request = Request(
-        prompt_ids=tokenizer.encode_prompt(prompt, chat=chat),
+        prompt_ids=tokenizer.encode_prompt(_read(prompt), chat=chat),
         max_new_tokens=max_new_tokens,
-        policy=_policy(loaded.spec, changed),
+        policy=_policy(loaded.spec, strategy, changed),
         strategy=strategy,
         temperature=temperature,
         seed=seed,
-        options={name: value for name, value in options.items() if value is not None},
+        options=_given(num_steps=num_steps, block_length=block_length),
     )
     start = time.perf_counter()
-    if stream:
-        for piece in _stream(loaded, tokenizer, request, results := []):
-            typer.echo(piece, nl=False)
-        typer.echo()
-        [result] = results
-    else:
-        from d2f.engine.engine import Engine
+    result = _answer(loaded, tokenizer, request, stream)
+    _report(tokenizer, result, time.perf_counter() - start, stream, as_json)
 
-        [result] = Engine(loaded).generate([request])
-    seconds = time.perf_counter() - start
-    text = tokenizer.decode(result.token_ids)
-    if as_json:
-        typer.echo(json.dumps(_record(text, result, seconds)))
-    elif not stream:
-        typer.echo(text)
-    if not as_json:
-        log.print(
-            f"{len(result.token_ids)} tokens in {result.num_forwards} forwards "
-            f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
-            f"{len(result.token_ids) / seconds:.0f} tokens/s, ended by {result.finish_reason}",
-            style="dim",
-        )
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _read(prompt: str) -> str:
+    # As a shell does with $(…), so that `echo … | d2f generate -` asks what was meant.
+    return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+
+
+def _check_values(changed: dict[str, Any]) -> None:
+    """Refuse values out of range before any model is loaded."""
+    from d2f.diffusion.policy import DecodingPolicy
+
+    DecodingPolicy.from_dict(changed)
 
 
 def _load(
     model: str | None, adapter: str | None, device: str | None, dtype: str | None
-) -> tuple[str | Path, Transformer]:
+) -> tuple[Transformer, Tokenizer]:
     from d2f.cli.device import choose_device, fastest_dtype
-    from d2f.models.checkpoint import load_model
+    from d2f.hub import resolve_folder
+    from d2f.models.checkpoint import load_model, read_spec
     from d2f.shipped import shipped_model
+    from d2f.text import Tokenizer
 
-    source = model if model is not None else shipped_model("student")
+    source: str | Path = model if model is not None else shipped_model("student")
+    # What fails in milliseconds comes before the weights, which may take minutes.
+    read_spec(resolve_folder(source, weights=False))
+    tokenizer = Tokenizer.load(source)
     device = choose_device(device)
     if dtype is None and model is None:
         dtype = fastest_dtype(device)
-    return source, load_model(source, adapter=adapter, device=device, dtype=dtype)
+    return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
 
 
-def _policy(spec: ModelSpec, changed: dict[str, Any]) -> Any:
+def _policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
+    from d2f.decoding.strategies import STRATEGIES
     from d2f.diffusion.policy import DecodingPolicy
 
+    useless = [name for name in changed if name not in _HEEDED.get(strategy, ())]
+    if useless and strategy in STRATEGIES:
+        options = ", ".join("--" + name.replace("_", "-") for name in useless)
+        raise ConfigError(f"{options}: without effect on strategy {strategy}")
     base = spec.recommended_policy or DecodingPolicy()
     return DecodingPolicy.from_dict(base.to_dict() | changed)
 
 
-def _stream(
-    model: Transformer, tokenizer: Tokenizer, request: Request, results: list[GenerationResult]
-) -> Iterator[str]:
+def _answer(
+    model: Transformer, tokenizer: Tokenizer, request: Request, stream: bool
+) -> GenerationResult:
     from d2f.engine.engine import Engine
 
-    decoder, shown = tokenizer.stream(), 0
-    for output in Engine(model).stream(request):
-        yield decoder.push(output.token_ids[shown:])
-        shown = len(output.token_ids)
-        if output.result is not None:
-            results.append(output.result)
-    yield decoder.close()
+    engine = Engine(model)
+    if not stream:
+        return engine.generate([request])[0]
+    decoder, shown, result = tokenizer.stream(), 0, None
+    for output in engine.stream(request):
+        typer.echo(decoder.push(output.token_ids[shown:]), nl=False)
+        shown, result = len(output.token_ids), output.result
+    typer.echo(decoder.close())
+    assert result is not None
+    return result
 
 
-def _record(text: str, result: GenerationResult, seconds: float) -> dict[str, Any]:
-    return {
-        "text": text,
-        "token_ids": result.token_ids,
-        "num_tokens": len(result.token_ids),
-        "num_forwards": result.num_forwards,
-        "tokens_per_forward": result.tokens_per_forward,
-        "seconds": seconds,
-        "tokens_per_second": len(result.token_ids) / seconds,
-        "finish_reason": result.finish_reason,
-    }
+def _report(
+    tokenizer: Tokenizer, result: GenerationResult, seconds: float, streamed: bool, as_json: bool
+) -> None:
+    text, count = tokenizer.decode(result.token_ids), len(result.token_ids)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "text": text,
+                    "token_ids": result.token_ids,
+                    "num_tokens": count,
+                    "num_forwards": result.num_forwards,
+                    "tokens_per_forward": result.tokens_per_forward,
+                    "seconds": seconds,
+                    "tokens_per_second": count / seconds,
+                    "finish_reason": result.finish_reason,
+                }
+            )
+        )
+        return
+    if not streamed:
+        typer.echo(text)
+    log.print(
+        f"{count} tokens in {result.num_forwards} forwards "
+        f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
+        f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
+        style="dim",
+    )

@@ -60,6 +60,7 @@ def main() -> None:
         expected = isinstance(error, D2FError | OSError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (d2f --debug … shows where)"
-        log.print(f"[red]error:[/red] {kind}", end="")
-        log.print(f"{error}{hint}", markup=False, soft_wrap=True)
+        message = " ".join(f"{kind}{error}{hint}".split())
+        log.print("[red]error:[/red]", end=" ")
+        log.print(message, markup=False, soft_wrap=True)
         sys.exit(1)

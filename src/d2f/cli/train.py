@@ -100,7 +100,7 @@ def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
     strategy = _STRATEGIES[config.stage]
     options: dict[str, Any] = {}
     if strategy == "vanilla":
-        options = {"num_steps": most // 2, "block_length": most}
+        options = {"num_steps": max(most // 2, 1), "block_length": most}
 
     def sample(model: Transformer) -> Sequence[Mapping[str, Any]]:
         results = generate_ids(

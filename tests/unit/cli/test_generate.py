@@ -1,0 +1,189 @@
+"""`d2f generate`: what goes where, what each option does and which are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.generate import generate_ids
+from d2f.models.checkpoint import load_model
+from d2f.testing import write_adapter, write_checkpoint
+from d2f.text import Tokenizer
+
+POLICY = DecodingPolicy(block_size=8, confidence_threshold=0.5)
+EASY = "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many apples does Ann have?"
+KEYS = [
+    "text", "token_ids", "num_tokens", "num_forwards", "tokens_per_forward", "seconds",
+    "tokens_per_second", "finish_reason",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llada")
+    return write_checkpoint(path, "llada", policy=POLICY, tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", tokenizer=True)
+
+
+@pytest.fixture
+def generate(d2f, folder):
+    """Text of the tiny diffusion model."""
+
+    def run(*arguments, model=folder, prompt="1+1=", **others):
+        common = ("--model", model, "--device", "cpu", "--max-new-tokens", 20)
+        return d2f("generate", prompt, *common, *arguments, **others)
+
+    return run
+
+
+def test_text_on_stdout_and_statistics_on_stderr(generate, folder):
+    done = generate()
+    tokenizer = Tokenizer.load(folder)
+    model = load_model(folder, device="cpu")
+    expected = generate_ids(model, tokenizer.encode_prompt("1+1="), max_new_tokens=20)
+    assert done.code == 0
+    assert done.out == tokenizer.decode(expected.token_ids) + "\n"
+    assert f"{len(expected.token_ids)} tokens in {expected.num_forwards} forwards" in done.err
+
+
+def test_json_has_the_keys_of_the_contract(generate):
+    done = generate("--json")
+    record = json.loads(done.out)
+    assert list(record) == KEYS
+    assert record["text"] == generate().out[:-1]
+    assert record["num_tokens"] == len(record["token_ids"]) <= 20
+    assert record["tokens_per_forward"] == record["num_tokens"] / record["num_forwards"]
+    assert record["tokens_per_second"] == record["num_tokens"] / record["seconds"]
+    assert record["finish_reason"] in ("eos", "length")
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("strategy", ["pipelined", "serial", "vanilla", "reference"])
+def test_stream_prints_the_same_text(generate, strategy):
+    options = ("--strategy", strategy)
+    plain, streamed = generate(*options), generate(*options, "--stream")
+    assert plain.code == streamed.code == 0
+    assert streamed.out == plain.out
+    assert "forwards" in streamed.err
+
+
+def test_an_autoregressive_model_decodes_autoregressively(generate, causal):
+    record = json.loads(generate("--json", model=causal).out)
+    assert record["tokens_per_forward"] == 1
+    assert generate("--stream", model=causal).out == record["text"] + "\n"
+
+
+def test_prompt_from_standard_input(generate):
+    assert generate(prompt="-", stdin="1+1=\n").out == generate().out
+
+
+def test_adapter(generate, tmp_path):
+    adapter = write_adapter(tmp_path, "llada")
+    assert generate("--adapter", adapter).out != generate().out
+
+
+def test_policy_options_change_the_checkpoints_policy(generate):
+    def forwards(*options):
+        return json.loads(generate("--json", *options).out)["num_forwards"]
+
+    own = ("--block-size", 8, "--confidence-threshold", 0.5)
+    assert forwards(*own, "--add-threshold", 0.1, "--activate-threshold", 0.95) == forwards()
+    # Never more than the one forced token a forward.
+    assert forwards("--confidence-threshold", 1, "--max-live-blocks", 1) > forwards()
+    assert forwards("--strategy", "serial") >= forwards()
+    assert forwards("--strategy", "vanilla", "--num-steps", 5, "--block-length", 20) == 5
+
+
+def test_sampling_is_seeded(generate):
+    hot = ("--temperature", 2)
+    assert generate(*hot, "--seed", 1).out == generate(*hot, "--seed", 1).out
+    assert generate(*hot, "--seed", 1).out != generate(*hot, "--seed", 2).out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--add-threshold", -1], "add_threshold is -1.0; it must be a number between 0 and 1"),
+        (["--confidence-threshold", 1.5], "confidence_threshold is 1.5"),
+        (["--block-size", 0], "block_size is 0"),
+        (["--max-new-tokens", 0], "max_new_tokens is 0"),
+        (["--temperature", -1], "temperature is -1.0"),
+        (["--strategy", "pipelind"], "did you mean 'pipelined'"),
+        (["--strategy", "pipelind", "--block-size", 8], "did you mean 'pipelined'"),
+        (["--strategy", "autoregressive"], "not autoregressive"),
+        (["--strategy", "vanilla", "--block-size", 8], "--block-size: without effect"),
+        (["--strategy", "serial", "--add-threshold", 0.5], "--add-threshold: without effect"),
+        (["--num-steps", 4], "num_steps"),
+        (["--strategy", "serial", "--block-length", 4], "block_length"),
+        (["--chat"], "no chat template"),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--dtype", "float31"], "float31"),
+        (["--adapter", "/no/such/adapter"], "/no/such/adapter"),
+    ],
+)
+def test_refused_in_one_clear_line(generate, options, message):
+    done = generate(*options)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_policy_options_are_refused_for_an_autoregressive_model(generate, causal):
+    done = generate("--add-threshold", 0.5, model=causal)
+    assert done.code == 1
+    assert "--add-threshold: without effect on strategy autoregressive" in done.err
+
+
+def test_stream_and_json_exclude_each_other(generate):
+    done = generate("--stream", "--json")
+    assert done.code == 2
+    assert "exclude each other" in done.err
+
+
+def test_wrong_folders(generate, causal, tmp_path):
+    def error(*options, **others):
+        done = generate(*options, **others)
+        assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+        return done.err
+
+    assert "there is no folder '/no/such/model'" in error(model="/no/such/model")
+    adapter = write_adapter(tmp_path / "a", "Dream")
+    assert "an adapter for another model" in error("--adapter", adapter)
+    assert "holds an adapter, not a model" in error(model=adapter)
+    broken = write_checkpoint(tmp_path / "m", "llada", tokenizer=True)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors is truncated" in error(model=broken)
+    assert "holds no tokenizer" in error(model=write_checkpoint(tmp_path / "n", "llada"))
+
+
+def test_prompts_of_extreme_length(generate, causal):
+    assert generate(prompt="").code == 0
+    done = generate(prompt="", model=causal)
+    assert done.code == 1
+    assert "the prompt is empty" in done.err
+    done = generate(prompt="-", stdin="word " * 100_000)
+    assert done.code == 1
+    assert "500000 tokens" in done.err
+    assert len(done.err) < 300
+
+
+def test_the_shipped_model_answers_an_easy_problem(d2f):
+    assert " ".join(EASY.split()) in " ".join(d2f("generate", "--help").out.split())
+    for dtype in ("float32", "bfloat16"):
+        done = d2f("generate", EASY, "--device", "cpu", "--dtype", dtype)
+        assert done.code == 0
+        assert done.out == "Ann has 5 * 3 = 15 apples.\n#### 15\n"
+
+
+def test_the_shipped_model_refuses_a_prompt_that_is_too_long(d2f):
+    done = d2f("generate", "-", "--device", "cpu", stdin="apples " * 100_000)
+    assert done.code == 1
+    assert "exceed the model's 1024 positions" in done.err
