@@ -70,12 +70,12 @@ def demo_command(
     from d2f.shipped import shipped_model
 
     tokenizer = Tokenizer.load(shipped_model("student"))
-    problems = list(generate_problems(NUM_LIVE + num_problems, seed=seed, split="test"))
+    problems = list(generate_problems(num_problems, seed=seed, split="test"))
     environment = describe_environment(device=device, dtype=dtype)
     out.print(f"[bold]d2f demo[/bold]  on {environment['processor']}, {dtype}\n")
     if live:
-        _show_live(models["student"], tokenizer, problems[:NUM_LIVE])
-    rows, limit = _race(models, tokenizer, problems[NUM_LIVE:], min(num_vanilla, num_problems))
+        _show_live(models["student"], tokenizer, seed)
+    rows, limit = _race(models, tokenizer, problems, min(num_vanilla, num_problems))
     summaries = [row.summary() for row in rows]
     _print_table(summaries)
     _print_reasons({row["name"]: row for row in summaries}, rows, limit)
@@ -109,7 +109,7 @@ def _load_models(device: str, dtype: str) -> dict[str, Transformer]:
     return {name: load_model(shipped_model(name), device=device, dtype=dtype) for name in MODELS}
 
 
-def _show_live(model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
+def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -117,12 +117,16 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, problems: Sequence[Prob
     from d2f.cli.live import legend, render_blocks
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
-    from d2f.problems import extract_answer
+    from d2f.problems import ProblemConfig, extract_answer, generate_problems
 
-    out.print(legend())
-    out.print(f"[dim]slowed down to {SLOWED_SECONDS} s per forward[/dim]\n")
+    if out.is_terminal:
+        out.print(legend())
+    slowed = f", slowed down to {SLOWED_SECONDS} s per forward" if out.is_terminal else ""
+    out.print(f"[dim]Three long problems told out of order{slowed}; · is not decoded yet[/dim]\n")
     engine = Engine(model)
-    for problem in problems:
+    # On easy problems most of a block comes at once, and there is little to see.
+    hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)
+    for problem in generate_problems(NUM_LIVE, seed=seed, split="test", config=hard):
         out.print(Text(problem.prompt, style="bold"), soft_wrap=False)
         request = Request(prompt_ids=tokenizer.encode_prompt(problem.prompt), max_new_tokens=192)
         forwards, output = 0, None
@@ -135,6 +139,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, problems: Sequence[Prob
                     screen.update(Group(blocks, status), refresh=True)
                     time.sleep(SLOWED_SECONDS)
                 else:
+                    blocks = render_blocks(output.blocks, tokenizer, named=True)
                     out.print(f"{forwards:3d} ", blocks, sep="")
         assert output is not None and output.result is not None
         if out.is_terminal:

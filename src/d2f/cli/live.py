@@ -26,14 +26,18 @@ def legend() -> Text:
     for state, style in STYLES.items():
         text.append(f" {state} ", style)
         text.append("  ")
-    return text.append("  · not decoded yet")
+    return text
 
 
-def render_blocks(blocks: Sequence[BlockView], tokenizer: Tokenizer) -> Text:
-    """All blocks of a response in their colours."""
+def render_blocks(
+    blocks: Sequence[BlockView], tokenizer: Tokenizer, *, named: bool = False
+) -> Text:
+    """All blocks of a response in their colours, or, where there are none, with their states."""
     text = Text()
     for block in blocks:
         style = STYLES[block.state.value]
+        if named:
+            text.append(f"[{block.state.value}]")
         run: list[int] = []
         for token in block.token_ids:
             if token is None:

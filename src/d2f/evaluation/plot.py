@@ -39,7 +39,12 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
     for axis, (key, label, form) in zip(axes, panels, strict=True):
         values = [row[key] for row in rows]
         bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [form.format(value) for value in values], padding=3)
+        labels = [form.format(value) for value in values]
+        if key == "score":
+            labels = [
+                f"{text} of {row['num_problems']}" for text, row in zip(labels, rows, strict=True)
+            ]
+        axis.bar_label(bars, labels, padding=3)
         axis.set_xlabel(label)
         # Room for the labels; but no model solves more than all problems.
         axis.set_xlim(0, 1 if key == "score" else max(values) * 1.25)

@@ -12,7 +12,7 @@ from rich.console import Console
 from d2f.cli import demo
 from d2f.cli.live import legend, render_blocks
 from d2f.decoding.batch import BlockState, BlockView
-from d2f.problems import generate_problems
+from d2f.problems import ProblemConfig, generate_problems
 from d2f.testing import write_tokenizer
 from d2f.text import Tokenizer
 
@@ -82,13 +82,15 @@ def test_live_view_of_a_pipe(d2f, monkeypatch):
 
     console = Console(width=80, record=True, force_terminal=False, file=sys.stderr)
     monkeypatch.setattr(demo, "out", console)
-    [problem] = generate_problems(1, seed=4, split="test")
+    hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)
+    [problem] = generate_problems(1, seed=4, split="test", config=hard)
     model = load_model(shipped_model(), device="cpu", dtype="float32")
-    demo._show_live(model, Tokenizer.load(shipped_model()), [problem])
+    demo._show_live(model, Tokenizer.load(shipped_model()), 4)
     text = console.export_text()
     assert " ".join(problem.prompt.split()) in " ".join(text.split())
     assert "  1 " in text
-    assert f"right, the answer is {problem.answer}" in text
+    assert "[cached]" in text
+    assert f", the answer is {problem.answer}" in text
 
 
 def test_blocks_have_the_colours_of_their_states(tmp_path):
