@@ -74,16 +74,17 @@ class Engine:
         for request in requests:
             resolve(request, self.model.spec)
         numbers = [self.add(request) for request in requests]
+        wanted = set(numbers)
         results: dict[int, GenerationResult] = {}
         try:
-            while len(results) < len(numbers):
+            while len(results) < len(wanted):
                 for output in self._advance():
-                    if output.request_id in numbers and output.result is not None:
+                    if output.request_id in wanted and output.result is not None:
                         results[output.request_id] = output.result
                     else:
                         self._undelivered.append(output)
         finally:
-            self._forget(set(numbers) - results.keys())
+            self._forget(wanted - results.keys())
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Output]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.families import DREAM, config_from_spec, spec_from_config
-from d2f.models.lora import has_adapter, load_adapter
+from d2f.models.lora import has_adapter, load_adapter, read_adapter
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
@@ -80,6 +80,8 @@ def load_model(
     places = published_parameters(model)
     stored = match_headers(folder, spec, places)
     _check_tied_head(folder, spec)
+    if adapter_folder is not None:
+        read_adapter(adapter_folder, spec)  # a wrong one shows before gigabytes are read
     kept = to_dtype or _main_dtype(stored)
     for name, (module, attribute) in places.items():
         _assign(module, attribute, read_tensor(name, stored[name], target, kept))

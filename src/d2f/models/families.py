@@ -178,7 +178,12 @@ _SIZES = (
     "head_dim",
     "max_positions",
 )
-_HUGGING_FACE_FIXED = {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False}
+_HUGGING_FACE_FIXED = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+}
 
 
 def _refuse_other(config: Config, fixed: Config, where: str) -> None:
@@ -213,11 +218,13 @@ def _check(spec: ModelSpec, where: str) -> None:
     for token in (*spec.eos_token_ids, *(token for token in singles if token is not None)):
         if not isinstance(token, int):
             raise CheckpointError(f"{where}: {token!r} is no token id")
-    mask = spec.mask_token_id
-    if mask is not None and not 0 <= mask < spec.vocab_size:
-        raise CheckpointError(
-            f"{where}: mask_token_id is {mask}; the vocabulary holds 0 to {spec.vocab_size - 1}"
-        )
+    mask = () if spec.mask_token_id is None else (spec.mask_token_id,)
+    for name, tokens in (("mask_token_id", mask), ("eos_token_id", spec.eos_token_ids)):
+        for token in tokens:
+            if not 0 <= token < spec.vocab_size:
+                raise CheckpointError(
+                    f"{where}: {name} is {token}; the vocabulary holds 0 to {spec.vocab_size - 1}"
+                )
 
 
 def _token_ids(config: Config) -> dict[str, Any]:
@@ -260,6 +267,9 @@ def _read_hugging_face(config: Config, architecture: Architecture, where: str) -
     # In Llama `attention_bias` is one on o_proj too; the others ignore the entry.
     llama = {"attention_bias": False} if architecture is LLAMA else {}
     _refuse_other(config, _HUGGING_FACE_FIXED | llama, where)
+    for kind in config.get("layer_types") or ():
+        if kind != "full_attention":
+            raise CheckpointError(f"{where}: layer type {kind!r}; only full_attention is supported")
     # transformers 5 writes the rope entries into one table, earlier versions beside the others.
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", None) or config["rope_theta"]

@@ -373,3 +373,19 @@ def test_published_sizes_are_those_of_the_hub():
 def test_a_copied_folder_is_enough(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "copy")
     load_model(str(tmp_path / "copy"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rope_theta": -1.0}, "rope_theta -1.0"),
+        ({"rms_norm_eps": -1.0}, "epsilon"),
+        ({"eos_token_id": 500}, "eos_token_id is 500"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor of the rope scaling is None"),
+    ],
+)
+def test_settings_that_would_give_nonsense_are_refused(overrides, message):
+    with pytest.raises(CheckpointError, match=message):
+        spec_from_config(tiny_config("llama") | overrides)
