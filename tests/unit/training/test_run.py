@@ -162,8 +162,8 @@ def test_another_model_can_teach(files, lora):
         config = replace(config, model=replace(config.model, teacher=teacher))
         losses.append(train(config, device="cpu").last["loss"])
     assert losses[1] > 1.5 * losses[0]
-    write_checkpoint(files / "small", "llada", embedding_size=95, vocab_size=95)
-    wrong = replace(config.model, teacher=str(files / "small"))
+    write_checkpoint(files / "large", "llada", embedding_size=97, vocab_size=97)
+    wrong = replace(config.model, teacher=str(files / "large"))
     with pytest.raises(ConfigError, match="cannot teach"):
         train(replace(config, model=wrong, output=str(files / "c")), device="cpu")
 
