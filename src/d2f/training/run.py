@@ -88,7 +88,7 @@ def train(
     """
     reporter = reporter or Silent()
     target = resolve_device(device)
-    checkpoint = _find_checkpoint(config, resume)
+    checkpoint = _find_checkpoint(config, resume, reporter)
     folder = tokenizer_folder(config)
     tokenizer = Tokenizer.load(folder)
     model, teacher = load_models(config, tokenizer, target, checkpoint)
@@ -142,8 +142,8 @@ def _summarise(
     )
 
 
-def _find_checkpoint(config: TrainConfig, resume: bool) -> Path | None:
-    """The checkpoint to go on from, checked to be of this run."""
+def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> Path | None:
+    """The checkpoint to go on from, checked to be of this run; says what else has changed."""
     output = Path(config.output)
     found = list_checkpoints(output)
     if not resume:
@@ -166,6 +166,9 @@ def _find_checkpoint(config: TrainConfig, resume: bool) -> Path | None:
                 f"{found[-1]} was made with another '{name}' than this recipe's, so it cannot be "
                 "resumed; start anew with another --output"
             )
+    changed = [name for name in table if recorded.get(name) != table[name] and name != "output"]
+    if changed:
+        reporter.note(f"going on with other settings than before: {', '.join(changed)}")
     return found[-1]
 
 
