@@ -28,7 +28,7 @@ def describe_code() -> dict[str, Any]:
     return {
         "d2f": __version__,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        **{name: metadata.version(name) for name in ("torch", "tokenizers")},
         "platform": platform.platform(),
         "git_commit": commit,
         "git_dirty": None if changes is None else bool(changes),

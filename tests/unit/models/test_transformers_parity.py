@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from d2f.models.checkpoint import load_model, save_model
-
-transformers = pytest.importorskip("transformers")
 
 IDS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
 SIZES = {

@@ -128,7 +128,9 @@ def qwen2(tmp_path_factory):
 @pytest.fixture(scope="module", params=["llada", "qwen2"])
 def pair(request):
     """Our tokenizer and transformers' of the same folder."""
-    transformers = pytest.importorskip("transformers")
+    # Here: it takes seconds.
+    import transformers
+
     folder = request.getfixturevalue(request.param)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     return Tokenizer.load(folder), theirs
