@@ -6,6 +6,7 @@ import takes a tenth of a second where `transformers` takes several.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from d2f.errors import CheckpointError, RequestError
 from d2f.hub import resolve_folder
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from tokenizers import Tokenizer as _Backend
 
 _CONFIG = "tokenizer_config.json"
@@ -286,8 +288,24 @@ def _render(
     template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]
 ) -> str:
     """The text of a conversation, as `transformers` renders it."""
-    # Imported here: most uses of ids need no template.
     from jinja2 import TemplateSyntaxError
+
+    try:
+        return _compiled(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+        )
+    except TemplateSyntaxError as error:
+        raise CheckpointError(f"the chat template is broken: {error}") from None
+    except RequestError:
+        raise
+    except Exception as error:  # a template is a program and can fail in any way
+        raise RequestError(f"the chat template cannot render these messages: {error}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """A template made ready once: that takes longer than to fill it in."""
+    # Imported here: most uses of ids need no template.
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -302,13 +320,4 @@ def _render(
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
-        )
-    except TemplateSyntaxError as error:
-        raise CheckpointError(f"the chat template is broken: {error}") from None
-    except RequestError:
-        raise
-    except Exception as error:  # a template is a program and can fail in any way
-        raise RequestError(f"the chat template cannot render these messages: {error}") from None
+    return environment.from_string(template)

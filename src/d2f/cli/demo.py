@@ -221,7 +221,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['mean_tokens']:.0f}",
             style="bold" if row["name"] == "pipelined" else "",
         )
-    out.print("[bold]The race[/bold], one problem at a time, prompts included in the clock\n")
+    out.print("\n[bold]The race[/bold], one problem at a time, prompts included in the clock\n")
     out.print(table)
     out.print()
 

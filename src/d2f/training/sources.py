@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,38 +91,17 @@ def encode_data(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Encod
     return result
 
 
-def encode_pairs(
-    tokenizer: Tokenizer,
-    pairs: Iterable[Pair],
-    suffix: str = "",
-    encode_prompt: Callable[[str], list[int]] | None = None,
-) -> Encoded:
+def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], suffix: str = "") -> Encoded:
     """Encode pairs: the prompt through the chat template, the response as it is."""
-    encode_prompt = encode_prompt or tokenizer.encode_prompt
     result = Encoded()
     for prompt, response in pairs:
-        prompt_ids, response_ids = encode_prompt(prompt), tokenizer.encode(response + suffix)
+        prompt_ids = tokenizer.encode_prompt(prompt)
+        response_ids = tokenizer.encode(response + suffix)
         result.tokens.extend(prompt_ids)
         result.tokens.extend(response_ids)
         result.prompt_lengths.append(len(prompt_ids))
         result.response_lengths.append(len(response_ids))
     return result
-
-
-def _framed(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """`encode_prompt` for the plain texts of problems, without rendering a template for each.
-
-    Where the template sets the prompt between special tokens, it is encoded by itself, so the ids
-    around it are always the same.
-    """
-    inner, whole = tokenizer.encode("prompt"), tokenizer.encode_prompt("prompt")
-    for start in range(len(whole) - len(inner) + 1):
-        end = start + len(inner)
-        head, tail = whole[:start], whole[end:]
-        apart = not any(tokenizer.decode([token]) for token in head[-1:] + tail[:1])
-        if whole[start:end] == inner and apart:
-            return lambda prompt: [*head, *tokenizer.encode(prompt), *tail]
-    return tokenizer.encode_prompt
 
 
 def _problem_pairs(count: int, seed: int, knobs: ProblemConfig, start: int) -> Iterator[Pair]:
@@ -135,7 +114,7 @@ def _encode_problems(
 ) -> Encoded:
     seed, start, count, knobs = task
     pairs = _problem_pairs(count, seed, knobs, start)
-    return encode_pairs(tokenizer, pairs, suffix, _framed(tokenizer))
+    return encode_pairs(tokenizer, pairs, suffix)
 
 
 _worker: list[tuple[Tokenizer, str]] = []
