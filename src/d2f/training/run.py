@@ -84,7 +84,7 @@ def train(
         ConfigError, CheckpointError: Model, tokenizer and recipe do not fit.
 
     Example:
-        >>> train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))  # doctest: +SKIP
+        `train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))` takes some seconds.
     """
     reporter = reporter or Silent()
     target = resolve_device(device)
