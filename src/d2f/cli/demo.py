@@ -62,13 +62,12 @@ def demo_command(
     from d2f.cli.device import choose_device, fastest_dtype
     from d2f.evaluation.environment import describe_environment
     from d2f.problems import generate_problems
+    from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
     device = choose_device(device)
     dtype = dtype or fastest_dtype(device)
     models = _load_models(device, dtype)
-    from d2f.shipped import shipped_model
-
     tokenizer = Tokenizer.load(shipped_model("student"))
     problems = list(generate_problems(num_problems, seed=seed, split="test"))
     environment = describe_environment(device=device, dtype=dtype)

@@ -41,7 +41,6 @@ class Answer:
     num_tokens: int
     num_forwards: int
     num_query_tokens: int
-    prompt_length: int
     seconds: float
 
 
@@ -164,6 +163,5 @@ def answer_problem(runner: Runner, problem: Problem, *, max_new_tokens: int) -> 
         num_tokens=len(result.token_ids),
         num_forwards=result.num_forwards,
         num_query_tokens=result.num_query_tokens,
-        prompt_length=len(prompt),
         seconds=seconds,
     )

@@ -46,9 +46,8 @@ def score_problems(
                 num_tokens=len(result.token_ids),
                 num_forwards=result.num_forwards,
                 num_query_tokens=result.num_query_tokens,
-                prompt_length=len(prompt),
                 seconds=seconds,
             )
-            for problem, prompt, result in zip(problems, prompts, results, strict=True)
+            for problem, result in zip(problems, results, strict=True)
         ],
     )

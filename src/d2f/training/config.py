@@ -79,7 +79,8 @@ class TrainConfig:
     optimizer: OptimizerConfig
     tokenizer: TokenizerConfig | None = None
     lora: LoraConfig | None = None
-    """Train a LoRA adapter with these settings; none: all weights."""
+    """Train a LoRA adapter with these settings; none: all weights. In a recipe of stage d2f an
+    adapter with the default settings is trained unless it says `lora = false`."""
     noise: NoiseConfig | None = None
     objective: ObjectiveConfig | None = None
     sample: SampleConfig | None = None
@@ -153,6 +154,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)
+    # TOML has no word for "none"; false says it.
+    if table.setdefault("lora", {} if table.get("stage") == "d2f" else False) is False:
+        del table["lora"]
     return from_table(TrainConfig, table, str(path))
 
 

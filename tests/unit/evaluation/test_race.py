@@ -39,7 +39,6 @@ def make_answer(correct=True, num_tokens=10, num_forwards=2, num_query_tokens=40
         num_tokens=num_tokens,
         num_forwards=num_forwards,
         num_query_tokens=num_query_tokens,
-        prompt_length=5,
         seconds=seconds,
     )
 
@@ -110,11 +109,12 @@ def test_race_takes_the_problems_in_turn(tokenizer):
     assert seen == ["ar", "slow", "fast", "ar", "fast", "ar"]
     assert [(row.name, len(row.answers)) for row in rows] == [("ar", 3), ("slow", 1), ("fast", 2)]
     for row in rows:
-        for answer, problem in zip(row.answers, PROBLEMS, strict=False):
-            assert answer.prompt_length == len(problem.prompt)
+        for answer in row.answers:
             assert 1 <= answer.num_tokens <= 9
             assert answer.seconds > 0
     assert rows[0].summary()["tokens_per_forward"] == 1
+    for answer, problem in zip(rows[0].answers, PROBLEMS, strict=True):
+        assert answer.num_query_tokens == len(problem.prompt) + answer.num_tokens - 1
 
 
 @pytest.mark.parametrize("count", [0, 4])
@@ -137,7 +137,7 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
     alone, batched = score(1), score(4)
     assert len(alone.answers) == 5
     for one, other in zip(alone.answers, batched.answers, strict=True):
-        for name in ("correct", "num_tokens", "num_forwards", "num_query_tokens", "prompt_length"):
+        for name in ("correct", "num_tokens", "num_forwards", "num_query_tokens"):
             assert getattr(one, name) == getattr(other, name)
     # The clock is shared out evenly.
     assert len({answer.seconds for answer in batched.answers}) == 1

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from d2f.errors import ConfigError
+from d2f.models.lora import LoraConfig
 from d2f.training.config import TrainConfig, load_recipe, to_table
 from d2f.training.tables import from_table
 
@@ -67,7 +68,11 @@ def test_there_are_recipes_for_every_stage():
         ('"d2f"', '"autoregressive"', r"no use for \[noise\]"),
         ("batch_size = 4", "batch_size = 4\nmicro_batch_size = 3", "no multiple"),
         ('init = "folder"', "", "either init"),
-        ('init = "folder"', 'init = "folder", dtype = "bfloat16"', "precision"),
+        (
+            'model = {init = "folder"}',
+            'lora = false\nmodel = {init = "folder", dtype = "bfloat16"}',
+            "precision",
+        ),
         ('kind = "jsonl"', 'kind = "problems"', "num_problems"),
         ("steps = 5", "steps = 5\nlora = 3", "must be a table"),
         ("steps = 5", "steps = 5\nlora = {r = 0}", r"\[lora\].*r is 0"),
@@ -102,3 +107,12 @@ def test_overrides(write):
     ]:
         with pytest.raises(ConfigError, match=message):
             load_recipe(path, [wrong])
+
+
+def test_distillation_trains_an_adapter_unless_told_otherwise(write):
+    assert load_recipe(write(GOOD)).lora == LoraConfig()
+    assert LoraConfig().r == 32
+    assert LoraConfig().target_modules is None, "the four attention projections"
+    assert load_recipe(write(GOOD), ["lora=false"]).lora is None
+    other = GOOD.replace('"d2f"', '"masked-diffusion"').replace("monotone", "uniform")
+    assert load_recipe(write(other)).lora is None
