@@ -1,11 +1,10 @@
 """Pipelined parallel decoding with an exact key/value cache (paper, section 4).
 
-Shapes: B sequences, N blocks of the longest response, K block size, R = N * K response positions,
-L tokens of a forward, M positions that need logits.
+Shapes: B rows, T packed tokens, M candidates, N blocks of K positions, D hidden size.
 
-Each forward carries, of every sequence, the blocks that are open and not yet cached: COMPLETE ones,
-whose final tokens it turns into cache, and active ones, which it refines. The first also carries
-the prompt. Slots are positions: live blocks overwrite their slots at each step.
+Each forward carries, of every row, the blocks that are open and not yet cached: COMPLETE ones, whose
+final tokens it turns into cache, and active ones, which it refines. A row's first forward also
+carries its prompt. Live blocks overwrite their keys and values at each step.
 """
 
 from __future__ import annotations
@@ -14,233 +13,233 @@ import torch
 from torch import Tensor
 
 from d2f.decoding import rules
-from d2f.decoding.batch import (
-    BlockState,
-    BlockView,
-    GenerationResult,
-    Sequences,
-    check_finite,
-    cut_at_eos,
-    pad_prompts,
-)
-from d2f.decoding.sampling import choose_tokens, gumbel_noise
-from d2f.diffusion.layout import PADDING_BLOCK
-from d2f.models.cache import KVCache
+from d2f.decoding.paged import PagedDecoder, Packing, StepShape, make_record
+from d2f.decoding.rows import Rows, RowStart
+from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
+from d2f.ops.sampling import Choice
 
 
-class PipelinedBatch:
-    """A batch decoded by the pipeline; `serial` is this with both block thresholds at 1."""
+class PipelinedDecoder(PagedDecoder):
+    """Algorithm 2 for all rows at once; `serial` is this with both block thresholds at 1.
 
-    def __init__(self, model: Transformer, sequences: Sequences) -> None:
-        spec, device = model.spec, model.device
-        assert spec.mask_token_id is not None
-        self.model, self.policy, self.sequences = model, sequences.policy, sequences
-        self.prompt_BL, self.prompt_length_B = pad_prompts(sequences.prompts, device)
-        size = self.policy.block_size
-        limit_B = torch.tensor(sequences.max_new_tokens, device=device)
-        self.limit_B = limit_B
-        self.total_B = (limit_B + size - 1) // size
-        num_blocks = int(self.total_B.max())
-        response_R = torch.arange(num_blocks * size, device=device)
-        self.valid_BR = response_R < limit_B[:, None]
-        self.tokens_BR = torch.full_like(self.valid_BR, spec.mask_token_id, dtype=torch.long)
-        zero_B = torch.zeros_like(limit_B)
-        self.opened_B, self.cached_B = zero_B, zero_B
-        # Position of the first token that is not cached: the prompt's first, then a block's.
-        self.start_B = zero_B
-        self.fully_BN = torch.zeros(len(sequences), num_blocks, dtype=torch.bool, device=device)
-        self.eos_seen_B = zero_B.bool()
-        self.seed_B = torch.tensor(sequences.seeds, device=device)
-        self.forwards_B, self.queries_B = zero_B, zero_B
-        self.done_B = zero_B.bool()
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.eos_E = torch.tensor(sequences.eos_token_ids, dtype=torch.long, device=device)
-        self.cache = KVCache(
-            spec,
-            num_sequences=len(sequences),
-            num_slots=int((self.prompt_length_B + limit_B).max()),
-            device=device,
-            dtype=model.dtype,
+    Args:
+        model: A diffusion model, `pack`ed.
+        cache: Where keys and values live.
+        backend: The operations.
+        imposed_F: How many tokens each row accepts in its forward f, whatever the model says; the
+            last entry holds for all later ones. For measuring speed with random weights. None: the
+            model decides.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        backend: Backend,
+        imposed_F: Tensor | None = None,
+    ) -> None:
+        super().__init__(model, cache, backend)
+        self.imposed_F = imposed_F
+
+    def begin(self, start: RowStart) -> tuple[dict[str, int], list[bool]]:
+        """A fresh sequence opens its first block; one that was interrupted goes on as it was.
+
+        All that is not in the cache is computed again, decoded blocks included, so an interrupted
+        sequence meets the same keys and values as one that was not.
+        """
+        size, prompt = start.policy.block_size, len(start.prompt)
+        # What the rules give for a prompt, whose share is 1.
+        opened, complete, fully = 1, 0, [True]
+        if start.num_opened > 0:
+            opened = start.num_opened
+            share_1N = _share_of(start)
+            fully_1N = rules.activate(
+                share_1N,
+                torch.zeros_like(share_1N, dtype=torch.bool),
+                activate_threshold=start.policy.activate_threshold,
+            )
+            complete = int(rules.completed_blocks(share_1N, torch.tensor([opened])))
+            fully = fully_1N[0].tolist()
+        end = prompt + min(opened * size, start.max_new_tokens)
+        values = {"opened": opened, "complete": complete, "start": start.num_cached, "end": end}
+        return values, fully
+
+    def step(self, rows: Rows, shape: StepShape) -> Tensor:
+        """Refine all open blocks, accept tokens, then plan the next step."""
+        packing = self.pack(rows, shape)
+        hidden_TD = self.forward(packing)
+        place_M, row_M, live_M, response_M, choice = self._candidates(
+            hidden_TD, packing, rows, shape
         )
+        advance_B = rows.prompt_B + rows.complete_B * rows.size_B - rows.start_B
+        self._keep_boundary(hidden_TD, packing, rows, advance_B)
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Open and activate blocks, run one forward, accept tokens, retire blocks."""
-        share_BN = self._share()
-        self.opened_B = rules.open_blocks(
-            share_BN,
-            self.opened_B,
-            self.cached_B,
-            self.total_B,
-            self.eos_seen_B,
-            add_threshold=self.policy.add_threshold,
-            max_live_blocks=self.policy.max_live_blocks,
-        )
-        self.fully_BN = rules.activate(
-            share_BN, self.fully_BN, activate_threshold=self.policy.activate_threshold
-        )
-        complete_B = rules.completed_blocks(share_BN, self.opened_B)
-        token_BR, confidence_BR, candidate_BR = self._forward(complete_B)
-        self.cached_B = complete_B
+        valid_BNK = rows.valid_BNK()
+        block_N = torch.arange(valid_BNK.shape[1], device=valid_BNK.device)
+        open_BN1 = (block_N < rows.opened_B[:, None])[..., None]
+        runs_B11 = packing.runs_B[:, None, None]
+        masked_BNK = (rows.tokens_BNK == self.model.spec.mask_token_id) & valid_BNK
+        probability_BNK = _scattered(choice.probability_M, place_M, rows)
         accepted_BNK = rules.accept(
-            self._grid(candidate_BR),
-            self._grid(confidence_BR),
-            self.fully_BN,
-            confidence_threshold=self.policy.confidence_threshold,
+            masked_BNK & open_BN1 & runs_B11,
+            probability_BNK,
+            _scattered(choice.rank_M, place_M, rows) if shape.ranked else probability_BNK,
+            rows.fully_BN,
+            confidence_threshold=rows.threshold_B[:, None, None],
         )
-        accepted_BR = accepted_BNK.flatten(1)
-        self.tokens_BR = torch.where(accepted_BR, token_BR, self.tokens_BR)
-        self.eos_seen_B = self.eos_seen_B | (accepted_BR & self._is_eos()).any(-1)
-        self.forwards_B = self.forwards_B + ~self.done_B
-        self.done_B = self.done_B | self._finished()
+        token_BNK = _scattered(choice.token_M, place_M, rows)
+        rows.tokens_BNK.copy_(torch.where(accepted_BNK, token_BNK, rows.tokens_BNK))
+        rows.forwards_B.add_(packing.runs_B)
+        rows.queries_B.add_(packing.packed.counts_B)
+        self._plan(rows, packing.runs_B, valid_BNK, masked_BNK & ~accepted_BNK)
 
-    def _forward(self, complete_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One model call; candidates with their confidence, and where there are any: (B, R)."""
-        size, prompt_B = self.policy.block_size, self.prompt_length_B
-        end_B = prompt_B + torch.minimum(self.opened_B * size, self.limit_B)
-        count_B = torch.where(self.done_B, 0, end_B - self.start_B)
-        self.queries_B = self.queries_B + count_B
-        num_tokens, num_read_slots = torch.stack([count_B.max(), end_B.max()]).tolist()
-
-        position_BL = self.start_B[:, None] + torch.arange(num_tokens, device=end_B.device)
-        inside_BL = position_BL < (self.start_B + count_B)[:, None]
-        response_BL = position_BL - prompt_B[:, None]
-        index_BL = response_BL.clamp(0, self.tokens_BR.shape[1] - 1)
-        ids_BL = self.tokens_BR.gather(1, index_BL)
-        if self.prompt_BL.shape[1] > 0:
-            prompt_index_BL = position_BL.clamp_max(self.prompt_BL.shape[1] - 1)
-            ids_BL = torch.where(response_BL < 0, self.prompt_BL.gather(1, prompt_index_BL), ids_BL)
-        block_BL = (response_BL.div(size, rounding_mode="floor") + 1).clamp_min(0)
-        block_BL = torch.where(inside_BL, block_BL, PADDING_BLOCK).to(torch.int32)
-
-        hidden_BLD = self.model(
-            ids_BL,
-            position_BL,
-            block_BL,
-            cache=self.cache,
-            slots_BL=torch.where(inside_BL, position_BL, -1),
-            num_read_slots=num_read_slots,
-        )
-        aligned_BLD = self.model.align(hidden_BLD, position_BL, self.cache)
-        start_B = prompt_B + complete_B * size
-        self.cache.keep_boundary(hidden_BLD, torch.where(self.done_B, 0, start_B - self.start_B))
-        self.start_B = start_B
-
-        masked_BR = (self.tokens_BR == self.model.spec.mask_token_id) & self.valid_BR
-        needed_BL = inside_BL & (response_BL >= 0) & masked_BR.gather(1, index_BL)
-        row_M, column_M = needed_BL.nonzero(as_tuple=True)
-        token_M, confidence_M = self._choose(
-            self.model.head(aligned_BLD[row_M, column_M]), row_M, position_BL[row_M, column_M]
-        )
-        self.finite = self.finite & confidence_M.isfinite().all()
-        at_M = (row_M, index_BL[row_M, column_M])
-        candidate_BR = torch.zeros_like(masked_BR).index_put_(at_M, torch.ones_like(row_M).bool())
-        confidence_BR = torch.zeros_like(masked_BR, dtype=torch.float32)
-        return (
-            self.tokens_BR.index_put(at_M, token_M),
-            confidence_BR.index_put_(at_M, confidence_M),
-            candidate_BR,
+        kept_M = live_M & accepted_BNK.flatten()[place_M.clamp_max(accepted_BNK.numel() - 1)]
+        return make_record(
+            {
+                "ran": packing.runs_B,
+                "done": rows.done_B,
+                "opened": rows.opened_B,
+                "complete": rows.complete_B,
+                "start": rows.start_B,
+                "end": rows.end_B,
+                "forwards": rows.forwards_B,
+                "queries": rows.queries_B,
+                "finite": probability_BNK.isfinite().flatten(1).all(-1),
+            },
+            {
+                "row": torch.where(kept_M, row_M, -1),
+                "index": response_M,
+                "token": choice.token_M,
+                "probability": choice.probability_M,
+            },
         )
 
-    def _choose(
-        self, logits_MV: Tensor, row_M: Tensor, position_M: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        temperature, noise_MV = self.sequences.temperature, None
-        if temperature > 0:
-            noise_MV = gumbel_noise(
-                self.seed_B[row_M], position_M, self.forwards_B[row_M], logits_MV.shape[-1]
-            )
-        return choose_tokens(
-            logits_MV,
-            mask_token_id=self.model.spec.mask_token_id,
-            temperature=temperature,
-            noise_MV=noise_MV,
+    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
+        return torch.minimum(block_end_T, end_T)
+
+    def _candidates(
+        self, hidden_TD: Tensor, packing: Packing, rows: Rows, shape: StepShape
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Choice]:
+        """Tokens for all masked positions: place in the grid, row, whether real, index, choice."""
+        mask = self.model.spec.mask_token_id
+        needed_T = packing.inside_T & (packing.response_T >= 0) & (packing.ids_T == mask)
+        count_T = needed_T.cumsum(0)
+        number_M = torch.arange(1, shape.num_candidates + 1, device=count_T.device)
+        live_M = number_M <= count_T[-1]
+        # The m-th candidate is where the count reaches m.
+        index_M = torch.searchsorted(count_T, number_M).clamp_max(shape.num_tokens - 1)
+        row_M, response_M = packing.row_T[index_M], packing.response_T[index_M]
+        position_M = packing.packed.positions_T[index_M]
+        aligned_MD = self._aligned(hidden_TD, packing, rows, index_M, row_M)
+        choice = self.choose(aligned_MD, rows, shape, row_M, position_M, live_M)
+        if self.imposed_F is not None:
+            choice = self._imposed(choice, packing, rows, count_T, number_M, row_M)
+        size_M, block_size = rows.size_B[row_M], rows.tokens_BNK.shape[2]
+        block_M = response_M // size_M
+        place_M = block_M * (block_size - size_M) + response_M
+        place_M = place_M + row_M * rows.tokens_BNK[0].numel()
+        # One past the grid for those that are none.
+        place_M = torch.where(live_M, place_M, rows.tokens_BNK.numel())
+        return place_M, row_M, live_M, response_M, choice
+
+    def _aligned(
+        self, hidden_TD: Tensor, packing: Packing, rows: Rows, index_M: Tensor, row_M: Tensor
+    ) -> Tensor:
+        if rows.boundary_BD is None:
+            return hidden_TD[index_M]
+        # The state of the position before; of a row's first token that is the kept one, and
+        # position 0 has none before it but its own, as in `Transformer.align`.
+        first_M1 = (index_M == packing.packed.starts_B[row_M])[:, None]
+        origin_M1 = (packing.packed.positions_T[index_M] == 0)[:, None]
+        before_MD = hidden_TD[(index_M - 1).clamp_min(0)]
+        before_MD = torch.where(first_M1, rows.boundary_BD[row_M], before_MD)
+        return torch.where(origin_M1, hidden_TD[index_M], before_MD)
+
+    def _keep_boundary(
+        self, hidden_TD: Tensor, packing: Packing, rows: Rows, advance_B: Tensor
+    ) -> None:
+        if rows.boundary_BD is None:
+            return
+        last_B = packing.packed.starts_B + advance_B - 1
+        moved_B1 = (packing.runs_B & (advance_B > 0))[:, None]
+        last_BD = hidden_TD[last_B.clamp(0, len(hidden_TD) - 1)]
+        rows.boundary_BD.copy_(torch.where(moved_B1, last_BD, rows.boundary_BD))
+
+    def _imposed(
+        self,
+        choice: Choice,
+        packing: Packing,
+        rows: Rows,
+        count_T: Tensor,
+        number_M: Tensor,
+        row_M: Tensor,
+    ) -> Choice:
+        """The choice with certainty for the first so many candidates of each row, for no others."""
+        assert self.imposed_F is not None
+        # Candidates of the rows before.
+        zero_T = torch.cat([torch.zeros_like(count_T[:1]), count_T])
+        number_M = number_M - zero_T[packing.packed.starts_B][row_M]
+        quota_B = self.imposed_F[rows.forwards_B.clamp_max(len(self.imposed_F) - 1)]
+        sure_M = (number_M <= quota_B[row_M]).float()
+        return choice._replace(probability_M=sure_M, rank_M=sure_M)
+
+    def _plan(self, rows: Rows, runs_B: Tensor, valid_BNK: Tensor, masked_BNK: Tensor) -> None:
+        """After a step: which rows are done, and what the next step computes of the others."""
+        eos_BNKE = rows.tokens_BNK[..., None] == rows.eos_BE[:, None, None, :]
+        is_eos_BNK = eos_BNKE.any(-1) & valid_BNK
+        eos_seen_B = is_eos_BNK.flatten(1).any(-1)
+        decoded_BNK = valid_BNK & ~masked_BNK
+        share_BN = rules.decoded_share(decoded_BNK, valid_BNK)
+        waiting_B = rules.waiting(masked_BNK, rows.opened_B)
+        idle_B = ~waiting_B & (eos_seen_B | (rows.opened_B >= rows.total_B))
+        # Positions that no response has are no gaps.
+        done_B = rules.finished(
+            ~masked_BNK.flatten(1),
+            is_eos_BNK.flatten(1),
+            idle_B,
+            early_stop=rows.early_stop_B > 0,
         )
-
-    def _grid(self, x_BR: Tensor) -> Tensor:
-        return x_BR.unflatten(1, (-1, self.policy.block_size))
-
-    def _decoded(self) -> Tensor:
-        return (self.tokens_BR != self.model.spec.mask_token_id) & self.valid_BR
-
-    def _is_eos(self) -> Tensor:
-        return torch.isin(self.tokens_BR, self.eos_E) & self.valid_BR
-
-    def _share(self) -> Tensor:
-        return rules.decoded_share(self._grid(self._decoded()), self._grid(self.valid_BR))
-
-    def _finished(self) -> Tensor:
-        decoded_BR = self._decoded()
-        opened_BR = (
-            torch.arange(decoded_BR.shape[1], device=decoded_BR.device)
-            < (self.opened_B * self.policy.block_size)[:, None]
+        cached_B = rows.complete_B
+        opened_B = rules.open_blocks(
+            share_BN,
+            rows.opened_B,
+            cached_B,
+            rows.total_B,
+            eos_seen_B,
+            add_threshold=rows.add_B,
+            max_live_blocks=rows.max_live_B,
         )
-        waiting_B = (opened_BR & self.valid_BR & ~decoded_BR).any(-1)
-        no_more_B = self.eos_seen_B | (self.opened_B >= self.total_B)
-        return rules.finished(
-            decoded_BR,
-            self._is_eos(),
-            ~waiting_B & no_more_B,
-            early_stop=self.sequences.early_stop,
+        fully_BN = rules.activate(
+            share_BN, rows.fully_BN, activate_threshold=rows.activate_B[:, None]
         )
-
-    def finished(self) -> list[bool]:
-        """Which sequences are done."""
-        return self.done_B.tolist()
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of finished sequences."""
-        if not rows:
-            return []
-        check_finite(self.finite)
-        index_M = torch.tensor(rows, device=self.tokens_BR.device)
-        count_B = torch.minimum(self.opened_B * self.policy.block_size, self.limit_B)
-        figures_B3 = torch.stack([count_B, self.forwards_B, self.queries_B], dim=1)
-        results = []
-        for tokens, (count, forwards, queries) in zip(
-            self.tokens_BR[index_M].tolist(), figures_B3[index_M].tolist(), strict=True
+        start_B = rows.prompt_B + cached_B * rows.size_B
+        end_B = rows.prompt_B + torch.minimum(opened_B * rows.size_B, rows.limit_B)
+        complete_B = rules.completed_blocks(share_BN, opened_B)
+        for old_B, new_B in (
+            (rows.start_B, start_B),
+            (rows.end_B, end_B),
+            (rows.complete_B, complete_B),
+            (rows.opened_B, opened_B),
+            (rows.done_B, done_B.long()),
         ):
-            token_ids, reason = cut_at_eos(tokens[:count], self.sequences.eos_token_ids)
-            results.append(
-                GenerationResult(
-                    token_ids=token_ids,
-                    num_forwards=forwards,
-                    num_prefill_forwards=0,
-                    num_query_tokens=queries,
-                    finish_reason=reason,
-                )
-            )
-        return results
+            # A row that sat out is planned already.
+            old_B.copy_(torch.where(runs_B, new_B, old_B))
+        rows.fully_BN.copy_(torch.where(runs_B[:, None], fully_BN, rows.fully_BN))
 
-    def view(self, row: int) -> list[BlockView]:
-        """The open blocks of a sequence as they stand."""
-        mask, cached = self.model.spec.mask_token_id, int(self.cached_B[row])
-        share_N, fully_N = self._share()[row].tolist(), self.fully_BN[row].tolist()
-        complete = int(rules.completed_blocks(self._share(), self.opened_B)[row])
-        grid_NK, valid_NK = self._grid(self.tokens_BR)[row], self._grid(self.valid_BR)[row]
-        views = []
-        for index in range(int(self.opened_B[row])):
-            state = BlockState.SEMI_ACTIVE
-            if index < cached:
-                state = BlockState.CACHED
-            elif index < complete:
-                state = BlockState.COMPLETE
-            elif fully_N[index] or share_N[index] >= 1:
-                state = BlockState.FULLY_ACTIVE
-            tokens = grid_NK[index][valid_NK[index]].tolist()
-            views.append(
-                BlockView(state=state, token_ids=tuple(None if t == mask else t for t in tokens))
-            )
-        return views
 
-    def select(self, rows: list[int]) -> None:
-        """Go on with these sequences only."""
-        index_M = torch.tensor(rows, device=self.model.device)
-        for name in (
-            "prompt_BL", "prompt_length_B", "limit_B", "total_B", "valid_BR", "tokens_BR",
-            "opened_B", "cached_B", "start_B", "fully_BN", "eos_seen_B", "seed_B",
-            "forwards_B", "queries_B", "done_B",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name)[index_M])
-        self.cache.select(index_M)
+def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows) -> Tensor:
+    """The values at their places of the grid, 0 elsewhere: (B, N, K)."""
+    flat = values_M.new_zeros(rows.tokens_BNK.numel() + 1)
+    return flat.scatter_(0, place_M, values_M)[:-1].view(rows.tokens_BNK.shape)
+
+
+def _share_of(start: RowStart) -> Tensor:
+    """Decoded share of each block of an interrupted response: (1, N)."""
+    size, limit = start.policy.block_size, start.max_new_tokens
+    blocks = [start.tokens[at : at + size] for at in range(0, limit, size)]
+    shares = [sum(token is not None for token in block) / len(block) for block in blocks]
+    return torch.tensor([shares], dtype=torch.double)
+
+

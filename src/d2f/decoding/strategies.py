@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from d2f.decoding.autoregressive import AutoregressiveBatch
+import torch
+
+from d2f.decoding.autoregressive import AutoregressiveDecoder
 from d2f.decoding.batch import DecodingBatch, Sequences
-from d2f.decoding.pipelined import PipelinedBatch
+from d2f.decoding.paged import PagedDecoder
+from d2f.decoding.pipelined import PipelinedDecoder
 from d2f.decoding.reference import ReferenceBatch
 from d2f.decoding.vanilla import VanillaBatch, transfer_plan
 from d2f.errors import ConfigError, RequestError, unknown_name
+from d2f.models.cache import PagedCache
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
 
 
-def _serial(model: Transformer, sequences: Sequences) -> PipelinedBatch:
-    """One block after the other: the pipeline with both block thresholds at 1."""
-    policy = dataclasses.replace(sequences.policy, add_threshold=1.0, activate_threshold=1.0)
-    return PipelinedBatch(model, dataclasses.replace(sequences, policy=policy))
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a strategy runs."""
+
+    batch: Callable[..., DecodingBatch] | None = None
+    """Starts a batch without the paged cache; None: it runs on the paged cache."""
+    options: tuple[str, ...] = ()
+    """What only it takes."""
+    policy: Mapping[str, float] = field(default_factory=dict)
+    """Fields of the policy that it fixes."""
+
+    @property
+    def paged(self) -> bool:
+        """It runs on the paged cache."""
+        return self.batch is None
 
 
-STRATEGIES: dict[str, tuple[Callable[..., DecodingBatch], tuple[str, ...]]] = {
-    "pipelined": (PipelinedBatch, ()),
-    "serial": (_serial, ()),
-    "autoregressive": (AutoregressiveBatch, ()),
-    "vanilla": (VanillaBatch, ("num_steps", "block_length")),
-    "reference": (ReferenceBatch, ()),
+STRATEGIES: dict[str, Strategy] = {
+    "pipelined": Strategy(),
+    # One block after the other.
+    "serial": Strategy(policy={"add_threshold": 1.0, "activate_threshold": 1.0}),
+    "autoregressive": Strategy(),
+    "vanilla": Strategy(batch=VanillaBatch, options=("num_steps", "block_length")),
+    "reference": Strategy(batch=ReferenceBatch),
 }
 
 
@@ -46,7 +63,7 @@ def check_strategy(
     """
     if strategy not in STRATEGIES:
         raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
-    known = STRATEGIES[strategy][1]
+    known = STRATEGIES[strategy].options
     for name, value in options.items():
         if name not in known:
             raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
@@ -76,5 +93,28 @@ def check_strategy(
 def start_batch(
     strategy: str, model: Transformer, sequences: Sequences, options: Mapping[str, Any]
 ) -> DecodingBatch:
-    """Begin to decode a batch that `check_strategy` has passed."""
-    return STRATEGIES[strategy][0](model, sequences, **options)
+    """Begin to decode a batch that `check_strategy` has passed, without the paged cache."""
+    start = STRATEGIES[strategy].batch
+    assert start is not None, "this strategy runs on the paged cache"
+    return start(model, sequences, **options)
+
+
+def paged_decoder(
+    model: Transformer,
+    cache: PagedCache,
+    backend: Backend,
+    imposed_acceptance: tuple[int, ...] | None = None,
+) -> PagedDecoder:
+    """The decoder of all strategies that run on the paged cache and fit the model.
+
+    Raises:
+        ConfigError: Acceptance is imposed on an autoregressive model.
+    """
+    if model.spec.architecture.causal:
+        if imposed_acceptance is not None:
+            raise ConfigError("an autoregressive model accepts one token per forward; impose none")
+        return AutoregressiveDecoder(model, cache, backend)
+    imposed_F = None
+    if imposed_acceptance is not None:
+        imposed_F = torch.tensor(imposed_acceptance, device=model.device)
+    return PipelinedDecoder(model, cache, backend, imposed_F)

@@ -1,37 +1,85 @@
-"""The engine: batches requests, steps them, hands out results.
-
-It serves one batch at a time, of waiting requests that run under the same settings; sequences that
-are done leave the batch.
-"""
+"""The engine: takes requests, steps them, hands out results."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult, Sequences
-from d2f.decoding.strategies import start_batch
+
+from d2f.decoding.batch import BlockView, GenerationResult
+from d2f.decoding.strategies import STRATEGIES, paged_decoder
+from d2f.engine.paged import PagedLane
 from d2f.engine.request import Output, Request, resolve
+from d2f.engine.sizing import cache_pages
+from d2f.engine.task import Task
+from d2f.engine.unpaged import UnpagedLane
 from d2f.errors import ConfigError, RequestError
+from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
+from d2f.ops.backend import select_backend
+
+
+class Decodes(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of an engine."""
+    """Settings of an engine.
+
+    Raises:
+        ConfigError: A value is out of its range.
+
+    Example:
+        >>> EngineConfig(max_batch_size=4, page_size=8).backend
+        'auto'
+    """
 
     max_batch_size: int = 64
     """Most sequences that are decoded together."""
+    page_size: int = 16
+    """Positions of a page of the key/value cache."""
+    kv_cache_bytes: int | None = None
+    """Size of the key/value cache; None: of the memory that is free."""
+    prefill_tokens: int = 2048
+    """Most tokens that joining requests add to a step; one alone may have more."""
+    backend: str = "auto"
+    """`torch`, `triton`, or `auto`: Triton's kernels on a GPU."""
+    cuda_graphs: bool = True
+    """Capture steps as CUDA graphs; has no meaning on a CPU."""
+    overlap: bool | None = None
+    """Run the host one step behind the device; None: on a GPU. Elsewhere it only serves tests."""
+    imposed_acceptance: tuple[int, ...] | None = None
+    """Tokens that each request accepts in its first, second, … forward, whatever the model says;
+    the last number holds on. For measuring speed with random weights."""
 
     def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise ConfigError(f"max_batch_size is {self.max_batch_size}; it must be at least 1")
+        for name in ("max_batch_size", "page_size", "prefill_tokens", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if name == "kv_cache_bytes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 class Engine:
     """Decodes requests with one model.
+
+    The model and its adapter must stay as they are for the engine's life.
+
+    Args:
+        model: From `load_model`.
+        config: Settings.
+        tokenizer: Needed for requests with stop strings.
+
+    Raises:
+        ConfigError: No room for a key/value cache, or the backend cannot run here.
 
     Example:
         >>> from d2f.testing import tiny_model
@@ -41,51 +89,136 @@ class Engine:
         True
     """
 
-    def __init__(self, model: Transformer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: EngineConfig | None = None,
+        tokenizer: Decodes | None = None,
+    ) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        self._tokenizer = tokenizer
         self._numbers = itertools.count()
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._batch: DecodingBatch | None = None
-        self._running: list[int | None] = []
+        self._tasks: dict[int, Task] = {}
+        """Requests whose result was not handed out yet."""
+        self._ready: dict[int, Output] = {}
         self._watched: set[int] = set()
-        self._undelivered: list[Output] = []
+        """Requests whose blocks somebody looks at."""
+        self._closed = False
+        self._lanes: list[PagedLane | UnpagedLane] = []
+
+    @functools.cached_property
+    def _unpaged(self) -> UnpagedLane:
+        lane = UnpagedLane(
+            self.model, max_rows=self.config.max_batch_size, on_done=self._put_out
+        )
+        self._lanes.append(lane)
+        return lane
+
+    @functools.cached_property
+    def _paged(self) -> PagedLane:
+        # Made when the first request needs it: it takes all memory that is free.
+        model, config = self.model, self.config
+        on_gpu = model.device.type == "cuda"
+        backend = select_backend(config.backend, model.device)
+        model.pack()
+        num_pages = cache_pages(
+            model.spec,
+            page_size=config.page_size,
+            max_batch_size=config.max_batch_size,
+            budget_bytes=config.kv_cache_bytes,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        cache = PagedCache(
+            model.spec,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        lane = PagedLane(
+            paged_decoder(model, cache, backend, config.imposed_acceptance),
+            max_rows=config.max_batch_size,
+            prefill_tokens=config.prefill_tokens,
+            use_graphs=on_gpu and config.cuda_graphs,
+            overlap=on_gpu if config.overlap is None else config.overlap,
+            on_done=lambda task: self._put_out(task, None if task.error else task.result()),
+        )
+        self._lanes.append(lane)
+        return lane
+
+    # ------------------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
 
         Raises:
-            RequestError: The model cannot serve it; other requests are not affected.
+            RequestError: It cannot be served, or the engine is closed; others are not affected.
             ConfigError: Unknown strategy or option.
         """
-        number = next(self._numbers)
-        self._waiting.append((number, resolve(request, self.model.spec)))
-        return number
+        task = self._checked(request)
+        self._tasks[task.number] = task
+        self._lane_of(task).add(task)
+        return task.number
 
     def step(self) -> list[Output]:
-        """One model call for the running batch; the requests that have been finished."""
-        if not self._undelivered:
-            return self._advance()
-        outputs, self._undelivered = self._undelivered, []
+        """One model call for all running requests; the outputs of those that are finished.
+
+        A request that failed has an output with its error.
+        """
+        self._require_open()
+        if not self._ready:
+            self._advance()
+        outputs = list(self._ready.values())
+        for output in outputs:
+            self._forget(output.request_id)
         return outputs
 
+    def abort(self, request_id: int) -> bool:
+        """Take a request out, whether it waits, runs or is finished; whether there was one.
+
+        Its pages are free for others at once.
+        """
+        task = self._tasks.get(request_id)
+        if task is None:
+            return False
+        if not task.finished:
+            self._lane_of(task).remove(task)
+        self._forget(request_id)
+        return True
+
+    def close(self) -> None:
+        """Abort all requests and give the cache's memory back. May be called twice."""
+        for number in list(self._tasks):
+            self.abort(number)
+        self._closed = True
+        self._lanes.clear()
+        for name in ("_paged", "_unpaged"):
+            self.__dict__.pop(name, None)
+
     def generate(self, requests: Sequence[Request]) -> list[GenerationResult]:
-        """Answer all requests; results in their order. One bad request refuses all of them."""
+        """Answer all requests; results in their order.
+
+        Raises:
+            RequestError: One of them cannot be served; then none is, or none any further.
+            ConfigError: Unknown strategy or option.
+        """
         for request in requests:
-            resolve(request, self.model.spec)
+            self._checked(request)
         numbers = [self.add(request) for request in requests]
-        wanted = set(numbers)
-        results: dict[int, GenerationResult] = {}
         try:
-            while len(results) < len(wanted):
-                for output in self._advance():
-                    if output.request_id in wanted and output.result is not None:
-                        results[output.request_id] = output.result
-                    else:
-                        self._undelivered.append(output)
+            while not all(number in self._ready for number in numbers):
+                self._advance()
+                for number in numbers:
+                    error = self._ready[number].error if number in self._ready else None
+                    if error is not None:
+                        raise error
+            results = [self._ready[number].result for number in numbers]
         finally:
-            self._forget(wanted - results.keys())
-        return [results[number] for number in numbers]
+            for number in numbers:
+                self.abort(number)
+        return [result for result in results if result is not None]
 
     def stream(self, request: Request) -> Iterator[Output]:
         """Answer one request, reporting its blocks after each model call.
@@ -95,114 +228,83 @@ class Engine:
         Raises:
             RequestError: The request cannot be served, or its result was handed out by `step`.
         """
-        resolved = resolve(request, self.model.spec)
-        assert isinstance(resolved.eos_token_id, tuple)
-        eos = resolved.eos_token_id
-        number = self.add(resolved)
-        # Looking at blocks waits for the device, so only streamed requests are looked at.
+        number = self.add(request)
         self._watched.add(number)
         try:
-            while True:
-                mine = [o for o in self._undelivered if o.request_id == number]
-                if mine:
-                    self._undelivered.remove(mine[0])
-                    yield mine[0]
-                    return
-                if number not in self._running and number not in [n for n, _ in self._waiting]:
+            while number not in self._ready:
+                if number not in self._tasks:
                     raise RequestError(f"the result of request {number} was handed out by step()")
-                self._undelivered += self._advance()
-                if number in self._running:
-                    yield Output(request_id=number, blocks=self.view(number), eos_token_ids=eos)
+                self._advance()
+                if number not in self._ready and number in self._tasks:
+                    blocks = self.view(number)
+                    if blocks:
+                        yield Output(
+                            request_id=number, blocks=blocks, eos_token_ids=self._eos(number)
+                        )
+            output = self._ready[number]
+            if output.error is not None:
+                raise output.error
+            yield output
         finally:
-            self._watched.discard(number)
-            self._forget({number})
+            self.abort(number)
 
     def view(self, request_id: int) -> list[BlockView]:
-        """The blocks of a running request as they stand.
+        """The blocks of a request as they stand, as far as the host knows them.
 
         Raises:
-            RequestError: It is not running.
+            RequestError: There is no such request.
         """
-        if self._batch is None or request_id not in self._running:
-            raise RequestError(f"request {request_id} is not running")
-        return self._batch.view(self._running.index(request_id))
+        task = self._tasks.get(request_id)
+        if task is None:
+            raise RequestError(f"there is no request {request_id}, or its result was handed out")
+        if STRATEGIES[task.request.strategy].paged:
+            return task.view()
+        return task.blocks or self._unpaged.view(task)
 
-    def _advance(self) -> list[Output]:
-        if not self._select():
-            return []
-        try:
-            self._run()
-            return self._apply()
-        except BaseException:
-            # A batch that broke off between two states must not be gone on with.
-            self._batch, self._running = None, []
-            raise
+    # ---------------------------------------------------------------------------------- inside
 
-    def _forget(self, numbers: set[int]) -> None:
-        """Drop requests nobody waits for any more."""
-        self._waiting = deque(entry for entry in self._waiting if entry[0] not in numbers)
-        self._running = [None if number in numbers else number for number in self._running]
+    def _checked(self, request: Request) -> Task:
+        self._require_open()
+        resolved = resolve(request, self.model.spec)
+        decode = None
+        if resolved.stop:
+            if self._tokenizer is None:
+                raise RequestError(
+                    "stop strings need the engine's tokenizer: Engine(model, config, tokenizer)"
+                )
+            decode = self._tokenizer.decode
+        task = Task(number=next(self._numbers), request=resolved, decode=decode)
+        if STRATEGIES[resolved.strategy].paged:
+            self._paged.check(task)
+        return task
 
-    def _select(self) -> bool:
-        """Start a batch of compatible waiting requests when none runs."""
-        if self._batch is not None:
-            return True
-        if not self._waiting:
-            return False
-        first = self._waiting[0][1]
-        chosen: list[tuple[int, Request]] = []
-        rest: deque[tuple[int, Request]] = deque()
-        for number, request in self._waiting:
-            fits = len(chosen) < self.config.max_batch_size and _same_settings(first, request)
-            (chosen if fits else rest).append((number, request))
-        self._waiting = rest
-        requests = [request for _, request in chosen]
-        self._batch = start_batch(first.strategy, self.model, _sequences(requests), first.options)
-        self._running = [number for number, _ in chosen]
-        return True
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RequestError("the engine is closed; make a new one")
 
-    def _run(self) -> None:
-        assert self._batch is not None
-        self._batch.step()
+    def _lane_of(self, task: Task) -> PagedLane | UnpagedLane:
+        return self._paged if STRATEGIES[task.request.strategy].paged else self._unpaged
 
-    def _apply(self) -> list[Output]:
-        """Hand out what is done; drop finished sequences once they are half of the batch."""
-        assert self._batch is not None
-        rows = [
-            row
-            for row, done in enumerate(self._batch.finished())
-            if done and self._running[row] is not None
-        ]
-        outputs = []
-        for row, result in zip(rows, self._batch.results(rows), strict=True):
-            number = self._running[row]
-            assert number is not None
-            blocks = self._batch.view(row) if number in self._watched else []
-            outputs.append(Output(request_id=number, blocks=blocks, result=result))
-            self._running[row] = None
-        left = [row for row, number in enumerate(self._running) if number is not None]
-        if not left:
-            self._batch, self._running = None, []
-        elif len(left) <= len(self._running) // 2:
-            self._batch.select(left)
-            self._running = [self._running[row] for row in left]
-        return outputs
+    def _advance(self) -> None:
+        for lane in self._lanes:
+            if lane.busy:
+                lane.step()
 
+    def _put_out(self, task: Task, result: GenerationResult | None) -> None:
+        self._ready[task.number] = Output(
+            request_id=task.number,
+            blocks=self.view(task.number) if task.number in self._watched else [],
+            eos_token_ids=self._eos(task.number),
+            result=result,
+            error=task.error,
+        )
 
-def _sequences(requests: Sequence[Request]) -> Sequences:
-    first = requests[0]
-    assert first.policy is not None and isinstance(first.eos_token_id, tuple)
-    return Sequences(
-        prompts=[request.prompt_ids for request in requests],
-        max_new_tokens=[request.max_new_tokens for request in requests],
-        seeds=[request.seed for request in requests],
-        policy=first.policy,
-        eos_token_ids=first.eos_token_id,
-        temperature=first.temperature,
-        early_stop=first.early_stop,
-    )
+    def _forget(self, number: int) -> None:
+        self._tasks.pop(number, None)
+        self._watched.discard(number)
+        self._ready.pop(number, None)
 
-
-def _same_settings(one: Request, other: Request) -> bool:
-    names = ("strategy", "policy", "eos_token_id", "temperature", "early_stop", "options")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    def _eos(self, number: int) -> tuple[int, ...]:
+        eos = self._tasks[number].request.eos_token_id
+        assert isinstance(eos, tuple)
+        return eos

@@ -1,7 +1,7 @@
 """The one transformer core: pre-norm decoder with rotary attention and SwiGLU.
 
-Shapes: B sequences, L new tokens, S cache slots, M selected positions, D hidden size, V vocabulary,
-N query heads, K key/value heads, H head dimension.
+Shapes: B sequences, L tokens of each, T packed tokens of all, M selected positions, D hidden size,
+E outputs of a packed projection, V vocabulary, H head dimension.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visible
 from d2f.errors import ConfigError
-from d2f.models.cache import KVCache
+from d2f.models.cache import PagedCache
+from d2f.models.packing import PackedProjection, pack_projections
 from d2f.models.spec import ModelSpec
 from d2f.ops.attention import AttentionMask, attention
+from d2f.ops.backend import Backend
 from d2f.ops.linear import linear_fp32
+from d2f.ops.packed import PackedTokens
 from d2f.ops.rope import apply_rope, rope_frequencies, rope_tables
 
 
@@ -45,6 +48,34 @@ class Layer(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def pack(self) -> None:
+        """Lay out the projections that read the same input as one matrix, where that can be."""
+        # Not attributes of the module: they are views of its parameters, not more of them.
+        self.__dict__["_qkv"] = pack_projections([self.q_proj, self.k_proj, self.v_proj])
+        self.__dict__["_gate_up"] = pack_projections([self.gate_proj, self.up_proj])
+
+    def packed_qkv(self, h_TD: Tensor, backend: Backend) -> Tensor:
+        """Queries, keys and values side by side, not rotated: (T, E)."""
+        return self._packed("_qkv", (self.q_proj, self.k_proj, self.v_proj), h_TD, backend)
+
+    def packed_gate_up(self, h_TD: Tensor, backend: Backend) -> Tensor:
+        """Gate and up projection side by side: (T, E)."""
+        return self._packed("_gate_up", (self.gate_proj, self.up_proj), h_TD, backend)
+
+    def product(self, projection: nn.Module, x_TD: Tensor, backend: Backend) -> Tensor:
+        """One projection: (T, E)."""
+        if type(projection) is nn.Linear:
+            return backend.linear(x_TD, projection.weight, projection.bias)
+        return projection(x_TD)
+
+    def _packed(
+        self, name: str, projections: tuple[nn.Module, ...], x_TD: Tensor, backend: Backend
+    ) -> Tensor:
+        packed: PackedProjection | None = self.__dict__[name]
+        if packed is not None:
+            return backend.linear(x_TD, packed.weight_ED, packed.bias_E)
+        return torch.cat([self.product(p, x_TD, backend) for p in projections], dim=-1)
 
     def mlp(self, x_BLD: Tensor) -> Tensor:
         """The gated feed-forward network, without its residual."""
@@ -95,66 +126,93 @@ class Transformer(nn.Module):
         ids_BL: Tensor,
         positions_BL: Tensor | None = None,
         blocks_BL: Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        slots_BL: Tensor | None = None,
-        num_read_slots: int | None = None,
     ) -> Tensor:
-        """Final hidden states (B, L, D), not yet aligned.
+        """Final hidden states (B, L, D) of whole sequences, not yet aligned.
 
         Args:
             ids_BL: Token ids.
             positions_BL: Position of each token; None: 0, 1, ….
             blocks_BL: Block number of each token (B or 1, L); padding carries `PADDING_BLOCK`.
-                None: all tokens see each other, which needs no mask. A cache needs numbers.
-            cache: Keys and values of earlier forwards, written in place.
-            slots_BL: Cache slot that each token is written to; -1: not written, and then not seen.
-            num_read_slots: Slots 0 … this - 1 of the cache are read; None: all.
+                None: all tokens see each other, which needs no mask.
         """
         if positions_BL is None:
             positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
         x_BLD = self.embed(ids_BL)
-        rope_dtype = torch.float32 if self.spec.architecture.rope_full_precision else x_BLD.dtype
-        rope = rope_tables(positions_BL, self._frequencies(), rope_dtype)
-        flat_T, keys_BS = None, blocks_BL
-        if cache is not None:
-            assert blocks_BL is not None and slots_BL is not None, "a cache needs blocks and slots"
-            flat_T = cache.place(slots_BL, blocks_BL.expand_as(slots_BL))
-            keys_BS = cache.blocks_BS[:, :num_read_slots]
-        mask = self._mask(blocks_BL, keys_BS)
-        for index, layer in enumerate(self.layers):
+        rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
+        mask = self._mask(blocks_BL)
+        for layer in self.layers:
             assert isinstance(layer, Layer)
             q, k, v = layer.project(x_BLD, rope)
-            if cache is not None and flat_T is not None:
-                cache.write(index, flat_T, k, v)
-                k = cache.keys[index][:, :num_read_slots]
-                v = cache.values[index][:, :num_read_slots]
             x_BLD = x_BLD + layer.o_proj(attention(q, k, v, mask))
             x_BLD = x_BLD + layer.mlp(x_BLD)
         return self.norm(x_BLD)
 
-    def align(
-        self, hidden_BLD: Tensor, positions_BL: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
-        """The hidden state that predicts the token at each position of a forward: (B, L, D).
+    def pack(self) -> None:
+        """Lay out the weights for `forward_packed`; the parameters become views of the packed ones.
 
-        Where the architecture predicts the next position, that is the state before, which for the
-        first position of a forward lies in the cache. Position 0 has none before it and uses its
-        own, as Dream's published code does.
+        To be called again when weights were moved to another device or type.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.pack()
+
+    def forward_packed(
+        self, ids_T: Tensor, packed: PackedTokens, cache: PagedCache, backend: Backend
+    ) -> Tensor:
+        """Final hidden states (T, D) of tokens that read and write a cache, not yet aligned.
+
+        Args:
+            ids_T: Token ids.
+            packed: Where each token belongs and what it sees.
+            cache: Keys and values of earlier forwards; those of these tokens are written.
+            backend: The operations to use. `pack` must have been called.
+        """
+        spec = self.spec
+        cos, sin = rope_tables(packed.positions_T[None], self._frequencies(), self._rope_dtype())
+        cos_TH, sin_TH = cos[0, :, 0], sin[0, :, 0]
+        plan = backend.plan_attention(packed, spec.num_heads, spec.num_kv_heads)
+        x_TD, residual_TD = self.embed(ids_T), None
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            kv_2SKH = cache.layer(index)
+            h_TD, residual_TD = backend.add_rms_norm(
+                x_TD, residual_TD, layer.attention_norm.weight, spec.norm_eps
+            )
+            q_TNH = backend.rope_and_write(
+                layer.packed_qkv(h_TD, backend),
+                cos_TH,
+                sin_TH,
+                kv_2SKH,
+                packed.slots_T,
+                spec.num_heads,
+            )
+            mixed_TE = backend.paged_attention(q_TNH, kv_2SKH, plan)
+            x_TD = layer.product(layer.o_proj, mixed_TE, backend)
+            h_TD, residual_TD = backend.add_rms_norm(
+                x_TD, residual_TD, layer.mlp_norm.weight, spec.norm_eps
+            )
+            gated_TF = backend.swiglu(layer.packed_gate_up(h_TD, backend))
+            x_TD = layer.product(layer.down_proj, gated_TF, backend)
+        return backend.add_rms_norm(x_TD, residual_TD, self.norm.weight, spec.norm_eps)[0]
+
+    def align(self, hidden_BLD: Tensor) -> Tensor:
+        """The hidden state that predicts the token at each position of a sequence: (B, L, D).
+
+        Where the architecture predicts the next position, that is the state before. Position 0 has
+        none before it and uses its own, as Dream's published code does.
         """
         if not self.spec.architecture.shifted:
             return hidden_BLD
-        first_B1D = hidden_BLD[:, :1]
-        if cache is not None and cache.boundary_BD is not None:
-            assert positions_BL is not None
-            start_B11 = positions_BL[:, :1, None] == 0
-            first_B1D = torch.where(start_B11, first_B1D, cache.boundary_BD[:, None])
-        return torch.cat([first_B1D, hidden_BLD[:, :-1]], dim=1)
+        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1)
 
     def head(self, aligned_MD: Tensor) -> Tensor:
         """Logits (M, V) in fp32 of aligned hidden states; leading dimensions are kept."""
-        weight_VD = self.embed.weight if self.lm_head is None else self.lm_head.weight
-        return linear_fp32(aligned_MD, weight_VD)
+        return linear_fp32(aligned_MD, self.head_weight_VD)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """Weight of the head: (V, D)."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(
         self,
@@ -189,14 +247,17 @@ class Transformer(nn.Module):
             blocks_BL = torch.where(inside_BL, blocks_BL, PADDING_BLOCK)
         return self.head(self.align(self(ids_BL, blocks_BL=blocks_BL)))
 
-    def _mask(self, blocks_BL: Tensor | None, keys_BS: Tensor | None) -> AttentionMask | None:
-        if blocks_BL is None or keys_BS is None:
+    def _mask(self, blocks_BL: Tensor | None) -> AttentionMask | None:
+        if blocks_BL is None:
             return None
-        size = (max(len(blocks_BL), len(keys_BS)), blocks_BL.shape[1], keys_BS.shape[1])
+        size = (len(blocks_BL), blocks_BL.shape[1], blocks_BL.shape[1])
         groups = self.spec.num_heads // self.spec.num_kv_heads
         return AttentionMask(
-            lambda start, end: visible(blocks_BL[:, start:end], keys_BS), size, groups
+            lambda start, end: visible(blocks_BL[:, start:end], blocks_BL), size, groups
         )
+
+    def _rope_dtype(self) -> torch.dtype:
+        return torch.float32 if self.spec.architecture.rope_full_precision else self.dtype
 
     def _frequencies(self) -> Tensor:
         # Made on first use, not in __init__: models are built on the meta device, and rounding

@@ -1,0 +1,224 @@
+"""One decoding step over the paged cache, for all rows at once.
+
+Shapes: B rows, T packed tokens, M candidates (positions that need a token), D hidden size,
+V vocabulary. The rest as in `d2f.decoding.rows`.
+
+A step packs the tokens that the rows have to compute, runs the model, chooses tokens for the
+candidates and updates the rows. All of it are tensor operations of shapes that `StepShape` fixes,
+so a step can be captured in a CUDA graph; nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f.decoding.rows import Rows, RowStart
+from d2f.models.cache import PagedCache
+from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
+from d2f.ops.packed import PackedTokens
+from d2f.ops.sampling import Choice, Sampling
+
+HEAD_ROWS = 512
+"""Most positions whose logits exist at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The sizes of a step, known on the host before it runs."""
+
+    num_rows: int
+    """B."""
+    num_tokens: int
+    """T. Rows whose tokens do not fit any more sit this step out, the last ones first."""
+    num_candidates: int
+    """M."""
+    max_count: int
+    """Most tokens of a row."""
+    max_end: int
+    """Last position of any row, exclusive."""
+    prefill: bool = False
+    """Some row computes its prompt."""
+    sampled: bool = False
+    """Some row has a temperature."""
+    truncated: bool = False
+    """Some row samples with top-k or top-p."""
+    ranked: bool = False
+    """Some row ranks the forced token by something else than its probability."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packing:
+    """The tokens of a step and whose they are."""
+
+    packed: PackedTokens
+    ids_T: Tensor
+    row_T: Tensor
+    response_T: Tensor
+    """Position within the response, negative in the prompt."""
+    inside_T: Tensor
+    """False for padding."""
+    runs_B: Tensor
+    """Rows that take part."""
+
+
+RECORD_ROWS = (
+    "ran", "done", "opened", "complete", "start", "end", "forwards", "queries", "finite",
+)  # fmt: skip
+"""What a step reports of each row; all but the first two describe the next forward."""
+RECORD_TOKENS = ("row", "index", "token", "probability")
+"""What a step reports of each candidate: its row (-1: not accepted), its place in the response, its
+token and the bits of its probability."""
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """One accepted token."""
+
+    row: int
+    index: int
+    token: int
+    probability: float
+
+
+class PagedDecoder(ABC):
+    """A strategy on the paged cache; stateless, all state is in the rows and the cache."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, backend: Backend) -> None:
+        self.model, self.cache, self.backend = model, cache, backend
+
+    @abstractmethod
+    def begin(self, start: RowStart) -> tuple[dict[str, int], list[bool]]:
+        """Where a row begins: the values and flags that `RowStorage.write` takes."""
+
+    @abstractmethod
+    def step(self, rows: Rows, shape: StepShape) -> Tensor:
+        """Run one step; returns its record (int32), which `read_record` takes apart."""
+
+    def pack(self, rows: Rows, shape: StepShape) -> Packing:
+        """The tokens that the rows have to compute, row after row."""
+        device, page_size = rows.start_B.device, self.cache.page_size
+        count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
+        last_B = count_B.cumsum(0)
+        # A prefix of the rows: once one does not fit, none behind it does.
+        runs_B = last_B <= shape.num_tokens
+        count_B = torch.where(runs_B, count_B, 0)
+        last_B = count_B.cumsum(0)
+        first_B = last_B - count_B
+
+        index_T = torch.arange(shape.num_tokens, device=device)
+        inside_T = index_T < last_B[-1]
+        row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(shape.num_rows - 1)
+        offset_B = rows.start_B - first_B
+        facts_5B = torch.stack(
+            [offset_B, rows.prompt_B, rows.size_B, rows.limit_B, rows.end_B]
+        )
+        offset_T, prompt_T, size_T, limit_T, end_T = facts_5B[:, row_T].unbind()
+        position_T = torch.where(inside_T, index_T + offset_T, 0)
+        response_T = position_T - prompt_T
+        block_T = response_T.div(size_T, rounding_mode="floor").clamp_min(-1)
+        visible_T = self._visible_end(position_T, prompt_T + ((block_T + 1) * size_T), end_T)
+
+        place_T = block_T * rows.tokens_BNK.shape[2] + response_T - block_T * size_T
+        grid_BR = rows.tokens_BNK.flatten(1)
+        ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
+        if shape.prefill:
+            at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
+            ids_T = torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
+        page_T = rows.pages_BP[row_T, position_T // page_size]
+        slot_T = torch.where(inside_T, page_T * page_size + position_T % page_size, 0)
+        packed = PackedTokens(
+            positions_T=position_T,
+            slots_T=slot_T,
+            limits_T=torch.where(inside_T, visible_T, 0),
+            starts_B=first_B,
+            counts_B=count_B,
+            ends_B=torch.where(count_B > 0, rows.end_B, 0),
+            pages_BP=rows.pages_BP,
+            page_size=page_size,
+            max_count=shape.max_count,
+            max_end=shape.max_end,
+        )
+        return Packing(
+            packed=packed,
+            ids_T=ids_T,
+            row_T=row_T,
+            response_T=response_T,
+            inside_T=inside_T,
+            runs_B=runs_B & (rows.done_B == 0),
+        )
+
+    @abstractmethod
+    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
+        """Where the keys end that each token sees."""
+
+    def forward(self, packing: Packing) -> Tensor:
+        """Final hidden states of the packed tokens: (T, D)."""
+        return self.model.forward_packed(packing.ids_T, packing.packed, self.cache, self.backend)
+
+    def choose(
+        self,
+        aligned_MD: Tensor,
+        rows: Rows,
+        shape: StepShape,
+        row_M: Tensor,
+        position_M: Tensor,
+        needed_M: Tensor | None,
+    ) -> Choice:
+        """Tokens for the candidates, with their probability and rank."""
+        mask = None if self.model.spec.architecture.causal else self.model.spec.mask_token_id
+        parts = []
+        for at in range(0, len(aligned_MD), HEAD_ROWS):
+            part = slice(at, at + HEAD_ROWS)
+            sampling = None
+            if shape.sampled:
+                row = row_M[part]
+                sampling = Sampling(
+                    temperature_M=rows.temperature_B[row].float(),
+                    top_k_M=rows.top_k_B[row],
+                    top_p_M=rows.top_p_B[row].float(),
+                    seed_M=rows.seed_B[row],
+                    position_M=position_M[part],
+                    step_M=rows.forwards_B[row],
+                    truncated=shape.truncated,
+                )
+            parts.append(
+                self.backend.choose_tokens(
+                    self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD),
+                    mask_token_id=mask,
+                    confidence_M=rows.confidence_B[row_M[part]] if shape.ranked else None,
+                    sampling=sampling,
+                    needed_M=None if needed_M is None else needed_M[part],
+                )
+            )
+        return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def make_record(row_values: dict[str, Tensor], token_values: dict[str, Tensor]) -> Tensor:
+    """One int32 tensor of what a step reports."""
+    rows_FB = torch.stack([row_values[name].long() for name in RECORD_ROWS])
+    bits_M = token_values["probability"].view(torch.int32)
+    tokens_FM = torch.stack([token_values[name].long() for name in RECORD_TOKENS[:-1]])
+    return torch.cat([rows_FB.flatten().int(), tokens_FM.flatten().int(), bits_M])
+
+
+def read_record(
+    record: Tensor, num_rows: int
+) -> tuple[list[dict[str, int]], list[TokenRecord]]:
+    """A record on the host as one table per row, and the accepted tokens."""
+    cut = len(RECORD_ROWS) * num_rows
+    columns = record[:cut].view(len(RECORD_ROWS), num_rows).T.tolist()
+    tables = [dict(zip(RECORD_ROWS, values, strict=True)) for values in columns]
+    tokens_FM = record[cut:].view(len(RECORD_TOKENS), -1)
+    row_M, index_M, token_M = tokens_FM[:3].tolist()
+    probability_M = tokens_FM[3].view(torch.float32).tolist()
+    tokens = [
+        TokenRecord(*values)
+        for values in zip(row_M, index_M, token_M, probability_M, strict=True)
+        if values[0] >= 0
+    ]
+    return tables, tokens

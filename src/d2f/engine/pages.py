@@ -1,0 +1,110 @@
+"""Which pages of the cache belong to whom, on the host.
+
+Pages are counted: a page that several sequences read (a shared prompt) is free again when the last
+of them has let go of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from d2f.errors import D2FError
+
+
+class PagePool:
+    """The free pages and how often each other page is held.
+
+    Example:
+        >>> pool = PagePool(range(1, 4))
+        >>> pages = pool.take(2)
+        >>> pages, pool.num_free
+        ([1, 2], 1)
+        >>> pool.release(pages)
+        >>> pool.num_free
+        3
+    """
+
+    def __init__(self, pages: Iterable[int]) -> None:
+        self._free = list(pages)[::-1]
+        self.num_pages = len(self._free)
+        self._holders: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Pages for a sequence; there must be as many."""
+        if count > len(self._free):
+            raise D2FError(f"{count} pages are wanted, but {len(self._free)} are free")
+        pages = [self._free.pop() for _ in range(count)]
+        self._holders |= dict.fromkeys(pages, 1)
+        return pages
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Hold pages once more that somebody holds."""
+        for page in pages:
+            self._holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let go of pages."""
+        # The first page comes out first again, so that a lone sequence gets neighbouring pages.
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                del self._holders[page]
+                self._free.append(page)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachedPrompt:
+    """A whole prompt whose keys and values are in the cache."""
+
+    pages: list[int]
+    """All pages of the prompt; the last one may be filled in part."""
+    boundary_D: Tensor | None
+    """Final hidden state of its last position, where the architecture needs it."""
+
+
+class PromptCache:
+    """Whole prompts that may be used again, the longest unused one given up first.
+
+    One engine has one model, one adapter and one kind of attention, so a prompt's ids are its key.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._entries: OrderedDict[tuple[int, ...], CachedPrompt] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Prompts held."""
+        return len(self._entries)
+
+    def find(self, prompt: Sequence[int]) -> CachedPrompt | None:
+        """The entry of a prompt, which thereby counts as used."""
+        key = tuple(prompt)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def keep(self, prompt: Sequence[int], pages: Sequence[int], boundary_D: Tensor | None) -> None:
+        """Hold a prompt's pages beyond the life of the sequence that computed them."""
+        self._pool.share(pages)
+        entry = CachedPrompt(pages=list(pages), boundary_D=boundary_D)
+        self._entries[tuple(prompt)] = entry
+
+    def make_room(self, count: int, spared: CachedPrompt | None = None) -> bool:
+        """Give up prompts until `count` pages are free; whether they are.
+
+        Pages that running sequences hold as well do not become free by it.
+        """
+        for key in [key for key, entry in self._entries.items() if entry is not spared]:
+            if self._pool.num_free >= count:
+                break
+            self._pool.release(self._entries.pop(key).pages)
+        return self._pool.num_free >= count

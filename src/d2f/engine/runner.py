@@ -1,0 +1,91 @@
+"""Runs steps: at once on a CPU, as captured graphs on a GPU, where results are read later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f.decoding.paged import PagedDecoder, StepShape, TokenRecord, read_record
+from d2f.decoding.rows import RowStorage
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A step that was started."""
+
+    num_rows: int
+    record: Tensor
+    """On the host; on a GPU it is there once `ready` has happened."""
+    ready: torch.cuda.Event | None
+
+    def read(self) -> tuple[list[dict[str, int]], list[TokenRecord]]:
+        """What it reports: one table per row, and the accepted tokens."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return read_record(self.record, self.num_rows)
+
+
+class Runner:
+    """Runs a decoder on the rows of a storage.
+
+    Args:
+        decoder: The strategy.
+        storage: The rows.
+        use_graphs: Capture each shape of step without a prompt as a CUDA graph when it first
+            occurs, and replay it from then on.
+    """
+
+    def __init__(self, decoder: PagedDecoder, storage: RowStorage, *, use_graphs: bool) -> None:
+        self.decoder, self._storage, self._use_graphs = decoder, storage, use_graphs
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
+
+    @property
+    def storage(self) -> RowStorage:
+        """The rows."""
+        return self._storage
+
+    @storage.setter
+    def storage(self, storage: RowStorage) -> None:
+        self._storage = storage
+        # They hold the addresses of the former rows.
+        self._graphs.clear()
+
+    @property
+    def num_graphs(self) -> int:
+        """Shapes captured so far."""
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def start(self, shape: StepShape) -> Pending:
+        """Start a step; on a GPU this does not wait for it."""
+        if self._use_graphs and not shape.prefill:
+            graph, record = self._graphs.get(shape) or self.capture(shape)
+            graph.replay()
+        else:
+            record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
+        if not record.is_cuda:
+            return Pending(shape.num_rows, record, None)
+        host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+        host.copy_(record, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Pending(shape.num_rows, host, ready)
+
+    @torch.inference_mode()
+    def capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Capture the graph of a shape."""
+        rows = self._storage.rows(shape.num_rows)
+        # Compiles kernels and makes library handles, which capturing must not. Rows that are done
+        # are left as they are.
+        done_B = rows.done_B.clone()
+        rows.done_B.fill_(1)
+        self.decoder.step(rows, shape)
+        rows.done_B.copy_(done_B)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            record = self.decoder.step(rows, shape)
+        self._graphs[shape] = graph, record
+        return graph, record

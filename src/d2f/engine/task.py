@@ -1,0 +1,193 @@
+"""One request on its way through the engine, as the host knows it.
+
+What the host knows of a running request is one step old where the device runs ahead of it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from d2f.decoding import rules
+from d2f.decoding.batch import BlockState, BlockView, GenerationResult, cut_at_eos
+from d2f.decoding.paged import TokenRecord
+from d2f.decoding.rows import RowStart
+from d2f.engine.request import Request
+from d2f.errors import RequestError
+
+
+@dataclass(eq=False)
+class Task:
+    """A request with its progress and what it holds."""
+
+    number: int
+    request: Request
+    decode: Callable[[Sequence[int]], str] | None = None
+    """From token ids to text, where the request has stop strings."""
+    tokens: list[int | None] = field(default_factory=list)
+    """The response, None where not decoded."""
+    probabilities: list[float] = field(default_factory=list)
+    """The probability with which each token was accepted."""
+    num_opened: int = 0
+    num_complete: int = 0
+    start: int = 0
+    """First position that the next step computes, as last reported."""
+    end: int = 0
+    num_forwards: int = 0
+    num_query_tokens: int = 0
+    row: int | None = None
+    """Its row on the device; None while it waits."""
+    pages: list[int] = field(default_factory=list)
+    num_in_flight: int = 0
+    """Steps that were started with it and not reported yet."""
+    stalled: bool = False
+    """It sat out the step last reported."""
+    fresh_prompt: bool = False
+    """Its prompt is being computed and may be kept for others."""
+    finished: bool = False
+    error: RequestError | None = None
+    blocks: list[BlockView] = field(default_factory=list)
+    """As they were at the end, of unpaged strategies."""
+    first_reported: float | None = None
+    """When the results of its first forward were known (`time.perf_counter`)."""
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """It gets one token per step."""
+        return self.request.strategy == "autoregressive"
+
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and longest response."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    def row_start(self, num_cached: int) -> RowStart:
+        """What its row starts from."""
+        request = self.request
+        assert request.policy is not None and isinstance(request.eos_token_id, tuple)
+        tokens = self.tokens
+        if self.is_autoregressive:
+            tokens = [token for token in tokens if token is not None]
+        return RowStart(
+            prompt=request.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            policy=request.policy,
+            eos_token_ids=request.eos_token_id,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=request.seed,
+            early_stop=request.early_stop,
+            tokens=tokens if self.num_forwards else (),
+            num_opened=self.num_opened,
+            num_forwards=self.num_forwards,
+            num_query_tokens=self.num_query_tokens,
+            num_cached=num_cached,
+        )
+
+    def span(self) -> tuple[int, int]:
+        """Bounds of the positions that its next step computes: first, and end (exclusive).
+
+        A step in flight may open one more block, or append one token, and caches all complete
+        blocks.
+        """
+        ahead = self.num_in_flight
+        if self.is_autoregressive:
+            start, end = self.start, self.end + ahead
+            return (end - 1 if ahead and not self.stalled else start), min(end, self.longest)
+        assert self.request.policy is not None
+        size, prompt = self.request.policy.block_size, len(self.request.prompt_ids)
+        response = min((self.num_opened + ahead) * size, self.request.max_new_tokens)
+        start = self.start
+        if ahead and not self.stalled:
+            start = max(start, prompt + self.num_complete * size)
+        return start, max(prompt + response, self.end)
+
+    def report(self, table: dict[str, int], tokens: list[TokenRecord]) -> None:
+        """Take over what a step reports of its row."""
+        if self.first_reported is None:
+            self.first_reported = time.perf_counter()
+        self.stalled = not table["ran"]
+        self.num_opened, self.num_complete = table["opened"], table["complete"]
+        self.start, self.end = table["start"], table["end"]
+        self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
+        for record in tokens:
+            self.tokens[record.index] = record.token
+            self.probabilities[record.index] = record.probability
+
+    def num_masked(self) -> int:
+        """Positions of its open blocks that need a token."""
+        assert self.request.policy is not None
+        return self.tokens[: self.num_opened * self.request.policy.block_size].count(None)
+
+    def decoded(self) -> list[int]:
+        """The response up to its first gap."""
+        known: list[int] = []
+        for token in self.tokens:
+            if token is None:
+                break
+            known.append(token)
+        return known
+
+    def reaches_stop(self) -> bool:
+        """Whether the response up to its first gap holds a stop string."""
+        return self._has_stop(self.decoded())
+
+    def _has_stop(self, token_ids: Sequence[int]) -> bool:
+        if self.decode is None or not self.request.stop:
+            return False
+        text = self.decode(token_ids)
+        return any(stop in text for stop in self.request.stop)
+
+    def result(self) -> GenerationResult:
+        """The finished response, up to the first EOS or the token that completes a stop string."""
+        eos = self.request.eos_token_id
+        assert isinstance(eos, tuple)
+        token_ids, reason = cut_at_eos(self.decoded(), eos)
+        if self._has_stop(token_ids):
+            fewest = bisect.bisect_left(
+                range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
+            )
+            token_ids, reason = token_ids[:fewest], "stop"
+        return GenerationResult(
+            token_ids=token_ids,
+            num_forwards=self.num_forwards,
+            num_prefill_forwards=0,
+            num_query_tokens=self.num_query_tokens,
+            finish_reason=reason,
+        )
+
+    def view(self) -> list[BlockView]:
+        """Its blocks as they stand."""
+        if self.is_autoregressive:
+            return [BlockView(state=BlockState.CACHED, token_ids=tuple(self.decoded()))]
+        policy = self.request.policy
+        assert policy is not None
+        size, prompt = policy.block_size, len(self.request.prompt_ids)
+        blocks = [self.tokens[at : at + size] for at in range(0, len(self.tokens), size)]
+        blocks = blocks[: self.num_opened]
+        if not blocks:
+            return []
+        shares = [sum(token is not None for token in block) / len(block) for block in blocks]
+        share_1N = torch.tensor([shares], dtype=torch.double)
+        fully_N = rules.activate(
+            share_1N,
+            torch.zeros_like(share_1N, dtype=torch.bool),
+            activate_threshold=policy.activate_threshold,
+        )[0].tolist()
+        cached = (self.start - prompt) // size if self.start > prompt else 0
+        views = []
+        for index, (block, share) in enumerate(zip(blocks, shares, strict=True)):
+            state = BlockState.SEMI_ACTIVE
+            if index < cached:
+                state = BlockState.CACHED
+            elif index < self.num_complete:
+                state = BlockState.COMPLETE
+            elif fully_N[index] or share >= 1:
+                state = BlockState.FULLY_ACTIVE
+            views.append(BlockView(state=state, token_ids=tuple(block)))
+        return views

@@ -1,0 +1,143 @@
+"""Strategies without the paged cache, one batch at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult, Sequences
+from d2f.decoding.strategies import start_batch
+from d2f.engine.request import Request
+from d2f.engine.task import Task
+from d2f.errors import RequestError
+from d2f.models.transformer import Transformer
+
+
+class UnpagedLane:
+    """Requests of `vanilla` and `reference`.
+
+    It serves batches of waiting requests that run under the same settings; sequences that are done
+    leave the batch.
+
+    Args:
+        model: The model.
+        max_rows: Most requests of a batch.
+        on_done: Called with each task that is finished or failed, and its result.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_rows: int,
+        on_done: Callable[[Task, GenerationResult | None], None],
+    ) -> None:
+        self.model, self._max_rows, self._on_done = model, max_rows, on_done
+        self.waiting: deque[Task] = deque()
+        self._batch: DecodingBatch | None = None
+        self._rows: list[Task | None] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self.waiting) or self._batch is not None
+
+    def add(self, task: Task) -> None:
+        """Queue a request."""
+        self.waiting.append(task)
+
+    def remove(self, task: Task) -> None:
+        """Take a request out, waiting or running."""
+        task.finished = True
+        if task in self.waiting:
+            self.waiting.remove(task)
+        self._rows = [None if other is task else other for other in self._rows]
+        if self._batch is not None and not any(self._rows):
+            self._batch, self._rows = None, []
+
+    def view(self, task: Task) -> list[BlockView]:
+        """The blocks of a request as they stand; none while it waits."""
+        if self._batch is None or task not in self._rows:
+            return []
+        return self._batch.view(self._rows.index(task))
+
+    def step(self) -> None:
+        """One model call for the running batch."""
+        batch = self._select()
+        self._run(batch)
+        self._apply(batch)
+
+    def _select(self) -> DecodingBatch | None:
+        """The running batch, or a new one of compatible waiting requests."""
+        if self._batch is None and self.waiting:
+            first = self.waiting[0].request
+            fits = [task for task in self.waiting if _same_settings(first, task.request)]
+            chosen = fits[: self._max_rows]
+            self.waiting = deque(task for task in self.waiting if task not in chosen)
+            requests = [task.request for task in chosen]
+            self._batch = start_batch(
+                first.strategy, self.model, _sequences(requests), first.options
+            )
+            self._rows = list(chosen)
+        return self._batch
+
+    def _run(self, batch: DecodingBatch | None) -> None:
+        if batch is None:
+            return
+        try:
+            batch.step()
+        except BaseException:
+            # A batch that broke off between two states must not be gone on with.
+            for task in self._rows:
+                if task is not None:
+                    task.finished = True
+            self._batch, self._rows = None, []
+            raise
+
+    def _apply(self, batch: DecodingBatch | None) -> None:
+        """Hand out what is done; drop finished sequences once they are half of the batch."""
+        if batch is None:
+            return
+        for row, done in enumerate(batch.finished()):
+            task = self._rows[row]
+            if not done or task is None:
+                continue
+            result = None
+            try:
+                [result] = batch.results([row])
+            except RequestError as error:
+                task.error = error
+            task.blocks = batch.view(row)
+            task.finished = True
+            self._rows[row] = None
+            self._on_done(task, result)
+        left = [row for row, task in enumerate(self._rows) if task is not None]
+        if not left:
+            self._batch, self._rows = None, []
+        elif len(left) <= len(self._rows) // 2:
+            batch.select(left)
+            self._rows = [self._rows[row] for row in left]
+
+
+def _sequences(requests: list[Request]) -> Sequences:
+    first = requests[0]
+    assert first.policy is not None and isinstance(first.eos_token_id, tuple)
+    return Sequences(
+        prompts=[request.prompt_ids for request in requests],
+        max_new_tokens=[request.max_new_tokens for request in requests],
+        seeds=[request.seed for request in requests],
+        policy=first.policy,
+        eos_token_ids=first.eos_token_id,
+        temperature=first.temperature,
+        top_k=first.top_k,
+        top_p=first.top_p,
+        early_stop=first.early_stop,
+    )
+
+
+def _same_settings(one: Request, other: Request) -> bool:
+    names = (
+        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "early_stop",
+        "options",
+    )  # fmt: skip
+    return all(getattr(one, name) == getattr(other, name) for name in names)
