@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 # What each strategy heeds of the policy; `serial` fixes the two thresholds of blocks.
-_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks")
+_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks", "confidence")
 _HEEDED = {
     "pipelined": (*_PIPELINE, "add_threshold", "activate_threshold"),
     "reference": (*_PIPELINE, "add_threshold", "activate_threshold"),
@@ -49,13 +49,21 @@ AddOption = Annotated[
 ActivateOption = Annotated[
     float | None, typer.Option(help="Fully active at this share of the predecessor.")
 ]
-ConfidenceOption = Annotated[
+ThresholdOption = Annotated[
     float | None, typer.Option(help="Accept tokens above this probability.")
+]
+ConfidenceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What ranks the token that a block must accept: probability, margin or neg_entropy."
+    ),
 ]
 LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
 StepsOption = Annotated[int | None, typer.Option(help="vanilla: forwards in all.")]
 BlockLengthOption = Annotated[int | None, typer.Option(help="vanilla: tokens of a block.")]
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
+TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
+TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 ChatOption = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
@@ -77,11 +85,14 @@ def generate_command(
     block_size: BlockSizeOption = None,
     add_threshold: AddOption = None,
     activate_threshold: ActivateOption = None,
-    confidence_threshold: ConfidenceOption = None,
+    confidence_threshold: ThresholdOption = None,
+    confidence: ConfidenceOption = None,
     max_live_blocks: LiveBlocksOption = None,
     num_steps: StepsOption = None,
     block_length: BlockLengthOption = None,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     chat: ChatOption = None,
     device: DeviceOption = None,
@@ -101,6 +112,7 @@ def generate_command(
         add_threshold=add_threshold,
         activate_threshold=activate_threshold,
         confidence_threshold=confidence_threshold,
+        confidence=confidence,
         max_live_blocks=max_live_blocks,
     )
     _check_values(changed)
@@ -115,6 +127,8 @@ def generate_command(
         policy=_policy(loaded.spec, strategy, changed),
         strategy=strategy,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
         options=_given(num_steps=num_steps, block_length=block_length),
     )

@@ -17,10 +17,10 @@ from d2f.decoding.batch import (
     cut_at_eos,
     pad_prompts,
 )
-from d2f.decoding.sampling import choose_tokens, gumbel_noise
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.models.cache import KVCache
 from d2f.models.transformer import Transformer
+from d2f.ops.sampling import choose_tokens
 
 
 class AutoregressiveBatch:
@@ -52,16 +52,13 @@ class AutoregressiveBatch:
         """One forward: the prompts at first, then one token of each unfinished sequence."""
         hidden_BD = self._prefill() if self.num_steps == 0 else self._decode()
         logits_BV = self.model.head(hidden_BD)
-        temperature = self.sequences.temperature
-        if temperature > 0:
+        if self.sequences.temperature > 0:
             seed_B = torch.tensor(
                 [self.sequences.seeds[r] for r in self.rows], device=logits_BV.device
             )
             step_B = torch.full_like(seed_B, self.num_steps)
-            noise_BV = gumbel_noise(seed_B, self.length_B, step_B, logits_BV.shape[-1])
-            self.last_B, best_B = choose_tokens(
-                logits_BV, mask_token_id=None, temperature=temperature, noise_MV=noise_BV
-            )
+            sampling = self.sequences.sampling(seed_B, self.length_B, step_B)
+            self.last_B, best_B, _ = choose_tokens(logits_BV, mask_token_id=None, sampling=sampling)
         else:
             best_B, self.last_B = logits_BV.max(-1)
         self.finite = self.finite & best_B.isfinite().all()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
+from d2f.ops.sampling import CONFIDENCE_CODES, Sampling
 
 
 class BlockState(Enum):
@@ -71,11 +72,33 @@ class Sequences:
     policy: DecodingPolicy
     eos_token_ids: tuple[int, ...]
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     early_stop: bool = True
 
     def __len__(self) -> int:
         """B."""
         return len(self.prompts)
+
+    def sampling(self, seed_M: Tensor, position_M: Tensor, step_M: Tensor) -> Sampling | None:
+        """How positions are sampled under these settings; None: not at all."""
+        if self.temperature == 0:
+            return None
+        return Sampling(
+            temperature_M=torch.full_like(seed_M, self.temperature, dtype=torch.float32),
+            top_k_M=torch.full_like(seed_M, self.top_k),
+            top_p_M=torch.full_like(seed_M, self.top_p, dtype=torch.float32),
+            seed_M=seed_M,
+            position_M=position_M,
+            step_M=step_M,
+            truncated=self.top_k > 0 or self.top_p < 1,
+        )
+
+    def confidence(self, seed_M: Tensor) -> Tensor | None:
+        """What ranks each position, as `choose_tokens` takes it."""
+        if self.policy.confidence == "probability":
+            return None
+        return torch.full_like(seed_M, CONFIDENCE_CODES[self.policy.confidence])
 
 
 class DecodingBatch(Protocol):

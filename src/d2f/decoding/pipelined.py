@@ -23,10 +23,10 @@ from d2f.decoding.batch import (
     cut_at_eos,
     pad_prompts,
 )
-from d2f.decoding.sampling import choose_tokens, gumbel_noise
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.models.cache import KVCache
 from d2f.models.transformer import Transformer
+from d2f.ops.sampling import Choice, choose_tokens
 
 
 class PipelinedBatch:
@@ -81,11 +81,12 @@ class PipelinedBatch:
             share_BN, self.fully_BN, activate_threshold=self.policy.activate_threshold
         )
         complete_B = rules.completed_blocks(share_BN, self.opened_B)
-        token_BR, confidence_BR, candidate_BR = self._forward(complete_B)
+        token_BR, confidence_BR, rank_BR, candidate_BR = self._forward(complete_B)
         self.cached_B = complete_B
         accepted_BNK = rules.accept(
             self._grid(candidate_BR),
             self._grid(confidence_BR),
+            self._grid(rank_BR),
             self.fully_BN,
             confidence_threshold=self.policy.confidence_threshold,
         )
@@ -95,8 +96,8 @@ class PipelinedBatch:
         self.forwards_B = self.forwards_B + ~self.done_B
         self.done_B = self.done_B | self._finished()
 
-    def _forward(self, complete_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One model call; candidates with their confidence, and where there are any: (B, R)."""
+    def _forward(self, complete_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One model call; candidates, probability and rank, and where there are any: (B, R)."""
         size, prompt_B = self.policy.block_size, self.prompt_length_B
         end_B = prompt_B + torch.minimum(self.opened_B * size, self.limit_B)
         count_B = torch.where(self.done_B, 0, end_B - self.start_B)
@@ -130,7 +131,7 @@ class PipelinedBatch:
         masked_BR = (self.tokens_BR == self.model.spec.mask_token_id) & self.valid_BR
         needed_BL = inside_BL & (response_BL >= 0) & masked_BR.gather(1, index_BL)
         row_M, column_M = needed_BL.nonzero(as_tuple=True)
-        token_M, confidence_M = self._choose(
+        token_M, confidence_M, rank_M = self._choose(
             self.model.head(aligned_BLD[row_M, column_M]), row_M, position_BL[row_M, column_M]
         )
         self.finite = self.finite & confidence_M.isfinite().all()
@@ -139,23 +140,18 @@ class PipelinedBatch:
         confidence_BR = torch.zeros_like(masked_BR, dtype=torch.float32)
         return (
             self.tokens_BR.index_put(at_M, token_M),
-            confidence_BR.index_put_(at_M, confidence_M),
+            confidence_BR.index_put(at_M, confidence_M),
+            confidence_BR.index_put(at_M, rank_M),
             candidate_BR,
         )
 
-    def _choose(
-        self, logits_MV: Tensor, row_M: Tensor, position_M: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        temperature, noise_MV = self.sequences.temperature, None
-        if temperature > 0:
-            noise_MV = gumbel_noise(
-                self.seed_B[row_M], position_M, self.forwards_B[row_M], logits_MV.shape[-1]
-            )
+    def _choose(self, logits_MV: Tensor, row_M: Tensor, position_M: Tensor) -> Choice:
+        seed_M, step_M = self.seed_B[row_M], self.forwards_B[row_M]
         return choose_tokens(
             logits_MV,
             mask_token_id=self.model.spec.mask_token_id,
-            temperature=temperature,
-            noise_MV=noise_MV,
+            confidence_M=self.sequences.confidence(seed_M),
+            sampling=self.sequences.sampling(seed_M, position_M, step_M),
         )
 
     def _grid(self, x_BR: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 One sequence, plain Python state, no cache: every forward computes the prompt and all open blocks
 under the block-causal mask. Slow and obvious on purpose; it shares no code with the pipeline but
-the choice of a token and its confidence.
+the choice of a token, its probability and rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,9 +19,9 @@ from d2f.decoding.batch import (
     Sequences,
     cut_at_eos,
 )
-from d2f.decoding.sampling import choose_tokens, gumbel_noise
 from d2f.diffusion.layout import BlockLayout
 from d2f.models.transformer import Transformer
+from d2f.ops.sampling import choose_tokens
 
 
 @dataclass
@@ -34,6 +35,14 @@ class Block:
     def share(self) -> float:
         """Decoded share."""
         return sum(token is not None for token in self.tokens) / len(self.tokens)
+
+
+class Candidate(NamedTuple):
+    """What a forward proposes for one position."""
+
+    token: int
+    probability: float
+    rank: float
 
 
 class ReferenceBatch:
@@ -108,8 +117,8 @@ class ReferenceSequence:
                 block.state = BlockState.FULLY_ACTIVE
             share_before = block.share
 
-    def _forward(self) -> dict[tuple[int, int], tuple[int, float]]:
-        """Candidate token and confidence of every masked position, by (block, offset)."""
+    def _forward(self) -> dict[tuple[int, int], Candidate]:
+        """The candidate of every masked position, by (block, offset)."""
         mask = self.model.spec.mask_token_id
         assert mask is not None
         response = [token for block in self.blocks for token in block.tokens]
@@ -128,39 +137,36 @@ class ReferenceSequence:
         self.num_query_tokens += live + (len(self.prompt) if self.num_forwards == 0 else 0)
         return candidates
 
-    def _choose(self, logits_V: torch.Tensor, position: int) -> tuple[int, float]:
-        noise_1V = None
-        if self.sequences.temperature > 0:
-            key = (self.seed, position, self.num_forwards)
-            seed_1, position_1, step_1 = (torch.tensor([k], device=logits_V.device) for k in key)
-            noise_1V = gumbel_noise(seed_1, position_1, step_1, len(logits_V))
-        token_1, confidence_1 = choose_tokens(
+    def _choose(self, logits_V: torch.Tensor, position: int) -> Candidate:
+        key = (self.seed, position, self.num_forwards)
+        seed_1, position_1, step_1 = (torch.tensor([k], device=logits_V.device) for k in key)
+        choice = choose_tokens(
             logits_V[None],
             mask_token_id=self.model.spec.mask_token_id,
-            temperature=self.sequences.temperature,
-            noise_MV=noise_1V,
+            confidence_M=self.sequences.confidence(seed_1),
+            sampling=self.sequences.sampling(seed_1, position_1, step_1),
         )
-        return int(token_1), float(confidence_1)
+        return Candidate(int(choice.token_M), float(choice.probability_M), float(choice.rank_M))
 
     def _cache_blocks(self) -> None:
         for block in self.blocks:
             if block.state is BlockState.COMPLETE:
                 block.state = BlockState.CACHED
 
-    def _accept(self, candidates: dict[tuple[int, int], tuple[int, float]]) -> None:
+    def _accept(self, candidates: dict[tuple[int, int], Candidate]) -> None:
         self.num_forwards += 1
-        # The pipeline compares in fp32, where the confidence was computed.
+        # The pipeline compares in fp32, where the probability was computed.
         threshold = float(torch.tensor(self.policy.confidence_threshold, dtype=torch.float32))
         for number, block in enumerate(self.blocks):
             mine = {o: value for (n, o), value in candidates.items() if n == number}
             if not mine:
                 continue
-            chosen = [o for o, (_, confidence) in mine.items() if confidence > threshold]
+            chosen = [o for o, candidate in mine.items() if candidate.probability > threshold]
             if not chosen and block.state is BlockState.FULLY_ACTIVE:
-                chosen = [max(mine, key=lambda o: mine[o][1])]
+                chosen = [max(mine, key=lambda o: mine[o].rank)]
             for offset in chosen:
-                block.tokens[offset] = mine[offset][0]
-                self.eos_seen |= mine[offset][0] in self.sequences.eos_token_ids
+                block.tokens[offset] = mine[offset].token
+                self.eos_seen |= mine[offset].token in self.sequences.eos_token_ids
 
     def _retire_blocks(self) -> None:
         for block in self.blocks:

@@ -2,8 +2,9 @@
 
 Shapes: B sequences, N block slots in order, K positions of a block (the last one of a sequence may
 be shorter; `valid_BNK` tells). Blocks 0 … opened_B - 1 are open; of these the first cached_B are
-CACHED. Thresholds are numbers or tensors that broadcast. Nothing here waits for the host, so the
-same functions serve a CPU loop and a captured CUDA graph.
+CACHED. Thresholds are numbers, or tensors that broadcast, one for each sequence: of float64 where
+shares are compared, else 0.1 would not equal the share 1 / 10. Nothing here waits for the host, so
+the same functions serve a CPU loop and a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ def open_blocks(
     total_B: Tensor,
     eos_seen_B: Tensor,
     *,
-    add_threshold: float,
-    max_live_blocks: int | None,
+    add_threshold: float | Tensor,
+    max_live_blocks: int | Tensor | None,
 ) -> Tensor:
     """Open at most one block per sequence; returns opened_B.
 
     It opens when the last open block's decoded share is >= tau_add (the prompt's is 1), no EOS has
-    been accepted, blocks are left, and the window has room.
+    been accepted, blocks are left, and the window has room. As tensors, threshold and window are
+    (B,); None, or a window that no response fills, is unbounded.
     """
     last_B1 = (opened_B - 1).clamp_min(0)[:, None]
     share_B = torch.where(opened_B > 0, share_BN.gather(1, last_B1)[:, 0], 1.0)
@@ -41,11 +43,11 @@ def open_blocks(
     return opened_B + ready_B
 
 
-def activate(share_BN: Tensor, fully_BN: Tensor, *, activate_threshold: float) -> Tensor:
+def activate(share_BN: Tensor, fully_BN: Tensor, *, activate_threshold: float | Tensor) -> Tensor:
     """Turn blocks fully active whose predecessor's share is >= tau_act, for good: (B, N).
 
     The first block's predecessor is the prompt. Blocks not yet open may be marked; shares only
-    rise, so they would be marked once open all the same.
+    rise, so they would be marked once open all the same. As a tensor, the threshold is (B, 1).
     """
     before_BN = torch.cat([torch.ones_like(share_BN[:, :1]), share_BN[:, :-1]], dim=1)
     return fully_BN | (before_BN >= activate_threshold)
@@ -54,19 +56,21 @@ def activate(share_BN: Tensor, fully_BN: Tensor, *, activate_threshold: float) -
 def accept(
     candidate_BNK: Tensor,
     confidence_BNK: Tensor,
+    rank_BNK: Tensor,
     fully_BN: Tensor,
     *,
-    confidence_threshold: float,
+    confidence_threshold: float | Tensor,
 ) -> Tensor:
     """Which candidates (masked positions of open blocks) are accepted: (B, N, K), bool.
 
-    All whose confidence is > tau_conf; a fully active block in which none is accepts its most
-    confident one (the first of equals), a semi-active block then accepts nothing.
+    All whose confidence is > tau_conf; a fully active block in which none is accepts the one that
+    ranks highest (the first of equals), a semi-active block then accepts nothing. As a tensor, the
+    threshold is fp32, as the confidence, and (B, 1, 1).
     """
-    # A NaN from a broken model must not stop decoding.
-    confidence_BNK = confidence_BNK.nan_to_num(nan=0.0)
     sure_BNK = candidate_BNK & (confidence_BNK > confidence_threshold)
-    score_BNK = torch.where(candidate_BNK, confidence_BNK, -1.0)
+    # A NaN from a broken model must not stop decoding: it ranks last among the candidates.
+    rank_BNK = rank_BNK.nan_to_num(nan=torch.finfo(rank_BNK.dtype).min)
+    score_BNK = torch.where(candidate_BNK, rank_BNK, -torch.inf)
     best_BN1 = score_BNK.amax(-1, keepdim=True)
     index_K = torch.arange(candidate_BNK.shape[-1], device=candidate_BNK.device)
     first_BN1 = torch.where(score_BNK == best_BN1, index_K, len(index_K)).amin(-1, keepdim=True)

@@ -20,10 +20,10 @@ from d2f.decoding.batch import (
     cut_at_eos,
     pad_prompts,
 )
-from d2f.decoding.sampling import choose_tokens, gumbel_noise
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.errors import ConfigError
 from d2f.models.transformer import Transformer
+from d2f.ops.sampling import choose_tokens
 
 
 def transfer_plan(
@@ -113,18 +113,11 @@ class VanillaBatch:
             & (response_BL < end_B[:, None])
         )
         row_M, position_M = candidate_BL.nonzero(as_tuple=True)
-        temperature, noise_MV = self.sequences.temperature, None
-        logits_MV = self.model.head(aligned_BLD[row_M, position_M])
-        if temperature > 0:
-            step_B = torch.tensor(self.steps, device=device)
-            noise_MV = gumbel_noise(
-                self.seed_B[row_M], position_M, step_B[row_M], logits_MV.shape[-1]
-            )
-        token_M, confidence_M = choose_tokens(
-            logits_MV,
+        step_B = torch.tensor(self.steps, device=device)
+        token_M, confidence_M, _ = choose_tokens(
+            self.model.head(aligned_BLD[row_M, position_M]),
             mask_token_id=self.mask_token_id,
-            temperature=temperature,
-            noise_MV=noise_MV,
+            sampling=self.sequences.sampling(self.seed_B[row_M], position_M, step_B[row_M]),
         )
         self.finite = self.finite & confidence_M.isfinite().all()
         confidence_BL = torch.full_like(candidate_BL, -torch.inf, dtype=torch.float32)

@@ -8,6 +8,8 @@ from typing import Any
 
 from d2f.errors import ConfigError, unknown_name
 
+CONFIDENCES = ("probability", "margin", "neg_entropy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingPolicy:
@@ -27,11 +29,12 @@ class DecodingPolicy:
     activate_threshold: float = 0.95
     """A block turns fully active when its predecessor's decoded share is >= this (tau_act)."""
     confidence_threshold: float = 0.9
-    """Accept a token when its confidence is > this (tau_conf)."""
+    """Accept a token when its probability is > this (tau_conf)."""
     max_live_blocks: int | None = None
     """Most blocks that are open and not yet cached; None: the paper's unbounded window."""
     confidence: str = "probability"
-    """What ranks the token that a fully active block is forced to accept."""
+    """What ranks the token that a fully active block is forced to accept: its `probability`, the
+    `margin` between the two most probable tokens, or `neg_entropy`, the negative entropy."""
 
     def __post_init__(self) -> None:
         for name in ("add_threshold", "activate_threshold", "confidence_threshold"):
@@ -45,8 +48,8 @@ class DecodingPolicy:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.confidence != "probability":
-            raise ConfigError(unknown_name("confidence", self.confidence, ["probability"]))
+        if self.confidence not in CONFIDENCES:
+            raise ConfigError(unknown_name("confidence", self.confidence, CONFIDENCES))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DecodingPolicy:

@@ -199,10 +199,15 @@ def _sequences(requests: Sequence[Request]) -> Sequences:
         policy=first.policy,
         eos_token_ids=first.eos_token_id,
         temperature=first.temperature,
+        top_k=first.top_k,
+        top_p=first.top_p,
         early_stop=first.early_stop,
     )
 
 
 def _same_settings(one: Request, other: Request) -> bool:
-    names = ("strategy", "policy", "eos_token_id", "temperature", "early_stop", "options")
+    names = (
+        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "early_stop",
+        "options",
+    )  # fmt: skip
     return all(getattr(one, name) == getattr(other, name) for name in names)

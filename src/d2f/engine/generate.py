@@ -63,8 +63,9 @@ def generate_ids(
         strategy: `pipelined`, `serial`, `autoregressive`, `vanilla` or `reference`.
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
-        strategy_options: `temperature` and `seed` for every strategy; `num_steps` and
-            `block_length` for `vanilla`. An option without effect is refused by name.
+        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy;
+            `num_steps` and `block_length` for `vanilla`. An option without effect is refused by
+            name.
 
     Returns:
         A result, or a list of results for a list of prompts.
@@ -97,6 +98,7 @@ def generate_ids(
 
 def _request(prompt: Sequence[int], settings: dict[str, Any], options: dict[str, Any]) -> Request:
     """A request; of the options it takes those that every strategy knows as its own fields."""
-    own = {name: options[name] for name in ("temperature", "seed") if name in options}
+    names = ("temperature", "top_k", "top_p", "seed")
+    own = {name: options[name] for name in names if name in options}
     rest = {name: value for name, value in options.items() if name not in own}
     return Request(prompt_ids=prompt, options=rest, **settings, **own)

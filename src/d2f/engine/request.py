@@ -35,6 +35,11 @@ class Request:
     early_stop: bool = True
     """Stop once everything before an accepted EOS is decoded."""
     temperature: float = 0.0
+    """0: the most probable tokens; above, they are sampled."""
+    top_k: int = 0
+    """Sample among this many most probable tokens; 0: among all. Matters with a temperature."""
+    top_p: float = 1.0
+    """Sample among the fewest most probable tokens of this mass. Matters with a temperature."""
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only this strategy takes."""
@@ -81,17 +86,26 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
             f"{spec.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
     check_strategy(request.strategy, request.options, spec, len(prompt), limit)
-    temperature, seed = request.temperature, request.seed
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise RequestError(f"temperature is {temperature!r}; it must be a number of 0 or more")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed is {seed!r}; it must be a whole number of at most 63 bits")
+    _check_sampling(request)
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
     return Request(
         **(vars(request) | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy})
     )
+
+
+def _check_sampling(request: Request) -> None:
+    temperature, seed = request.temperature, request.seed
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise RequestError(f"temperature is {temperature!r}; it must be a number of 0 or more")
+    top_k, top_p = request.top_k, request.top_p
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 2**63:
+        raise RequestError(f"top_k is {top_k!r}; it must be a whole number of 0 (all) or more")
+    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise RequestError(f"top_p is {top_p!r}; it must be a number above 0 and at most 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed is {seed!r}; it must be a whole number of at most 63 bits")
 
 
 def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:

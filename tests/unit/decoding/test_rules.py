@@ -59,7 +59,7 @@ def test_accept_above_the_threshold_else_one_where_fully_active():
     confidence = torch.tensor([[[0.9, 0.5, 0.95], [0.3, 0.4, 0.4], [0.3, 0.2, 0.1]]])
     candidate = torch.ones(1, 3, 3, dtype=torch.bool)
     fully = torch.tensor([[True, True, False]])
-    accepted = rules.accept(candidate, confidence, fully, confidence_threshold=0.9)
+    accepted = rules.accept(candidate, confidence, confidence, fully, confidence_threshold=0.9)
     assert accepted[0].tolist() == [
         [False, False, True],  # 0.9 is not above 0.9
         [False, True, False],  # the first of equals
@@ -69,14 +69,16 @@ def test_accept_above_the_threshold_else_one_where_fully_active():
 
 def test_nothing_is_forced_in_a_block_without_candidates():
     none = torch.zeros(1, 1, 3, dtype=torch.bool)
-    accepted = rules.accept(none, torch.ones(1, 1, 3), ~none.any(-1), confidence_threshold=0.5)
+    one = torch.ones(1, 1, 3)
+    accepted = rules.accept(none, one, one, ~none.any(-1), confidence_threshold=0.5)
     assert not accepted.any()
 
 
 def test_nan_confidence_still_makes_progress():
     candidate = torch.tensor([[[False, True, True]]])
     confidence = torch.full((1, 1, 3), torch.nan)
-    accepted = rules.accept(candidate, confidence, torch.tensor([[True]]), confidence_threshold=0.5)
+    fully = torch.tensor([[True]])
+    accepted = rules.accept(candidate, confidence, confidence, fully, confidence_threshold=0.5)
     assert accepted.tolist() == [[[False, True, False]]]
 
 

@@ -1,0 +1,180 @@
+"""From logits to one token, its probability and its rank at each position.
+
+Shapes: M positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PROBABILITY, MARGIN, NEG_ENTROPY = 0, 1, 2
+"""What ranks a position: its token's probability, the gap between the two most probable tokens, or
+how concentrated its distribution is."""
+
+CONFIDENCE_CODES = {"probability": PROBABILITY, "margin": MARGIN, "neg_entropy": NEG_ENTROPY}
+"""By the names that a decoding policy uses."""
+
+_WORD = (1 << 63) - 1
+
+
+class Choice(NamedTuple):
+    """What is chosen at each position."""
+
+    token_M: Tensor
+    """int64."""
+    probability_M: Tensor
+    """The token's, fp32; not finite where the logits are not."""
+    rank_M: Tensor
+    """How much a position is preferred when only one may be decoded, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sampling:
+    """How each position is sampled."""
+
+    temperature_M: Tensor
+    """fp32; 0: the most probable token, whatever else is set."""
+    top_k_M: Tensor
+    """Sample among this many most probable tokens, int64; 0: among all."""
+    top_p_M: Tensor
+    """Sample among the fewest most probable tokens of this mass, fp32; 1: among all."""
+    seed_M: Tensor
+    """Seed of each position's request, int64."""
+    position_M: Tensor
+    """Absolute position in its sequence, int64."""
+    step_M: Tensor
+    """Forwards of its sequence before this one, int64."""
+    truncated: bool
+    """False: no position sets `top_k_M` or `top_p_M`, and neither is read."""
+
+
+def choose_tokens(
+    logits_MV: Tensor,
+    *,
+    mask_token_id: int | None,
+    confidence_M: Tensor | None = None,
+    sampling: Sampling | None = None,
+    needed_M: Tensor | None = None,
+) -> Choice:
+    """The token of each position, its probability and its rank.
+
+    The token is the most probable one (the first of equals), else a sample of
+    softmax(logits / temperature) by the Gumbel-max trick. Sampling may be confined to the top k
+    tokens, then among these to the top p of their mass; all that equal the last one kept are kept.
+    Probabilities are those of the softmax over what is kept. The mask token is never chosen, yet
+    its probability counts in the softmax; the most probable other token is always kept.
+
+    Args:
+        logits_MV: Logits, computed with as fp32.
+        mask_token_id: The token that is never chosen; None: there is none.
+        confidence_M: What ranks each position, a code from `CONFIDENCE_CODES`; None: the
+            probability. The margin leaves the mask token out, the entropy counts it.
+        sampling: None: the most probable token everywhere.
+        needed_M: Where a choice is needed, bool; elsewhere all three results are 0. None: all.
+
+    Example:
+        >>> choice = choose_tokens(torch.tensor([[0.0, 9.0, 5.0]]), mask_token_id=1)
+        >>> int(choice.token_M), round(float(choice.probability_M), 3)
+        (2, 0.018)
+    """
+    scaled_MV = logits_MV.float()
+    if sampling is not None:
+        sampled_M1 = (sampling.temperature_M > 0)[:, None]
+        scaled_MV = scaled_MV / sampling.temperature_M[:, None].where(sampled_M1, 1.0)
+        if sampling.truncated:
+            scaled_MV = _truncate(scaled_MV, sampling, mask_token_id)
+    score_MV = _without(scaled_MV, mask_token_id, -torch.inf)
+    if sampling is not None:
+        noise_MV = gumbel_noise(
+            sampling.seed_M, sampling.position_M, sampling.step_M, score_MV.shape[-1]
+        )
+        score_MV = score_MV + noise_MV.where(sampled_M1, 0.0)
+    token_M = _argmax(score_MV)
+    probability_MV = scaled_MV.softmax(-1)
+    probability_M = probability_MV.gather(-1, token_M[:, None])[:, 0]
+    rank_M = probability_M
+    if confidence_M is not None:
+        rank_M = _rank(probability_MV, probability_M, confidence_M, mask_token_id)
+    if needed_M is None:
+        return Choice(token_M, probability_M, rank_M)
+    return Choice(
+        token_M.where(needed_M, 0), probability_M.where(needed_M, 0), rank_M.where(needed_M, 0)
+    )
+
+
+def gumbel_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise (M, V), a hash of (seed, position, step, token) and of nothing else.
+
+    So a sequence draws the same sample alone, in any batch and on any device.
+
+    Args:
+        seed_M: Seed of each position's request, int64.
+        position_M: Absolute position in its sequence, int64.
+        step_M: Forwards of its sequence before this one, int64.
+        vocab_size: V.
+
+    Example:
+        >>> one = torch.tensor([1])
+        >>> gumbel_noise(one, one, one, 3).shape
+        torch.Size([1, 3])
+    """
+    key_M = _mix(_mix(_mix(seed_M) ^ position_M) ^ step_M)
+    token_V = torch.arange(vocab_size, device=seed_M.device)
+    word_MV = _mix(key_M[:, None] ^ _mix(token_V)[None])
+    # 53 bits are what a double holds; the half keeps u away from 0 and 1.
+    u_MV = ((word_MV & ((1 << 53) - 1)).double() + 0.5) / 2.0**53
+    return -(-u_MV.log()).log().float()
+
+
+def _mix(word: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, on wrapping int64 with logical shifts."""
+    word = word + -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        word = (word ^ ((word >> shift) & (_WORD >> (shift - 1)))) * factor
+    return word ^ ((word >> 31) & (_WORD >> 30))
+
+
+def _truncate(scaled_MV: Tensor, sampling: Sampling, mask_token_id: int | None) -> Tensor:
+    """-inf below the top k and the top p of each sampled position."""
+    vocab_size = scaled_MV.shape[-1]
+    sorted_MV = scaled_MV.sort(-1, descending=True).values
+    top_k_M1 = sampling.top_k_M[:, None]
+    last_M1 = top_k_M1.where(top_k_M1 > 0, vocab_size).clamp_max(vocab_size) - 1
+    threshold_M1 = sorted_MV.gather(-1, last_M1)
+    weight_MV = (sorted_MV - sorted_MV[:, :1]).exp().double()
+    mass_MV = weight_MV.where(sorted_MV >= threshold_M1, 0.0).cumsum(-1)
+    top_p_M1 = sampling.top_p_M[:, None]
+    last_M1 = (mass_MV < top_p_M1 * mass_MV[:, -1:]).sum(-1, keepdim=True).clamp_max(vocab_size - 1)
+    # Tokens too improbable to change the mass are part of the whole all the same.
+    threshold_M1 = sorted_MV.gather(-1, last_M1).where(top_p_M1 < 1, threshold_M1)
+    best_M1 = _without(scaled_MV, mask_token_id, -torch.inf).amax(-1, keepdim=True)
+    dropped_MV = scaled_MV < torch.minimum(threshold_M1, best_M1)
+    return scaled_MV.masked_fill(dropped_MV & (sampling.temperature_M > 0)[:, None], -torch.inf)
+
+
+def _rank(
+    probability_MV: Tensor, probability_M: Tensor, confidence_M: Tensor, mask_token_id: int | None
+) -> Tensor:
+    neg_entropy_M = -torch.special.entr(probability_MV).sum(-1)
+    top_M2 = _without(probability_MV, mask_token_id, 0.0).topk(2, -1).values
+    rank_M = torch.where(confidence_M == MARGIN, top_M2[:, 0] - top_M2[:, 1], probability_M)
+    return torch.where(confidence_M == NEG_ENTROPY, neg_entropy_M, rank_M)
+
+
+def _without(x_MV: Tensor, token_id: int | None, value: float) -> Tensor:
+    if token_id is None:
+        return x_MV
+    x_MV = x_MV.clone()
+    x_MV[:, token_id].fill_(value)
+    return x_MV
+
+
+def _argmax(x_MV: Tensor) -> Tensor:
+    # On a CPU numpy's is ten times as fast, and both give the first of equals.
+    if x_MV.device.type == "cpu":
+        return torch.from_numpy(x_MV.detach().numpy().argmax(-1))
+    return x_MV.argmax(-1)
