@@ -1,1 +1,1 @@
-"""Tensor operations of the transformer core, in plain torch."""
+"""Tensor operations of a forward, in plain torch and as Triton kernels."""

@@ -97,6 +97,7 @@ def test_policy_options_change_the_checkpoints_policy(generate):
     # Never more than the one forced token a forward.
     assert forwards("--confidence-threshold", 1, "--max-live-blocks", 1) > forwards()
     assert forwards("--strategy", "serial") >= forwards()
+    assert forwards("--confidence", "margin") > 0
     assert forwards("--strategy", "vanilla", "--num-steps", 5, "--block-length", 20) == 5
 
 
@@ -106,12 +107,22 @@ def test_sampling_is_seeded(generate):
     assert generate(*hot, "--seed", 1).out != generate(*hot, "--seed", 2).out
 
 
+def test_sampling_among_one_token_needs_no_seed(generate):
+    hot = ("--temperature", 2, "--confidence-threshold", 0)
+    greedy = generate("--confidence-threshold", 0).out
+    assert generate(*hot).out != greedy
+    assert generate(*hot, "--top-k", 1).out == greedy
+    assert generate(*hot, "--top-p", 1e-6).out == greedy
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--add-threshold", -1], "add_threshold is -1.0; it must be a number between 0 and 1"),
         (["--confidence-threshold", 1.5], "confidence_threshold is 1.5"),
         (["--block-size", 0], "block_size is 0"),
+        (["--confidence", "margn"], "did you mean 'margin'"),
+        (["--top-p", 0], "top_p is 0.0"),
         (["--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--strategy", "pipelind"], "did you mean 'pipelined'"),

@@ -71,6 +71,10 @@ def test_thresholds_at_their_ends(model, add, act, conf, window):
         ({"strategy": "vanilla", "block_length": 0}, "block_length is 0"),
         ({"strategy": "autoregressive"}, "not autoregressive"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
 def test_bad_requests_name_the_value(model, arguments, message):

@@ -8,6 +8,7 @@ from d2f import DecodingPolicy, GenerationResult, generate_ids
 from d2f.decoding.batch import BlockState, Sequences
 from d2f.decoding.pipelined import PipelinedBatch
 from d2f.diffusion.layout import BlockLayout
+from d2f.diffusion.policy import CONFIDENCES
 from d2f.testing import tiny_model
 
 FAST = settings(
@@ -26,11 +27,21 @@ policies = st.builds(
     # A tiny random model is never sure: low thresholds make it accept several tokens at once.
     confidence_threshold=st.sampled_from([0.0, 0.02, 0.03, 0.05, 1.0]),
     max_live_blocks=st.sampled_from([None, 1, 2, 3]),
+    confidence=st.sampled_from(CONFIDENCES),
 )
 # An empty prompt gives exact ties (masks alone are all alike), which rounding may break either way;
 # test_edges.py covers it.
 prompts = st.lists(st.integers(0, 93), min_size=1, max_size=11)
 lengths = st.integers(1, 21)
+sampling = st.sampled_from(
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 7},
+        {"temperature": 1.2, "top_p": 0.3},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.7},
+    ]
+)
 
 
 def summary(result: GenerationResult):
@@ -38,8 +49,8 @@ def summary(result: GenerationResult):
 
 
 @FAST
-@given(models, policies, prompts, lengths, st.booleans(), st.sampled_from([0.0, 0.8]))
-def test_cached_equals_uncached(model, policy, prompt, length, early_stop, temperature):
+@given(models, policies, prompts, lengths, st.booleans(), sampling)
+def test_cached_equals_uncached(model, policy, prompt, length, early_stop, options):
     run = {
         strategy: generate_ids(
             model,
@@ -49,8 +60,8 @@ def test_cached_equals_uncached(model, policy, prompt, length, early_stop, tempe
             eos_token_id=[EOS, 7],
             strategy=strategy,
             early_stop=early_stop,
-            temperature=temperature,
             seed=3,
+            **options,
         )
         for strategy in ("pipelined", "reference")
     }
@@ -64,9 +75,9 @@ def test_cached_equals_uncached(model, policy, prompt, length, early_stop, tempe
     st.lists(prompts, min_size=2, max_size=5),
     lengths,
     st.sampled_from(["pipelined", "serial", "vanilla"]),
-    st.sampled_from([0.0, 1.0]),
+    sampling,
 )
-def test_batched_equals_alone(model, policy, batch, length, strategy, temperature):
+def test_batched_equals_alone(model, policy, batch, length, strategy, options):
     def run(prompt_ids):
         return generate_ids(
             model,
@@ -75,10 +86,27 @@ def test_batched_equals_alone(model, policy, batch, length, strategy, temperatur
             max_new_tokens=length,
             eos_token_id=7,
             strategy=strategy,
-            temperature=temperature,
+            **options,
         )
 
     assert [summary(r) for r in run(batch)] == [summary(run(prompt)) for prompt in batch]
+
+
+def test_each_confidence_forces_tokens_in_an_order_of_its_own():
+    def order(confidence):
+        policy = DecodingPolicy(block_size=16, confidence_threshold=1.0, confidence=confidence)
+        sequences = Sequences(
+            prompts=[[1, 2, 3]], max_new_tokens=[16], seeds=[0], policy=policy, eos_token_ids=()
+        )
+        batch = PipelinedBatch(MODELS["llada"], sequences)
+        steps = []
+        while not batch.finished()[0]:
+            batch.step()
+            steps.append([token is not None for token in batch.view(0)[0].token_ids])
+        return steps
+
+    probability, margin, neg_entropy = map(order, CONFIDENCES)
+    assert probability != margin != neg_entropy != probability
 
 
 @FAST

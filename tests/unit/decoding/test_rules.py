@@ -59,7 +59,7 @@ def test_accept_above_the_threshold_else_one_where_fully_active():
     confidence = torch.tensor([[[0.9, 0.5, 0.95], [0.3, 0.4, 0.4], [0.3, 0.2, 0.1]]])
     candidate = torch.ones(1, 3, 3, dtype=torch.bool)
     fully = torch.tensor([[True, True, False]])
-    accepted = rules.accept(candidate, confidence, fully, confidence_threshold=0.9)
+    accepted = rules.accept(candidate, confidence, confidence, fully, confidence_threshold=0.9)
     assert accepted[0].tolist() == [
         [False, False, True],  # 0.9 is not above 0.9
         [False, True, False],  # the first of equals
@@ -69,17 +69,52 @@ def test_accept_above_the_threshold_else_one_where_fully_active():
 
 def test_nothing_is_forced_in_a_block_without_candidates():
     none = torch.zeros(1, 1, 3, dtype=torch.bool)
-    accepted = rules.accept(none, torch.ones(1, 1, 3), ~none.any(-1), confidence_threshold=0.5)
+    one = torch.ones(1, 1, 3)
+    accepted = rules.accept(none, one, one, ~none.any(-1), confidence_threshold=0.5)
     assert not accepted.any()
 
 
 def test_nan_confidence_still_makes_progress():
     candidate = torch.tensor([[[False, True, True]]])
     confidence = torch.full((1, 1, 3), torch.nan)
-    accepted = rules.accept(candidate, confidence, torch.tensor([[True]]), confidence_threshold=0.5)
+    fully = torch.tensor([[True]])
+    accepted = rules.accept(candidate, confidence, confidence, fully, confidence_threshold=0.5)
     assert accepted.tolist() == [[[False, True, False]]]
 
 
 def test_only_leading_blocks_complete():
     share = torch.tensor([[1.0, 0.5, 1.0], [1.0, 1.0, 0.0]]).double()
     assert rules.completed_blocks(share, torch.tensor([3, 1])).tolist() == [1, 1]
+
+
+def test_the_rank_decides_only_what_is_forced():
+    candidate = torch.tensor([[[False, True, True], [True, True, True]]])
+    confidence = torch.tensor([[[0.9, 0.4, 0.3], [0.2, 0.95, 0.1]]])
+    rank = torch.tensor([[[-0.1, -3.0, -2.0], [-0.5, -9.0, torch.nan]]])
+    fully = torch.ones(1, 2, dtype=torch.bool)
+    accepted = rules.accept(candidate, confidence, rank, fully, confidence_threshold=0.9)
+    assert accepted[0].tolist() == [[False, False, True], [False, True, False]]
+    rank[0, 0, 2] = torch.nan
+    accepted = rules.accept(candidate, confidence, rank, fully, confidence_threshold=0.9)
+    assert accepted[0, 0].tolist() == [False, True, False]
+
+
+def test_thresholds_may_differ_by_sequence():
+    share = torch.tensor([[0.1, 0.0], [0.1, 0.0], [0.1, 0.0]], dtype=torch.float64)
+    one = torch.ones(3, dtype=torch.long)
+    threshold = torch.tensor([0.1, 0.2, 0.1], dtype=torch.float64)
+    count = rules.open_blocks(
+        share, one, one - 1, one + 3, one > 1,
+        add_threshold=threshold, max_live_blocks=torch.tensor([2**40, 2**40, 1]),
+    )  # fmt: skip
+    assert count.tolist() == [2, 1, 1]
+    fully = rules.activate(
+        share, torch.zeros(3, 2, dtype=torch.bool), activate_threshold=threshold[:, None]
+    )
+    assert fully[:, 1].tolist() == [True, False, True]
+    confidence = torch.full((3, 1, 1), 0.15)
+    accepted = rules.accept(
+        confidence > 0, confidence, confidence, torch.zeros(3, 1, dtype=torch.bool),
+        confidence_threshold=threshold.float()[:, None, None],
+    )  # fmt: skip
+    assert accepted.flatten().tolist() == [True, False, True]

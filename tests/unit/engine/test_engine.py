@@ -159,6 +159,8 @@ def test_logits_that_are_not_finite_give_an_error(name):
         ({"seed": 2**70}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"temperature": "warm"}, "temperature"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": "most"}, "top_p"),
         ({"policy": {"block_size": 4}}, "policy"),
         ({"eos_token_id": 1.5}, "EOS"),
         ({"prompt_ids": "ab"}, "no list of token ids"),
