@@ -124,7 +124,7 @@ def test_a_forward_that_fails_does_not_poison_the_engine(monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward", fail)
+        patch.setattr(model, "forward_packed", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.generate([LONG, SHORT])
     assert len(engine.generate([SHORT])[0].token_ids) == 6
