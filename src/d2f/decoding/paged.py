@@ -114,10 +114,8 @@ class PagedDecoder(ABC):
         inside_T = index_T < last_B[-1]
         row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(shape.num_rows - 1)
         offset_B = rows.start_B - first_B
-        facts_5B = torch.stack(
-            [offset_B, rows.prompt_B, rows.size_B, rows.limit_B, rows.end_B]
-        )
-        offset_T, prompt_T, size_T, limit_T, end_T = facts_5B[:, row_T].unbind()
+        facts_4B = torch.stack([offset_B, rows.prompt_B, rows.size_B, rows.end_B])
+        offset_T, prompt_T, size_T, end_T = facts_4B[:, row_T].unbind()
         position_T = torch.where(inside_T, index_T + offset_T, 0)
         response_T = position_T - prompt_T
         block_T = response_T.div(size_T, rounding_mode="floor").clamp_min(-1)
@@ -206,9 +204,7 @@ def make_record(row_values: dict[str, Tensor], token_values: dict[str, Tensor]) 
     return torch.cat([rows_FB.flatten().int(), tokens_FM.flatten().int(), bits_M])
 
 
-def read_record(
-    record: Tensor, num_rows: int
-) -> tuple[list[dict[str, int]], list[TokenRecord]]:
+def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], list[TokenRecord]]:
     """A record on the host as one table per row, and the accepted tokens."""
     cut = len(RECORD_ROWS) * num_rows
     columns = record[:cut].view(len(RECORD_ROWS), num_rows).T.tolist()

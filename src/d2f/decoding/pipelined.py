@@ -2,9 +2,9 @@
 
 Shapes: B rows, T packed tokens, M candidates, N blocks of K positions, D hidden size.
 
-Each forward carries, of every row, the blocks that are open and not yet cached: COMPLETE ones, whose
-final tokens it turns into cache, and active ones, which it refines. A row's first forward also
-carries its prompt. Live blocks overwrite their keys and values at each step.
+Each forward carries, of every row, the blocks that are open and not yet cached: COMPLETE ones,
+whose final tokens it turns into cache, and active ones, which it refines. A row's first forward
+also carries its prompt. Live blocks overwrite their keys and values at each step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2f.decoding import rules
-from d2f.decoding.paged import PagedDecoder, Packing, StepShape, make_record
+from d2f.decoding.paged import Packing, PagedDecoder, StepShape, make_record
 from d2f.decoding.rows import Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
@@ -241,5 +241,3 @@ def _share_of(start: RowStart) -> Tensor:
     blocks = [start.tokens[at : at + size] for at in range(0, limit, size)]
     shares = [sum(token is not None for token in block) / len(block) for block in blocks]
     return torch.tensor([shares], dtype=torch.double)
-
-
