@@ -205,6 +205,15 @@ def test_kernels_in_half_precision(fused):
     assert_close(got, attend_naively(q, kv, packed), tolerance=0.03)
 
 
+@needs_triton
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "split"])
+def test_kernels_take_any_head_size(head_dim, fused):
+    packed = pack(**CASES["uneven rows"])
+    q, kv = random_tensors(packed, 4, 2, head_dim=head_dim)
+    assert_close(attend(kernels, q, kv, packed, fused=fused), attend(twin, q, kv, packed))
+
+
 # Two rows of two splits and one that ends with its first, with queries that see one or both.
 LONG = {
     "rows": [(300, [256, 257, 300]), (256, [256]), (2, [2, 2]), (257, [3, 257])],

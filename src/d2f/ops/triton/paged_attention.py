@@ -142,10 +142,13 @@ def plan_attention(
 
 def default_tuning(tile_rows: int, dtype: torch.dtype) -> AttentionTuning:
     """The launch that suits tiles of so many rows."""
+    small = tile_rows <= 16
     if dtype == torch.float32:
         # IEEE products run outside the tensor cores, on registers.
-        return AttentionTuning(block_keys=32, num_warps=8 if tile_rows >= 64 else 4, num_stages=2)
-    return AttentionTuning(block_keys=64, num_warps=8 if tile_rows >= 128 else 4, num_stages=3)
+        return AttentionTuning(block_keys=16, num_warps=4 if small else 8, num_stages=2)
+    # Keys wait for their page's number, so that five stages hold two blocks of keys and three one.
+    num_warps, num_stages = 8 if tile_rows >= 128 else 4, 5 if small else 3
+    return AttentionTuning(block_keys=64, num_warps=num_warps, num_stages=num_stages)
 
 
 def paged_attention(
@@ -156,7 +159,7 @@ def paged_attention(
     The output of padding is zero.
 
     Args:
-        q_TNH: Rotated queries, contiguous; H is a power of two, at least 16.
+        q_TNH: Rotated queries, contiguous.
         kv_2SKH: Keys and values of a layer, contiguous, those of this forward's tokens included.
             What other slots than the rows' own hold never matters, not even NaN.
         plan: From `plan_attention`.
@@ -203,6 +206,7 @@ def _launch_attend(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=plan.num_kv_heads,
         HEAD_DIM=head_dim,
+        BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_M=plan.tile_rows,
         BLOCK_S=tuning.block_keys,
         FUSED=plan.fused,
@@ -225,6 +229,7 @@ def _launch_merge(
         num_tokens * num_heads,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
+        BLOCK_H=triton.next_power_of_2(head_dim),
         SPLITS=plan.most_splits,
         BLOCK_R=block,
         num_warps=4,
@@ -308,6 +313,18 @@ def _finish(acc, total):
 
 
 @triton.jit
+def _load_heads(starts, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The HEAD_DIM numbers at each of `starts`, with zeros up to BLOCK_H."""
+    offset_H = tl.arange(0, BLOCK_H)
+    numbers = starts[:, None] + offset_H[None, :]
+    if BLOCK_H == HEAD_DIM:
+        heads = tl.load(numbers)
+    else:
+        heads = tl.load(numbers, mask=(offset_H < HEAD_DIM)[None, :], other=0.0)
+    return heads
+
+
+@triton.jit
 def _attend_split(
     q_MH,
     kv_head,
@@ -320,16 +337,15 @@ def _attend_split(
     scale,
     PAGE_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Softmax over the keys of the split at `start`: sum of values, largest score, sum."""
     end = tl.minimum(start + split_keys, limit)
-    HEAD_DIM: tl.constexpr = q_MH.shape[1]
     max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
     sum_M = tl.zeros([q_MH.shape[0]], tl.float32)
-    acc_MH = tl.zeros([q_MH.shape[0], HEAD_DIM], tl.float32)
-    offset_H = tl.arange(0, HEAD_DIM)
+    acc_MH = tl.zeros([q_MH.shape[0], q_MH.shape[1]], tl.float32)
     for block in range(start, end, BLOCK_S):
         position_S = block + tl.arange(0, BLOCK_S)
         # Past the end, the last key again: a slot that was never written may hold NaN, which a
@@ -337,7 +353,7 @@ def _attend_split(
         read_S = tl.minimum(position_S, end - 1)
         page_S = tl.load(pages + read_S // PAGE_SIZE).to(tl.int64)
         slot_S = page_S * PAGE_SIZE + read_S % PAGE_SIZE
-        k_SH = tl.load(kv_head + slot_S[:, None] * STRIDE + offset_H[None, :])
+        k_SH = _load_heads(kv_head + slot_S * STRIDE, HEAD_DIM, q_MH.shape[1])
         score_MS = tl.dot(q_MH, tl.trans(k_SH), input_precision=PRECISION)
         score_MS = tl.where(position_S[None, :] < limit_M[:, None], score_MS, float("-inf"))
         top_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale)
@@ -345,7 +361,7 @@ def _attend_split(
         p_MS = tl.exp2(score_MS * scale - base_M[:, None])
         fade_M = tl.exp2(max_M - base_M)
         sum_M = tl.fma(sum_M, fade_M, tl.sum(p_MS, 1))
-        v_SH = tl.load(kv_head + value_stride + slot_S[:, None] * STRIDE + offset_H[None, :])
+        v_SH = _load_heads(kv_head + value_stride + slot_S * STRIDE, HEAD_DIM, q_MH.shape[1])
         acc_MH = acc_MH * fade_M[:, None]
         acc_MH = tl.dot(p_MS.to(v_SH.dtype), v_SH, acc_MH, input_precision=PRECISION)
         max_M = top_M
@@ -364,6 +380,7 @@ def _attend_all(
     scale,
     PAGE_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -374,7 +391,7 @@ def _attend_all(
     for start in range(0, limit, split_keys):
         new_MH, new_max_M, new_sum_M = _attend_split(
             q_MH, kv_head, value_stride, pages, limit_M, start, split_keys, limit,
-            scale, PAGE_SIZE, STRIDE, BLOCK_S, PRECISION,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
         )  # fmt: skip
         acc_MH, max_M, sum_M = _merge(acc_MH, max_M, sum_M, new_MH, new_max_M, new_sum_M)
     return acc_MH, sum_M
@@ -397,6 +414,7 @@ def _attend(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     FUSED: tl.constexpr,
@@ -416,26 +434,27 @@ def _attend(
     token_M = first + row_M // GROUPS
     used_M = row_M < tokens * GROUPS
     query_M = token_M.to(tl.int64) * NUM_HEADS + head * GROUPS + row_M % GROUPS
-    query_MH = query_M[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    q_MH = tl.load(q_TNH + query_MH, mask=used_M[:, None], other=0.0)
+    offset_H = tl.arange(0, BLOCK_H)
+    query_MH = query_M[:, None] * HEAD_DIM + offset_H[None, :]
+    used_MH = used_M[:, None] & (offset_H < HEAD_DIM)[None, :]
+    q_MH = tl.load(q_TNH + query_MH, mask=used_MH, other=0.0)
     limit_M = tl.load(limits_T + token_M, mask=used_M, other=0).to(tl.int32)
     pages = pages_BP + row.to(tl.int64) * pages_stride
     kv_head = kv_2SKH + head * HEAD_DIM
     if FUSED:
         acc_MH, sum_M = _attend_all(
             q_MH, kv_head, value_stride, pages, limit_M, split_keys, limit,
-            scale, PAGE_SIZE, STRIDE, BLOCK_S, PRECISION,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
         )  # fmt: skip
         acc_MH = _finish(acc_MH, sum_M)
-        tl.store(out + query_MH, acc_MH.to(out.dtype.element_ty), mask=used_M[:, None])
+        tl.store(out + query_MH, acc_MH.to(out.dtype.element_ty), mask=used_MH)
     else:
-        start = split * split_keys
         acc_MH, max_M, sum_M = _attend_split(
-            q_MH, kv_head, value_stride, pages, limit_M, start, split_keys, limit,
-            scale, PAGE_SIZE, STRIDE, BLOCK_S, PRECISION,
+            q_MH, kv_head, value_stride, pages, limit_M, split * split_keys, split_keys, limit,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
         )  # fmt: skip
         size = tl.cast(num_tokens, tl.int64) * NUM_HEADS
-        tl.store(out + split * size * HEAD_DIM + query_MH, acc_MH, mask=used_M[:, None])
+        tl.store(out + split * size * HEAD_DIM + query_MH, acc_MH, mask=used_MH)
         sums += split * size + query_M
         tl.store(sums, max_M, mask=used_M)
         tl.store(sums + tl.num_programs(2) * size, sum_M, mask=used_M)
@@ -450,28 +469,29 @@ def _merge_splits(
     num_rows,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Merge the splits of some rows of (T, N), in their order."""
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     used_R = row_R < num_rows
-    row_RH = row_R[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    offset_H = tl.arange(0, BLOCK_H)
+    inside_1H = (offset_H < HEAD_DIM)[None, :]
+    row_RH = row_R[:, None] * HEAD_DIM + offset_H[None, :]
     splits_R = tl.load(splits_T + row_R // NUM_HEADS, mask=used_R, other=0)
     size = tl.cast(num_rows, tl.int64)
     max_R = tl.full([BLOCK_R], float("-inf"), tl.float32)
     sum_R = tl.zeros([BLOCK_R], tl.float32)
-    acc_RH = tl.zeros([BLOCK_R, HEAD_DIM], tl.float32)
+    acc_RH = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
     # Unrolled, so that the loads of all splits are under way at once.
     for split in tl.static_range(SPLITS):
         seen_R = split < splits_R
         sums = sums_2STN + split * size + row_R
         new_max_R = tl.load(sums, mask=seen_R, other=float("-inf"))
         new_sum_R = tl.load(sums + SPLITS * size, mask=seen_R, other=0.0)
-        new_RH = tl.load(
-            acc_STNH + split * size * HEAD_DIM + row_RH, mask=seen_R[:, None], other=0.0
-        )
+        acc = acc_STNH + split * size * HEAD_DIM + row_RH
+        new_RH = tl.load(acc, mask=seen_R[:, None] & inside_1H, other=0.0)
         acc_RH, max_R, sum_R = _merge(acc_RH, max_R, sum_R, new_RH, new_max_R, new_sum_R)
-    tl.store(
-        out_TNH + row_RH, _finish(acc_RH, sum_R).to(out_TNH.dtype.element_ty), mask=used_R[:, None]
-    )
+    out_RH = _finish(acc_RH, sum_R).to(out_TNH.dtype.element_ty)
+    tl.store(out_TNH + row_RH, out_RH, mask=used_R[:, None] & inside_1H)
