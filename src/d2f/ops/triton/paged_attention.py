@@ -3,8 +3,8 @@
 Flash-decoding: a program answers a tile of one row's queries for one key head (with the G query
 heads that share it) over one split of the keys; a second kernel merges the splits in their order.
 Where tiles alone keep the GPU busy, a program walks all splits of its tile instead and merges
-them itself by the same arithmetic, so both give the same numbers. The splits of a row follow from
-its end alone, never from the batch or the pages, so neither changes a result.
+them itself by the same arithmetic, so both give the same numbers. Where the keys of a row are
+split follows from its end alone, never from the batch or the pages.
 
 Shapes: T packed tokens of B rows, I tiles, N query heads, K key/value heads, G = N / K, H head
 size, M rows of a tile (token, head), S keys of a block.
