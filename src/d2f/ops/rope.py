@@ -1,6 +1,7 @@
 """Rotary position embedding in the half-rotation layout, with llama3 frequency scaling.
 
-Shapes: B sequences, L positions, N heads, H head dimension.
+Shapes: B sequences, L positions, N heads, H head dimension; of a packed forward, T tokens, N query
+heads, K key/value heads, S cache slots, E = (N + 2K) * H.
 """
 
 from __future__ import annotations
@@ -53,3 +54,51 @@ def apply_rope(x_BLNH: Tensor, cos_BL1H: Tensor, sin_BL1H: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x * cos_BL1H + turned * sin_BL1H).to(x_BLNH.dtype)
+
+
+def rope_and_write(
+    qkv_TE: Tensor,
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    kv_2SKH: Tensor,
+    slots_T: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Rotate the queries and keys of a packed projection; write its keys and values to the cache.
+
+    Args:
+        qkv_TE: N query heads, then K key heads, then K value heads of each token.
+        cos_TH: Cosines; the rotation is computed in their dtype.
+        sin_TH: Sines.
+        kv_2SKH: Keys and values of a layer, written in place.
+        slots_T: Slot of each token, int64. Of tokens with the same slot, any may win.
+        num_heads: N.
+
+    Returns:
+        The rotated queries: (T, N, H).
+
+    Example:
+        >>> kv = torch.zeros(2, 4, 1, 2)
+        >>> rope_and_write(
+        ...     torch.tensor([[1.0, 2, 3, 4, 5, 6]]), torch.zeros(1, 2), torch.ones(1, 2),
+        ...     kv, torch.tensor([3]), num_heads=1,
+        ... )
+        tensor([[[-2.,  1.]]])
+        >>> kv[:, 3].flatten()
+        tensor([-4.,  3.,  5.,  6.])
+    """
+    kv_heads, head_dim = kv_2SKH.shape[2:]
+    heads = qkv_TE.view(len(slots_T), -1, head_dim)
+    turning, values_TKH = heads.split((num_heads + kv_heads, kv_heads), dim=1)
+    # Few calls: at the width of the shipped model each costs more than its arithmetic.
+    x = turning.to(cos_TH.dtype)
+    out = x * cos_TH[:, None]
+    first, second = x.chunk(2, dim=-1)
+    sin_first, sin_second = sin_TH[:, None].chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin_first, value=-1)
+    out_second.addcmul_(first, sin_second)
+    q_TNH, k_TKH = out.to(qkv_TE.dtype).split((num_heads, kv_heads), dim=1)
+    for store_SKH, new_TKH in zip(kv_2SKH.unbind(), (k_TKH, values_TKH), strict=True):
+        store_SKH.index_copy_(0, slots_T, new_TKH)
+    return q_TNH

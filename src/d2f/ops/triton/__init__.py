@@ -1,0 +1,1 @@
+"""Triton kernels; each has a twin in plain torch, in the module of the same name above."""
