@@ -1,0 +1,111 @@
+"""Who computes what the layers of a packed forward are made of: plain torch or Triton kernels.
+
+Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size,
+S cache slots, E = (N + 2K) * H or the outputs of a product.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2f.errors import ConfigError, unknown_name
+from d2f.ops.linear import linear_fp32
+from d2f.ops.norm import add_rms_norm
+from d2f.ops.rope import rope_and_write
+from d2f.ops.swiglu import swiglu
+
+BACKENDS = ("auto", "torch", "triton")
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that the kernels are written for: the first with bf16 products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The operations of a packed forward. Each field is described where torch's version stands."""
+
+    name: str
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    """(x_TD, residual_TD, weight_D, eps): the normalised sum and the sum."""
+    rope_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    """(qkv_TE, cos_TH, sin_TH, kv_2SKH, slots_T, num_heads): rotated queries (T, N, H)."""
+    swiglu: Callable[[Tensor], Tensor]
+    """(gate_up_TF2): (T, F)."""
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """(x_TD, weight_ED, bias_E): (T, E)."""
+    linear_fp32: Callable[[Tensor, Tensor], Tensor]
+    """(x_TD, weight_ED): (T, E) in fp32."""
+
+
+def select_backend(name: str, device: torch.device | str) -> Backend:
+    """The operations of that name, for tensors on `device`.
+
+    "auto" takes the kernels on a GPU that can run them, if Triton is installed, else plain torch.
+
+    Raises:
+        ConfigError: The name is unknown, or the kernels cannot run here.
+
+    Example:
+        >>> select_backend("auto", "cpu").name
+        'torch'
+    """
+    if name not in BACKENDS:
+        raise ConfigError(unknown_name("backend", name, BACKENDS))
+    device = torch.device(device)
+    if name == "torch" or (name == "auto" and not _runs_kernels(device)):
+        return _TORCH
+    try:
+        kernels = _triton_backend()
+    except ImportError as error:
+        if name == "auto":
+            return _TORCH
+        raise ConfigError(
+            "backend 'triton' needs the package triton, which cannot be imported "
+            f"({error}); install it, or choose the backend 'torch'"
+        ) from None
+    if not _runs_kernels(device) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"backend 'triton' cannot run on the device '{device}': it needs a CUDA device of "
+            "compute capability 8.0 or more; choose the backend 'torch', or set "
+            "TRITON_INTERPRET=1 to interpret the kernels, slowly"
+        )
+    return kernels
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    )
+
+
+_TORCH = Backend(
+    name="torch",
+    add_rms_norm=add_rms_norm,
+    rope_and_write=rope_and_write,
+    swiglu=swiglu,
+    linear=F.linear,
+    linear_fp32=linear_fp32,
+)
+
+
+@functools.cache
+def _triton_backend() -> Backend:
+    from d2f.ops.triton import linear, norm, rope, swiglu
+
+    return Backend(
+        name="triton",
+        add_rms_norm=norm.add_rms_norm,
+        rope_and_write=rope.rope_and_write,
+        swiglu=swiglu.swiglu,
+        linear=linear.linear,
+        linear_fp32=linear.linear_fp32,
+    )
