@@ -17,8 +17,10 @@ from torch import Tensor
 from d2f.ops import linear as plain
 from d2f.ops.triton.launch import early_start, gdc_launch_dependents, gdc_wait
 
-MOST_TOKENS = 128
+MOST_TOKENS = 64
 """Beyond these the product is no longer bound by reading, and the library's is as fast."""
+AHEAD = 512
+"""Inputs whose weights a program asks for before it waits for the kernel before it."""
 
 
 class Tiling(NamedTuple):
@@ -31,15 +33,13 @@ class Tiling(NamedTuple):
     stages: int
     """Steps that are in flight."""
     warps: int
-    splits: int
-    """Programs that share the inputs of the same outputs."""
 
 
 @triton.jit
-def _prefetch(weight_ptr, row, first, E, D, WIDTH: tl.constexpr):
+def _prefetch(weight_ptr, row, E, D: tl.constexpr, WIDTH: tl.constexpr):
     """Bring the first weights of a program into the L2 cache, a request per 128 bytes."""
     line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    column = tl.minimum(first + tl.arange(0, WIDTH // line) * line, D - 1)
+    column = tl.minimum(tl.arange(0, WIDTH // line) * line, D - 1)
     place = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + column[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
@@ -57,15 +57,10 @@ def _linear_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
-    parts_ptr,
-    arrived_ptr,
     x_stride,
     T,
     E,
-    D,
-    STEPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN: tl.constexpr,
+    D: tl.constexpr,
     BIASED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -74,24 +69,21 @@ def _linear_kernel(
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    tile, split = tl.program_id(0), tl.program_id(1)
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     depth = tl.arange(0, DEPTH)
-    first = split * STEPS * DEPTH
     if EARLY:
         gdc_launch_dependents()
         # Nobody writes the weights, so they may be on their way before the input is there.
-        _prefetch(weight_ptr, row, first, E, D, AHEAD)
+        _prefetch(weight_ptr, row, E, D, AHEAD)
         gdc_wait()
     # Rows after the last are the last again; they are not stored.
     weight_ptrs = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + depth[None, :]
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * x_stride + depth[:, None]
     is_token = token[None, :] < T
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        start = first + step * DEPTH
-        if EVEN:
+    for start in tl.range(0, D, DEPTH, num_stages=STAGES):
+        if D % DEPTH == 0:
             weight = tl.load(weight_ptrs + start, eviction_policy="evict_first")
             x = tl.load(x_ptrs + start, is_token, other=0.0)
         else:
@@ -99,36 +91,46 @@ def _linear_kernel(
             weight = tl.load(weight_ptrs + start, inside[None, :], other=0.0)
             x = tl.load(x_ptrs + start, is_token & inside[:, None], other=0.0)
         acc = tl.dot(weight, x, acc, input_precision="ieee")
-
-    last = True
-    if SPLITS > 1:
-        acc, last = _join(acc, is_token, parts_ptr, arrived_ptr, tile, split, SPLITS)
-    if last:
-        if BIASED:
-            acc += tl.load(bias_ptr + row, row < E, other=0.0).to(tl.float32)[:, None]
-        out_ptrs = out_ptr + token.to(tl.int64)[None, :] * E + row[:, None]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), is_token & (row < E)[:, None])
+    if BIASED:
+        acc += tl.load(bias_ptr + row, row < E, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + token.to(tl.int64)[None, :] * E + row[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), is_token & (row < E)[:, None])
 
 
 @triton.jit
-def _join(acc, is_token, parts_ptr, arrived_ptr, tile, split, SPLITS: tl.constexpr):
-    """The sum of all splits of a tile, for the program that comes last; and whether it is that."""
-    ROWS: tl.constexpr = acc.shape[0]
-    TOKENS: tl.constexpr = acc.shape[1]
-    place = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    tile_ptrs = parts_ptr + tile.to(tl.int64) * (SPLITS * ROWS * TOKENS) + place
-    tl.store(tile_ptrs + split * (ROWS * TOKENS), acc, is_token, cache_modifier=".cg")
-    # All threads have stored before one of them says so.
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        # Always in the same order, whoever comes last.
-        acc = tl.zeros((ROWS, TOKENS), tl.float32)
-        for part in tl.static_range(SPLITS):
-            part_ptrs = tile_ptrs + part * (ROWS * TOKENS)
-            acc += tl.load(part_ptrs, is_token, other=0.0, cache_modifier=".cg")
-        tl.store(arrived_ptr + tile, 0)
-    return acc, last
+def _one_token_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    E,
+    D: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The same of one token, without tensor cores, which would multiply 15 more for nothing.
+
+    It does not start early: measured, programs that wait only take room from those that read.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    depth = tl.arange(0, DEPTH)
+    weight_ptrs = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + depth[None, :]
+    acc = tl.zeros((ROWS, DEPTH), tl.float32)
+    for start in tl.range(0, D, DEPTH, num_stages=STAGES):
+        if D % DEPTH == 0:
+            weight = tl.load(weight_ptrs + start, eviction_policy="evict_first")
+            x = tl.load(x_ptr + start + depth)
+        else:
+            inside = start + depth < D
+            weight = tl.load(weight_ptrs + start, inside[None, :], other=0.0)
+            x = tl.load(x_ptr + start + depth, inside, other=0.0)
+        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    total = tl.sum(acc, axis=1)
+    if BIASED:
+        total += tl.load(bias_ptr + row, row < E, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, total.to(out_ptr.dtype.element_ty), row < E)
 
 
 def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -153,28 +155,37 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
 def choose_tiling(x_TD: Tensor, weight_ED: Tensor) -> Tiling | None:
     """How to cut this product; None: leave it to the library.
 
-    The rule follows measurements on an H100: programs whose number is just below a multiple of its
-    132 multiprocessors, with 50 to 100 KB of weights on their way to each.
+    The rule follows measurements on an H100 with the layers of an 8B model.
     """
     num_tokens, (num_rows, width) = len(x_TD), weight_ED.shape
-    if x_TD.dtype not in (torch.bfloat16, torch.float16) or num_tokens > MOST_TOKENS or width % 8:
+    if x_TD.dtype not in (torch.bfloat16, torch.float16) or width % 8:
         return None
-    if num_tokens <= 16:
-        return Tiling(rows=32, depth=256, stages=4, warps=4, splits=1)
-    if num_tokens <= 64:
-        return Tiling(64, 128, 4, 4, _even_splits(triton.cdiv(num_rows, 64), width // 128))
-    return Tiling(128, 64, 5, 4, _even_splits(triton.cdiv(num_rows, 128), width // 64))
+    if num_tokens == 1:
+        return Tiling(rows=8, depth=1024 if width % 1024 == 0 else 512, stages=1, warps=8)
+    wide = num_rows >= 8192
+    if num_tokens <= 32:
+        rows = 64 if wide else 32 if num_rows >= 2048 else 16
+    elif num_tokens <= MOST_TOKENS and num_rows >= 16384:
+        rows = 64
+    else:
+        return None
+    depth = 128 if wide else 256
+    # Of each step, the weights and the input lie in shared memory.
+    step = (rows + _token_tile(num_tokens)) * depth * x_TD.element_size()
+    stages = min(_shared_memory(x_TD.device) // step, 6)
+    return Tiling(rows=rows, depth=depth, stages=stages, warps=4)
 
 
-def _even_splits(num_tiles: int, num_steps: int) -> int:
-    """The fewest splits that keep nine tenths of the multiprocessors busy to the end."""
-    processors = 132
-    for splits in range(1, 9):
-        programs = num_tiles * splits
-        rounds = triton.cdiv(programs, processors)
-        if num_steps % splits == 0 and programs >= 0.9 * rounds * processors:
-            return splits
-    return 1
+def _token_tile(num_tokens: int) -> int:
+    return max(triton.next_power_of_2(num_tokens), 16)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use; where kernels are interpreted, as on a Hopper GPU."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def tiled_linear(
@@ -183,46 +194,30 @@ def tiled_linear(
     """The product in `dtype`, cut into programs as `tiling` says."""
     assert x_TD.stride(1) == 1 and weight_ED.is_contiguous(), "rows must be contiguous"
     (num_tokens, width), num_rows = x_TD.shape, len(weight_ED)
-    tokens = max(triton.next_power_of_2(num_tokens), 16)
-    tiles = triton.cdiv(num_rows, tiling.rows)
-    steps = triton.cdiv(triton.cdiv(width, tiling.depth), tiling.splits)
     out_TE = torch.empty((num_tokens, num_rows), dtype=dtype, device=x_TD.device)
-    parts, arrived = out_TE, out_TE
-    if tiling.splits > 1:
-        size = (tiles, tiling.splits, tiling.rows, tokens)
-        parts = torch.empty(size, dtype=torch.float32, device=x_TD.device)
-        arrived = _arrived(x_TD.device, max(triton.next_power_of_2(tiles), 1024))
-    early = early_start(x_TD)
-    _linear_kernel[(tiles, tiling.splits)](
+    grid = (triton.cdiv(num_rows, tiling.rows),)
+    options = {
+        "D": width,
+        "BIASED": bias_E is not None,
+        "ROWS": tiling.rows,
+        "DEPTH": tiling.depth,
+        "STAGES": tiling.stages,
+        "num_warps": tiling.warps,
+    }
+    if num_tokens == 1:
+        _one_token_kernel[grid](x_TD, weight_ED, bias_E, out_TE, num_rows, **options)
+        return out_TE
+    _linear_kernel[grid](
         x_TD,
         weight_ED,
         bias_E,
         out_TE,
-        parts,
-        arrived,
         x_TD.stride(0),
         num_tokens,
         num_rows,
-        width,
-        STEPS=steps,
-        SPLITS=tiling.splits,
-        EVEN=width % tiling.depth == 0 and steps * tiling.splits * tiling.depth == width,
-        BIASED=bias_E is not None,
-        TOKENS=tokens,
-        ROWS=tiling.rows,
-        DEPTH=tiling.depth,
-        STAGES=tiling.stages,
-        AHEAD=512,
-        num_warps=tiling.warps,
-        **early,
+        TOKENS=_token_tile(num_tokens),
+        AHEAD=AHEAD,
+        **options,
+        **early_start(x_TD),
     )
     return out_TE
-
-
-@functools.cache
-def _arrived(device: torch.device, count: int) -> Tensor:
-    """How many programs of each tile are done: all zero between two kernels.
-
-    Kernels of one stream follow each other, so they share it.
-    """
-    return torch.zeros(count, dtype=torch.int32, device=device)
