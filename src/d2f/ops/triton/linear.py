@@ -185,7 +185,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may use; where kernels are interpreted, as on a Hopper GPU."""
     if device.type != "cuda":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    utils = triton.runtime.driver.active.utils
+    return utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def tiled_linear(
