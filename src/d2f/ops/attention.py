@@ -19,7 +19,8 @@ class AttentionMask:
     """Who sees whom in one forward, for all its layers.
 
     Args:
-        visible: Which keys the queries from one position up to another see: (B, rows, S), bool.
+        visible: Which keys the queries from one position up to another see: (B, rows, S), bool
+            or added to the scores.
         size: (B, L, S), where B is that of `visible`.
         groups: G.
     """

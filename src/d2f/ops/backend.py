@@ -40,7 +40,7 @@ class Backend:
     rope_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     """(qkv_TE, cos_TH, sin_TH, kv_2SKH, slots_T, num_heads): rotated queries (T, N, H)."""
     plan_attention: Callable[[PackedTokens, int, int], Any]
-    """(packed, num_heads, num_kv_heads): what the layers' `paged_attention` share."""
+    """(packed, num_heads, num_kv_heads): what the layers of a forward share."""
     paged_attention: Callable[[Tensor, Tensor, Any], Tensor]
     """(q_TNH, kv_2SKH, plan): (T, N * H)."""
     swiglu: Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ class Backend:
     linear_fp32: Callable[[Tensor, Tensor], Tensor]
     """(x_TD, weight_ED): (T, E) in fp32."""
     choose_tokens: Callable[..., Choice]
-    """Tokens from logits."""
+    """(logits_MV, *, …): the tokens, their probabilities and ranks."""
 
 
 def select_backend(name: str, device: torch.device | str) -> Backend:

@@ -81,11 +81,11 @@ def paged_attention(q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan) -> Tens
         ...     counts_B=torch.tensor([1]), ends_B=torch.tensor([1]),
         ...     pages_BP=torch.tensor([[1]]), page_size=1, max_count=1, max_end=1,
         ... )
-        >>> keys_values = torch.arange(2.0).expand(2, 1, 4, 2).transpose(1, 2)
-        >>> paged_attention(
-        ...     torch.ones(1, 2, 2), keys_values[:, :, :1], plan_attention(packed, 2, 1)
-        ... )
-        tensor([[0., 1., 0., 1.]])
+        >>> plan = plan_attention(packed, num_heads=2, num_kv_heads=1)
+        >>> kv = torch.zeros(2, 4, 1, 2)
+        >>> kv[1, 1] = torch.tensor([3.0, 4.0])
+        >>> paged_attention(torch.ones(1, 2, 2), kv, plan)
+        tensor([[3., 4., 3., 4.]])
     """
     batch, length, num_keys = plan.rows
     if batch * length * num_keys == 0:

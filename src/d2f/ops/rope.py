@@ -88,17 +88,16 @@ def rope_and_write(
         tensor([-4.,  3.,  5.,  6.])
     """
     kv_heads, head_dim = kv_2SKH.shape[2:]
-    heads = qkv_TE.view(len(slots_T), -1, head_dim)
+    heads = qkv_TE.view(qkv_TE.shape[0], -1, head_dim)
     turning, values_TKH = heads.split((num_heads + kv_heads, kv_heads), dim=1)
-    # Few calls: at the width of the shipped model each costs more than its arithmetic.
+    # Queries and keys turn in one go, as at the shipped model's width a call costs more than its
+    # arithmetic.
     x = turning.to(cos_TH.dtype)
-    out = x * cos_TH[:, None]
     first, second = x.chunk(2, dim=-1)
-    sin_first, sin_second = sin_TH[:, None].chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
-    out_first.addcmul_(second, sin_first, value=-1)
-    out_second.addcmul_(first, sin_second)
-    q_TNH, k_TKH = out.to(qkv_TE.dtype).split((num_heads, kv_heads), dim=1)
-    for store_SKH, new_TKH in zip(kv_2SKH.unbind(), (k_TKH, values_TKH), strict=True):
-        store_SKH.index_copy_(0, slots_T, new_TKH)
+    turned = torch.cat((-second, first), dim=-1)
+    out = (x * cos_TH.unsqueeze(1)).addcmul_(turned, sin_TH.unsqueeze(1)).to(qkv_TE.dtype)
+    q_TNH, k_TKH = out.split((num_heads, kv_heads), dim=1)
+    keys_SKH, values_SKH = kv_2SKH.unbind()
+    keys_SKH.index_copy_(0, slots_T, k_TKH)
+    values_SKH.index_copy_(0, slots_T, values_TKH)
     return q_TNH

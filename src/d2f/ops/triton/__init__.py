@@ -1,1 +1,1 @@
-"""The same operations as Triton kernels; importing this package imports Triton."""
+"""Triton kernels; each has a twin in plain torch, in the module of the same name above."""

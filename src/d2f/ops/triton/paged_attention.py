@@ -1,0 +1,497 @@
+"""Block-causal attention over the paged cache: the Triton kernels.
+
+Flash-decoding: a program answers a tile of one row's queries for one key head (with the G query
+heads that share it) over one split of the keys; a second kernel merges the splits in their order.
+Where tiles alone keep the GPU busy, a program walks all splits of its tile instead and merges
+them itself by the same arithmetic, so both give the same numbers. Where the keys of a row are
+split follows from its end alone, never from the batch or the pages.
+
+Shapes: T packed tokens of B rows, I tiles, N query heads, K key/value heads, G = N / K, H head
+size, M rows of a tile (token, head), S keys of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2f.ops.packed import PackedTokens
+
+SPLIT_KEYS = tl.constexpr(256)
+MEDIUM_END, MEDIUM_SPLIT_KEYS = tl.constexpr(2048), tl.constexpr(1024)
+LONG_END, LONG_SPLIT_KEYS = tl.constexpr(16384), tl.constexpr(4096)
+"""Keys of a split, for rows up to the end and for longer ones: 32 splits at 131,072 keys."""
+
+BUSY_PROGRAMS = 264
+"""Tiles and heads that keep the GPU busy without splits: two programs for each of 132 SMs."""
+
+TILE_FIELDS = tl.constexpr(8)
+"""Numbers that describe a tile: its first token, its tokens, its row, its largest limit and the
+keys of a split; the rest is unused, so that a tile lies in one sector of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTuning:
+    """How `_attend` is launched."""
+
+    block_keys: int
+    """Keys of a block: a power of two, at least 16, that divides `SPLIT_KEYS`."""
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionPlan:
+    """What the layers of one forward share."""
+
+    packed: PackedTokens
+    num_kv_heads: int
+    tile_rows: int
+    tile_tokens: int
+    """Most tokens of a tile."""
+    most_splits: int
+    """No row has more splits than this."""
+    fused: bool
+    """Does one program walk all splits of its tile?"""
+    tiles_IF: Tensor
+    """`TILE_FIELDS` of each tile, int32; tiles that are not needed have no tokens."""
+    splits_T: Tensor
+    """Splits that each token sees, int32."""
+
+
+def split_count(end: int) -> int:
+    """The most splits that a row has which ends at `end` or before.
+
+    Example:
+        >>> [split_count(end) for end in (256, 257, 2048, 2049, 10_000, 131_072)]
+        [1, 2, 8, 8, 10, 32]
+    """
+    splits = 0
+    for most, size in ((MEDIUM_END, SPLIT_KEYS), (LONG_END, MEDIUM_SPLIT_KEYS)):
+        splits = max(splits, triton.cdiv(min(end, most.value), size.value))
+    if end > LONG_END.value:
+        splits = max(splits, triton.cdiv(end, LONG_SPLIT_KEYS.value))
+    return splits
+
+
+def plan_attention(
+    packed: PackedTokens,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    tile_rows: int | None = None,
+    fused: bool | None = None,
+) -> AttentionPlan:
+    """Work out once what all layers' `paged_attention` of a forward need.
+
+    Args:
+        packed: The tokens.
+        num_heads: N.
+        num_kv_heads: K.
+        tile_rows: M, a power of two of at least 16; None: by the number of queries.
+        fused: Does one program walk all splits? None: if that keeps the GPU busy.
+    """
+    num_tokens, batch = len(packed.limits_T), len(packed.counts_B)
+    groups = num_heads // num_kv_heads
+    if tile_rows is None:
+        tile_rows = min(max(triton.next_power_of_2(packed.max_count * groups), 16), 64)
+    tile_rows = max(tile_rows, triton.next_power_of_2(groups))
+    tile_tokens = max(min(tile_rows // groups, packed.max_count), 1)
+    # Each row may end in a tile that is not full, and so may the padding.
+    num_tiles = min(num_tokens, num_tokens // tile_tokens + batch + 1)
+    most_splits = max(split_count(packed.max_end), 1)
+    if fused is None:
+        filled = min(num_tiles, batch * triton.cdiv(packed.max_count, tile_tokens))
+        fused = most_splits == 1 or filled * num_kv_heads >= BUSY_PROGRAMS
+    device = packed.limits_T.device
+    tiles_IF = torch.empty(num_tiles, TILE_FIELDS.value, device=device, dtype=torch.int32)
+    splits_T = torch.empty(num_tokens, device=device, dtype=torch.int32)
+    if num_tiles:
+        block = 16
+        _plan_tiles[(triton.cdiv(num_tiles, block),)](
+            packed.starts_B,
+            packed.counts_B,
+            packed.ends_B,
+            packed.limits_T,
+            tiles_IF,
+            splits_T,
+            batch,
+            num_tokens,
+            num_tiles,
+            TILE_TOKENS=tile_tokens,
+            BLOCK_I=block,
+            BLOCK_B=triton.next_power_of_2(batch + 1),
+            BLOCK_T=triton.next_power_of_2(tile_tokens),
+        )
+    return AttentionPlan(
+        packed=packed,
+        num_kv_heads=num_kv_heads,
+        tile_rows=tile_rows,
+        tile_tokens=tile_tokens,
+        most_splits=most_splits,
+        fused=fused,
+        tiles_IF=tiles_IF,
+        splits_T=splits_T,
+    )
+
+
+def default_tuning(tile_rows: int, dtype: torch.dtype) -> AttentionTuning:
+    """The launch that suits tiles of so many rows."""
+    small = tile_rows <= 16
+    if dtype == torch.float32:
+        # IEEE products run outside the tensor cores, on registers.
+        return AttentionTuning(block_keys=16, num_warps=4 if small else 8, num_stages=2)
+    # Keys wait for their page's number, so that five stages hold two blocks of keys and three one.
+    num_warps, num_stages = 8 if tile_rows >= 128 else 4, 5 if small else 3
+    return AttentionTuning(block_keys=64, num_warps=num_warps, num_stages=num_stages)
+
+
+def paged_attention(
+    q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan, tuning: AttentionTuning | None = None
+) -> Tensor:
+    """Each token's softmax attention over the keys of its row before its limit: (T, N * H).
+
+    The output of padding is zero.
+
+    Args:
+        q_TNH: Rotated queries, contiguous.
+        kv_2SKH: Keys and values of a layer, contiguous, those of this forward's tokens included.
+            What other slots than the rows' own hold never matters, not even NaN.
+        plan: From `plan_attention`.
+        tuning: How to launch; None: as suits the tiles.
+    """
+    num_tokens, num_heads, head_dim = q_TNH.shape
+    out_TNH = torch.empty_like(q_TNH)
+    if num_tokens > 0:
+        tuning = tuning or default_tuning(plan.tile_rows, q_TNH.dtype)
+        if plan.fused:
+            _launch_attend(q_TNH, kv_2SKH, out_TNH, out_TNH, plan, tuning)
+        else:
+            size = (plan.most_splits, num_tokens, num_heads)
+            acc_STNH = q_TNH.new_empty(*size, head_dim, dtype=torch.float32)
+            sums_2STN = q_TNH.new_empty(2, *size, dtype=torch.float32)
+            _launch_attend(q_TNH, kv_2SKH, acc_STNH, sums_2STN, plan, tuning)
+            _launch_merge(acc_STNH, sums_2STN, out_TNH, plan)
+    return out_TNH.view(num_tokens, num_heads * head_dim)
+
+
+def _launch_attend(
+    q_TNH: Tensor,
+    kv_2SKH: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    plan: AttentionPlan,
+    tuning: AttentionTuning,
+) -> None:
+    num_tokens, num_heads, head_dim = q_TNH.shape
+    packed, splits = plan.packed, 1 if plan.fused else plan.most_splits
+    _attend[(len(plan.tiles_IF), plan.num_kv_heads, splits)](
+        q_TNH,
+        kv_2SKH,
+        out,
+        sums,
+        plan.tiles_IF,
+        packed.limits_T,
+        packed.pages_BP,
+        packed.pages_BP.stride(0),
+        kv_2SKH.stride(0),
+        num_tokens,
+        math.log2(math.e) / math.sqrt(head_dim),
+        PAGE_SIZE=packed.page_size,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=plan.num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
+        BLOCK_M=plan.tile_rows,
+        BLOCK_S=tuning.block_keys,
+        FUSED=plan.fused,
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+
+
+def _launch_merge(
+    acc_STNH: Tensor, sums_2STN: Tensor, out_TNH: Tensor, plan: AttentionPlan
+) -> None:
+    num_tokens, num_heads, head_dim = out_TNH.shape
+    block = 4
+    _merge_splits[(triton.cdiv(num_tokens * num_heads, block),)](
+        acc_STNH,
+        sums_2STN,
+        plan.splits_T,
+        out_TNH,
+        num_tokens * num_heads,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=triton.next_power_of_2(head_dim),
+        SPLITS=plan.most_splits,
+        BLOCK_R=block,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "num_tokens", "num_tiles"])
+def _plan_tiles(
+    starts_B,
+    counts_B,
+    ends_B,
+    limits_T,
+    tiles_IF,
+    splits_T,
+    batch,
+    num_tokens,
+    num_tiles,
+    TILE_TOKENS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Cut the rows into tiles: those of the first row, of the second, …, of the padding."""
+    row_B = tl.arange(0, BLOCK_B)
+    count_B = tl.load(counts_B + row_B, mask=row_B < batch, other=0).to(tl.int32)
+    used = tl.sum(count_B)
+    # After the last row comes that of the padding.
+    count_B = tl.where(row_B == batch, num_tokens - used, count_B)
+    tiles_B = (count_B + TILE_TOKENS - 1) // TILE_TOKENS
+    until_B = tl.cumsum(tiles_B, 0)
+
+    tile_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    before_IB = until_B[None, :] <= tile_I[:, None]
+    row_I = tl.sum(before_IB.to(tl.int32), 1)
+    offset_I = (tile_I - tl.sum(tl.where(before_IB, tiles_B[None, :], 0), 1)) * TILE_TOKENS
+    own_IB = row_B[None, :] == row_I[:, None]
+    left_I = tl.sum(tl.where(own_IB, count_B[None, :], 0), 1) - offset_I
+    tokens_I = tl.minimum(tl.maximum(left_I, 0), TILE_TOKENS)
+    real_I = row_I < batch
+    start_I = tl.load(starts_B + row_I, mask=real_I, other=0).to(tl.int32)
+    first_I = tl.where(real_I, start_I, used) + offset_I
+    end_I = tl.load(ends_B + row_I, mask=real_I, other=0).to(tl.int32)
+    split_I = tl.where(end_I <= MEDIUM_END, SPLIT_KEYS, MEDIUM_SPLIT_KEYS)
+    split_I = tl.where(end_I <= LONG_END, split_I, LONG_SPLIT_KEYS)
+
+    offset_T = tl.arange(0, BLOCK_T)
+    token_IT = first_I[:, None] + offset_T[None, :]
+    used_IT = offset_T[None, :] < tokens_I[:, None]
+    seen_IT = used_IT & real_I[:, None]
+    limit_IT = tl.load(limits_T + token_IT, mask=seen_IT, other=0).to(tl.int32)
+    splits_IT = (limit_IT + split_I[:, None] - 1) // split_I[:, None]
+    tl.store(splits_T + token_IT, splits_IT, mask=used_IT)
+
+    mask_I = tile_I < num_tiles
+    tile_I = tiles_IF + tile_I * TILE_FIELDS
+    tl.store(tile_I, first_I, mask=mask_I)
+    tl.store(tile_I + 1, tokens_I, mask=mask_I)
+    tl.store(tile_I + 2, row_I, mask=mask_I)
+    tl.store(tile_I + 3, tl.max(limit_IT, 1), mask=mask_I)
+    tl.store(tile_I + 4, split_I, mask=mask_I)
+
+
+@triton.jit
+def _merge(acc_a, max_a, sum_a, acc_b, max_b, sum_b):
+    """Join the softmax over some keys with that over further ones."""
+    top = tl.maximum(max_a, max_b)
+    # Without any key yet both are -inf, whose difference is NaN.
+    base = tl.where(top == float("-inf"), 0.0, top)
+    scale_a = tl.exp2(max_a - base)
+    scale_b = tl.exp2(max_b - base)
+    # Spelt out, so that every kernel rounds alike.
+    total = tl.fma(sum_a, scale_a, sum_b * scale_b)
+    factor_a = tl.broadcast_to(scale_a[:, None], acc_a.shape)
+    return tl.fma(acc_a, factor_a, acc_b * scale_b[:, None]), top, total
+
+
+@triton.jit
+def _finish(acc, total):
+    """The weighted mean; zero where no key was seen."""
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _load_heads(starts, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The HEAD_DIM numbers at each of `starts`, with zeros up to BLOCK_H."""
+    offset_H = tl.arange(0, BLOCK_H)
+    numbers = starts[:, None] + offset_H[None, :]
+    if BLOCK_H == HEAD_DIM:
+        heads = tl.load(numbers)
+    else:
+        heads = tl.load(numbers, mask=(offset_H < HEAD_DIM)[None, :], other=0.0)
+    return heads
+
+
+@triton.jit
+def _attend_split(
+    q_MH,
+    kv_head,
+    value_stride,
+    pages,
+    limit_M,
+    start,
+    split_keys,
+    limit,
+    scale,
+    PAGE_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax over the keys of the split at `start`: sum of values, largest score, sum."""
+    end = tl.minimum(start + split_keys, limit)
+    max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
+    sum_M = tl.zeros([q_MH.shape[0]], tl.float32)
+    acc_MH = tl.zeros([q_MH.shape[0], q_MH.shape[1]], tl.float32)
+    for block in range(start, end, BLOCK_S):
+        position_S = block + tl.arange(0, BLOCK_S)
+        # Past the end, the last key again: a slot that was never written may hold NaN, which a
+        # weight of zero does not undo.
+        read_S = tl.minimum(position_S, end - 1)
+        page_S = tl.load(pages + read_S // PAGE_SIZE).to(tl.int64)
+        slot_S = page_S * PAGE_SIZE + read_S % PAGE_SIZE
+        k_SH = _load_heads(kv_head + slot_S * STRIDE, HEAD_DIM, q_MH.shape[1])
+        score_MS = tl.dot(q_MH, tl.trans(k_SH), input_precision=PRECISION)
+        score_MS = tl.where(position_S[None, :] < limit_M[:, None], score_MS, float("-inf"))
+        top_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale)
+        base_M = tl.where(top_M == float("-inf"), 0.0, top_M)
+        p_MS = tl.exp2(score_MS * scale - base_M[:, None])
+        fade_M = tl.exp2(max_M - base_M)
+        sum_M = tl.fma(sum_M, fade_M, tl.sum(p_MS, 1))
+        v_SH = _load_heads(kv_head + value_stride + slot_S * STRIDE, HEAD_DIM, q_MH.shape[1])
+        acc_MH = acc_MH * fade_M[:, None]
+        acc_MH = tl.dot(p_MS.to(v_SH.dtype), v_SH, acc_MH, input_precision=PRECISION)
+        max_M = top_M
+    return acc_MH, max_M, sum_M
+
+
+@triton.jit
+def _attend_all(
+    q_MH,
+    kv_head,
+    value_stride,
+    pages,
+    limit_M,
+    split_keys,
+    limit,
+    scale,
+    PAGE_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax over all splits: sum of values, sum."""
+    max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
+    sum_M = tl.zeros([q_MH.shape[0]], tl.float32)
+    acc_MH = tl.zeros([q_MH.shape[0], q_MH.shape[1]], tl.float32)
+    for start in range(0, limit, split_keys):
+        new_MH, new_max_M, new_sum_M = _attend_split(
+            q_MH, kv_head, value_stride, pages, limit_M, start, split_keys, limit,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
+        )  # fmt: skip
+        acc_MH, max_M, sum_M = _merge(acc_MH, max_M, sum_M, new_MH, new_max_M, new_sum_M)
+    return acc_MH, sum_M
+
+
+@triton.jit(do_not_specialize=["pages_stride", "num_tokens"])
+def _attend(
+    q_TNH,
+    kv_2SKH,
+    out,  # (T, N, H) if FUSED, else (splits, T, N, H) in fp32
+    sums,  # unused if FUSED, else (2, splits, T, N): largest scores and sums
+    tiles_IF,
+    limits_T,
+    pages_BP,
+    pages_stride,
+    value_stride,
+    num_tokens,
+    scale,
+    PAGE_SIZE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    FUSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Answer a tile over one split of its keys, or, if FUSED, over all of them."""
+    GROUPS: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    tile = tiles_IF + tl.program_id(0) * TILE_FIELDS
+    head, split = tl.program_id(1), tl.program_id(2)
+    first, tokens, row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    limit, split_keys = tl.load(tile + 3), tl.load(tile + 4)
+    # A tile of padding sees no keys. Fused, it is answered with zeros all the same.
+    if (tokens == 0) if FUSED else (split * split_keys >= limit):
+        return
+    row_M = tl.arange(0, BLOCK_M)
+    token_M = first + row_M // GROUPS
+    used_M = row_M < tokens * GROUPS
+    query_M = token_M.to(tl.int64) * NUM_HEADS + head * GROUPS + row_M % GROUPS
+    offset_H = tl.arange(0, BLOCK_H)
+    query_MH = query_M[:, None] * HEAD_DIM + offset_H[None, :]
+    used_MH = used_M[:, None] & (offset_H < HEAD_DIM)[None, :]
+    q_MH = tl.load(q_TNH + query_MH, mask=used_MH, other=0.0)
+    limit_M = tl.load(limits_T + token_M, mask=used_M, other=0).to(tl.int32)
+    pages = pages_BP + row.to(tl.int64) * pages_stride
+    kv_head = kv_2SKH + head * HEAD_DIM
+    if FUSED:
+        acc_MH, sum_M = _attend_all(
+            q_MH, kv_head, value_stride, pages, limit_M, split_keys, limit,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
+        )  # fmt: skip
+        acc_MH = _finish(acc_MH, sum_M)
+        tl.store(out + query_MH, acc_MH.to(out.dtype.element_ty), mask=used_MH)
+    else:
+        acc_MH, max_M, sum_M = _attend_split(
+            q_MH, kv_head, value_stride, pages, limit_M, split * split_keys, split_keys, limit,
+            scale, PAGE_SIZE, STRIDE, HEAD_DIM, BLOCK_S, PRECISION,
+        )  # fmt: skip
+        size = tl.cast(num_tokens, tl.int64) * NUM_HEADS
+        tl.store(out + split * size * HEAD_DIM + query_MH, acc_MH, mask=used_MH)
+        sums += split * size + query_M
+        tl.store(sums, max_M, mask=used_M)
+        tl.store(sums + tl.num_programs(2) * size, sum_M, mask=used_M)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_splits(
+    acc_STNH,
+    sums_2STN,
+    splits_T,
+    out_TNH,
+    num_rows,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Merge the splits of some rows of (T, N), in their order."""
+    row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    used_R = row_R < num_rows
+    offset_H = tl.arange(0, BLOCK_H)
+    inside_1H = (offset_H < HEAD_DIM)[None, :]
+    row_RH = row_R[:, None] * HEAD_DIM + offset_H[None, :]
+    splits_R = tl.load(splits_T + row_R // NUM_HEADS, mask=used_R, other=0)
+    size = tl.cast(num_rows, tl.int64)
+    max_R = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    sum_R = tl.zeros([BLOCK_R], tl.float32)
+    acc_RH = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    # Unrolled, so that the loads of all splits are under way at once.
+    for split in tl.static_range(SPLITS):
+        seen_R = split < splits_R
+        sums = sums_2STN + split * size + row_R
+        new_max_R = tl.load(sums, mask=seen_R, other=float("-inf"))
+        new_sum_R = tl.load(sums + SPLITS * size, mask=seen_R, other=0.0)
+        acc = acc_STNH + split * size * HEAD_DIM + row_RH
+        new_RH = tl.load(acc, mask=seen_R[:, None] & inside_1H, other=0.0)
+        acc_RH, max_R, sum_R = _merge(acc_RH, max_R, sum_R, new_RH, new_max_R, new_sum_R)
+    out_RH = _finish(acc_RH, sum_R).to(out_TNH.dtype.element_ty)
+    tl.store(out_TNH + row_RH, out_RH, mask=used_R[:, None] & inside_1H)
