@@ -185,6 +185,15 @@ class Engine:
         self._forget(request_id)
         return True
 
+    def forget_prompts(self) -> None:
+        """Keep no prompt's keys and values any longer; the next request computes its own.
+
+        For measuring what a request costs whose prompt is new.
+        """
+        for lane in self._lanes:
+            if isinstance(lane, PagedLane):
+                lane.prompts.clear()
+
     def close(self) -> None:
         """Abort all requests and give the cache's memory back. May be called twice."""
         for number in list(self._tasks):

@@ -72,7 +72,7 @@ class CachedPrompt:
 
 
 class PromptCache:
-    """Whole prompts that may be used again, the longest unused one given up first.
+    """Whole prompts that may be used again; the one unused for longest is given up first.
 
     One engine has one model, one adapter and one kind of attention, so a prompt's ids are its key.
     """
@@ -97,6 +97,12 @@ class PromptCache:
         self._pool.share(pages)
         entry = CachedPrompt(pages=list(pages), boundary_D=boundary_D)
         self._entries[tuple(prompt)] = entry
+
+    def clear(self) -> None:
+        """Give up all prompts."""
+        for entry in self._entries.values():
+            self._pool.release(entry.pages)
+        self._entries.clear()
 
     def make_room(self, count: int, spared: CachedPrompt | None = None) -> bool:
         """Give up prompts until `count` pages are free; whether they are.
