@@ -38,7 +38,7 @@ class StepShape:
     num_candidates: int
     """M."""
     max_count: int
-    """Most tokens of a row."""
+    """Most tokens of a row; one that has more sits this step out."""
     max_end: int
     """Last position of any row, exclusive."""
     prefill: bool = False
@@ -103,9 +103,10 @@ class PagedDecoder(ABC):
         """The tokens that the rows have to compute, row after row."""
         device, page_size = rows.start_B.device, self.cache.page_size
         count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-        last_B = count_B.cumsum(0)
-        # A prefix of the rows: once one does not fit, none behind it does.
-        runs_B = last_B <= shape.num_tokens
+        # The host does not know yet of a row that sat out, which has more tokens than it thinks.
+        short_B = count_B <= shape.max_count
+        # Else a prefix of the rows: once one does not fit, none behind it does.
+        runs_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= shape.num_tokens)
         count_B = torch.where(runs_B, count_B, 0)
         last_B = count_B.cumsum(0)
         first_B = last_B - count_B
