@@ -344,15 +344,19 @@ class PagedLane:
         """Take over what finished steps report."""
         behind = 1 if self._overlap and self.running else 0
         while len(self._flights) > behind:
-            flight = self._flights.popleft()
+            # Taken off the queue once all is known: an interrupt, likeliest while this waits, then
+            # loses nothing, as reporting twice changes nothing.
+            flight = self._flights[0]
             tables, records = flight.pending.read()
             tokens: dict[int, list[TokenRecord]] = {}
             for record in records:
                 tokens.setdefault(record.row, []).append(record)
             for row, task in enumerate(flight.tasks):
-                task.num_in_flight -= 1
                 if not task.finished:
                     self._report(task, tables[row], tokens.get(row, []))
+            self._flights.popleft()
+            for task in flight.tasks:
+                task.num_in_flight -= 1
 
     def _report(self, task: Task, table: dict[str, int], tokens: list[TokenRecord]) -> None:
         if not table["ran"]:
@@ -365,7 +369,14 @@ class PagedLane:
                 "the model's logits are not finite, so there is no answer; its weights may be "
                 "broken, or the temperature too close to 0",
             )
-        elif table["done"] or task.reaches_stop():
+            return
+        try:
+            stops = task.reaches_stop()
+        except Exception as error:
+            # The tokenizer is the caller's; other requests have nothing to do with it.
+            self._fail(task, f"the tokenizer could not decode the response ({error!r})")
+            return
+        if table["done"] or stops:
             self._finish(task)
 
     def _fail(self, task: Task, message: str) -> None:
