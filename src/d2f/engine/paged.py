@@ -176,7 +176,7 @@ class PagedLane:
                     break
                 # It is alone, and the cached prompt is in its way.
                 cached = None
-                self.prompts.make_room(self.pool.num_pages)
+                self.prompts.clear()
             self.waiting.popleft()
             self._place(task, cached)
             joined.append(task)
