@@ -163,7 +163,9 @@ class PagedLane:
         while self.waiting and len(self.running) < self._max_rows:
             task = self.waiting[0]
             prompt = task.request.prompt_ids
-            if task.num_in_flight or any(prompt == other.request.prompt_ids for other in joined):
+            if task.num_in_flight or any(
+                other.fresh_prompt and prompt == other.request.prompt_ids for other in joined
+            ):
                 # Its last results are not known yet; or its prompt will be cached by then.
                 break
             cached = self.prompts.find(prompt)
@@ -219,7 +221,7 @@ class PagedLane:
         storage.write(row, start, values, fully)
         task.num_opened, task.num_complete = values["opened"], values["complete"]
         task.start, task.end, task.stalled = values["start"], values["end"], False
-        task.fresh_prompt = cached is None and task.num_forwards == 0 and task.start == 0
+        task.fresh_prompt = bool(start.prompt) and cached is None and task.num_forwards == 0
         pages: list[int] = []
         if cached is not None and num_cached > 0:
             whole = num_cached // self._page_size
@@ -330,7 +332,7 @@ class PagedLane:
         """Hold the prompts that this step computes, for requests that bring the same."""
         for task in joined:
             prompt = task.request.prompt_ids
-            if not task.fresh_prompt or not prompt or task.row is None:
+            if not task.fresh_prompt or task.row is None:
                 continue
             rows = self.runner.storage.rows(task.row + 1)
             boundary_D = None
