@@ -195,9 +195,7 @@ class PagedLane:
         wanted = self._pages_for(end) - shared + len(self.running)
         if not self.prompts.make_room(wanted, spared=cached):
             return False
-        sizes = self._sizes_with(task)
-        places = self._max_rows * sizes.num_blocks * sizes.block_size
-        return not self.running or places <= MOST_PLACES
+        return not self.running or self._places(self._sizes_with(task)) <= MOST_PLACES
 
     def _cached_positions(self, task: Task, cached: CachedPrompt | None) -> int:
         """Positions whose keys it need not compute."""
@@ -242,9 +240,15 @@ class PagedLane:
         sizes = RowSizes.of(task.row_start(0))
         if self.runner.storage.device.type == "cuda":
             sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
-        if self.running or self.runner.storage.device.type == "cuda":
-            sizes = sizes.union(self.runner.storage.sizes)
-        return sizes
+        both = sizes.union(self.runner.storage.sizes)
+        if self.running:
+            return both
+        # Alone, it need not bear with what former requests needed.
+        keeps = self.runner.storage.device.type == "cuda" and self._places(both) <= MOST_PLACES
+        return both if keeps else sizes
+
+    def _places(self, sizes: RowSizes) -> int:
+        return self._max_rows * sizes.num_blocks * sizes.block_size
 
     def _shape(self) -> StepShape:
         """The size of the next step: exact on a CPU, the smallest captured one that fits else."""
