@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-
 from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
 from d2f.engine.paged import PagedLane
@@ -109,9 +108,7 @@ class Engine:
 
     @functools.cached_property
     def _unpaged(self) -> UnpagedLane:
-        lane = UnpagedLane(
-            self.model, max_rows=self.config.max_batch_size, on_done=self._put_out
-        )
+        lane = UnpagedLane(self.model, max_rows=self.config.max_batch_size, on_done=self._put_out)
         self._lanes.append(lane)
         return lane
 

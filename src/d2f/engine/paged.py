@@ -258,7 +258,8 @@ class PagedLane:
         candidates = len(self.running)
         if not autoregressive and self._overlap:
             candidates = sum(
-                end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
+                end - max(start, prompt)
+                for (start, end), prompt in zip(spans, prompts, strict=True)
             )
         elif not autoregressive:
             candidates = max(sum(task.num_masked() for task in self.running), 1)

@@ -98,7 +98,10 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
     policy = dataclasses.replace(policy, **STRATEGIES[request.strategy].policy)
     return Request(
-        **(vars(request) | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy, "stop": stop})
+        **(
+            vars(request)
+            | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy, "stop": stop}
+        )
     )
 
 
