@@ -70,6 +70,3 @@ class AutoregressiveDecoder(PagedDecoder):
                 "probability": choice.probability_M,
             },
         )
-
-    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
-        return position_T + 1

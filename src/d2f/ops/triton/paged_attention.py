@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2f.ops.packed import PackedTokens
+from d2f.ops.triton.launch import begin, early_start
 
 SPLIT_KEYS = tl.constexpr(256)
 MEDIUM_END, MEDIUM_SPLIT_KEYS = tl.constexpr(2048), tl.constexpr(1024)
@@ -213,6 +214,7 @@ def _launch_attend(
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **early_start(q_TNH),
     )
 
 
@@ -233,6 +235,7 @@ def _launch_merge(
         SPLITS=plan.most_splits,
         BLOCK_R=block,
         num_warps=4,
+        **early_start(out_TNH),
     )
 
 
@@ -419,10 +422,12 @@ def _attend(
     BLOCK_S: tl.constexpr,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Answer a tile over one split of its keys, or, if FUSED, over all of them."""
     GROUPS: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    begin(EARLY)
     tile = tiles_IF + tl.program_id(0) * TILE_FIELDS
     head, split = tl.program_id(1), tl.program_id(2)
     first, tokens, row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -472,8 +477,10 @@ def _merge_splits(
     BLOCK_H: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merge the splits of some rows of (T, N), in their order."""
+    begin(EARLY)
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     used_R = row_R < num_rows
     offset_H = tl.arange(0, BLOCK_H)
