@@ -165,7 +165,11 @@ class RowStorage:
         self.sizes, self.mask_token_id = sizes, mask_token_id
         self.device = torch.device(device)
         self._ints_FB = torch.zeros(len(_INTS), max_rows, dtype=torch.long, device=device)
-        self._ints_FB[_INTS.index("done_B")] = 1
+        self._vacant_F1 = torch.zeros(len(_INTS), 1, dtype=torch.long, device=device)
+        self._vacant_F1[_INTS.index("done_B")] = 1
+        # Padding is reckoned with the last row's block size, and that row may be vacant.
+        self._vacant_F1[_INTS.index("size_B")] = 1
+        self._ints_FB.copy_(self._vacant_F1)
         self._reals_FB = torch.zeros(len(_REALS), max_rows, dtype=torch.double, device=device)
         grid = (max_rows, sizes.num_blocks, sizes.block_size)
         self._others: dict[str, Tensor | None] = {
@@ -265,7 +269,8 @@ class RowStorage:
 
     def clear(self, row: int) -> None:
         """Take the sequence out of a row."""
-        self._ints_FB[_INTS.index("done_B"), row] = 1
+        # All of it: what a step computes of vacant rows must fit a storage of other sizes too.
+        self._ints_FB[:, row : row + 1] = self._vacant_F1
 
     def resized(self, sizes: RowSizes) -> RowStorage:
         """A storage with other room that holds the same sequences."""
