@@ -83,7 +83,8 @@ class Task:
             seed=request.seed,
             early_stop=request.early_stop,
             tokens=tokens if self.num_forwards else (),
-            num_opened=self.num_opened,
+            # Before its first forward nothing is known of it; it may have sat out or failed.
+            num_opened=self.num_opened if self.num_forwards else 0,
             num_forwards=self.num_forwards,
             num_query_tokens=self.num_query_tokens,
             num_cached=num_cached,
