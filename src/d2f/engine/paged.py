@@ -126,6 +126,9 @@ class PagedLane:
 
     def _select(self) -> tuple[list[Task], StepShape | None]:
         """Give running requests the pages they need, let waiting ones join, size the step."""
+        if len(self._flights) > self._overlap:
+            # Somebody interrupted the last step while it waited for results.
+            self._apply()
         self._secure_pages()
         joined = self._admit()
         return joined, self._shape() if self.running else None
