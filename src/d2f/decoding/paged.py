@@ -38,7 +38,7 @@ class StepShape:
     num_candidates: int
     """M."""
     max_count: int
-    """Most tokens of a row."""
+    """Most tokens of a row; one that has more sits this step out."""
     max_end: int
     """Last position of any row, exclusive."""
     prefill: bool = False

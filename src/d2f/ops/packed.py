@@ -99,20 +99,23 @@ def pack_tokens(
 ) -> Packing:
     """Lay out what the rows have to compute, positions `start_B` to `end_B` of each.
 
-    Rows whose tokens do not fit into T any more sit this forward out, and all rows behind them.
+    Rows whose tokens do not fit into T any more sit this forward out, and all rows behind them; so
+    does, alone, a row of more than `max_count` tokens: the host learns late that a row sat out, and
+    may think that it has fewer.
 
     Args:
         rows: The rows.
         num_tokens: T.
         page_size: Positions of a page.
-        max_count: No row has more tokens than this.
+        max_count: Most tokens of a row that takes part.
         max_end: No row ends later than this.
         prefill: Some row computes positions of its prompt.
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
     device, num_rows = rows.start_B.device, len(rows.start_B)
     count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-    runs_B = count_B.cumsum(0) <= num_tokens
+    short_B = count_B <= max_count
+    runs_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
     count_B = torch.where(runs_B, count_B, 0)
     last_B = count_B.cumsum(0)
     first_B = last_B - count_B
