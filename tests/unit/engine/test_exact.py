@@ -70,11 +70,11 @@ def test_golden_traces_in_random_batches(golden, page_size, overlap):
     engine = make_engine(
         model, page_size=page_size, overlap=overlap, max_batch_size=rng.choice([3, 7, 32])
     )
-    outputs = drive(engine, cases, rng)
+    # The same prompts come again and again; the authors' loop computes each of them.
+    outputs = drive(engine, cases, rng, on_step=engine.forget_prompts)
     assert len(outputs) == len(cases)
-    prompts = {tuple(case.request.prompt_ids) for case in cases}
-    # A prompt that comes again is not computed again.
-    check_answers(outputs, cases, query_tokens=len(prompts) == len(cases))
+    check_answers(outputs, cases, query_tokens=True)
+    check_answers(drive(engine, cases, rng), cases)
     check_idle(engine)
 
 

@@ -1,0 +1,221 @@
+"""What goes wrong with one request is that request's alone."""
+
+import random
+
+import pytest
+import torch
+from tests.unit.engine.workload import (
+    Case,
+    check_answers,
+    check_idle,
+    drive,
+    make_engine,
+    random_cases,
+)
+
+from d2f import DecodingPolicy, Engine, EngineConfig, Request
+from d2f.errors import ConfigError, RequestError
+from d2f.testing import tiny_model
+
+OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in-step", "overlapped"])
+GOOD = Request(prompt_ids=[1, 2, 3], max_new_tokens=6, eos_token_id=())
+
+
+@OVERLAP
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"prompt_ids": [1] * 30}, RequestError, "30 tokens and max_new_tokens 6 need 9 pages"),
+        ({"max_new_tokens": 40}, RequestError, "which has 8 of 4 tokens; shorten the prompt"),
+        ({"prompt_ids": [1] * 510}, RequestError, "exceed the model's 512 positions"),
+        ({"max_new_tokens": 0}, RequestError, "max_new_tokens is 0"),
+        ({"max_new_tokens": -3}, RequestError, "max_new_tokens is -3"),
+        ({"strategy": "pipelnied"}, ConfigError, "pipelined"),
+        ({"strategy": "autoregressive"}, RequestError, "not autoregressive"),
+        ({"options": {"num_steps": 4}}, ConfigError, "num_steps"),
+        ({"stop": ["x"]}, RequestError, "tokenizer"),
+        ({"stop": [""]}, RequestError, "stop string ''"),
+        ({"stop": [5]}, RequestError, "stop string 5"),
+        ({"stop": ["x"], "strategy": "vanilla"}, RequestError, "knows no stop strings"),
+        ({"prompt_ids": [96]}, RequestError, "outside the vocabulary"),
+    ],
+)
+def test_bad_requests_are_refused_and_the_others_go_on(values, error, message, overlap):
+    engine = make_engine(tiny_model("llada"), 8, overlap=overlap)
+    first = engine.add(GOOD)
+    engine.step()
+    with pytest.raises(error, match=message):
+        engine.add(Request(**(vars(GOOD) | values)))
+    second = engine.add(GOOD)
+    results = {}
+    while len(results) < 2:
+        results |= {output.request_id: output.result for output in engine.step()}
+    assert results[first].token_ids == results[second].token_ids
+    assert len(results[first].token_ids) == 6
+    check_idle(engine)
+
+
+def test_a_request_may_fill_the_cache_to_the_last_slot():
+    engine = make_engine(tiny_model("llada"), 8)
+    [result] = engine.generate([Request(prompt_ids=[1] * 26, max_new_tokens=6, eos_token_id=())])
+    assert len(result.token_ids) == 6
+
+
+def test_a_closed_engine_says_so():
+    engine = make_engine(tiny_model("llada"))
+    number = engine.add(GOOD)
+    engine.close()
+    for call in (lambda: engine.add(GOOD), engine.step, lambda: engine.generate([GOOD])):
+        with pytest.raises(RequestError, match="closed"):
+            call()
+    assert not engine.abort(number)
+
+
+def test_no_room_for_a_single_page_is_an_error():
+    engine = Engine(tiny_model("llada"), EngineConfig(kv_cache_bytes=10))
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        engine.add(GOOD)
+
+
+@OVERLAP
+@pytest.mark.parametrize("name", ["llada", "Dream", "qwen2"])
+def test_logits_that_are_not_finite_fail_their_request_alone(name, overlap):
+    # Of others, tokens behind the EOS are not known here.
+    cases = [case for case in random_cases(name) if case.result.finish_reason == "length"]
+    used = [{*case.request.prompt_ids, *case.result.token_ids} for case in cases]
+    poison = min(range(94), key=lambda token: sum(token in mine for mine in used))
+    cases = [case for case, mine in zip(cases, used, strict=True) if poison not in mine]
+    assert len(cases) > 15
+    model = tiny_model(name)
+    model.embed.weight.data[poison] = torch.nan
+    broken = [
+        Case(Request(**(vars(case.request) | {"prompt_ids": [*prompt, poison, *prompt]})), None, 0)
+        for case in cases[:8]
+        for prompt in [case.request.prompt_ids]
+    ]
+    engine = make_engine(model, overlap=overlap, max_batch_size=6)
+    outputs = drive(engine, [*cases, *broken], random.Random(name))
+    assert len(outputs) == len(cases) + len(broken)
+    for index in range(len(cases), len(outputs)):
+        error = outputs.pop(index).error
+        assert isinstance(error, RequestError)
+        assert "not finite" in str(error)
+    check_answers(outputs, cases)
+    check_idle(engine)
+
+
+@OVERLAP
+def test_a_prompt_that_memory_does_not_hold_fails_alone(overlap, monkeypatch):
+    model = tiny_model("llada")
+    cases = list(random_cases("llada"))[:20]
+    engine = make_engine(model, overlap=overlap, prefill_tokens=1)
+    forward = model.forward_packed
+    long = Case(Request(prompt_ids=[1] * 200, max_new_tokens=4), None, 0)
+
+    def forward_of_little_memory(ids_T, *rest):
+        if len(ids_T) >= 200:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(ids_T, *rest)
+
+    monkeypatch.setattr(model, "forward_packed", forward_of_little_memory)
+    outputs = drive(engine, [*cases, long], random.Random(1))
+    error = outputs.pop(len(cases)).error
+    assert "not enough memory for this prompt" in str(error)
+    check_answers(outputs, cases)
+    check_idle(engine)
+
+
+def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):
+    model = tiny_model("llada")
+    request = Request(
+        prompt_ids=[1, 2], max_new_tokens=8, strategy="vanilla", options={"num_steps": 4}
+    )
+    [expected] = Engine(model).generate([request])
+    engine = Engine(model)
+    number = engine.add(request)
+    engine.step()
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments, **settings):
+            raise KeyboardInterrupt
+
+        patch.setattr(type(model), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    outputs = []
+    while not outputs:
+        outputs = engine.step()
+    assert [output.request_id for output in outputs] == [number]
+    assert outputs[0].result == expected
+
+
+# ----------------------------------------------------------------------------------- stop strings
+
+
+class Letters:
+    """Two letters for each token; some tokens cannot be decoded."""
+
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def decode(self, token_ids):
+        if set(token_ids) & set(self.broken):
+            raise ValueError("cannot be decoded")
+        return "".join(chr(65 + t // 10) + chr(97 + t % 10) for t in token_ids)
+
+
+def engine_of_letters(model, overlap, broken=()):
+    return Engine(model, EngineConfig(overlap=overlap, page_size=4), tokenizer=Letters(broken))
+
+
+@OVERLAP
+@pytest.mark.parametrize("name", ["llada", "Dream", "qwen2"])
+def test_an_answer_ends_with_the_token_that_completes_a_stop(name, overlap):
+    model = tiny_model(name)
+    strategy = "autoregressive" if name == "qwen2" else "pipelined"
+    text = Letters().decode
+    values = {
+        "max_new_tokens": 24,
+        "eos_token_id": (),
+        "strategy": strategy,
+        "policy": DecodingPolicy(block_size=4, confidence_threshold=0.3),
+    }
+    engine = engine_of_letters(model, overlap)
+    prompts = [[3, 1], [4, 1, 5, 9], [2, 6]]
+    requests = [Request(prompt_ids=prompt, **values) for prompt in prompts]
+    full = [result.token_ids for result in engine.generate(requests)]
+    for offset, length in ((0, 2), (5, 3), (20, 5), (47, 1)):
+        # From the middle of a token to the middle of another.
+        stops = [text(ids)[offset : offset + length] for ids in full]
+        results = engine.generate(
+            [
+                Request(prompt_ids=prompt, stop=["??", stop], **values)
+                for prompt, stop in zip(prompts, stops, strict=True)
+            ]
+        )
+        for ids, stop, result in zip(full, stops, results, strict=True):
+            fewest = next(n for n in range(len(ids) + 1) if stop in text(ids[:n]))
+            assert result.token_ids == ids[:fewest]
+            assert result.finish_reason == "stop"
+    [result] = engine.generate([Request(prompt_ids=[3, 1], stop="??", **values)])
+    assert result.token_ids == full[0]
+    assert result.finish_reason == "length"
+    check_idle(engine)
+
+
+@OVERLAP
+def test_an_answer_that_cannot_be_decoded_fails_alone(overlap):
+    model = tiny_model("qwen2")
+    values = {"max_new_tokens": 12, "eos_token_id": (), "strategy": "autoregressive"}
+    requests = [Request(prompt_ids=[i, 2 * i + 1], **values) for i in range(4)]
+    full = [result.token_ids for result in Engine(model).generate(requests)]
+    only = next(iter(set(full[0]) - set(full[1]) - set(full[2]) - set(full[3])))
+    engine = engine_of_letters(model, overlap, broken=[only])
+    numbers = [engine.add(Request(**(vars(r) | {"stop": "??"}))) for r in requests]
+    outputs = {}
+    while len(outputs) < len(numbers):
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert "could not decode" in str(outputs[numbers[0]].error)
+    for number, ids in zip(numbers[1:], full[1:], strict=True):
+        assert outputs[number].result.token_ids == ids
+    check_idle(engine)
