@@ -2,9 +2,9 @@
 
 Shapes: B rows, T packed tokens, M candidates, N blocks of K positions, D hidden size.
 
-Each forward carries, of every row, the blocks that are open and not yet cached: COMPLETE ones, whose
-final tokens it turns into cache, and active ones, which it refines. A row's first forward also
-carries its prompt. Live blocks overwrite their keys and values at each step.
+Each forward carries, of every row, the blocks that are open and not yet cached: COMPLETE ones,
+whose final tokens it turns into cache, and active ones, which it refines. A row's first forward
+also carries its prompt. Live blocks overwrite their keys and values at each step.
 """
 
 from __future__ import annotations

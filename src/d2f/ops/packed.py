@@ -48,26 +48,39 @@ class PackedTokens:
 
 
 class PackableRows(Protocol):
-    """What packing reads of the rows; `d2f.decoding.rows.Rows` says what each is. All int64 but
-    the page table, which is int32.
-    """
+    """What packing reads of the rows, all int64 but the page table."""
 
     @property
-    def prompt_B(self) -> Tensor: ...
+    def prompt_B(self) -> Tensor:
+        """Tokens of the prompt."""
+
     @property
-    def size_B(self) -> Tensor: ...
+    def size_B(self) -> Tensor:
+        """Block size."""
+
     @property
-    def start_B(self) -> Tensor: ...
+    def start_B(self) -> Tensor:
+        """First position that the forward computes."""
+
     @property
-    def end_B(self) -> Tensor: ...
+    def end_B(self) -> Tensor:
+        """First position that it does not compute."""
+
     @property
-    def done_B(self) -> Tensor: ...
+    def done_B(self) -> Tensor:
+        """1 where there is nothing to do, or no sequence."""
+
     @property
-    def tokens_BNK(self) -> Tensor: ...
+    def tokens_BNK(self) -> Tensor:
+        """The response; the mask token where not decoded."""
+
     @property
-    def prompt_BL(self) -> Tensor: ...
+    def prompt_BL(self) -> Tensor:
+        """The prompt."""
+
     @property
-    def pages_BP(self) -> Tensor: ...
+    def pages_BP(self) -> Tensor:
+        """Page table, int32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,7 +178,7 @@ def pack_tokens(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidates:
-    """The positions of a forward that need a token, in order; those behind the last are not live."""
+    """The positions of a forward that need a token, in order; behind the last none is live."""
 
     live_M: Tensor
     """Whether there is one, bool."""
