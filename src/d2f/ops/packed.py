@@ -48,26 +48,39 @@ class PackedTokens:
 
 
 class PackableRows(Protocol):
-    """What packing reads of the rows; `d2f.decoding.rows.Rows` says what each is. All int64 but
-    the page table, which is int32.
-    """
+    """What packing reads of the rows, as `d2f.decoding.rows.Rows` has it."""
 
     @property
-    def prompt_B(self) -> Tensor: ...
+    def prompt_B(self) -> Tensor:
+        """Tokens of the prompt, int64."""
+
     @property
-    def size_B(self) -> Tensor: ...
+    def size_B(self) -> Tensor:
+        """Block size, int64."""
+
     @property
-    def start_B(self) -> Tensor: ...
+    def start_B(self) -> Tensor:
+        """First position to compute, int64."""
+
     @property
-    def end_B(self) -> Tensor: ...
+    def end_B(self) -> Tensor:
+        """First position behind those, int64."""
+
     @property
-    def done_B(self) -> Tensor: ...
+    def done_B(self) -> Tensor:
+        """Above 0 where there is nothing to compute, int64."""
+
     @property
-    def tokens_BNK(self) -> Tensor: ...
+    def tokens_BNK(self) -> Tensor:
+        """The response in blocks, int64."""
+
     @property
-    def prompt_BL(self) -> Tensor: ...
+    def prompt_BL(self) -> Tensor:
+        """The prompt, int64."""
+
     @property
-    def pages_BP(self) -> Tensor: ...
+    def pages_BP(self) -> Tensor:
+        """Page table, int32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,16 +123,13 @@ def pack_tokens(
         prefill: Some row computes positions of its prompt.
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
-    device, num_rows = rows.start_B.device, len(rows.start_B)
-    count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-    runs_B = count_B.cumsum(0) <= num_tokens
-    count_B = torch.where(runs_B, count_B, 0)
+    runs_B, count_B = _fitting(rows, num_tokens)
     last_B = count_B.cumsum(0)
     first_B = last_B - count_B
 
-    index_T = torch.arange(num_tokens, device=device)
+    index_T = torch.arange(num_tokens, device=last_B.device)
     inside_T = index_T < last_B[-1]
-    row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(num_rows - 1)
+    row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(len(last_B) - 1)
     facts_4B = torch.stack([rows.start_B - first_B, rows.prompt_B, rows.size_B, rows.end_B])
     offset_T, prompt_T, size_T, end_T = facts_4B[:, row_T].unbind()
     position_T = torch.where(inside_T, index_T + offset_T, 0)
@@ -130,13 +140,8 @@ def pack_tokens(
     else:
         # The prompt is block -1 here, which ends where block 0 begins.
         visible_T = torch.minimum(prompt_T + (block_T + 1) * size_T, end_T)
-
-    grid_BR = rows.tokens_BNK.flatten(1)
     place_T = block_T * (rows.tokens_BNK.shape[2] - size_T) + response_T
-    ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
-    if prefill:
-        at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
-        ids_T = torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
+    ids_T = _ids(rows, row_T, position_T, response_T, place_T, prefill)
     page_T = rows.pages_BP[row_T, position_T // page_size]
     packed = PackedTokens(
         positions_T=position_T,
@@ -156,13 +161,38 @@ def pack_tokens(
         row_T=row_T,
         response_T=response_T,
         inside_T=inside_T,
-        runs_B=runs_B & (rows.done_B == 0),
+        runs_B=runs_B,
     )
+
+
+def _fitting(rows: PackableRows, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows that take part and how many tokens each has."""
+    done_B = rows.done_B > 0
+    count_B = torch.where(done_B, 0, rows.end_B - rows.start_B)
+    fits_B = count_B.cumsum(0) <= num_tokens
+    return fits_B & ~done_B, torch.where(fits_B, count_B, 0)
+
+
+def _ids(
+    rows: PackableRows,
+    row_T: Tensor,
+    position_T: Tensor,
+    response_T: Tensor,
+    place_T: Tensor,
+    prefill: bool,
+) -> Tensor:
+    """Token ids, from the places of the response's grid and the positions of the prompt."""
+    grid_BR = rows.tokens_BNK.flatten(1)
+    ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
+    if not prefill:
+        return ids_T
+    at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
+    return torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidates:
-    """The positions of a forward that need a token, in order; those behind the last are not live."""
+    """The positions of a forward that need a token, in order; behind the last, none are live."""
 
     live_M: Tensor
     """Whether there is one, bool."""
