@@ -281,7 +281,10 @@ class PagedLane:
             if not prefill:
                 tokens = self._bucket(counts)
                 longest = 1 if autoregressive else min(power_of_two(longest), tokens)
-                candidates = num_rows if autoregressive else tokens
+                candidates = tokens
+            elif self.runner.captures_prompts(num_rows, tokens):
+                tokens, longest = round_up(tokens), power_of_two(longest)
+                candidates = round_up(candidates)
         return StepShape(
             num_rows=num_rows,
             num_tokens=tokens,

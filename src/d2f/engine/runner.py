@@ -10,6 +10,9 @@ from torch import Tensor
 from d2f.decoding.paged import PagedDecoder, StepShape, TokenRecord, read_record
 from d2f.decoding.rows import RowStorage
 
+PROMPT_ROWS, PROMPT_TOKENS = 4, 512
+"""Steps with prompts are captured up to so many rows and tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pending:
@@ -33,8 +36,8 @@ class Runner:
     Args:
         decoder: The strategy.
         storage: The rows.
-        use_graphs: Capture each shape of step without a prompt as a CUDA graph when it first
-            occurs, and replay it from then on.
+        use_graphs: Capture shapes of steps as CUDA graphs when they first occur, and replay them
+            from then on; of steps with prompts only small ones.
     """
 
     def __init__(self, decoder: PagedDecoder, storage: RowStorage, *, use_graphs: bool) -> None:
@@ -60,10 +63,18 @@ class Runner:
         """Shapes captured so far."""
         return len(self._graphs)
 
+    def captures_prompts(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether a step with a prompt is captured: where launching would take longer than running.
+
+        Of larger ones there are too many shapes.
+        """
+        return self._use_graphs and num_rows <= PROMPT_ROWS and num_tokens <= PROMPT_TOKENS
+
     @torch.inference_mode()
     def start(self, shape: StepShape) -> Pending:
         """Start a step; on a GPU this does not wait for it."""
-        if self._use_graphs and not shape.prefill:
+        captured = not shape.prefill or self.captures_prompts(shape.num_rows, shape.num_tokens)
+        if self._use_graphs and captured:
             graph, record = self._graphs.get(shape) or self.capture(shape)
             graph.replay()
         else:
