@@ -126,10 +126,7 @@ def pack_tokens(
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
     device, num_rows = rows.start_B.device, len(rows.start_B)
-    count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-    short_B = count_B <= max_count
-    runs_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
-    count_B = torch.where(runs_B, count_B, 0)
+    count_B, runs_B = _taking_part(rows, num_tokens, max_count)
     last_B = count_B.cumsum(0)
     first_B = last_B - count_B
 
@@ -172,8 +169,17 @@ def pack_tokens(
         row_T=row_T,
         response_T=response_T,
         inside_T=inside_T,
-        runs_B=runs_B & (rows.done_B == 0),
+        runs_B=runs_B,
     )
+
+
+def _taking_part(rows: PackableRows, num_tokens: int, max_count: int) -> tuple[Tensor, Tensor]:
+    """Tokens of each row in this forward, and which rows take part."""
+    idle_B = rows.done_B > 0
+    count_B = torch.where(idle_B, 0, rows.end_B - rows.start_B)
+    short_B = count_B <= max_count
+    fits_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
+    return torch.where(fits_B, count_B, 0), fits_B & ~idle_B
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
