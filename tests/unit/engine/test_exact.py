@@ -1,5 +1,6 @@
 """However requests are batched, paged, delayed and interrupted, answers are the oracle's."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from tests.unit.engine.workload import (
     MODELS,
     Case,
+    answer_of_oracle,
     cached_model,
     check_answers,
     check_idle,
@@ -160,30 +162,56 @@ def test_fifty_preemptions_lose_nothing(name, overlap):
     check_idle(engine)
 
 
+@functools.cache
+def eager_cases(name: str) -> tuple[Case, ...]:
+    """Requests that complete several blocks in one step, so that their rows grow and shrink."""
+    rng, cases = random.Random(name), []
+    for _ in range(40):
+        policy = d2f.DecodingPolicy(
+            block_size=rng.randint(1, 3),
+            add_threshold=0.0,
+            activate_threshold=rng.choice([0.0, 0.5, 1.0]),
+            confidence_threshold=rng.choice([0.3, 0.4, 0.5]),
+        )
+        request = d2f.Request(
+            prompt_ids=[rng.randrange(94) for _ in range(rng.choice([2, 5, 20]))],
+            max_new_tokens=rng.randint(20, 60),
+            policy=policy,
+            eos_token_id=(),
+            strategy="autoregressive" if name == "qwen2" else "pipelined",
+        )
+        cases.append(answer_of_oracle(cached_model(name), request))
+    return tuple(cases)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_that_do_not_fit_sit_out(name, monkeypatch):
-    cases, rng = random_cases(name), random.Random(name)
-    engine = make_engine(cached_model(name), overlap=True, max_batch_size=16)
+@pytest.mark.parametrize("pages", [400, 40], ids=["many-pages", "few-pages"])
+def test_rows_that_do_not_fit_sit_out(name, pages, monkeypatch):
+    cases, rng = eager_cases(name), random.Random(name)
+    engine = make_engine(
+        cached_model(name), pages, overlap=True, max_batch_size=16, prefill_tokens=32
+    )
     lane, bucket = engine._paged, PagedLane._bucket
     too_small = stalls = 0
 
     def small_bucket(self, counts):
         nonlocal too_small
         enough = bucket(self, counts)
-        if any(task.stalled for task in self.running) or rng.random() < 0.4:
+        if any(task.stalled for task in self.running) or rng.random() < 0.3:
             return enough
         too_small += 1
-        return max(1, rng.randint(1, enough))
+        return max(1, rng.randint(enough // 3, enough))
 
     def count_stalls():
         nonlocal stalls
         stalls += sum(task.stalled for task in lane.running)
+        check_pages(engine)
 
     monkeypatch.setattr(PagedLane, "_bucket", small_bucket)
-    outputs = drive(engine, cases, rng, on_step=count_stalls)
+    outputs = drive(engine, cases, rng, burst=2, on_step=count_stalls)
     assert len(outputs) == len(cases)
-    assert too_small > 15
-    assert stalls > 15
+    assert too_small > 30
+    assert stalls > 30
     check_answers(outputs, cases)
     check_idle(engine)
 
