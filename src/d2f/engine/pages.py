@@ -98,6 +98,12 @@ class PromptCache:
         entry = CachedPrompt(pages=list(pages), boundary_D=boundary_D)
         self._entries[tuple(prompt)] = entry
 
+    def clear(self) -> None:
+        """Give up all prompts."""
+        for entry in self._entries.values():
+            self._pool.release(entry.pages)
+        self._entries.clear()
+
     def make_room(self, count: int, spared: CachedPrompt | None = None) -> bool:
         """Give up prompts until `count` pages are free; whether they are.
 
