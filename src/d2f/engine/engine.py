@@ -296,6 +296,11 @@ class Engine:
         """How often a running request had to give way to an older one."""
         return self._paged.num_preemptions
 
+    @property
+    def num_graphs(self) -> int:
+        """Shapes of step that are captured."""
+        return self._paged.runner.num_graphs
+
     # ---------------------------------------------------------------------------------- inside
 
     def _checked(self, request: Request) -> Task:
