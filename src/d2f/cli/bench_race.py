@@ -63,7 +63,9 @@ class Field:
 
 def race_command(
     shape: ShapeOption = None,
-    model: Annotated[str | None, typer.Option(help="Or a diffusion model: folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Or a diffusion model: folder or hub id.")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="… and its autoregressive rival.")] = None,
     layers: LayersOption = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, as 1,4,16,64,256.")] = "1",
@@ -104,11 +106,12 @@ def race_command(
     device = choose_device(device)
     dtype = dtype or fastest_dtype(device)
     if shape is not None:
-        lengths = (prompt_length, max_new_tokens or 128)
-        entered = _shape_field(build_shape(shape, layers, device, dtype), shape, lengths, imposed, seed)
+        built = build_shape(shape, layers, device, dtype)
+        entered = shape_field(built, shape, (prompt_length, max_new_tokens or 128), imposed, seed)
     else:
         pair = _pair(model, baseline, layers)
-        entered = _problem_field(pair, max_new_tokens, max(num_prompts, *batches), device, dtype, seed)
+        most = max(num_prompts, *batches)
+        entered = problem_field(pair, max_new_tokens, most, device, dtype, seed)
     report = {
         "environment": describe_environment(device=device, dtype=dtype),
         **race_report(entered, batches, num_prompts, runs, page_size, backend, record_trace),
@@ -162,13 +165,25 @@ def _pair(model: str | None, baseline: str | None, layers: int | None) -> tuple[
     return model, baseline
 
 
-def _shape_field(
+def shape_field(
     model: Transformer,
     shape: str,
     lengths: tuple[int, int],
     imposed: tuple[int, ...] | None,
     seed: int,
 ) -> Field:
+    """Random prompts for a model of random weights and its autoregressive twin.
+
+    Args:
+        model: A diffusion model.
+        shape: Its name.
+        lengths: Of each prompt and each answer.
+        imposed: Accepted tokens per forward.
+        seed: Of the prompts.
+
+    Raises:
+        ConfigError: The model is autoregressive.
+    """
     from d2f.engine.request import Request
     from d2f.evaluation.throughput import Entrant
     from d2f.models.presets import autoregressive_twin
@@ -186,9 +201,7 @@ def _shape_field(
                 name=strategy,
                 model=kind,
                 requests=[
-                    Request(
-                        prompt_ids=p, max_new_tokens=limit, eos_token_id=(), strategy=strategy
-                    )
+                    Request(prompt_ids=p, max_new_tokens=limit, eos_token_id=(), strategy=strategy)
                     for p in prompts
                 ],
             )
@@ -205,9 +218,19 @@ def _shape_field(
     )
 
 
-def _problem_field(
+def problem_field(
     pair: tuple[str, str], limit: int | None, most: int, device: str, dtype: str, seed: int
 ) -> Field:
+    """The built-in problems for a D2F model and its rival.
+
+    Args:
+        pair: Folders or hub ids of the two.
+        limit: Most new tokens; None: what the longest worked answer needs.
+        most: Problems.
+        device: Where the models go.
+        dtype: Of the models.
+        seed: Of the problems.
+    """
     from d2f.engine.request import Request
     from d2f.evaluation.race import response_limit
     from d2f.evaluation.throughput import Entrant
@@ -345,8 +368,8 @@ def _print_report(report: dict[str, Any]) -> None:
         out.print(f"Autoregression is faster {where} ({kind.replace('_', ' ')}).")
     seconds = sum(row["warm_up_seconds"] for row in report["rows"])
     out.print(
-        f"\nMedian of {settings['num_runs']} runs in turns; {seconds:.1f} s of warm-up not counted. "
-        "end to end: answer tokens / wall time, prompts included; decode only: those of steps "
+        f"\nMedian of {settings['num_runs']} runs in turns; {seconds:.1f} s of warm-up not "
+        "counted. end to end: answer tokens / wall time, prompts included; decode only: those of steps "
         "without a prompt / the time of these.",
         style="dim",
     )

@@ -33,8 +33,12 @@ def step_command(
     model: Annotated[str | None, typer.Option(help="Or a model: folder or hub id.")] = None,
     layers: LayersOption = None,
     batch: Annotated[str, typer.Option(help="Rows; several as 1,16.")] = "1",
-    window: Annotated[str, typer.Option(help="Live query tokens of a row; several as 1,64.")] = "64",
-    kv_length: Annotated[str, typer.Option(help="Cached positions; several as 1024,16384.")] = "1024",
+    window: Annotated[
+        str, typer.Option(help="Live query tokens of a row; several as 1,64.")
+    ] = "64",
+    kv_length: Annotated[
+        str, typer.Option(help="Cached positions; several as 1024,16384.")
+    ] = "1024",
     steps: Annotated[int, typer.Option(help="Measured runs of each step.", min=1)] = 30,
     engine_tokens: Annotated[
         int, typer.Option(help="Tokens of the engine's run that shows idle gaps; 0: none.", min=0)
@@ -188,9 +192,7 @@ def engine_gaps(
     return {"batch_size": batch, "window": 1 if causal else window, "prompt_length": length, **gaps}
 
 
-def summarize(
-    rates: Rates, rows: list[StepCost], gaps: dict[str, Any] | None
-) -> dict[str, Any]:
+def summarize(rates: Rates, rows: list[StepCost], gaps: dict[str, Any] | None) -> dict[str, Any]:
     """All numbers and ratios of a run."""
     from d2f.evaluation.step import kv_ratio, step_ratio
 

@@ -23,7 +23,7 @@ class StepTime:
     begin: float = 0.0
     end: float = 0.0
     accepted: dict[int, list[int]] = field(default_factory=dict)
-    """Of each request that took part, the places in the response that it filled."""
+    """Of each request that it ran, the places in the response that it filled."""
 
 
 class StepClock:

@@ -350,7 +350,7 @@ class PagedLane:
                 tokens.setdefault(record.row, []).append(record)
             time = flight.pending.time
             for row, task in enumerate(flight.tasks):
-                if time is not None:
+                if time is not None and tables[row]["ran"]:
                     time.accepted[task.number] = [token.index for token in tokens.get(row, [])]
                 task.num_in_flight -= 1
                 if not task.finished:

@@ -75,6 +75,7 @@ class SteadyStep:
         self.model, self.batch_size, self.window, self.kv_length = (
             model, batch_size, window, kv_length,
         )  # fmt: skip
+        self.max_positions = max(max_positions or model.spec.max_positions, kv_length + window)
         operations = select_backend(backend, model.device)
         self.backend = operations.name
         model.pack()
@@ -90,7 +91,7 @@ class SteadyStep:
         imposed = None if model.spec.architecture.causal else (0,)
         decoder = paged_decoder(model, cache, operations, imposed)
         on_gpu = model.device.type == "cuda"
-        self._shape = self._step_shape(page_size, max_positions or model.spec.max_positions)
+        self._shape = self._step_shape(page_size)
         storage = self._filled_rows(*decoder.begin(self._row_start()), page_size, pages)
         self._runner = Runner(decoder, storage, use_graphs=on_gpu)
         self._rows = [v for v in vars(storage.rows(batch_size)).values() if v is not None]
@@ -174,7 +175,7 @@ class SteadyStep:
             num_cached=self.kv_length,
         )
 
-    def _step_shape(self, page_size: int, max_positions: int) -> StepShape:
+    def _step_shape(self, page_size: int) -> StepShape:
         """As the engine sizes it: exact on a CPU, in buckets on a GPU."""
         rows, tokens, count, end = (
             self.batch_size, self.num_tokens, self.window, self.kv_length + self.window,
@@ -182,7 +183,7 @@ class SteadyStep:
         if self.model.device.type == "cuda":
             rows, tokens = power_of_two(rows), round_up(tokens)
             count = min(power_of_two(count), tokens)
-            end = max(end, max_positions)
+            end = self.max_positions
         return StepShape(
             num_rows=rows,
             num_tokens=tokens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2f.engine.engine import Engine
-from d2f.engine.request import Request
+from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
 from d2f.evaluation.statistics import percentile
 from d2f.evaluation.throughput import step_periods
@@ -80,7 +80,8 @@ def run_bursts(
     """
     if min(burst, steps_between) < 1:
         raise ConfigError("a burst needs at least 1 request, and 1 step before the next")
-    arriving, numbers, outputs = list(requests), [], {}
+    arriving, numbers = list(requests), list[int]()
+    outputs: dict[int, Output] = {}
     before, engine_steps = engine.num_preemptions, 0
     with engine.timed() as clock:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,4 +74,4 @@ def _seconds(work: Callable[[], Any], device: str, count: int) -> list[float]:
         work()
         mark.record()
     marks[-1].synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ class StepCost:
     batch_size: int
     window: int
     kv_length: int
+    max_positions: int
+    """Longest sequence that the engine would serve."""
     num_steps: int
     milliseconds: float
     """Median."""
@@ -78,6 +81,7 @@ def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> Step
         batch_size=step.batch_size,
         window=step.window,
         kv_length=step.kv_length,
+        max_positions=step.max_positions,
         num_steps=num_steps,
         milliseconds=median,
         milliseconds_min=min(times),
@@ -99,26 +103,31 @@ def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> Step
 
 def step_ratio(rows: Sequence[StepCost]) -> list[dict[str, Any]]:
     """Each row's time / that of the autoregressive row of its batch size and key/value length."""
-    alone = {(r.batch_size, r.kv_length): r for r in rows if r.strategy == "autoregressive"}
+
+    def key(row: StepCost) -> tuple[int, int, int]:
+        return row.batch_size, row.kv_length, row.max_positions
+
+    alone = {key(row): row for row in rows if row.strategy == "autoregressive"}
     return [
         {
             "batch_size": row.batch_size,
             "window": row.window,
             "kv_length": row.kv_length,
-            "ratio": row.milliseconds / alone[row.batch_size, row.kv_length].milliseconds,
+            "ratio": row.milliseconds / alone[key(row)].milliseconds,
         }
         for row in rows
-        if row.strategy != "autoregressive" and (row.batch_size, row.kv_length) in alone
+        if row.strategy != "autoregressive" and key(row) in alone
     ]
 
 
 def kv_ratio(rows: Sequence[StepCost], rates: Rates) -> list[dict[str, Any]]:
     """For rows that differ in key/value length alone: time added / time to read what was added."""
     found = []
-    groups: dict[tuple[str, int, int], list[StepCost]] = {}
+    groups: dict[tuple[str, int, int, int], list[StepCost]] = {}
     for row in rows:
-        groups.setdefault((row.strategy, row.batch_size, row.window), []).append(row)
-    for (strategy, batch_size, window), group in groups.items():
+        key = (row.strategy, row.batch_size, row.window, row.max_positions)
+        groups.setdefault(key, []).append(row)
+    for (strategy, batch_size, window, _), group in groups.items():
         short, long = (pick(group, key=lambda r: r.kv_length) for pick in (min, max))
         if short.kv_length == long.kv_length:
             continue
@@ -181,7 +190,7 @@ def idle_shares(steps: Sequence[StepTime]) -> dict[str, Any]:
     """
     pairs = [
         (one, other)
-        for one, other in zip(steps, steps[1:], strict=False)
+        for one, other in itertools.pairwise(steps)
         if not one.shape.prefill and not other.shape.prefill
     ]
     if not pairs:

@@ -7,6 +7,7 @@ does before, in runs that do not count; no prompt is still cached when a run beg
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine
-from d2f.engine.request import Request
+from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
 from d2f.evaluation.statistics import percentile
 
@@ -51,6 +52,8 @@ class Run:
     steps_ms: list[float]
     """From end to end, of all steps."""
     num_preemptions: int
+    num_captured: int
+    """Graphs captured within the run, which it should not have to."""
     accepted: list[list[int]]
     """Of each request, how many tokens each of its forwards filled."""
 
@@ -101,6 +104,7 @@ class Result:
             if score is None
             else math.sqrt(score * (1 - score) / count),
             "num_preemptions": last.num_preemptions,
+            "num_graphs_captured_in_runs": sum(run.num_captured for run in runs),
             "warm_up_seconds": self.warm_up_seconds,
         }
 
@@ -172,30 +176,31 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
         RequestError: A request cannot be served.
     """
     engine.forget_prompts()
-    before = engine.num_preemptions
+    before, graphs = engine.num_preemptions, engine.num_graphs
     with engine.timed() as clock:
         start = time.perf_counter()
         numbers = [engine.add(request) for request in requests]
-        results = {}
-        while len(results) < len(numbers):
+        outputs: dict[int, Output] = {}
+        while len(outputs) < len(numbers):
             for output in engine.step():
                 if output.error is not None:
                     raise output.error
-                assert output.result is not None
-                results[output.request_id] = output.result
+                outputs[output.request_id] = output
         seconds = time.perf_counter() - start
         steps = clock.times()
-    lengths = {number: len(results[number].token_ids) for number in numbers}
+    lengths = {number: len(outputs[number].token_ids) for number in numbers}
     tokens, spent = _decode_only(steps, lengths)
+    results = [output.result for output in outputs.values() if output.result is not None]
     return Run(
-        token_ids=[results[number].token_ids for number in numbers],
-        num_forwards=sum(result.num_forwards for result in results.values()),
-        num_query_tokens=sum(result.num_query_tokens for result in results.values()),
+        token_ids=[outputs[number].token_ids for number in numbers],
+        num_forwards=sum(result.num_forwards for result in results),
+        num_query_tokens=sum(result.num_query_tokens for result in results),
         seconds=seconds,
         decode_tokens=tokens,
         decode_seconds=spent,
         steps_ms=step_periods(steps),
         num_preemptions=engine.num_preemptions - before,
+        num_captured=engine.num_graphs - graphs,
         accepted=[
             [len(step.accepted[number]) for step in steps if number in step.accepted]
             for number in numbers
@@ -205,9 +210,7 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
 
 def step_periods(steps: Sequence[StepTime]) -> list[float]:
     """Milliseconds from the end of each step to the end of the next one."""
-    return [
-        1000 * (other.end - one.end) for one, other in zip(steps, steps[1:], strict=False)
-    ]
+    return [1000 * (other.end - one.end) for one, other in itertools.pairwise(steps)]
 
 
 def _decode_only(steps: Sequence[StepTime], lengths: Mapping[int, int]) -> tuple[int, float]:
@@ -264,14 +267,15 @@ def speed_ratios(
         if fast not in of or slow not in of:
             continue
         line: dict[str, Any] = {"batch_size": batch_size}
-        for short, key in (("end_to_end", "tokens_per_second"),
-                           ("decode_only", "decode_tokens_per_second")):
+        for short, key in (
+            ("end_to_end", "tokens_per_second"),
+            ("decode_only", "decode_tokens_per_second"),
+        ):
             one, other = of[fast][key], of[slow][key]
             line[short] = one["median"] / other["median"] if one and other else None
         table.append(line)
-    overtaken = {}
-    for kind in ("end_to_end", "decode_only"):
-        overtaken[kind] = None
+    overtaken: dict[str, int | None] = {"end_to_end": None, "decode_only": None}
+    for kind in overtaken:
         for line in reversed(table):
             if line[kind] is None or line[kind] >= 1:
                 break
