@@ -369,8 +369,8 @@ def _print_report(report: dict[str, Any]) -> None:
     seconds = sum(row["warm_up_seconds"] for row in report["rows"])
     out.print(
         f"\nMedian of {settings['num_runs']} runs in turns; {seconds:.1f} s of warm-up not "
-        "counted. end to end: answer tokens / wall time, prompts included; decode only: those of steps "
-        "without a prompt / the time of these.",
+        "counted. end to end: answer tokens / wall time, prompts included; decode only: those of "
+        "steps without a prompt / the time of these.",
         style="dim",
     )
 
@@ -382,7 +382,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
     table.add_column("batch", justify="right", vertical="bottom")
     table.add_column("", no_wrap=True)
     for column in (
-        "tokens/s\nend to end", "tokens/s\ndecode", "tokens/\nforward", "query/\nforward",
+        "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforward", "query/\nforward",
         "ms/\nstep", "p99", "mean\ntokens", "score",
     ):  # fmt: skip
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)

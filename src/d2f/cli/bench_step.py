@@ -248,7 +248,7 @@ def _table(steps: list[dict[str, Any]]) -> Any:
     table.add_column("", no_wrap=True)
     for column in (
         "batch", "window", "cached", "ms", "GB\nread", "TFLOP", "floor\nms", "x\nfloor",
-        "of\nmatmul", "query\ntokens/s",
+        "of\nmatmul", "query\nper s",
     ):  # fmt: skip
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for row in steps:

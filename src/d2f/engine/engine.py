@@ -289,7 +289,8 @@ class Engine:
 
         So that a prompt that is measured again is computed again.
         """
-        self._paged.prompts.clear()
+        if "_paged" in self.__dict__:
+            self._paged.prompts.clear()
 
     @property
     def num_preemptions(self) -> int:
