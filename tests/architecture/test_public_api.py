@@ -53,6 +53,8 @@ def test_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_imports_and_says_what_it_is(module):
+    if module.startswith("d2f.ops.triton."):
+        pytest.importorskip("triton")
     assert importlib.import_module(module).__doc__, f"{module} has no docstring"
 
 

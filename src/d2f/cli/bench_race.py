@@ -379,11 +379,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("batch", justify="right", vertical="bottom")
+    table.add_column("batch", justify="right", vertical="bottom", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in (
-        "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforward", "query/\nforward",
-        "ms/\nstep", "p99", "mean\ntokens", "score",
+        "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforw.", "query/\nforw.",
+        "ms/\nstep", "p99", "mean\ntok.", "score",
     ):  # fmt: skip
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:

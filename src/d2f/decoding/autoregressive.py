@@ -39,7 +39,9 @@ class AutoregressiveDecoder(PagedDecoder):
         grid_BR = rows.tokens_BNK.flatten(1)
         place_B1 = (block_B * (block_size - rows.size_B) + index_B)[:, None]
         place_B1 = place_B1.clamp(0, grid_BR.shape[1] - 1)
-        token_B1 = torch.where(runs_B[:, None], choice.token_M[:, None], grid_BR.gather(1, place_B1))
+        token_B1 = torch.where(
+            runs_B[:, None], choice.token_M[:, None], grid_BR.gather(1, place_B1)
+        )
         grid_BR.scatter_(1, place_B1, token_B1)
 
         is_eos_B = (token_B1 == rows.eos_BE).any(-1)
@@ -68,6 +70,3 @@ class AutoregressiveDecoder(PagedDecoder):
                 "probability": choice.probability_M,
             },
         )
-
-    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
-        return position_T + 1

@@ -41,15 +41,16 @@ class GenerationResult:
     """One finished response."""
 
     token_ids: list[int]
-    """The response up to and including its first EOS."""
+    """The response up to and including its first EOS, or the token that completes a stop string."""
     num_forwards: int
     """Model calls that refine blocks, or in autoregression yield a token."""
     num_prefill_forwards: int
     """Model calls that only read the prompt."""
     num_query_tokens: int
-    """Tokens computed for this sequence in all its forwards, padding not counted."""
+    """Tokens computed for this sequence in all its forwards; padding and a prompt that was cached
+    already do not count, what was computed again after an interruption does."""
     finish_reason: str
-    """`eos` or `length`."""
+    """`eos`, `length` or `stop`."""
 
     @property
     def tokens_per_forward(self) -> float:

@@ -20,7 +20,7 @@ from d2f.decoding.rows import Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
-from d2f.ops.packed import PackedTokens
+from d2f.ops.packed import Packing
 from d2f.ops.sampling import Choice, Sampling
 
 HEAD_ROWS = 512
@@ -38,7 +38,7 @@ class StepShape:
     num_candidates: int
     """M."""
     max_count: int
-    """Most tokens of a row."""
+    """Most tokens of a row; one that has more sits this step out."""
     max_end: int
     """Last position of any row, exclusive."""
     prefill: bool = False
@@ -49,21 +49,6 @@ class StepShape:
     """Some row samples with top-k or top-p."""
     ranked: bool = False
     """Some row ranks the forced token by something else than its probability."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Packing:
-    """The tokens of a step and whose they are."""
-
-    packed: PackedTokens
-    ids_T: Tensor
-    row_T: Tensor
-    response_T: Tensor
-    """Position within the response, negative in the prompt."""
-    inside_T: Tensor
-    """False for padding."""
-    runs_B: Tensor
-    """Rows that take part."""
 
 
 RECORD_ROWS = (
@@ -101,60 +86,15 @@ class PagedDecoder(ABC):
 
     def pack(self, rows: Rows, shape: StepShape) -> Packing:
         """The tokens that the rows have to compute, row after row."""
-        device, page_size = rows.start_B.device, self.cache.page_size
-        count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-        last_B = count_B.cumsum(0)
-        # A prefix of the rows: once one does not fit, none behind it does.
-        runs_B = last_B <= shape.num_tokens
-        count_B = torch.where(runs_B, count_B, 0)
-        last_B = count_B.cumsum(0)
-        first_B = last_B - count_B
-
-        index_T = torch.arange(shape.num_tokens, device=device)
-        inside_T = index_T < last_B[-1]
-        row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(shape.num_rows - 1)
-        offset_B = rows.start_B - first_B
-        facts_5B = torch.stack(
-            [offset_B, rows.prompt_B, rows.size_B, rows.limit_B, rows.end_B]
-        )
-        offset_T, prompt_T, size_T, limit_T, end_T = facts_5B[:, row_T].unbind()
-        position_T = torch.where(inside_T, index_T + offset_T, 0)
-        response_T = position_T - prompt_T
-        block_T = response_T.div(size_T, rounding_mode="floor").clamp_min(-1)
-        visible_T = self._visible_end(position_T, prompt_T + ((block_T + 1) * size_T), end_T)
-
-        place_T = block_T * rows.tokens_BNK.shape[2] + response_T - block_T * size_T
-        grid_BR = rows.tokens_BNK.flatten(1)
-        ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
-        if shape.prefill:
-            at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
-            ids_T = torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
-        page_T = rows.pages_BP[row_T, position_T // page_size]
-        slot_T = torch.where(inside_T, page_T * page_size + position_T % page_size, 0)
-        packed = PackedTokens(
-            positions_T=position_T,
-            slots_T=slot_T,
-            limits_T=torch.where(inside_T, visible_T, 0),
-            starts_B=first_B,
-            counts_B=count_B,
-            ends_B=torch.where(count_B > 0, rows.end_B, 0),
-            pages_BP=rows.pages_BP,
-            page_size=page_size,
+        return self.backend.pack_tokens(
+            rows,
+            num_tokens=shape.num_tokens,
+            page_size=self.cache.page_size,
             max_count=shape.max_count,
             max_end=shape.max_end,
+            prefill=shape.prefill,
+            causal=self.model.spec.architecture.causal,
         )
-        return Packing(
-            packed=packed,
-            ids_T=ids_T,
-            row_T=row_T,
-            response_T=response_T,
-            inside_T=inside_T,
-            runs_B=runs_B & (rows.done_B == 0),
-        )
-
-    @abstractmethod
-    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
-        """Where the keys end that each token sees."""
 
     def forward(self, packing: Packing) -> Tensor:
         """Final hidden states of the packed tokens: (T, D)."""
@@ -206,9 +146,7 @@ def make_record(row_values: dict[str, Tensor], token_values: dict[str, Tensor]) 
     return torch.cat([rows_FB.flatten().int(), tokens_FM.flatten().int(), bits_M])
 
 
-def read_record(
-    record: Tensor, num_rows: int
-) -> tuple[list[dict[str, int]], list[TokenRecord]]:
+def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], list[TokenRecord]]:
     """A record on the host as one table per row, and the accepted tokens."""
     cut = len(RECORD_ROWS) * num_rows
     columns = record[:cut].view(len(RECORD_ROWS), num_rows).T.tolist()

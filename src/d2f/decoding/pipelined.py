@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from d2f.decoding import rules
-from d2f.decoding.paged import PagedDecoder, Packing, StepShape, make_record
+from d2f.decoding.paged import PagedDecoder, StepShape, make_record
 from d2f.decoding.rows import Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
+from d2f.ops.packed import Candidates, Packing
 from d2f.ops.sampling import Choice
 
 
@@ -70,9 +71,20 @@ class PipelinedDecoder(PagedDecoder):
         """Refine all open blocks, accept tokens, then plan the next step."""
         packing = self.pack(rows, shape)
         hidden_TD = self.forward(packing)
-        place_M, row_M, live_M, response_M, choice = self._candidates(
-            hidden_TD, packing, rows, shape
+        mask = self.model.spec.mask_token_id
+        found = self.backend.find_candidates(
+            packing, rows, mask_token_id=mask, num_candidates=shape.num_candidates
         )
+        choice = self.choose(
+            self._aligned(hidden_TD, packing, rows, found),
+            rows,
+            shape,
+            found.row_M,
+            found.position_M,
+            found.live_M,
+        )
+        if self.imposed_F is not None:
+            choice = self._imposed(choice, rows, found)
         advance_B = rows.prompt_B + rows.complete_B * rows.size_B - rows.start_B
         self._keep_boundary(hidden_TD, packing, rows, advance_B)
 
@@ -80,22 +92,23 @@ class PipelinedDecoder(PagedDecoder):
         block_N = torch.arange(valid_BNK.shape[1], device=valid_BNK.device)
         open_BN1 = (block_N < rows.opened_B[:, None])[..., None]
         runs_B11 = packing.runs_B[:, None, None]
-        masked_BNK = (rows.tokens_BNK == self.model.spec.mask_token_id) & valid_BNK
-        probability_BNK = _scattered(choice.probability_M, place_M, rows)
+        masked_BNK = (rows.tokens_BNK == mask) & valid_BNK
+        probability_BNK = _scattered(choice.probability_M, found.place_M, rows)
         accepted_BNK = rules.accept(
             masked_BNK & open_BN1 & runs_B11,
             probability_BNK,
-            _scattered(choice.rank_M, place_M, rows) if shape.ranked else probability_BNK,
+            _scattered(choice.rank_M, found.place_M, rows) if shape.ranked else probability_BNK,
             rows.fully_BN,
             confidence_threshold=rows.threshold_B[:, None, None],
         )
-        token_BNK = _scattered(choice.token_M, place_M, rows)
+        token_BNK = _scattered(choice.token_M, found.place_M, rows)
         rows.tokens_BNK.copy_(torch.where(accepted_BNK, token_BNK, rows.tokens_BNK))
         rows.forwards_B.add_(packing.runs_B)
         rows.queries_B.add_(packing.packed.counts_B)
         self._plan(rows, packing.runs_B, valid_BNK, masked_BNK & ~accepted_BNK)
 
-        kept_M = live_M & accepted_BNK.flatten()[place_M.clamp_max(accepted_BNK.numel() - 1)]
+        at_M = found.place_M.clamp_max(accepted_BNK.numel() - 1)
+        kept_M = found.live_M & accepted_BNK.flatten()[at_M]
         return make_record(
             {
                 "ran": packing.runs_B,
@@ -109,52 +122,25 @@ class PipelinedDecoder(PagedDecoder):
                 "finite": probability_BNK.isfinite().flatten(1).all(-1),
             },
             {
-                "row": torch.where(kept_M, row_M, -1),
-                "index": response_M,
+                "row": torch.where(kept_M, found.row_M, -1),
+                "index": found.response_M,
                 "token": choice.token_M,
                 "probability": choice.probability_M,
             },
         )
 
-    def _visible_end(self, position_T: Tensor, block_end_T: Tensor, end_T: Tensor) -> Tensor:
-        return torch.minimum(block_end_T, end_T)
-
-    def _candidates(
-        self, hidden_TD: Tensor, packing: Packing, rows: Rows, shape: StepShape
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Choice]:
-        """Tokens for all masked positions: place in the grid, row, whether real, index, choice."""
-        mask = self.model.spec.mask_token_id
-        needed_T = packing.inside_T & (packing.response_T >= 0) & (packing.ids_T == mask)
-        count_T = needed_T.cumsum(0)
-        number_M = torch.arange(1, shape.num_candidates + 1, device=count_T.device)
-        live_M = number_M <= count_T[-1]
-        # The m-th candidate is where the count reaches m.
-        index_M = torch.searchsorted(count_T, number_M).clamp_max(shape.num_tokens - 1)
-        row_M, response_M = packing.row_T[index_M], packing.response_T[index_M]
-        position_M = packing.packed.positions_T[index_M]
-        aligned_MD = self._aligned(hidden_TD, packing, rows, index_M, row_M)
-        choice = self.choose(aligned_MD, rows, shape, row_M, position_M, live_M)
-        if self.imposed_F is not None:
-            choice = self._imposed(choice, packing, rows, count_T, number_M, row_M)
-        size_M, block_size = rows.size_B[row_M], rows.tokens_BNK.shape[2]
-        block_M = response_M // size_M
-        place_M = block_M * (block_size - size_M) + response_M
-        place_M = place_M + row_M * rows.tokens_BNK[0].numel()
-        # One past the grid for those that are none.
-        place_M = torch.where(live_M, place_M, rows.tokens_BNK.numel())
-        return place_M, row_M, live_M, response_M, choice
-
     def _aligned(
-        self, hidden_TD: Tensor, packing: Packing, rows: Rows, index_M: Tensor, row_M: Tensor
+        self, hidden_TD: Tensor, packing: Packing, rows: Rows, found: Candidates
     ) -> Tensor:
+        index_M = found.index_M
         if rows.boundary_BD is None:
             return hidden_TD[index_M]
         # The state of the position before; of a row's first token that is the kept one, and
         # position 0 has none before it but its own, as in `Transformer.align`.
-        first_M1 = (index_M == packing.packed.starts_B[row_M])[:, None]
-        origin_M1 = (packing.packed.positions_T[index_M] == 0)[:, None]
+        first_M1 = (index_M == packing.packed.starts_B[found.row_M])[:, None]
+        origin_M1 = (found.position_M == 0)[:, None]
         before_MD = hidden_TD[(index_M - 1).clamp_min(0)]
-        before_MD = torch.where(first_M1, rows.boundary_BD[row_M], before_MD)
+        before_MD = torch.where(first_M1, rows.boundary_BD[found.row_M], before_MD)
         return torch.where(origin_M1, hidden_TD[index_M], before_MD)
 
     def _keep_boundary(
@@ -167,22 +153,11 @@ class PipelinedDecoder(PagedDecoder):
         last_BD = hidden_TD[last_B.clamp(0, len(hidden_TD) - 1)]
         rows.boundary_BD.copy_(torch.where(moved_B1, last_BD, rows.boundary_BD))
 
-    def _imposed(
-        self,
-        choice: Choice,
-        packing: Packing,
-        rows: Rows,
-        count_T: Tensor,
-        number_M: Tensor,
-        row_M: Tensor,
-    ) -> Choice:
+    def _imposed(self, choice: Choice, rows: Rows, found: Candidates) -> Choice:
         """The choice with certainty for the first so many candidates of each row, for no others."""
         assert self.imposed_F is not None
-        # Candidates of the rows before.
-        zero_T = torch.cat([torch.zeros_like(count_T[:1]), count_T])
-        number_M = number_M - zero_T[packing.packed.starts_B][row_M]
         quota_B = self.imposed_F[rows.forwards_B.clamp_max(len(self.imposed_F) - 1)]
-        sure_M = (number_M <= quota_B[row_M]).float()
+        sure_M = (found.number_M < quota_B[found.row_M]).float()
         return choice._replace(probability_M=sure_M, rank_M=sure_M)
 
     def _plan(self, rows: Rows, runs_B: Tensor, valid_BNK: Tensor, masked_BNK: Tensor) -> None:
@@ -241,5 +216,3 @@ def _share_of(start: RowStart) -> Tensor:
     blocks = [start.tokens[at : at + size] for at in range(0, limit, size)]
     shares = [sum(token is not None for token in block) / len(block) for block in blocks]
     return torch.tensor([shares], dtype=torch.double)
-
-

@@ -105,7 +105,9 @@ class Rows:
         offset_K = torch.arange(block_size, device=device)
         block_N1 = torch.arange(num_blocks, device=device)[:, None]
         size_B11 = self.size_B[:, None, None]
-        return (offset_K < size_B11) & (block_N1 * size_B11 + offset_K < self.limit_B[:, None, None])
+        return (offset_K < size_B11) & (
+            block_N1 * size_B11 + offset_K < self.limit_B[:, None, None]
+        )
 
 
 _REALS = ("add_B", "activate_B", "threshold_B", "temperature_B", "top_p_B")
@@ -183,7 +185,9 @@ class RowStorage:
     def rows(self, count: int) -> Rows:
         """The first `count` rows, as views."""
         if count not in self._views:
-            values: dict[str, Any] = dict(zip(_INTS, self._ints_FB[:, :count].unbind(), strict=True))
+            values: dict[str, Any] = dict(
+                zip(_INTS, self._ints_FB[:, :count].unbind(), strict=True)
+            )
             values |= zip(_REALS, self._reals_FB[:, :count].unbind(), strict=True)
             values |= {n: None if t is None else t[:count] for n, t in self._others.items()}
             self._views[count] = Rows(**values)

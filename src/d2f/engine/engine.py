@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
-
 
 from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
@@ -108,19 +108,18 @@ class Engine:
         """Requests whose blocks somebody looks at."""
         self._closed = False
         self._lanes: list[PagedLane | UnpagedLane] = []
+        self._on_done = _weakly(self)
 
     @functools.cached_property
     def _unpaged(self) -> UnpagedLane:
-        lane = UnpagedLane(
-            self.model, max_rows=self.config.max_batch_size, on_done=self._put_out
-        )
+        lane = UnpagedLane(self.model, max_rows=self.config.max_batch_size, on_done=self._on_done)
         self._lanes.append(lane)
         return lane
 
     @functools.cached_property
     def _paged(self) -> PagedLane:
         # Made when the first request needs it: it takes all memory that is free.
-        model, config = self.model, self.config
+        model, config, on_done = self.model, self.config, self._on_done
         on_gpu = model.device.type == "cuda"
         backend = select_backend(config.backend, model.device)
         model.pack()
@@ -145,7 +144,7 @@ class Engine:
             prefill_tokens=config.prefill_tokens,
             use_graphs=on_gpu and config.cuda_graphs,
             overlap=on_gpu if config.overlap is None else config.overlap,
-            on_done=lambda task: self._put_out(task, None if task.error else task.result()),
+            on_done=lambda task: on_done(task, None if task.error else task.result()),
         )
         self._lanes.append(lane)
         return lane
@@ -189,6 +188,15 @@ class Engine:
             self._lane_of(task).remove(task)
         self._forget(request_id)
         return True
+
+    def forget_prompts(self) -> None:
+        """Keep no prompt's keys and values any longer; the next request computes its own.
+
+        For measuring what a request costs whose prompt is new.
+        """
+        for lane in self._lanes:
+            if isinstance(lane, PagedLane):
+                lane.prompts.clear()
 
     def close(self) -> None:
         """Abort all requests and give the cache's memory back. May be called twice."""
@@ -284,14 +292,6 @@ class Engine:
         finally:
             runner.clock = None
 
-    def forget_prompts(self) -> None:
-        """Give up the prompts that are kept for requests which bring the same.
-
-        So that a prompt that is measured again is computed again.
-        """
-        if "_paged" in self.__dict__:
-            self._paged.prompts.clear()
-
     @property
     def num_preemptions(self) -> int:
         """How often a running request had to give way to an older one."""
@@ -349,3 +349,15 @@ class Engine:
         eos = self._tasks[number].request.eos_token_id
         assert isinstance(eos, tuple)
         return eos
+
+
+def _weakly(engine: Engine) -> Callable[[Task, GenerationResult | None], None]:
+    """Where an engine's lanes put results; it does not keep the engine, nor so the cache, alive."""
+    reference = weakref.ref(engine)
+
+    def put_out(task: Task, result: GenerationResult | None) -> None:
+        alive = reference()
+        assert alive is not None, "only a living engine steps its lanes"
+        alive._put_out(task, result)
+
+    return put_out

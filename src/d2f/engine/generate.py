@@ -92,7 +92,12 @@ def generate_ids(
         "early_stop": early_stop,
     }
     requests = [_request(prompt, settings, strategy_options) for prompt in prompts]
-    results = Engine(model).generate(requests)
+    engine = Engine(model)
+    try:
+        results = engine.generate(requests)
+    finally:
+        # An error's traceback keeps the engine, which must not keep the cache.
+        engine.close()
     return results if several else results[0]
 
 

@@ -163,7 +163,9 @@ class PagedLane:
         while self.waiting and len(self.running) < self._max_rows:
             task = self.waiting[0]
             prompt = task.request.prompt_ids
-            if task.num_in_flight or any(prompt == other.request.prompt_ids for other in joined):
+            if task.num_in_flight or any(
+                other.fresh_prompt and prompt == other.request.prompt_ids for other in joined
+            ):
                 # Its last results are not known yet; or its prompt will be cached by then.
                 break
             cached = self.prompts.find(prompt)
@@ -176,7 +178,7 @@ class PagedLane:
                     break
                 # It is alone, and the cached prompt is in its way.
                 cached = None
-                self.prompts.make_room(self.pool.num_pages)
+                self.prompts.clear()
             self.waiting.popleft()
             self._place(task, cached)
             joined.append(task)
@@ -193,9 +195,7 @@ class PagedLane:
         wanted = self._pages_for(end) - shared + len(self.running)
         if not self.prompts.make_room(wanted, spared=cached):
             return False
-        sizes = self._sizes_with(task)
-        places = self._max_rows * sizes.num_blocks * sizes.block_size
-        return not self.running or places <= MOST_PLACES
+        return not self.running or self._places(self._sizes_with(task)) <= MOST_PLACES
 
     def _cached_positions(self, task: Task, cached: CachedPrompt | None) -> int:
         """Positions whose keys it need not compute."""
@@ -219,7 +219,7 @@ class PagedLane:
         storage.write(row, start, values, fully)
         task.num_opened, task.num_complete = values["opened"], values["complete"]
         task.start, task.end, task.stalled = values["start"], values["end"], False
-        task.fresh_prompt = cached is None and task.num_forwards == 0 and task.start == 0
+        task.fresh_prompt = bool(start.prompt) and cached is None and task.num_forwards == 0
         pages: list[int] = []
         if cached is not None and num_cached > 0:
             whole = num_cached // self._page_size
@@ -240,9 +240,15 @@ class PagedLane:
         sizes = RowSizes.of(task.row_start(0))
         if self.runner.storage.device.type == "cuda":
             sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
-        if self.running or self.runner.storage.device.type == "cuda":
-            sizes = sizes.union(self.runner.storage.sizes)
-        return sizes
+        both = sizes.union(self.runner.storage.sizes)
+        if self.running:
+            return both
+        # Alone, it need not bear with what former requests needed.
+        keeps = self.runner.storage.device.type == "cuda" and self._places(both) <= MOST_PLACES
+        return both if keeps else sizes
+
+    def _places(self, sizes: RowSizes) -> int:
+        return self._max_rows * sizes.num_blocks * sizes.block_size
 
     def _shape(self) -> StepShape:
         """The size of the next step: exact on a CPU, the smallest captured one that fits else."""
@@ -258,7 +264,8 @@ class PagedLane:
         candidates = len(self.running)
         if not autoregressive and self._overlap:
             candidates = sum(
-                end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
+                end - max(start, prompt)
+                for (start, end), prompt in zip(spans, prompts, strict=True)
             )
         elif not autoregressive:
             candidates = max(sum(task.num_masked() for task in self.running), 1)
@@ -329,7 +336,7 @@ class PagedLane:
         """Hold the prompts that this step computes, for requests that bring the same."""
         for task in joined:
             prompt = task.request.prompt_ids
-            if not task.fresh_prompt or not prompt or task.row is None:
+            if not task.fresh_prompt or task.row is None:
                 continue
             rows = self.runner.storage.rows(task.row + 1)
             boundary_D = None
@@ -343,7 +350,9 @@ class PagedLane:
         """Take over what finished steps report."""
         behind = 1 if self._overlap and self.running else 0
         while len(self._flights) > behind:
-            flight = self._flights.popleft()
+            # Taken off the queue once all is known: an interrupt, likeliest while this waits, then
+            # loses nothing, as reporting twice changes nothing.
+            flight = self._flights[0]
             tables, records = flight.pending.read()
             tokens: dict[int, list[TokenRecord]] = {}
             for record in records:
@@ -352,9 +361,11 @@ class PagedLane:
             for row, task in enumerate(flight.tasks):
                 if time is not None and tables[row]["ran"]:
                     time.accepted[task.number] = [token.index for token in tokens.get(row, [])]
-                task.num_in_flight -= 1
                 if not task.finished:
                     self._report(task, tables[row], tokens.get(row, []))
+            self._flights.popleft()
+            for task in flight.tasks:
+                task.num_in_flight -= 1
 
     def _report(self, task: Task, table: dict[str, int], tokens: list[TokenRecord]) -> None:
         if not table["ran"]:
@@ -367,7 +378,14 @@ class PagedLane:
                 "the model's logits are not finite, so there is no answer; its weights may be "
                 "broken, or the temperature too close to 0",
             )
-        elif table["done"] or task.reaches_stop():
+            return
+        try:
+            stops = task.reaches_stop()
+        except Exception as error:
+            # The tokenizer is the caller's; other requests have nothing to do with it.
+            self._fail(task, f"the tokenizer could not decode the response ({error!r})")
+            return
+        if table["done"] or stops:
             self._finish(task)
 
     def _fail(self, task: Task, message: str) -> None:

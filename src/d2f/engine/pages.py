@@ -51,6 +51,10 @@ class PagePool:
         for page in pages:
             self._holders[page] += 1
 
+    def num_held_once(self, pages: Sequence[int]) -> int:
+        """How many of these pages are free once one holder lets go of them."""
+        return sum(self._holders[page] == 1 for page in pages)
+
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages."""
         # The first page comes out first again, so that a lone sequence gets neighbouring pages.
@@ -72,7 +76,7 @@ class CachedPrompt:
 
 
 class PromptCache:
-    """Whole prompts that may be used again, the longest unused one given up first.
+    """Whole prompts that may be used again; the one unused for longest is given up first.
 
     One engine has one model, one adapter and one kind of attention, so a prompt's ids are its key.
     """
@@ -95,6 +99,9 @@ class PromptCache:
     def keep(self, prompt: Sequence[int], pages: Sequence[int], boundary_D: Tensor | None) -> None:
         """Hold a prompt's pages beyond the life of the sequence that computed them."""
         self._pool.share(pages)
+        former = self._entries.pop(tuple(prompt), None)
+        if former is not None:
+            self._pool.release(former.pages)
         entry = CachedPrompt(pages=list(pages), boundary_D=boundary_D)
         self._entries[tuple(prompt)] = entry
 
@@ -107,10 +114,20 @@ class PromptCache:
     def make_room(self, count: int, spared: CachedPrompt | None = None) -> bool:
         """Give up prompts until `count` pages are free; whether they are.
 
-        Pages that running sequences hold as well do not become free by it.
+        None is given up in vain: neither where not enough pages can become free, nor a prompt
+        whose pages running sequences hold as well.
         """
-        for key in [key for key, entry in self._entries.items() if entry is not spared]:
-            if self._pool.num_free >= count:
-                break
+        given_up, missing = [], count - self._pool.num_free
+        if missing > 0:
+            for key, entry in self._entries.items():
+                freed = 0 if entry is spared else self._pool.num_held_once(entry.pages)
+                if freed > 0:
+                    given_up.append(key)
+                    missing -= freed
+                if missing <= 0:
+                    break
+        if missing > 0:
+            return False
+        for key in given_up:
             self._pool.release(self._entries.pop(key).pages)
-        return self._pool.num_free >= count
+        return True

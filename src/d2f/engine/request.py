@@ -43,7 +43,7 @@ class Request:
     """Sample among the fewest most probable tokens of this mass. Matters with a temperature."""
     seed: int = 0
     stop: Sequence[str] = ()
-    """The response ends with the token that completes one of these; needs the engine's tokenizer."""
+    """The response ends with the token that completes one; needs the engine's tokenizer."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only this strategy takes."""
 
@@ -96,9 +96,13 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
-    policy = dataclasses.replace(policy, **STRATEGIES[request.strategy].policy)
+    fixed: dict[str, Any] = dict(STRATEGIES[request.strategy].policy)
+    policy = dataclasses.replace(policy, **fixed)
     return Request(
-        **(vars(request) | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy, "stop": stop})
+        **(
+            vars(request)
+            | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy, "stop": stop}
+        )
     )
 
 

@@ -58,8 +58,10 @@ class Runner:
     @storage.setter
     def storage(self, storage: RowStorage) -> None:
         self._storage = storage
-        # They hold the addresses of the former rows.
+        # They hold the addresses of the former rows. A pool that no graph uses any more cannot be
+        # captured into again.
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
     @property
     def num_graphs(self) -> int:

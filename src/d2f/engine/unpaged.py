@@ -87,10 +87,9 @@ class UnpagedLane:
         try:
             batch.step()
         except BaseException:
-            # A batch that broke off between two states must not be gone on with.
-            for task in self._rows:
-                if task is not None:
-                    task.finished = True
+            # A batch that broke off between two states must not be gone on with; its requests start
+            # again.
+            self.waiting.extendleft(task for task in reversed(self._rows) if task is not None)
             self._batch, self._rows = None, []
             raise
 

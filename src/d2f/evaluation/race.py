@@ -155,7 +155,7 @@ def answer_problem(runner: Runner, problem: Problem, *, max_new_tokens: int) -> 
         strategy=runner.strategy,
         early_stop=runner.early_stop,
     )
-    # The run before the clock may have brought the same one.
+    # The same problem was answered before, at least by the unclocked run.
     runner.engine.forget_prompts()
     start = time.perf_counter()
     [result] = runner.engine.generate([request])

@@ -26,7 +26,7 @@ class PagedCache:
     Example:
         >>> from d2f.testing import tiny_spec
         >>> PagedCache(tiny_spec("llada"), num_pages=4, page_size=8).kv_N2SKH.shape
-        torch.Size([2, 2, 32, 4, 16])
+        torch.Size([2, 2, 32, 4, 8])
     """
 
     def __init__(

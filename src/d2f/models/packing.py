@@ -43,7 +43,7 @@ def pack_projections(projections: Sequence[nn.Module]) -> PackedProjection | Non
 
 
 @torch.no_grad()
-def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
     first = parameters[0]
     total = sum(len(p) for p in parameters)
     shape, at = (total, *first.shape[1:]), first.data_ptr()

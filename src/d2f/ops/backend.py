@@ -19,7 +19,7 @@ from torch import Tensor
 from d2f.errors import ConfigError, unknown_name
 from d2f.ops.linear import linear_fp32
 from d2f.ops.norm import add_rms_norm
-from d2f.ops.packed import PackedTokens
+from d2f.ops.packed import Candidates, PackedTokens, Packing, find_candidates, pack_tokens
 from d2f.ops.paged_attention import paged_attention, plan_attention
 from d2f.ops.rope import rope_and_write
 from d2f.ops.sampling import Choice, choose_tokens
@@ -35,6 +35,10 @@ class Backend:
     """The operations of a packed forward. Each field is described where torch's version stands."""
 
     name: str
+    pack_tokens: Callable[..., Packing]
+    """(rows, *, …): the tokens of a forward."""
+    find_candidates: Callable[..., Candidates]
+    """(packing, rows, *, …): those that need a token."""
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     """(x_TD, residual_TD, weight_D, eps): the normalised sum and the sum."""
     rope_and_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -99,6 +103,8 @@ def _runs_kernels(device: torch.device) -> bool:
 
 _TORCH = Backend(
     name="torch",
+    pack_tokens=pack_tokens,
+    find_candidates=find_candidates,
     add_rms_norm=add_rms_norm,
     rope_and_write=rope_and_write,
     plan_attention=plan_attention,
@@ -116,6 +122,8 @@ def _triton_backend() -> Backend:
 
     return Backend(
         name="triton",
+        pack_tokens=pack_tokens,
+        find_candidates=find_candidates,
         add_rms_norm=norm.add_rms_norm,
         rope_and_write=rope.rope_and_write,
         plan_attention=paged_attention.plan_attention,

@@ -4,9 +4,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2f import DecodingPolicy, GenerationResult, generate_ids
-from d2f.decoding.batch import BlockState, Sequences
-from d2f.decoding.pipelined import PipelinedBatch
+from d2f import DecodingPolicy, Engine, GenerationResult, Request, generate_ids
+from d2f.decoding.batch import BlockState
 from d2f.diffusion.layout import BlockLayout
 from d2f.diffusion.policy import CONFIDENCES
 from d2f.testing import tiny_model
@@ -72,7 +71,8 @@ def test_cached_equals_uncached(model, policy, prompt, length, early_stop, optio
 @given(
     models,
     policies,
-    st.lists(prompts, min_size=2, max_size=5),
+    # A prompt that is there twice is computed once, so its second request computes less.
+    st.lists(prompts, min_size=2, max_size=5, unique_by=tuple),
     lengths,
     st.sampled_from(["pipelined", "serial", "vanilla"]),
     sampling,
@@ -95,15 +95,11 @@ def test_batched_equals_alone(model, policy, batch, length, strategy, options):
 def test_each_confidence_forces_tokens_in_an_order_of_its_own():
     def order(confidence):
         policy = DecodingPolicy(block_size=16, confidence_threshold=1.0, confidence=confidence)
-        sequences = Sequences(
-            prompts=[[1, 2, 3]], max_new_tokens=[16], seeds=[0], policy=policy, eos_token_ids=()
-        )
-        batch = PipelinedBatch(MODELS["llada"], sequences)
-        steps = []
-        while not batch.finished()[0]:
-            batch.step()
-            steps.append([token is not None for token in batch.view(0)[0].token_ids])
-        return steps
+        request = Request(prompt_ids=[1, 2, 3], max_new_tokens=16, policy=policy, eos_token_id=())
+        return [
+            [token is not None for token in output.blocks[0].token_ids]
+            for output in Engine(MODELS["llada"]).stream(request)
+        ]
 
     probability, margin, neg_entropy = map(order, CONFIDENCES)
     assert probability != margin != neg_entropy != probability
@@ -112,22 +108,13 @@ def test_each_confidence_forces_tokens_in_an_order_of_its_own():
 @FAST
 @given(models, policies, prompts, lengths)
 def test_tokens_stay_and_blocks_are_cached_in_order(model, policy, prompt, length):
-    batch = PipelinedBatch(
-        model,
-        Sequences(
-            prompts=[prompt],
-            max_new_tokens=[length],
-            seeds=[0],
-            policy=policy,
-            eos_token_ids=(),
-            early_stop=False,
-        ),
+    request = Request(
+        prompt_ids=prompt, max_new_tokens=length, policy=policy, eos_token_id=(), early_stop=False
     )
     order = list(BlockState)
     before = []
-    while not batch.finished()[0]:
-        batch.step()
-        after = batch.view(0)
+    for output in Engine(model).stream(request):
+        after = output.blocks
         for old, new in zip(before, after, strict=False):
             assert order.index(new.state) >= order.index(old.state)
             for token, later in zip(old.token_ids, new.token_ids, strict=True):

@@ -267,17 +267,17 @@ def test_tiles_cover_each_token_once(tile_rows):
 
 @needs_triton
 def test_splits_follow_from_the_end_of_a_row():
-    ends = [1, 2048, 2049, 16_384, 16_385, 131_072]
+    ends = [1, 2048, 2049, 32_768, 32_769, 131_072]
     packed = pack([(end, [end]) for end in ends], page_size=64)
     plan = kernels.plan_attention(packed, 1, 1)
-    assert plan.splits_T.tolist() == [1, 8, 3, 16, 5, 32]
+    assert plan.splits_T.tolist() == [1, 8, 3, 32, 9, 32]
     assert plan.most_splits == max(plan.splits_T.tolist())
 
 
 @needs_triton
 def test_no_shorter_row_has_more_splits_than_are_launched():
     def splits(end):
-        size = 256 if end <= 2048 else 1024 if end <= 16_384 else 4096
+        size = 256 if end <= 2048 else 1024 if end <= 32_768 else 4096
         return -(-end // size)
 
     most = 0

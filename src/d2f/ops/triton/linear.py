@@ -6,6 +6,7 @@ Shapes: T tokens, D inputs, E outputs; of the head, M tokens, V outputs.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from d2f.ops import linear as plain
-from d2f.ops.triton.launch import early_start, gdc_launch_dependents, gdc_wait
+from d2f.ops.triton.launch import begin, early_start, gdc_launch_dependents, gdc_wait
 
 MOST_TOKENS = 64
 """Beyond these the product is no longer bound by reading, and the library's is as fast."""
+DEPTH = 128
+"""Inputs of a step where a tile holds several tokens."""
 AHEAD = 512
 """Inputs whose weights a program asks for before it waits for the kernel before it."""
 
@@ -109,11 +112,10 @@ def _one_token_kernel(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """The same of one token, without tensor cores, which would multiply 15 more for nothing.
-
-    It does not start early: measured, programs that wait only take room from those that read.
-    """
+    """The same of one token, without tensor cores, which would multiply 15 more for nothing."""
+    begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     weight_ptrs = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + depth[None, :]
@@ -158,22 +160,20 @@ def choose_tiling(x_TD: Tensor, weight_ED: Tensor) -> Tiling | None:
     The rule follows measurements on an H100 with the layers of an 8B model.
     """
     num_tokens, (num_rows, width) = len(x_TD), weight_ED.shape
-    if x_TD.dtype not in (torch.bfloat16, torch.float16) or width % 8:
+    if x_TD.dtype not in (torch.bfloat16, torch.float16) or width % 8 or num_tokens > MOST_TOKENS:
         return None
     if num_tokens == 1:
-        return Tiling(rows=8, depth=1024 if width % 1024 == 0 else 512, stages=1, warps=8)
-    wide = num_rows >= 8192
-    if num_tokens <= 32:
-        rows = 64 if wide else 32 if num_rows >= 2048 else 16
-    elif num_tokens <= MOST_TOKENS and num_rows >= 16384:
-        rows = 64
-    else:
-        return None
-    depth = 128 if wide else 256
-    # Of each step, the weights and the input lie in shared memory.
-    step = (rows + _token_tile(num_tokens)) * depth * x_TD.element_size()
-    stages = min(_shared_memory(x_TD.device) // step, 6)
-    return Tiling(rows=rows, depth=depth, stages=stages, warps=4)
+        depth = math.gcd(width, 2048)
+        if depth < 256:
+            depth = min(triton.next_power_of_2(width), 512)
+        return Tiling(
+            rows=4 if depth == 2048 else 8, depth=depth, stages=1, warps=8 if depth > 512 else 4
+        )
+    rows = 64 if num_rows >= 4096 else 32 if num_rows >= 2048 else 16
+    # Of each step, the weights and the input lie in shared memory, where the rest needs room too.
+    step = (rows + _token_tile(num_tokens)) * DEPTH * x_TD.element_size()
+    stages = min((_shared_memory(x_TD.device) - 2**14) // step, 8)
+    return Tiling(rows=rows, depth=DEPTH, stages=stages, warps=4)
 
 
 def _token_tile(num_tokens: int) -> int:
@@ -206,7 +206,9 @@ def tiled_linear(
         "num_warps": tiling.warps,
     }
     if num_tokens == 1:
-        _one_token_kernel[grid](x_TD, weight_ED, bias_E, out_TE, num_rows, **options)
+        _one_token_kernel[grid](
+            x_TD, weight_ED, bias_E, out_TE, num_rows, **options, **early_start(x_TD)
+        )
         return out_TE
     _linear_kernel[grid](
         x_TD,

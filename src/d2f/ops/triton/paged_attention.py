@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from d2f.ops.packed import PackedTokens
+from d2f.ops.triton.launch import begin, early_start, gdc_launch_dependents, gdc_wait
 
 SPLIT_KEYS = tl.constexpr(256)
 MEDIUM_END, MEDIUM_SPLIT_KEYS = tl.constexpr(2048), tl.constexpr(1024)
-LONG_END, LONG_SPLIT_KEYS = tl.constexpr(16384), tl.constexpr(4096)
+LONG_END, LONG_SPLIT_KEYS = tl.constexpr(32768), tl.constexpr(4096)
 """Keys of a split, for rows up to the end and for longer ones: 32 splits at 131,072 keys."""
 
 BUSY_PROGRAMS = 264
@@ -213,6 +214,7 @@ def _launch_attend(
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **early_start(q_TNH),
     )
 
 
@@ -233,6 +235,7 @@ def _launch_merge(
         SPLITS=plan.most_splits,
         BLOCK_R=block,
         num_warps=4,
+        **early_start(out_TNH),
     )
 
 
@@ -322,6 +325,38 @@ def _load_heads(starts, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
     else:
         heads = tl.load(numbers, mask=(offset_H < HEAD_DIM)[None, :], other=0.0)
     return heads
+
+
+@triton.jit
+def _prefetch_keys(
+    kv_head,
+    value_stride,
+    pages,
+    start,
+    limit,
+    PAGE_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Ask for the first keys and values of a split, 128 bytes a request; a hint, nothing more."""
+    LINE: tl.constexpr = 1024 // kv_head.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
+    # Two requests of each key, as many keys as a short split has.
+    request = tl.arange(0, SPLIT_KEYS * 2)
+    position = tl.maximum(tl.minimum(start + request % SPLIT_KEYS, limit - 1), 0)
+    # A tile of padding has no limit and no row of pages.
+    page = tl.load(pages + position // PAGE_SIZE, mask=position < limit, other=0).to(tl.int64)
+    line = tl.minimum(request // SPLIT_KEYS, LINES - 1) * LINE
+    place = kv_head + (page * PAGE_SIZE + position % PAGE_SIZE) * STRIDE + line
+    for offset in tl.static_range(2):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [(place + offset * value_stride).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -419,10 +454,15 @@ def _attend(
     BLOCK_S: tl.constexpr,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Answer a tile over one split of its keys, or, if FUSED, over all of them."""
     GROUPS: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    if EARLY:
+        gdc_launch_dependents()
+    # Tiles, limits and pages were written before the embedding of this forward, which does not
+    # start early; only the queries and the new keys come from the kernel before.
     tile = tiles_IF + tl.program_id(0) * TILE_FIELDS
     head, split = tl.program_id(1), tl.program_id(2)
     first, tokens, row = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -437,10 +477,15 @@ def _attend(
     offset_H = tl.arange(0, BLOCK_H)
     query_MH = query_M[:, None] * HEAD_DIM + offset_H[None, :]
     used_MH = used_M[:, None] & (offset_H < HEAD_DIM)[None, :]
-    q_MH = tl.load(q_TNH + query_MH, mask=used_MH, other=0.0)
     limit_M = tl.load(limits_T + token_M, mask=used_M, other=0).to(tl.int32)
     pages = pages_BP + row.to(tl.int64) * pages_stride
     kv_head = kv_2SKH + head * HEAD_DIM
+    if EARLY:
+        _prefetch_keys(
+            kv_head, value_stride, pages, split * split_keys, limit, PAGE_SIZE, STRIDE, HEAD_DIM
+        )
+        gdc_wait()
+    q_MH = tl.load(q_TNH + query_MH, mask=used_MH, other=0.0)
     if FUSED:
         acc_MH, sum_M = _attend_all(
             q_MH, kv_head, value_stride, pages, limit_M, split_keys, limit,
@@ -472,8 +517,10 @@ def _merge_splits(
     BLOCK_H: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merge the splits of some rows of (T, N), in their order."""
+    begin(EARLY)
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     used_R = row_R < num_rows
     offset_H = tl.arange(0, BLOCK_H)
