@@ -209,9 +209,12 @@ def measure_bursts(options: argparse.Namespace) -> dict[str, Any]:
         model = load_model(shipped_model(), device=options.device, dtype=dtype)
         requests = mixed_requests(options.requests, model.spec.vocab_size)
         per_token = model.spec.kv_bytes_per_token // 2 * model.dtype.itemsize
-        need = sum(len(r.prompt_ids) + r.max_new_tokens for r in requests) * per_token
+        needs = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
         config = EngineConfig(
-            max_batch_size=options.requests, kv_cache_bytes=need // 4, backend=options.backend
+            max_batch_size=options.requests,
+            # But never less than one of them needs.
+            kv_cache_bytes=max(sum(needs) // 4, max(needs) + 16) * per_token,
+            backend=options.backend,
         )
         engine = Engine(model, config)
         # The second time, all graphs are there.

@@ -9,7 +9,7 @@ from d2f.cli.bench_step import step_command
 
 bench_app = typer.Typer(
     no_args_is_help=True,
-    help="Measure speed: of one step, and of whole answers. Example:  d2f bench step --layers 2",
+    help="Measure speed: of one step, and of whole answers. Example:  d2f bench race",
 )
 bench_app.command("step")(step_command)
 bench_app.command("race")(race_command)

@@ -51,8 +51,8 @@ def step_command(
 ) -> None:
     """Measure single decoding steps, and hold them against what the machine could do at best.
 
-    Without --shape or --model: the shape of LLaDA-8B. The autoregressive step of the same sizes
-    and weights is measured beside.
+    Without --shape or --model: the shipped student. The autoregressive step of the same sizes and
+    weights is measured beside.
 
     Example:  d2f bench step --shape llada-8b --batch 1,16 --window 1,64 --kv-length 1024,16384
     """
@@ -77,7 +77,7 @@ def step_command(
     rates, rows = measure_grid(loaded, sizes, steps, page_size, backend, dtype)
     report = {
         "environment": describe_environment(device=device, dtype=dtype),
-        "model": describe_model(loaded, name, random=model is None),
+        "model": describe_model(loaded, name, random=shape is not None),
         "settings": {"page_size": page_size, "num_steps": steps},
         **summarize(rates, rows, gaps),
     }
@@ -90,14 +90,15 @@ def step_command(
 def _load(
     shape: str | None, model: str | None, layers: int | None, device: str, dtype: str
 ) -> tuple[Transformer, str]:
-    if model is None:
-        name = shape or "llada-8b"
-        return build_shape(name, layers, device, dtype), name
+    if shape is not None:
+        return build_shape(shape, layers, device, dtype), shape
     if layers is not None:
         raise ConfigError("--layers: only a --shape can be cut")
     from d2f.models.checkpoint import load_model
+    from d2f.shipped import shipped_model
 
-    return load_model(model, device=device, dtype=dtype), model
+    name = model or str(shipped_model("student"))
+    return load_model(name, device=device, dtype=dtype), name
 
 
 def measure_grid(

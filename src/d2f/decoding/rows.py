@@ -166,6 +166,8 @@ class RowStorage:
         self.device = torch.device(device)
         self._ints_FB = torch.zeros(len(_INTS), max_rows, dtype=torch.long, device=device)
         self._ints_FB[_INTS.index("done_B")] = 1
+        # Padding is taken for tokens of some row, and its block is found by division.
+        self._ints_FB[_INTS.index("size_B")] = 1
         self._reals_FB = torch.zeros(len(_REALS), max_rows, dtype=torch.double, device=device)
         grid = (max_rows, sizes.num_blocks, sizes.block_size)
         self._others: dict[str, Tensor | None] = {

@@ -90,16 +90,20 @@ class SteadyStep:
         cache.kv_N2SKH.normal_()
         imposed = None if model.spec.architecture.causal else (0,)
         decoder = paged_decoder(model, cache, operations, imposed)
-        on_gpu = model.device.type == "cuda"
         self._shape = self._step_shape(page_size)
         storage = self._filled_rows(*decoder.begin(self._row_start()), page_size, pages)
-        self._runner = Runner(decoder, storage, use_graphs=on_gpu)
+        self._runner = Runner(decoder, storage, use_graphs=self.on_gpu)
         self._rows = [v for v in vars(storage.rows(batch_size)).values() if v is not None]
         self._saved = [value.clone() for value in self._rows]
         start = time.perf_counter()
         self._check(self._start())
         self.seconds_to_capture = time.perf_counter() - start
         """Compiling kernels included, where no step did so before."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """It is a captured graph."""
+        return self.model.device.type == "cuda"
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +143,7 @@ class SteadyStep:
     @torch.inference_mode()
     def run(self, count: int) -> list[float]:
         """Run the step `count` times; milliseconds of each."""
-        if self.model.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda._sleep(_HEAD_START)
         clock = self._runner.clock = StepClock(self.model.device)
         try:
@@ -180,7 +184,7 @@ class SteadyStep:
         rows, tokens, count, end = (
             self.batch_size, self.num_tokens, self.window, self.kv_length + self.window,
         )  # fmt: skip
-        if self.model.device.type == "cuda":
+        if self.on_gpu:
             rows, tokens = power_of_two(rows), round_up(tokens)
             count = min(power_of_two(count), tokens)
             end = self.max_positions
@@ -197,7 +201,7 @@ class SteadyStep:
     ) -> RowStorage:
         start, spec = self._row_start(), self.model.spec
         sizes = RowSizes.of(start)
-        if self.model.device.type == "cuda":
+        if self.on_gpu:
             sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
         storage = RowStorage(
             sizes,

@@ -25,7 +25,7 @@ def tiny_presets(monkeypatch):
 def test_step_reports_all_rows_and_ratios(d2f, tmp_path):
     file = tmp_path / "step.json"
     sizes = ("--batch", "1,2", "--window", "4,40", "--kv-length", "16,48", "--engine-tokens", 24)
-    done = d2f(*STEP, *sizes, "--layers", 1, "--json", file)
+    done = d2f(*STEP, "--shape", "llada-8b", *sizes, "--layers", 1, "--json", file)
     assert done.code == 0, done.err
     report = json.loads(file.read_text())
     assert report["environment"]["dtype"] == "float32"
