@@ -363,7 +363,10 @@ class PagedLane:
             tokens: dict[int, list[TokenRecord]] = {}
             for record in records:
                 tokens.setdefault(record.row, []).append(record)
+            time = flight.pending.time
             for row, task in enumerate(flight.tasks):
+                if time is not None and tables[row]["ran"]:
+                    time.accepted[task.number] = [token.index for token in tokens.get(row, [])]
                 if not task.finished:
                     self._report(task, tables[row], tokens.get(row, []))
             self._flights.popleft()
