@@ -417,7 +417,9 @@ def main() -> None:
     options.dtype = options.dtype or fastest_dtype(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(device=options.device, dtype=options.dtype)
-    arguments = " ".join(sys.argv[1:])
+    # Where the report lies says nothing about how it came about.
+    without = {"--output", str(options.output), f"--output={options.output}"}
+    arguments = " ".join(word for word in sys.argv[1:] if word not in without)
     for name in options.parts:
         start = time.perf_counter()
         report = PARTS[name](options)

@@ -200,7 +200,7 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
         decode_seconds=spent,
         steps_ms=step_periods(steps),
         num_preemptions=engine.num_preemptions - before,
-        num_captured=engine.num_graphs - graphs,
+        num_captured=max(engine.num_graphs - graphs, 0),
         accepted=[
             [len(step.accepted[number]) for step in steps if number in step.accepted]
             for number in numbers
