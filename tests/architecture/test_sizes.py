@@ -19,7 +19,7 @@ def test_file_and_its_functions_are_short(path):
         node.name: length
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        # The signature and the body; decorators do not count.
-        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+        # The docstring and the body; the arguments of a kernel take a line each.
+        and (length := node.end_lineno - node.body[0].lineno + 1) > MAX_FUNCTION_LINES
     }
     assert not too_long, f"functions over {MAX_FUNCTION_LINES} lines: {too_long}"

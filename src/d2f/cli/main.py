@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from d2f import __version__
+from d2f.cli.bench import bench_app
 from d2f.cli.console import log
 from d2f.cli.demo import demo_command
 from d2f.cli.generate import generate_command
@@ -27,6 +28,7 @@ app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("train")(train_command)
 app.command("inspect")(inspect_command)
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

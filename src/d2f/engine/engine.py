@@ -6,11 +6,13 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
+from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
 from d2f.engine.request import Output, Request, resolve
 from d2f.engine.sizing import cache_pages
@@ -268,6 +270,37 @@ class Engine:
         if STRATEGIES[task.request.strategy].paged:
             return task.view()
         return task.blocks or self._unpaged.view(task)
+
+    @contextmanager
+    def timed(self) -> Iterator[StepClock]:
+        """Note when each step on the paged cache runs, within the block.
+
+        On a GPU, steps whose graph is captured within the block hold the others up; warm up first.
+
+        Example:
+            >>> from d2f.testing import tiny_model
+            >>> engine = Engine(tiny_model("llada"))
+            >>> with engine.timed() as clock:
+            ...     [result] = engine.generate([Request(prompt_ids=[1], max_new_tokens=4)])
+            >>> len(clock.times()) == result.num_forwards
+            True
+        """
+        runner, clock = self._paged.runner, StepClock(self.model.device)
+        runner.clock = clock
+        try:
+            yield clock
+        finally:
+            runner.clock = None
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running request had to give way to an older one."""
+        return self._paged.num_preemptions
+
+    @property
+    def num_graphs(self) -> int:
+        """Shapes of step that are captured."""
+        return self._paged.runner.num_graphs
 
     # ---------------------------------------------------------------------------------- inside
 

@@ -281,7 +281,10 @@ class PagedLane:
             if not prefill:
                 tokens = self._bucket(counts)
                 longest = 1 if autoregressive else min(power_of_two(longest), tokens)
-                candidates = num_rows if autoregressive else tokens
+                candidates = tokens
+            elif self.runner.captures_prompts(num_rows, tokens):
+                tokens, longest = round_up(tokens), power_of_two(longest)
+                candidates = round_up(candidates)
         return StepShape(
             num_rows=num_rows,
             num_tokens=tokens,
@@ -360,7 +363,10 @@ class PagedLane:
             tokens: dict[int, list[TokenRecord]] = {}
             for record in records:
                 tokens.setdefault(record.row, []).append(record)
+            time = flight.pending.time
             for row, task in enumerate(flight.tasks):
+                if time is not None and tables[row]["ran"]:
+                    time.accepted[task.number] = [token.index for token in tokens.get(row, [])]
                 if not task.finished:
                     self._report(task, tables[row], tokens.get(row, []))
             self._flights.popleft()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from d2f.decoding.paged import PagedDecoder, StepShape, TokenRecord, read_record
 from d2f.decoding.rows import RowStorage
+from d2f.engine.clock import StepClock, StepTime
+
+PROMPT_ROWS, PROMPT_TOKENS = 4, 512
+"""Steps with prompts are captured up to so many rows and tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +24,15 @@ class Pending:
     record: Tensor
     """On the host; on a GPU it is there once `ready` has happened."""
     ready: torch.cuda.Event | None
+    clock: StepClock | None = None
+    time: StepTime | None = None
+    """Where the clock notes it, if there is one."""
 
     def read(self) -> tuple[list[dict[str, int]], list[TokenRecord]]:
         """What it reports: one table per row, and the accepted tokens."""
         if self.ready is not None:
-            self.ready.synchronize()
+            with self.clock.waiting() if self.clock else nullcontext():
+                self.ready.synchronize()
         return read_record(self.record, self.num_rows)
 
 
@@ -33,14 +42,16 @@ class Runner:
     Args:
         decoder: The strategy.
         storage: The rows.
-        use_graphs: Capture each shape of step without a prompt as a CUDA graph when it first
-            occurs, and replay it from then on.
+        use_graphs: Capture shapes of steps as CUDA graphs when they first occur, and replay them
+            from then on; of steps with prompts only small ones.
     """
 
     def __init__(self, decoder: PagedDecoder, storage: RowStorage, *, use_graphs: bool) -> None:
         self.decoder, self._storage, self._use_graphs = decoder, storage, use_graphs
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        self.clock: StepClock | None = None
+        """Notes when steps run, while somebody wants to know."""
 
     @property
     def storage(self) -> RowStorage:
@@ -60,21 +71,33 @@ class Runner:
         """Shapes captured so far."""
         return len(self._graphs)
 
+    def captures_prompts(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether a step with a prompt is captured: where launching would take longer than running.
+
+        Of larger ones there are too many shapes.
+        """
+        return self._use_graphs and num_rows <= PROMPT_ROWS and num_tokens <= PROMPT_TOKENS
+
     @torch.inference_mode()
     def start(self, shape: StepShape) -> Pending:
         """Start a step; on a GPU this does not wait for it."""
-        if self._use_graphs and not shape.prefill:
-            graph, record = self._graphs.get(shape) or self.capture(shape)
-            graph.replay()
-        else:
-            record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
+        captured = not shape.prefill or self.captures_prompts(shape.num_rows, shape.num_tokens)
+        replayed = self._use_graphs and captured
+        if replayed and shape not in self._graphs:
+            self.capture(shape)
+        with self.clock.step(shape) if self.clock else nullcontext() as time:
+            if replayed:
+                graph, record = self._graphs[shape]
+                graph.replay()
+            else:
+                record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
         if not record.is_cuda:
-            return Pending(shape.num_rows, record, None)
+            return Pending(shape.num_rows, record, None, self.clock, time)
         host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
         host.copy_(record, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Pending(shape.num_rows, host, ready)
+        return Pending(shape.num_rows, host, ready, self.clock, time)
 
     @torch.inference_mode()
     def capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:

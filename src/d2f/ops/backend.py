@@ -118,12 +118,12 @@ _TORCH = Backend(
 
 @functools.cache
 def _triton_backend() -> Backend:
-    from d2f.ops.triton import linear, norm, paged_attention, rope, sampling, swiglu
+    from d2f.ops.triton import linear, norm, packed, paged_attention, rope, sampling, swiglu
 
     return Backend(
         name="triton",
-        pack_tokens=pack_tokens,
-        find_candidates=find_candidates,
+        pack_tokens=packed.pack_tokens,
+        find_candidates=packed.find_candidates,
         add_rms_norm=norm.add_rms_norm,
         rope_and_write=rope.rope_and_write,
         plan_attention=paged_attention.plan_attention,

@@ -126,10 +126,7 @@ def pack_tokens(
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
     device, num_rows = rows.start_B.device, len(rows.start_B)
-    count_B = torch.where(rows.done_B > 0, 0, rows.end_B - rows.start_B)
-    short_B = count_B <= max_count
-    runs_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
-    count_B = torch.where(runs_B, count_B, 0)
+    count_B, runs_B = _taking_part(rows, num_tokens, max_count)
     last_B = count_B.cumsum(0)
     first_B = last_B - count_B
 
@@ -147,12 +144,6 @@ def pack_tokens(
         # The prompt is block -1 here, which ends where block 0 begins.
         visible_T = torch.minimum(prompt_T + (block_T + 1) * size_T, end_T)
 
-    grid_BR = rows.tokens_BNK.flatten(1)
-    place_T = block_T * (rows.tokens_BNK.shape[2] - size_T) + response_T
-    ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
-    if prefill:
-        at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
-        ids_T = torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
     page_T = rows.pages_BP[row_T, position_T // page_size]
     packed = PackedTokens(
         positions_T=position_T,
@@ -168,12 +159,39 @@ def pack_tokens(
     )
     return Packing(
         packed=packed,
-        ids_T=ids_T,
+        ids_T=_ids(rows, row_T, position_T, response_T, block_T, prefill),
         row_T=row_T,
         response_T=response_T,
         inside_T=inside_T,
-        runs_B=runs_B & (rows.done_B == 0),
+        runs_B=runs_B,
     )
+
+
+def _ids(
+    rows: PackableRows,
+    row_T: Tensor,
+    position_T: Tensor,
+    response_T: Tensor,
+    block_T: Tensor,
+    prefill: bool,
+) -> Tensor:
+    """Token ids, of the response and, in a prefill, of the prompt."""
+    grid_BR = rows.tokens_BNK.flatten(1)
+    place_T = block_T * (rows.tokens_BNK.shape[2] - rows.size_B[row_T]) + response_T
+    ids_T = grid_BR[row_T, place_T.clamp(0, grid_BR.shape[1] - 1)]
+    if not prefill:
+        return ids_T
+    at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
+    return torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
+
+
+def _taking_part(rows: PackableRows, num_tokens: int, max_count: int) -> tuple[Tensor, Tensor]:
+    """Tokens of each row in this forward, and which rows take part."""
+    idle_B = rows.done_B > 0
+    count_B = torch.where(idle_B, 0, rows.end_B - rows.start_B)
+    short_B = count_B <= max_count
+    fits_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
+    return torch.where(fits_B, count_B, 0), fits_B & ~idle_B
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -176,3 +176,14 @@ def test_tensors_are_prompts_too(model):
     as_list = generate_ids(model, [[1, 2], [3, 4]], max_new_tokens=4)
     assert generate_ids(model, torch.tensor([[1, 2], [3, 4]]), max_new_tokens=4) == as_list
     assert generate_ids(model, torch.tensor([1, 2]), max_new_tokens=4) == as_list[0]
+
+
+def test_rows_that_were_never_used_take_no_part():
+    """The host one step behind sizes steps by powers of two: here 3 requests in 4 rows."""
+    requests = [dataclasses.replace(LONG, prompt_ids=[n + 1] * (n + 2)) for n in range(3)]
+    behind = EngineConfig(max_batch_size=4, overlap=True)
+    model = tiny_model("llada")
+    alone = [
+        generate_ids(model, r.prompt_ids, max_new_tokens=30, eos_token_id=()) for r in requests
+    ]
+    assert Engine(model, behind).generate(requests) == alone

@@ -1,0 +1,80 @@
+"""What the `d2f bench` commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2f.models.transformer import Transformer
+
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(help="llada-8b, dream-7b, llama-3-8b or qwen2.5-7b, with random weights."),
+]
+LayersOption = Annotated[
+    int | None, typer.Option(help="Layers of the shape, where all are too many.", min=1)
+]
+PageSizeOption = Annotated[int, typer.Option(help="Positions of a page.", min=1)]
+BackendOption = Annotated[str, typer.Option(help="torch, triton or auto.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: faster.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write all numbers to this file.", dir_okay=False)
+]
+
+
+def numbers(text: str) -> list[int]:
+    """A list such as `1,4,16`, each at least 1.
+
+    Raises:
+        typer.BadParameter: It is none.
+
+    Example:
+        >>> numbers("1,4")
+        [1, 4]
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"'{text}' is no list of whole numbers of at least 1, as 1,4,16")
+    return list(dict.fromkeys(found))
+
+
+def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Transformer:
+    """A preset's model of random weights on the device.
+
+    Raises:
+        ConfigError: The shape is unknown.
+    """
+    from d2f.models.presets import preset_spec, random_model
+
+    return random_model(preset_spec(shape, num_layers=layers), device=device, dtype=dtype)
+
+
+def describe_model(model: Transformer, name: str, random: bool) -> dict[str, object]:
+    """What was measured, for a result file."""
+    spec = model.spec
+    return {
+        "name": name,
+        "random_weights": random,
+        "architecture": spec.architecture.name,
+        "num_layers": spec.num_layers,
+        "num_parameters": spec.num_parameters,
+    }
+
+
+def check_one_source(shape: str | None, model: str | None) -> None:
+    """Refuse two models at once.
+
+    Raises:
+        ConfigError: Both are given.
+    """
+    if shape is not None and model is not None:
+        raise ConfigError("--shape and --model exclude each other")

@@ -1,0 +1,403 @@
+"""`d2f bench race`: strategies side by side on the same prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.cli.bench_options import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    PageSizeOption,
+    ShapeOption,
+    build_shape,
+    check_one_source,
+    describe_model,
+    numbers,
+)
+from d2f.cli.console import check_writable, log, out, write_json
+from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2f.engine.engine import Engine
+    from d2f.evaluation.throughput import Entrant, Run
+    from d2f.models.transformer import Transformer
+
+STRATEGIES = {"pipelined": "diffusion", "serial": "diffusion", "autoregressive": "autoregressive"}
+"""Each strategy of the race with the model that it decodes."""
+
+AcceptOption = Annotated[
+    int | None,
+    typer.Option(help="--shape: tokens that every forward of a request accepts.", min=1),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(help="--shape: accepted tokens of the 1st, 2nd, … forward, a JSON list."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Who races over what."""
+
+    models: Mapping[str, Transformer]
+    """By the names in `STRATEGIES`."""
+    names: Mapping[str, str]
+    entrants: Callable[[int], list[Entrant]]
+    """With so many prompts."""
+    longest: int
+    """Positions of a prompt and its answer, at most."""
+    limit: int
+    """Most new tokens."""
+    imposed: tuple[int, ...] | None
+
+
+def race_command(
+    shape: ShapeOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Or a diffusion model: folder or hub id.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="… and its autoregressive rival.")] = None,
+    layers: LayersOption = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, as 1,4,16,64,256.")] = "1",
+    num_prompts: Annotated[int, typer.Option(help="Prompts; at least the batch.", min=1)] = 16,
+    prompt_length: Annotated[int, typer.Option(help="--shape: tokens of a prompt.", min=1)] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: 128, or what the longest answer needs.", min=1)
+    ] = None,
+    accept: AcceptOption = None,
+    trace: TraceOption = None,
+    record_trace: Annotated[
+        Path | None, typer.Option(help="Write what `pipelined` accepts, for --trace.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each strategy, in turns.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 2026,
+    page_size: PageSizeOption = 16,
+    backend: BackendOption = "auto",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Race D2F against autoregression in the same engine, at one or several batch sizes.
+
+    The shipped models answer word problems. A --shape has random weights and answers nothing, so
+    what it accepts per forward is imposed; the speed is real. Its rival has the same weights.
+
+    Example:  d2f bench race --batch 1,4,16 --json race.json
+    """
+    check_one_source(shape, model)
+    batches = numbers(batch)
+    for path in (json_file, record_trace):
+        if path is not None:
+            check_writable(path)
+    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.evaluation.environment import describe_environment
+
+    imposed = _imposed(shape, accept, trace)
+    device = choose_device(device)
+    dtype = dtype or fastest_dtype(device)
+    if shape is not None:
+        built = build_shape(shape, layers, device, dtype)
+        entered = shape_field(built, shape, (prompt_length, max_new_tokens or 128), imposed, seed)
+    else:
+        pair = _pair(model, baseline, layers)
+        most = max(num_prompts, *batches)
+        entered = problem_field(pair, max_new_tokens, most, device, dtype, seed)
+    report = {
+        "environment": describe_environment(device=device, dtype=dtype),
+        **race_report(entered, batches, num_prompts, runs, page_size, backend, record_trace),
+    }
+    report["settings"] |= {"seed": seed, "prompt_length": prompt_length if shape else None}
+    _print_report(report)
+    if json_file is not None:
+        write_json(json_file, report)
+        out.print(f"Numbers written to {json_file}")
+
+
+def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple[int, ...] | None:
+    """Accepted tokens per forward.
+
+    Raises:
+        ConfigError: They are given twice, for a model that needs none, or not for a shape; or the
+            file does not hold them.
+    """
+    if accept is not None and trace is not None:
+        raise ConfigError("--accept and --trace exclude each other")
+    if shape is None:
+        if accept is not None or trace is not None:
+            raise ConfigError("--accept and --trace are for a --shape; a real model accepts itself")
+        return None
+    if accept is not None:
+        return (accept,)
+    if trace is None:
+        raise ConfigError(
+            "random weights accept nothing by themselves; say how much a forward accepts with "
+            "--accept N or --trace FILE"
+        )
+    try:
+        counts = json.loads(trace.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{trace} cannot be read as JSON: {error}") from None
+    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    if not whole or not counts:
+        raise ConfigError(f"{trace} must hold a JSON list of whole numbers, one for each forward")
+    return tuple(counts)
+
+
+def _pair(model: str | None, baseline: str | None, layers: int | None) -> tuple[str, str]:
+    from d2f.shipped import shipped_model
+
+    if layers is not None:
+        raise ConfigError("--layers: only a --shape can be cut")
+    if (model is None) != (baseline is None):
+        raise ConfigError("--model and --baseline go together: a D2F model and its rival")
+    if model is None or baseline is None:
+        return str(shipped_model("student")), str(shipped_model("autoregressive"))
+    return model, baseline
+
+
+def shape_field(
+    model: Transformer,
+    shape: str,
+    lengths: tuple[int, int],
+    imposed: tuple[int, ...] | None,
+    seed: int,
+) -> Field:
+    """Random prompts for a model of random weights and its autoregressive twin.
+
+    Args:
+        model: A diffusion model.
+        shape: Its name.
+        lengths: Of each prompt and each answer.
+        imposed: Accepted tokens per forward.
+        seed: Of the prompts.
+
+    Raises:
+        ConfigError: The model is autoregressive.
+    """
+    from d2f.engine.request import Request
+    from d2f.evaluation.throughput import Entrant
+    from d2f.models.presets import autoregressive_twin
+
+    if model.spec.architecture.causal:
+        raise ConfigError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
+    prompt_length, limit = lengths
+
+    def entrants(count: int) -> list[Entrant]:
+        draw = random.Random(seed)
+        vocabulary = range(model.spec.vocab_size)
+        prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(count)]
+        return [
+            Entrant(
+                name=strategy,
+                model=kind,
+                requests=[
+                    Request(prompt_ids=p, max_new_tokens=limit, eos_token_id=(), strategy=strategy)
+                    for p in prompts
+                ],
+            )
+            for strategy, kind in STRATEGIES.items()
+        ]
+
+    return Field(
+        models={"diffusion": model, "autoregressive": autoregressive_twin(model)},
+        names={"diffusion": shape, "autoregressive": f"{shape}, the same weights"},
+        entrants=entrants,
+        longest=prompt_length + limit,
+        limit=limit,
+        imposed=imposed,
+    )
+
+
+def problem_field(
+    pair: tuple[str, str], limit: int | None, most: int, device: str, dtype: str, seed: int
+) -> Field:
+    """The built-in problems for a D2F model and its rival.
+
+    Args:
+        pair: Folders or hub ids of the two.
+        limit: Most new tokens; None: what the longest worked answer needs.
+        most: Problems.
+        device: Where the models go.
+        dtype: Of the models.
+        seed: Of the problems.
+    """
+    from d2f.engine.request import Request
+    from d2f.evaluation.race import response_limit
+    from d2f.evaluation.throughput import Entrant
+    from d2f.models.checkpoint import load_model
+    from d2f.problems import extract_answer, generate_problems
+    from d2f.text import Tokenizer
+
+    names = dict(zip(("diffusion", "autoregressive"), pair, strict=True))
+    models = {k: load_model(name, device=device, dtype=dtype) for k, name in names.items()}
+    tokenizers = {kind: Tokenizer.load(name) for kind, name in names.items()}
+    problems = list(generate_problems(most, seed=seed, split="test"))
+    prompts = {k: [t.encode_prompt(p.prompt) for p in problems] for k, t in tokenizers.items()}
+    policy = models["diffusion"].spec.recommended_policy
+    size = policy.block_size if policy else 32
+    longest = limit or max(response_limit(problems, t, size) for t in tokenizers.values())
+
+    def judge(kind: str) -> Callable[[int, list[int]], bool]:
+        return lambda index, token_ids: (
+            extract_answer(tokenizers[kind].decode(token_ids)) == problems[index].answer
+        )
+
+    def entrants(count: int) -> list[Entrant]:
+        return [
+            Entrant(
+                name=strategy,
+                model=kind,
+                requests=[
+                    Request(prompt_ids=p, max_new_tokens=longest, strategy=strategy)
+                    for p in prompts[kind][:count]
+                ],
+                is_right=judge(kind),
+            )
+            for strategy, kind in STRATEGIES.items()
+        ]
+
+    return Field(
+        models=models,
+        names=names,
+        entrants=entrants,
+        longest=longest + max(len(p) for many in prompts.values() for p in many),
+        limit=longest,
+        imposed=None,
+    )
+
+
+def race_report(
+    entered: Field,
+    batches: Sequence[int],
+    num_prompts: int,
+    runs: int,
+    page_size: int,
+    backend: str,
+    record_trace: Path | None = None,
+) -> dict[str, Any]:
+    """Race at each batch size; the rows and what follows from them."""
+    from d2f.evaluation.throughput import acceptance_trace, race_batch, speed_ratios
+
+    rows = []
+    for batch in batches:
+        traced: list[Run] = []
+
+        def on_run(name: str, run: Run, batch: int = batch, traced: list[Run] = traced) -> None:
+            count = sum(map(len, run.token_ids))
+            log.print(f"batch {batch}, {name}: {count / run.seconds:.0f} tokens/s", style="dim")
+            if name == "pipelined":
+                traced.append(run)
+
+        engines = {
+            kind: _engine(entered, kind, batch, page_size, backend) for kind in entered.models
+        }
+        entrants = entered.entrants(max(num_prompts, batch))
+        results = race_batch(entrants, engines, batch, num_runs=runs, on_run=on_run)
+        rows += [result.summary() for result in results]
+        for engine in engines.values():
+            engine.close()
+        if record_trace is not None and batch == batches[0]:
+            write_json(record_trace, acceptance_trace(traced[-1]))
+    return {
+        "models": {
+            kind: describe_model(model, entered.names[kind], random=entered.imposed is not None)
+            for kind, model in entered.models.items()
+        },
+        "settings": {
+            "max_new_tokens": entered.limit,
+            "imposed_acceptance": entered.imposed,
+            "page_size": page_size,
+            "backend": backend,
+            "num_runs": runs,
+        },
+        "rows": rows,
+        "pipelined_over_autoregressive": speed_ratios(rows),
+    }
+
+
+def _engine(entered: Field, kind: str, batch: int, page_size: int, backend: str) -> Engine:
+    """An engine with room for `batch` requests, or for as many as two fifths of the memory hold."""
+    import torch
+
+    from d2f.engine.engine import Engine, EngineConfig
+
+    model = entered.models[kind]
+    per_token = model.spec.kv_bytes_per_token // 2 * model.dtype.itemsize
+    wanted = batch * (entered.longest + 2 * page_size) * per_token
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        wanted = min(wanted, int(0.4 * torch.cuda.mem_get_info(model.device)[0]))
+    return Engine(
+        model,
+        EngineConfig(
+            max_batch_size=batch,
+            page_size=page_size,
+            kv_cache_bytes=wanted,
+            backend=backend,
+            imposed_acceptance=None if model.spec.architecture.causal else entered.imposed,
+        ),
+    )
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    environment, settings = report["environment"], report["settings"]
+    names = " against ".join(model["name"] for model in report["models"].values())
+    out.print(f"{names}, {environment['dtype']}, on {environment['processor']}")
+    if settings["imposed_acceptance"] is not None:
+        counts = ", ".join(map(str, settings["imposed_acceptance"]))
+        out.print(f"Random weights; acceptance [bold]imposed[/bold]: {counts} per forward")
+    out.print()
+    out.print(_table(report["rows"]))
+    for line in report["pipelined_over_autoregressive"]["by_batch_size"]:
+        kinds = [(k, line[k]) for k in ("end_to_end", "decode_only") if line[k] is not None]
+        ratios = ", ".join(f"{ratio:.2f}x {kind.replace('_', ' ')}" for kind, ratio in kinds)
+        out.print(f"batch {line['batch_size']}: pipelined is {ratios} of autoregressive")
+    overtaken = report["pipelined_over_autoregressive"]["overtaken_at"]
+    for kind, size in overtaken.items():
+        where = f"from batch {size} on" if size else "at none of these batch sizes"
+        out.print(f"Autoregression is faster {where} ({kind.replace('_', ' ')}).")
+    seconds = sum(row["warm_up_seconds"] for row in report["rows"])
+    out.print(
+        f"\nMedian of {settings['num_runs']} runs in turns; {seconds:.1f} s of warm-up not "
+        "counted. end to end: answer tokens / wall time, prompts included; decode only: those of "
+        "steps without a prompt / the time of these.",
+        style="dim",
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("batch", justify="right", vertical="bottom", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for column in (
+        "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforw.", "query/\nforw.",
+        "ms/\nstep", "p99", "mean\ntok.", "score",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    for row in rows:
+        decode = row["decode_tokens_per_second"]
+        table.add_row(
+            str(row["batch_size"]),
+            row["name"],
+            f"{row['tokens_per_second']['median']:.0f}",
+            f"{decode['median']:.0f}" if decode else "–",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['query_tokens_per_forward']:.0f}",
+            f"{row['milliseconds_per_step']:.2f}",
+            f"{row['step_ms_p99']:.2f}",
+            f"{row['mean_tokens']:.0f}",
+            "–" if row["score"] is None else f"{row['score']:.0%}",
+        )
+    return table

@@ -1,0 +1,228 @@
+"""One decode-only step in a steady state, to be run again and again by those who measure.
+
+Shapes: B rows of the same length, each with a window of W live tokens.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from d2f.decoding.paged import StepShape
+from d2f.decoding.rows import RowSizes, RowStart, RowStorage
+from d2f.decoding.strategies import paged_decoder
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.clock import StepClock
+from d2f.engine.runner import Pending, Runner
+from d2f.engine.sizing import power_of_two, round_up
+from d2f.errors import ConfigError, D2FError
+from d2f.models.cache import PagedCache
+from d2f.models.transformer import Transformer
+from d2f.ops.backend import select_backend
+
+BLOCK_SIZE = 32
+_HEAD_START = 50_000_000
+"""Clock cycles that a GPU is kept from its work, so that the host's start of a step never shows."""
+
+
+class SteadyStep:
+    """The step of `batch_size` rows that have `kv_length` positions cached and `window` masked.
+
+    Keys and values are random. No token is accepted but the one that the rules force; between two
+    runs the rows are put back, so each run does the same. On a GPU the step is a captured graph.
+    An autoregressive model computes one token per row.
+
+    Args:
+        model: The model.
+        batch_size: Rows.
+        window: Live tokens of a row, in blocks of 32 or one smaller block.
+        kv_length: Cached positions of a row.
+        page_size: Positions of a page.
+        backend: As in `EngineConfig`.
+        max_positions: Longest sequence that the engine would serve; None: the model's own.
+
+    Raises:
+        ConfigError: A number is below 1, or an autoregressive model has a window.
+        D2FError: The step did not run as planned.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> step = SteadyStep(tiny_model("llada"), batch_size=2, window=8, kv_length=20)
+        >>> len(step.run(3)), step.num_tokens
+        (3, 16)
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        batch_size: int,
+        window: int,
+        kv_length: int,
+        page_size: int = 16,
+        backend: str = "auto",
+        max_positions: int | None = None,
+    ) -> None:
+        sizes = {"batch_size": batch_size, "window": window, "kv_length": kv_length}
+        for name, value in (sizes | {"page_size": page_size}).items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if model.spec.architecture.causal and window != 1:
+            raise ConfigError(
+                f"window is {window}; an autoregressive model computes 1 token of a row at a time"
+            )
+        self.model, self.batch_size, self.window, self.kv_length = (
+            model, batch_size, window, kv_length,
+        )  # fmt: skip
+        self.max_positions = max(max_positions or model.spec.max_positions, kv_length + window)
+        operations = select_backend(backend, model.device)
+        self.backend = operations.name
+        model.pack()
+        pages = -(-(kv_length + window) // page_size)
+        cache = PagedCache(
+            model.spec,
+            num_pages=batch_size * pages + 1,
+            page_size=page_size,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        cache.kv_N2SKH.normal_()
+        imposed = None if model.spec.architecture.causal else (0,)
+        decoder = paged_decoder(model, cache, operations, imposed)
+        self._shape = self._step_shape(page_size)
+        storage = self._filled_rows(*decoder.begin(self._row_start()), page_size, pages)
+        self._runner = Runner(decoder, storage, use_graphs=self.on_gpu)
+        self._rows = [v for v in vars(storage.rows(batch_size)).values() if v is not None]
+        self._saved = [value.clone() for value in self._rows]
+        start = time.perf_counter()
+        self._check(self._start())
+        self.seconds_to_capture = time.perf_counter() - start
+        """Compiling kernels included, where no step did so before."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """It is a captured graph."""
+        return self.model.device.type == "cuda"
+
+    @property
+    def num_tokens(self) -> int:
+        """Query tokens of all rows."""
+        return self.batch_size * self.window
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that the step reads: all but the table of embeddings."""
+        model = self.model
+        layers = sum(p.nbytes for p in model.layers.parameters())
+        return layers + model.norm.weight.nbytes + model.head_weight_VD.nbytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values that the step reads once."""
+        spec, positions = self.model.spec, self.kv_length + self.window
+        per_token = spec.kv_bytes_per_token // 2 * self.model.dtype.itemsize
+        return self.batch_size * positions * per_token
+
+    @property
+    def product_flops(self) -> int:
+        """Floating-point operations of the products with weights, head included."""
+        weights = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2)
+        return 2 * self.num_tokens * (weights + self.model.head_weight_VD.numel())
+
+    @property
+    def attention_flops(self) -> int:
+        """Floating-point operations of attention: each token with the keys that it sees."""
+        spec, window = self.model.spec, self.window
+        seen = sum(
+            self.kv_length + min((token // BLOCK_SIZE + 1) * BLOCK_SIZE, window)
+            for token in range(window)
+        )
+        return 4 * self.batch_size * seen * spec.num_layers * spec.num_heads * spec.head_dim
+
+    @torch.inference_mode()
+    def run(self, count: int) -> list[float]:
+        """Run the step `count` times; milliseconds of each."""
+        if self.on_gpu:
+            torch.cuda._sleep(_HEAD_START)
+        clock = self._runner.clock = StepClock(self.model.device)
+        try:
+            pending = [self._start() for _ in range(count)]
+        finally:
+            self._runner.clock = None
+        milliseconds = [1000 * (step.end - step.begin) for step in clock.times()]
+        self._check(pending[-1])
+        return milliseconds
+
+    @torch.inference_mode()
+    def _start(self) -> Pending:
+        torch._foreach_copy_(self._rows, self._saved)
+        return self._runner.start(self._shape)
+
+    def _check(self, pending: Pending) -> None:
+        tables, _ = pending.read()
+        for table in tables[: self.batch_size]:
+            if not (table["ran"] and table["finite"]):
+                raise D2FError("the measured step left a row out, or its logits are not finite")
+
+    def _row_start(self) -> RowStart:
+        causal = self.model.spec.architecture.causal
+        size = min(BLOCK_SIZE, self.window)
+        return RowStart(
+            prompt=[1] * self.kv_length,
+            max_new_tokens=self.window + causal,
+            policy=DecodingPolicy(block_size=size),
+            eos_token_ids=(),
+            # Of an autoregressive model the last token is not cached yet.
+            tokens=[1] if causal else [None] * self.window,
+            num_opened=0 if causal else -(-self.window // size),
+            num_cached=self.kv_length,
+        )
+
+    def _step_shape(self, page_size: int) -> StepShape:
+        """As the engine sizes it: exact on a CPU, in buckets on a GPU."""
+        rows, tokens, count, end = (
+            self.batch_size, self.num_tokens, self.window, self.kv_length + self.window,
+        )  # fmt: skip
+        if self.on_gpu:
+            rows, tokens = power_of_two(rows), round_up(tokens)
+            count = min(power_of_two(count), tokens)
+            end = self.max_positions
+        return StepShape(
+            num_rows=rows,
+            num_tokens=tokens,
+            num_candidates=rows if self.model.spec.architecture.causal else tokens,
+            max_count=count,
+            max_end=-(-end // page_size) * page_size,
+        )
+
+    def _filled_rows(
+        self, values: dict[str, int], fully: list[bool], page_size: int, pages: int
+    ) -> RowStorage:
+        start, spec = self._row_start(), self.model.spec
+        sizes = RowSizes.of(start)
+        if self.on_gpu:
+            sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
+        storage = RowStorage(
+            sizes,
+            max_rows=self._shape.num_rows,
+            num_pages=self._shape.max_end // page_size,
+            mask_token_id=spec.mask_token_id or 0,
+            boundary_size=spec.hidden_size if spec.architecture.shifted else None,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        for row in range(self.batch_size):
+            storage.write(row, start, values, fully)
+        # Rows that grew together: their pages alternate.
+        storage.write_pages(
+            [
+                (row, index, 1 + index * self.batch_size + row)
+                for row in range(self.batch_size)
+                for index in range(pages)
+            ]
+        )
+        boundary_BD = storage.rows(self.batch_size).boundary_BD
+        if boundary_BD is not None:
+            boundary_BD.normal_()
+        return storage

@@ -1,0 +1,77 @@
+"""What a machine can do at best: copy memory and multiply matrices."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from d2f.evaluation.statistics import percentile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The two roofs that a step is held against."""
+
+    copy_bytes_per_second: float
+    """Of a copy on the device, bytes read plus bytes written; the best of several sizes."""
+    matmul_flops_per_second: float
+    """Of one large product of random matrices in the model's type; the median of several."""
+    matmul_size: int
+    """Rows and columns of these matrices."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a result file."""
+        return asdict(self)
+
+
+def measure_rates(device: str, dtype: str) -> Rates:
+    """Measure both on `device`: a second on a GPU, some on a CPU.
+
+    Example:
+        `measure_rates("cuda", "bfloat16").copy_bytes_per_second` is 3.0e12 on an H100.
+    """
+    on_gpu = device.startswith("cuda")
+    megabytes = (256, 1024, 4096) if on_gpu else (64, 256)
+    size = 8192 if on_gpu else 1024
+    return Rates(
+        copy_bytes_per_second=max(_copy_rate(device, m << 20) for m in megabytes),
+        matmul_flops_per_second=_matmul_rate(device, getattr(torch, dtype), size),
+        matmul_size=size,
+    )
+
+
+def _copy_rate(device: str, num_bytes: int) -> float:
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / min(_seconds(lambda: target.copy_(source), device, 10))
+
+
+def _matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    one, other, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    seconds = _seconds(lambda: torch.mm(one, other, out=out), device, 20)
+    return 2 * size**3 / percentile(seconds, 50)
+
+
+def _seconds(work: Callable[[], Any], device: str, count: int) -> list[float]:
+    """Seconds of each of `count` runs, after three that do not count."""
+    for _ in range(3):
+        work()
+    if not device.startswith("cuda"):
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return times
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]

@@ -1,0 +1,150 @@
+"""Shapes of published models, for measuring speed without their weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2f.errors import ConfigError, unknown_name
+from d2f.models.checkpoint import resolve_device, resolve_dtype
+from d2f.models.families import DREAM, LLADA, LLAMA, QWEN2
+from d2f.models.names import published_modules
+from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Transformer
+
+_INIT_STD = 0.02
+_LARGE: dict[str, Any] = {"num_heads": 32, "num_layers": 32, "hidden_size": 4096, "head_dim": 128}
+_QWEN: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_layers": 28,
+    "num_heads": 28,
+    "num_kv_heads": 4,
+    "head_dim": 128,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "max_positions": 131072,
+    "qkv_bias": True,
+    "eos_token_ids": (151643,),
+    "pad_token_id": 151643,
+}
+PRESETS: dict[str, ModelSpec] = {
+    "llada-8b": ModelSpec(
+        architecture=LLADA,
+        vocab_size=126464,
+        intermediate_size=12288,
+        num_kv_heads=32,
+        rope_theta=5e5,
+        norm_eps=1e-5,
+        max_positions=4096,
+        mask_token_id=126336,
+        eos_token_ids=(126081,),
+        bos_token_id=126080,
+        pad_token_id=126081,
+        **_LARGE,
+    ),
+    "dream-7b": ModelSpec(architecture=DREAM, mask_token_id=151666, **_QWEN),
+    "llama-3-8b": ModelSpec(
+        architecture=LLAMA,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        rope_theta=5e5,
+        norm_eps=1e-5,
+        max_positions=8192,
+        eos_token_ids=(128001,),
+        bos_token_id=128000,
+        **_LARGE,
+    ),
+    "qwen2.5-7b": ModelSpec(architecture=QWEN2, **_QWEN),
+}
+"""Sizes and token ids as published."""
+
+
+def preset_spec(name: str, *, num_layers: int | None = None) -> ModelSpec:
+    """The spec of a published model, cut down to `num_layers` if given.
+
+    Raises:
+        ConfigError: The name is unknown, or the layers are not at least 1.
+
+    Example:
+        >>> preset_spec("llada-8b").num_parameters
+        8015581184
+    """
+    if name not in PRESETS:
+        raise ConfigError(unknown_name("shape", name, PRESETS))
+    if num_layers is None:
+        return PRESETS[name]
+    if num_layers < 1:
+        raise ConfigError(f"num_layers is {num_layers}; it must be at least 1")
+    return replace(PRESETS[name], num_layers=num_layers)
+
+
+@torch.no_grad()
+def random_model(
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = torch.bfloat16,
+) -> Transformer:
+    """A model of random weights, drawn where and as they are kept: seconds for 8B on a GPU.
+
+    Matrices are normal with deviation 0.02, those that write to the residual stream scaled down by
+    sqrt(2 * layers); norms are 1 and biases 0. Unlike `build_model`'s, the values depend on the
+    device and type.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> random_model(tiny_spec("Dream"), device="cpu").dtype
+        torch.bfloat16
+    """
+    target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.bfloat16
+    generator = torch.Generator(target).manual_seed(seed)
+    with torch.device("meta"):
+        model = Transformer(spec)
+    for ours in published_modules(spec).values():
+        module = model.get_submodule(ours)
+        scale = math.sqrt(2 * spec.num_layers) if ours.endswith(("o_proj", "down_proj")) else 1.0
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, device=target, dtype=to_dtype)
+            if parameter.ndim == 2:
+                value.normal_(0, _INIT_STD / scale, generator=generator)
+            else:
+                value.fill_(0.0 if attribute == "bias" else 1.0)
+            setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def autoregressive_twin(model: Transformer) -> Transformer:
+    """The model's weights as an autoregressive model of the same sizes: what a fair race needs.
+
+    No weight is copied. It is as fast as a trained model of these sizes, and its text means
+    nothing. An autoregressive model is its own twin.
+
+    Example:
+        >>> from d2f.testing import tiny_model
+        >>> autoregressive_twin(tiny_model("llada")).spec.architecture.name
+        'llama'
+    """
+    spec = model.spec
+    if spec.architecture.causal:
+        return model
+    with torch.device("meta"):
+        twin = Transformer(
+            replace(
+                spec,
+                architecture=QWEN2 if spec.qkv_bias else LLAMA,
+                mask_token_id=None,
+                recommended_policy=None,
+            )
+        )
+    for name, module in model.named_modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            setattr(twin.get_submodule(name), attribute, parameter)
+    return twin.eval()
