@@ -68,6 +68,11 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        imposed = self.imposed_acceptance
+        if imposed is not None and (not imposed or any(number < 0 for number in imposed)):
+            raise ConfigError(
+                f"imposed_acceptance is {imposed!r}; it must be numbers of at least 0, one or more"
+            )
 
 
 class Engine:

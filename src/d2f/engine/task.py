@@ -94,17 +94,17 @@ class Task:
         """Bounds of the positions that its next step computes: first, and end (exclusive).
 
         A step in flight may open one more block, or append one token, and caches all complete
-        blocks.
+        blocks. If it sits out instead, the first position is `start` still.
         """
         ahead = self.num_in_flight
         if self.is_autoregressive:
             start, end = self.start, self.end + ahead
-            return (end - 1 if ahead and not self.stalled else start), min(end, self.longest)
+            return (end - 1 if ahead else start), min(end, self.longest)
         assert self.request.policy is not None
         size, prompt = self.request.policy.block_size, len(self.request.prompt_ids)
         response = min((self.num_opened + ahead) * size, self.request.max_new_tokens)
         start = self.start
-        if ahead and not self.stalled:
+        if ahead:
             start = max(start, prompt + self.num_complete * size)
         return start, max(prompt + response, self.end)
 
