@@ -110,42 +110,39 @@ def pack_tokens(
     prefill: bool,
     causal: bool,
 ) -> Packing:
-    """Lay out what the rows have to compute, positions `start_B` to `end_B` of each.
+    """Lay out positions `start_B` to `end_B` of the rows.
 
     Rows whose tokens do not fit into T any more sit this forward out, and all rows behind them.
 
     Args:
-        rows: The rows.
+        rows: What has to be computed.
         num_tokens: T.
         page_size: Positions of a page.
         max_count: No row has more tokens than this.
         max_end: No row ends later than this.
-        prefill: Some row computes positions of its prompt.
+        prefill: Some row computes its prompt.
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
     runs_B, count_B = _fitting(rows, num_tokens)
     last_B = count_B.cumsum(0)
-    first_B = last_B - count_B
-
     index_T = torch.arange(num_tokens, device=last_B.device)
     inside_T = index_T < last_B[-1]
     row_T = torch.searchsorted(last_B, index_T, right=True).clamp_max(len(last_B) - 1)
+    first_B = last_B - count_B
     facts_4B = torch.stack([rows.start_B - first_B, rows.prompt_B, rows.size_B, rows.end_B])
     offset_T, prompt_T, size_T, end_T = facts_4B[:, row_T].unbind()
     position_T = torch.where(inside_T, index_T + offset_T, 0)
     response_T = position_T - prompt_T
+    # The prompt is block -1, which ends where block 0 begins.
     block_T = response_T.div(size_T, rounding_mode="floor").clamp_min(-1)
     if causal:
         visible_T = position_T + 1
     else:
-        # The prompt is block -1 here, which ends where block 0 begins.
         visible_T = torch.minimum(prompt_T + (block_T + 1) * size_T, end_T)
     place_T = block_T * (rows.tokens_BNK.shape[2] - size_T) + response_T
-    ids_T = _ids(rows, row_T, position_T, response_T, place_T, prefill)
-    page_T = rows.pages_BP[row_T, position_T // page_size]
     packed = PackedTokens(
         positions_T=position_T,
-        slots_T=torch.where(inside_T, page_T * page_size + position_T % page_size, 0),
+        slots_T=torch.where(inside_T, _slots(rows, row_T, position_T, page_size), 0),
         limits_T=torch.where(inside_T, visible_T, 0),
         starts_B=first_B,
         counts_B=count_B,
@@ -157,7 +154,7 @@ def pack_tokens(
     )
     return Packing(
         packed=packed,
-        ids_T=ids_T,
+        ids_T=_ids(rows, row_T, position_T, response_T, place_T, prefill),
         row_T=row_T,
         response_T=response_T,
         inside_T=inside_T,
@@ -188,6 +185,12 @@ def _ids(
         return ids_T
     at_T = position_T.clamp_max(rows.prompt_BL.shape[1] - 1)
     return torch.where(response_T < 0, rows.prompt_BL[row_T, at_T], ids_T)
+
+
+def _slots(rows: PackableRows, row_T: Tensor, position_T: Tensor, page_size: int) -> Tensor:
+    """Cache slots of the positions."""
+    page_T = rows.pages_BP[row_T, position_T // page_size]
+    return page_T * page_size + position_T % page_size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
