@@ -29,44 +29,31 @@ class AutoregressiveDecoder(PagedDecoder):
         packing = self.pack(rows, shape)
         hidden_TD = self.forward(packing)
         runs_B, counts_B = packing.runs_B, packing.packed.counts_B
-        last_B = (packing.packed.starts_B + counts_B - 1).clamp(0, shape.num_tokens - 1)
+        # Of a row that sits out this may be -1, which is some token all the same.
+        last_B = packing.packed.starts_B + (counts_B - 1)
         row_B = torch.arange(shape.num_rows, device=last_B.device)
         choice = self.choose(hidden_TD[last_B], rows, shape, row_B, rows.end_B, runs_B)
 
         index_B = rows.end_B - rows.prompt_B
-        block_size = rows.tokens_BNK.shape[2]
-        block_B = index_B // rows.size_B
         grid_BR = rows.tokens_BNK.flatten(1)
-        place_B1 = (block_B * (block_size - rows.size_B) + index_B)[:, None]
+        unused_B = rows.tokens_BNK.shape[2] - rows.size_B
+        place_B1 = torch.addcmul(index_B, index_B // rows.size_B, unused_B)[:, None]
         place_B1 = place_B1.clamp(0, grid_BR.shape[1] - 1)
         token_B1 = torch.where(
             runs_B[:, None], choice.token_M[:, None], grid_BR.gather(1, place_B1)
         )
         grid_BR.scatter_(1, place_B1, token_B1)
 
-        is_eos_B = (token_B1 == rows.eos_BE).any(-1)
-        done_B = is_eos_B | (index_B + 1 >= rows.limit_B)
-        rows.done_B.copy_(torch.where(runs_B, done_B.long(), rows.done_B))
-        rows.start_B.copy_(torch.where(runs_B, rows.end_B, rows.start_B))
-        rows.end_B.add_(runs_B)
-        rows.forwards_B.add_(runs_B)
-        rows.queries_B.add_(counts_B)
+        end_B, ran_B = rows.end_B + 1, runs_B.long()
+        done_B = (token_B1 == rows.eos_BE).any(-1) | (end_B >= rows.bound_B)
+        rows.update(
+            runs_B,
+            done_B=done_B.long(),
+            start_B=rows.end_B,
+            end_B=end_B,
+            forwards_B=rows.forwards_B + ran_B,
+            queries_B=rows.queries_B + counts_B,
+        )
         return make_record(
-            {
-                "ran": runs_B,
-                "done": rows.done_B,
-                "opened": rows.opened_B,
-                "complete": rows.complete_B,
-                "start": rows.start_B,
-                "end": rows.end_B,
-                "forwards": rows.forwards_B,
-                "queries": rows.queries_B,
-                "finite": choice.probability_M.isfinite(),
-            },
-            {
-                "row": torch.where(runs_B, row_B, -1),
-                "index": index_B,
-                "token": choice.token_M,
-                "probability": choice.probability_M,
-            },
+            rows, ran_B, row_B, index_B, runs_B, choice.token_M, choice.probability_M
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2f.decoding.rows import Rows, RowStart
+from d2f.decoding.rows import STATE, Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
@@ -51,13 +51,11 @@ class StepShape:
     """Some row ranks the forced token by something else than its probability."""
 
 
-RECORD_ROWS = (
-    "ran", "done", "opened", "complete", "start", "end", "forwards", "queries", "finite",
-)  # fmt: skip
-"""What a step reports of each row; all but the first two describe the next forward."""
+RECORD_ROWS = tuple(name.removesuffix("_B") for name in STATE)
+"""What a step reports of each row, for the next forward; before it stands whether the row ran."""
 RECORD_TOKENS = ("row", "index", "token", "probability")
-"""What a step reports of each candidate: its row (-1: not accepted), its place in the response, its
-token and the bits of its probability."""
+"""What a step reports of each candidate: its row, its place in the response, its token (-1: not
+accepted) and the bits of its probability."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class PagedDecoder(ABC):
 
     @abstractmethod
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
-        """Run one step; returns its record (int32), which `read_record` takes apart."""
+        """Run one step; returns its record, which `read_record` takes apart."""
 
     def pack(self, rows: Rows, shape: StepShape) -> Packing:
         """The tokens that the rows have to compute, row after row."""
@@ -138,25 +136,35 @@ class PagedDecoder(ABC):
         return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def make_record(row_values: dict[str, Tensor], token_values: dict[str, Tensor]) -> Tensor:
-    """One int32 tensor of what a step reports."""
-    rows_FB = torch.stack([row_values[name].long() for name in RECORD_ROWS])
-    bits_M = token_values["probability"].view(torch.int32)
-    tokens_FM = torch.stack([token_values[name].long() for name in RECORD_TOKENS[:-1]])
-    return torch.cat([rows_FB.flatten().int(), tokens_FM.flatten().int(), bits_M])
+def make_record(
+    rows: Rows,
+    ran_B: Tensor,
+    row_M: Tensor,
+    index_M: Tensor,
+    kept_M: Tensor,
+    token_M: Tensor,
+    probability_M: Tensor,
+) -> Tensor:
+    """One int64 tensor of what a step reports: the rows' state and the accepted tokens."""
+    bits_M = probability_M.view(torch.int32).long()
+    reported_M = torch.where(kept_M, token_M, -1)
+    return torch.cat([ran_B, rows.state_FB.flatten(), row_M, index_M, reported_M, bits_M])
 
 
 def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], list[TokenRecord]]:
-    """A record on the host as one table per row, and the accepted tokens."""
-    cut = len(RECORD_ROWS) * num_rows
-    columns = record[:cut].view(len(RECORD_ROWS), num_rows).T.tolist()
-    tables = [dict(zip(RECORD_ROWS, values, strict=True)) for values in columns]
+    """A record on the host as one table per row, and the accepted tokens.
+
+    A row's table also says whether it "ran" and whether all its probabilities are "finite".
+    """
+    names = ("ran", *RECORD_ROWS)
+    cut = len(names) * num_rows
+    columns = record[:cut].view(len(names), num_rows).T.tolist()
+    tables = [dict(zip(names, values, strict=True), finite=1) for values in columns]
     tokens_FM = record[cut:].view(len(RECORD_TOKENS), -1)
-    row_M, index_M, token_M = tokens_FM[:3].tolist()
-    probability_M = tokens_FM[3].view(torch.float32).tolist()
-    tokens = [
-        TokenRecord(*values)
-        for values in zip(row_M, index_M, token_M, probability_M, strict=True)
-        if values[0] >= 0
-    ]
-    return tables, tokens
+    probability_M = tokens_FM[3].int().view(torch.float32)
+    for row in tokens_FM[0, ~probability_M.isfinite()].tolist():
+        tables[row]["finite"] = 0
+    kept_M = tokens_FM[2] >= 0
+    accepted_3M = tokens_FM[:3, kept_M].tolist()
+    values = zip(*accepted_3M, probability_M[kept_M].tolist(), strict=True)
+    return tables, [TokenRecord(*value) for value in values]

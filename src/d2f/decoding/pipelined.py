@@ -14,12 +14,15 @@ from torch import Tensor
 
 from d2f.decoding import rules
 from d2f.decoding.paged import PagedDecoder, StepShape, make_record
-from d2f.decoding.rows import Rows, RowStart
+from d2f.decoding.rows import UNBOUNDED, Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
 from d2f.ops.packed import Candidates, Packing
 from d2f.ops.sampling import Choice
+
+NO_CANDIDATE = -1.0
+"""Stands where a probability would."""
 
 
 class PipelinedDecoder(PagedDecoder):
@@ -61,7 +64,8 @@ class PipelinedDecoder(PagedDecoder):
                 torch.zeros_like(share_1N, dtype=torch.bool),
                 activate_threshold=start.policy.activate_threshold,
             )
-            complete = int(rules.completed_blocks(share_1N, torch.tensor([opened])))
+            gap = start.tokens.index(None) if None in start.tokens else UNBOUNDED
+            complete = min(gap // size, opened)
             fully = fully_1N[0].tolist()
         end = prompt + min(opened * size, start.max_new_tokens)
         values = {"opened": opened, "complete": complete, "start": start.num_cached, "end": end}
@@ -85,48 +89,31 @@ class PipelinedDecoder(PagedDecoder):
         )
         if self.imposed_F is not None:
             choice = self._imposed(choice, rows, found)
-        advance_B = rows.prompt_B + rows.complete_B * rows.size_B - rows.start_B
-        self._keep_boundary(hidden_TD, packing, rows, advance_B)
+        # Where the complete blocks end, which this forward has cached.
+        cached_B = torch.addcmul(rows.prompt_B, rows.complete_B, rows.size_B)
+        self._keep_boundary(hidden_TD, packing, rows, cached_B)
 
-        valid_BNK = rows.valid_BNK()
-        block_N = torch.arange(valid_BNK.shape[1], device=valid_BNK.device)
-        open_BN1 = (block_N < rows.opened_B[:, None])[..., None]
-        runs_B11 = packing.runs_B[:, None, None]
-        masked_BNK = (rows.tokens_BNK == mask) & valid_BNK
-        probability_BNK = _scattered(choice.probability_M, found.place_M, rows)
+        # The candidates are the masked positions of open blocks in the rows that run.
+        place_M = found.place_M
+        probability_BNK = _scattered(choice.probability_M, place_M, rows, NO_CANDIDATE)
+        rank_BNK = probability_BNK
+        if shape.ranked:
+            rank_BNK = _scattered(choice.rank_M, place_M, rows, NO_CANDIDATE)
         accepted_BNK = rules.accept(
-            masked_BNK & open_BN1 & runs_B11,
+            probability_BNK != NO_CANDIDATE,
             probability_BNK,
-            _scattered(choice.rank_M, found.place_M, rows) if shape.ranked else probability_BNK,
+            rank_BNK,
             rows.fully_BN,
             confidence_threshold=rows.threshold_B[:, None, None],
         )
-        token_BNK = _scattered(choice.token_M, found.place_M, rows)
-        rows.tokens_BNK.copy_(torch.where(accepted_BNK, token_BNK, rows.tokens_BNK))
-        rows.forwards_B.add_(packing.runs_B)
-        rows.queries_B.add_(packing.packed.counts_B)
-        self._plan(rows, packing.runs_B, valid_BNK, masked_BNK & ~accepted_BNK)
-
-        at_M = found.place_M.clamp_max(accepted_BNK.numel() - 1)
+        token_BNK = _scattered(choice.token_M, place_M, rows)
+        torch.where(accepted_BNK, token_BNK, rows.tokens_BNK, out=rows.tokens_BNK)
+        ran_B = packing.runs_B.long()
+        self._plan(rows, packing, ran_B, cached_B)
+        at_M = place_M.clamp_max(accepted_BNK.numel() - 1)
         kept_M = found.live_M & accepted_BNK.flatten()[at_M]
         return make_record(
-            {
-                "ran": packing.runs_B,
-                "done": rows.done_B,
-                "opened": rows.opened_B,
-                "complete": rows.complete_B,
-                "start": rows.start_B,
-                "end": rows.end_B,
-                "forwards": rows.forwards_B,
-                "queries": rows.queries_B,
-                "finite": probability_BNK.isfinite().flatten(1).all(-1),
-            },
-            {
-                "row": torch.where(kept_M, found.row_M, -1),
-                "index": found.response_M,
-                "token": choice.token_M,
-                "probability": choice.probability_M,
-            },
+            rows, ran_B, found.row_M, found.response_M, kept_M, choice.token_M, choice.probability_M
         )
 
     def _aligned(
@@ -139,19 +126,21 @@ class PipelinedDecoder(PagedDecoder):
         # position 0 has none before it but its own, as in `Transformer.align`.
         first_M1 = (index_M == packing.packed.starts_B[found.row_M])[:, None]
         origin_M1 = (found.position_M == 0)[:, None]
-        before_MD = hidden_TD[(index_M - 1).clamp_min(0)]
+        # Token 0 is the first of its row, so what stands for the one before it does not matter.
+        before_MD = hidden_TD[index_M - 1]
         before_MD = torch.where(first_M1, rows.boundary_BD[found.row_M], before_MD)
         return torch.where(origin_M1, hidden_TD[index_M], before_MD)
 
     def _keep_boundary(
-        self, hidden_TD: Tensor, packing: Packing, rows: Rows, advance_B: Tensor
+        self, hidden_TD: Tensor, packing: Packing, rows: Rows, cached_B: Tensor
     ) -> None:
         if rows.boundary_BD is None:
             return
+        advance_B = cached_B - rows.start_B
         last_B = packing.packed.starts_B + advance_B - 1
         moved_B1 = (packing.runs_B & (advance_B > 0))[:, None]
         last_BD = hidden_TD[last_B.clamp(0, len(hidden_TD) - 1)]
-        rows.boundary_BD.copy_(torch.where(moved_B1, last_BD, rows.boundary_BD))
+        torch.where(moved_B1, last_BD, rows.boundary_BD, out=rows.boundary_BD)
 
     def _imposed(self, choice: Choice, rows: Rows, found: Candidates) -> Choice:
         """The choice with certainty for the first so many candidates of each row, for no others."""
@@ -160,27 +149,25 @@ class PipelinedDecoder(PagedDecoder):
         sure_M = (found.number_M < quota_B[found.row_M]).float()
         return choice._replace(probability_M=sure_M, rank_M=sure_M)
 
-    def _plan(self, rows: Rows, runs_B: Tensor, valid_BNK: Tensor, masked_BNK: Tensor) -> None:
+    def _plan(self, rows: Rows, packing: Packing, ran_B: Tensor, cached_B: Tensor) -> None:
         """After a step: which rows are done, and what the next step computes of the others."""
+        mask = self.model.spec.mask_token_id
+        assert mask is not None
+        decoded_BNK = rows.tokens_BNK != mask
+        share_BN = rules.decoded_share(decoded_BNK, rows.length_BN)
+        first_gap_B = torch.where(decoded_BNK, UNBOUNDED, rows.order_BNK).amin((1, 2))
         eos_BNKE = rows.tokens_BNK[..., None] == rows.eos_BE[:, None, None, :]
-        is_eos_BNK = eos_BNKE.any(-1) & valid_BNK
-        eos_seen_B = is_eos_BNK.flatten(1).any(-1)
-        decoded_BNK = valid_BNK & ~masked_BNK
-        share_BN = rules.decoded_share(decoded_BNK, valid_BNK)
-        waiting_B = rules.waiting(masked_BNK, rows.opened_B)
-        idle_B = ~waiting_B & (eos_seen_B | (rows.opened_B >= rows.total_B))
-        # Positions that no response has are no gaps.
-        done_B = rules.finished(
-            ~masked_BNK.flatten(1),
-            is_eos_BNK.flatten(1),
-            idle_B,
-            early_stop=rows.early_stop_B > 0,
-        )
-        cached_B = rows.complete_B
+        order_BNKE = torch.where(eos_BNKE, rows.order_BNK[..., None], UNBOUNDED)
+        first_eos_B = order_BNKE.amin((1, 2, 3))
+        eos_seen_B = first_eos_B < UNBOUNDED
+        # A block that opens has a mask, so none of those is complete.
+        complete_B = rules.completed_blocks(first_gap_B, rows.opened_B, rows.size_B)
+        idle_B = rules.idle(complete_B, rows.opened_B, rows.total_B, eos_seen_B)
+        done_B = rules.finished(first_gap_B, first_eos_B, idle_B, early_stop=rows.early_stop_B)
         opened_B = rules.open_blocks(
             share_BN,
             rows.opened_B,
-            cached_B,
+            rows.complete_B,
             rows.total_B,
             eos_seen_B,
             add_threshold=rows.add_B,
@@ -189,24 +176,24 @@ class PipelinedDecoder(PagedDecoder):
         fully_BN = rules.activate(
             share_BN, rows.fully_BN, activate_threshold=rows.activate_B[:, None]
         )
-        start_B = rows.prompt_B + cached_B * rows.size_B
-        end_B = rows.prompt_B + torch.minimum(opened_B * rows.size_B, rows.limit_B)
-        complete_B = rules.completed_blocks(share_BN, opened_B)
-        for old_B, new_B in (
-            (rows.start_B, start_B),
-            (rows.end_B, end_B),
-            (rows.complete_B, complete_B),
-            (rows.opened_B, opened_B),
-            (rows.done_B, done_B.long()),
-        ):
-            # A row that sat out is planned already.
-            old_B.copy_(torch.where(runs_B, new_B, old_B))
-        rows.fully_BN.copy_(torch.where(runs_B[:, None], fully_BN, rows.fully_BN))
+        end_B = torch.addcmul(rows.prompt_B, opened_B, rows.size_B)
+        rows.update(
+            packing.runs_B,
+            done_B=done_B.long(),
+            start_B=cached_B,
+            end_B=torch.minimum(end_B, rows.bound_B),
+            forwards_B=rows.forwards_B + ran_B,
+            queries_B=rows.queries_B + packing.packed.counts_B,
+            opened_B=opened_B,
+            complete_B=complete_B,
+        )
+        torch.where(packing.runs_B[:, None], fully_BN, rows.fully_BN, out=rows.fully_BN)
 
 
-def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows) -> Tensor:
-    """The values at their places of the grid, 0 elsewhere: (B, N, K)."""
-    flat = values_M.new_zeros(rows.tokens_BNK.numel() + 1)
+def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows, other: float | None = None) -> Tensor:
+    """The values at their places of the grid, elsewhere `other`, or anything: (B, N, K)."""
+    size = (rows.tokens_BNK.numel() + 1,)
+    flat = values_M.new_empty(size) if other is None else values_M.new_full(size, other)
     return flat.scatter_(0, place_M, values_M)[:-1].view(rows.tokens_BNK.shape)
 
 

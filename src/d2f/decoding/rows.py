@@ -3,7 +3,7 @@
 Shapes: B rows, one sequence each; N blocks of K positions, the response of a row; L prompt
 positions; E end-of-sequence ids; P pages of a row; D hidden size.
 
-A row of blocks smaller than K leaves the rest of each block unused (`Rows.valid_BNK`). Rows keep
+A row of blocks smaller than K leaves the rest of each block unused (`Rows.order_BNK`). Rows keep
 their addresses for as long as the storage stays, so that a captured graph may run on them.
 """
 
@@ -20,7 +20,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.ops.sampling import CONFIDENCE_CODES
 
 UNBOUNDED = 2**30
-"""`max_live_blocks` of a policy that sets none."""
+"""`max_live_blocks` of a policy that sets none; more than any count or place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Rows:
     # Whole numbers, in the order of the storage.
     prompt_B: Tensor
     """Tokens of the prompt."""
-    limit_B: Tensor
-    """Most tokens of the response."""
+    bound_B: Tensor
+    """First position behind the response."""
     size_B: Tensor
     """Block size."""
     total_B: Tensor
@@ -65,18 +65,20 @@ class Rows:
     """What ranks the forced token, as `d2f.ops.sampling` numbers it."""
     top_k_B: Tensor
     seed_B: Tensor
-    opened_B: Tensor
-    """Blocks that are open in the next forward."""
-    complete_B: Tensor
-    """Leading blocks without a mask in the next forward, which caches them."""
+    done_B: Tensor
+    """1 where there is nothing to do, or no sequence."""
     start_B: Tensor
     """First position that the next forward computes; all before are cached."""
     end_B: Tensor
     """First position that it does not compute."""
-    done_B: Tensor
-    """1 where there is nothing to do, or no sequence."""
     forwards_B: Tensor
     queries_B: Tensor
+    opened_B: Tensor
+    """Blocks that are open in the next forward."""
+    complete_B: Tensor
+    """Leading blocks without a mask in the next forward, which caches them."""
+    state_FB: Tensor
+    """The same numbers from `done_B` on, as one tensor: what a step changes."""
     # Real numbers.
     add_B: Tensor
     activate_B: Tensor
@@ -86,7 +88,11 @@ class Rows:
     top_p_B: Tensor
     # The rest.
     tokens_BNK: Tensor
-    """The response; the mask token where not decoded."""
+    """The response; the mask token where not decoded, and where no position is."""
+    order_BNK: Tensor
+    """Place in the response, `UNBOUNDED` where no position is. int64."""
+    length_BN: Tensor
+    """Positions of each block, 1 where no block is; float64, as shares are."""
     fully_BN: Tensor
     """Blocks that are fully active."""
     eos_BE: Tensor
@@ -98,21 +104,21 @@ class Rows:
     """Final hidden state of the position before `start_B`, where the architecture predicts a token
     from the position before it."""
 
-    def valid_BNK(self) -> Tensor:
-        """Positions that belong to the response."""
-        _, num_blocks, block_size = self.tokens_BNK.shape
-        device = self.tokens_BNK.device
-        offset_K = torch.arange(block_size, device=device)
-        block_N1 = torch.arange(num_blocks, device=device)[:, None]
-        size_B11 = self.size_B[:, None, None]
-        return (offset_K < size_B11) & (
-            block_N1 * size_B11 + offset_K < self.limit_B[:, None, None]
-        )
+    def update(self, runs_B: Tensor, **state: Tensor) -> None:
+        """New values, int64, of the first fields of the state, in its order, for rows that run."""
+        assert tuple(state) == STATE[: len(state)]
+        old_FB = self.state_FB[: len(state)]
+        torch.where(runs_B, torch.stack([*state.values()]), old_FB, out=old_FB)
 
 
 _REALS = ("add_B", "activate_B", "threshold_B", "temperature_B", "top_p_B")
-_OTHERS = ("tokens_BNK", "fully_BN", "eos_BE", "prompt_BL", "pages_BP", "boundary_BD")
-_INTS = tuple(f.name for f in fields(Rows) if f.name not in (*_REALS, *_OTHERS))
+_OTHERS = (
+    "tokens_BNK", "order_BNK", "length_BN", "fully_BN", "eos_BE", "prompt_BL", "pages_BP",
+    "boundary_BD",
+)  # fmt: skip
+_INTS = tuple(f.name for f in fields(Rows) if f.name not in (*_REALS, *_OTHERS, "state_FB"))
+STATE = _INTS[_INTS.index("done_B") :]
+"""Names of `Rows.state_FB`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +180,8 @@ class RowStorage:
         grid = (max_rows, sizes.num_blocks, sizes.block_size)
         self._others: dict[str, Tensor | None] = {
             "tokens_BNK": torch.full(grid, mask_token_id, device=device),
+            "order_BNK": torch.full(grid, UNBOUNDED, device=device),
+            "length_BN": torch.ones(grid[:2], dtype=torch.double, device=device),
             "fully_BN": torch.zeros(grid[:2], dtype=torch.bool, device=device),
             "eos_BE": torch.full((max_rows, sizes.num_eos), -1, device=device),
             "prompt_BL": torch.zeros(
@@ -189,9 +197,9 @@ class RowStorage:
     def rows(self, count: int) -> Rows:
         """The first `count` rows, as views."""
         if count not in self._views:
-            values: dict[str, Any] = dict(
-                zip(_INTS, self._ints_FB[:, :count].unbind(), strict=True)
-            )
+            ints_FB = self._ints_FB[:, :count]
+            values: dict[str, Any] = dict(zip(_INTS, ints_FB.unbind(), strict=True))
+            values["state_FB"] = ints_FB[-len(STATE) :]
             values |= zip(_REALS, self._reals_FB[:, :count].unbind(), strict=True)
             values |= {n: None if t is None else t[:count] for n, t in self._others.items()}
             self._views[count] = Rows(**values)
@@ -209,10 +217,10 @@ class RowStorage:
             fully: Which of its blocks are fully active.
         """
         policy = start.policy
-        size = policy.block_size
+        size = min(policy.block_size, start.max_new_tokens)
         ints = values | {
             "prompt": len(start.prompt),
-            "limit": start.max_new_tokens,
+            "bound": len(start.prompt) + start.max_new_tokens,
             "size": size,
             "total": -(-start.max_new_tokens // size),
             "max_live": policy.max_live_blocks or UNBOUNDED,
@@ -237,17 +245,20 @@ class RowStorage:
             others.prompt_BL[row, : len(start.prompt)] = self.upload(start.prompt)
         others.fully_BN[row] = False
         others.fully_BN[row, : len(fully)] = self.upload(fully, torch.bool)
-        others.tokens_BNK[row] = self.mask_token_id
+        places = range(start.max_new_tokens)
+        others.order_BNK[row] = self.upload(self._grid(places, size, UNBOUNDED))
+        others.length_BN[row] = (others.order_BNK[row] < UNBOUNDED).sum(-1).clamp_min(1)
+        others.tokens_BNK[row] = mask = self.mask_token_id
         if start.tokens:
-            others.tokens_BNK[row] = self.upload(self._grid(start.tokens, size))
+            known = [mask if token is None else token for token in start.tokens]
+            others.tokens_BNK[row] = self.upload(self._grid(known, size, mask))
 
-    def _grid(self, tokens: Sequence[int | None], size: int) -> list[list[int]]:
-        """The response laid out as blocks of the storage."""
-        mask, sizes = self.mask_token_id, self.sizes
-        known = [mask if token is None else token for token in tokens]
-        blocks = [known[at : at + size] for at in range(0, len(known), size)]
+    def _grid(self, values: Sequence[int], size: int, other: int) -> list[list[int]]:
+        """Numbers of the response laid out as blocks of the storage, `other` in what is left."""
+        sizes = self.sizes
+        blocks = [[*values[at : at + size]] for at in range(0, len(values), size)]
         blocks += [[]] * (sizes.num_blocks - len(blocks))
-        return [block + [mask] * (sizes.block_size - len(block)) for block in blocks]
+        return [block + [other] * (sizes.block_size - len(block)) for block in blocks]
 
     def write_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Enter pages into the table: (row, index in the row, page) each."""

@@ -1,7 +1,7 @@
 """The rules of pipelined parallel decoding (paper, algorithm 2) as pure tensor functions.
 
 Shapes: B sequences, N block slots in order, K positions of a block (the last one of a sequence may
-be shorter; `valid_BNK` tells). Blocks 0 … opened_B - 1 are open; of these the first cached_B are
+be shorter; `length_BN` tells). Blocks 0 … opened_B - 1 are open; of these the first cached_B are
 CACHED. Thresholds are numbers, or tensors that broadcast, one for each sequence: of float64 where
 shares are compared, else 0.1 would not equal the share 1 / 10. Nothing here waits for the host, so
 the same functions serve a CPU loop and a captured CUDA graph.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 
-def decoded_share(decoded_BNK: Tensor, valid_BNK: Tensor) -> Tensor:
-    """Decoded share of each block: (B, N), float64 so that it equals Python's division."""
-    size_BN = valid_BNK.sum(-1).clamp_min(1)
-    return (decoded_BNK & valid_BNK).sum(-1).double() / size_BN.double()
+def decoded_share(decoded_BNK: Tensor, length_BN: Tensor) -> Tensor:
+    """Decoded share of each block: (B, N), float64 so that it equals Python's division.
+
+    `length_BN` is float64 and at least 1; positions beyond it are not decoded.
+    """
+    return decoded_BNK.sum(-1) / length_BN
 
 
 def open_blocks(
@@ -35,12 +37,16 @@ def open_blocks(
     been accepted, blocks are left, and the window has room. As tensors, threshold and window are
     (B,); None, or a window that no response fills, is unbounded.
     """
-    last_B1 = (opened_B - 1).clamp_min(0)[:, None]
-    share_B = torch.where(opened_B > 0, share_BN.gather(1, last_B1)[:, 0], 1.0)
-    ready_B = (share_B >= add_threshold) & (opened_B < total_B) & ~eos_seen_B
+    share_B = _with_prompt(share_BN).gather(1, opened_B[:, None])[:, 0]
+    most_B = torch.where(eos_seen_B, opened_B, total_B)
     if max_live_blocks is not None:
-        ready_B = ready_B & (opened_B - cached_B < max_live_blocks)
-    return opened_B + ready_B
+        most_B = torch.minimum(most_B, cached_B + max_live_blocks)
+    return opened_B + ((share_B >= add_threshold) & (opened_B < most_B))
+
+
+def _with_prompt(share_BN: Tensor) -> Tensor:
+    """The shares behind that of the prompt, which is 1."""
+    return torch.nn.functional.pad(share_BN, (1, 0), value=1.0)
 
 
 def activate(share_BN: Tensor, fully_BN: Tensor, *, activate_threshold: float | Tensor) -> Tensor:
@@ -49,8 +55,7 @@ def activate(share_BN: Tensor, fully_BN: Tensor, *, activate_threshold: float | 
     The first block's predecessor is the prompt. Blocks not yet open may be marked; shares only
     rise, so they would be marked once open all the same. As a tensor, the threshold is (B, 1).
     """
-    before_BN = torch.cat([torch.ones_like(share_BN[:, :1]), share_BN[:, :-1]], dim=1)
-    return fully_BN | (before_BN >= activate_threshold)
+    return fully_BN | (_with_prompt(share_BN[:, :-1]) >= activate_threshold)
 
 
 def accept(
@@ -70,40 +75,40 @@ def accept(
     sure_BNK = candidate_BNK & (confidence_BNK > confidence_threshold)
     # A NaN from a broken model must not stop decoding: it ranks last among the candidates.
     rank_BNK = rank_BNK.nan_to_num(nan=torch.finfo(rank_BNK.dtype).min)
-    score_BNK = torch.where(candidate_BNK, rank_BNK, -torch.inf)
-    best_BN1 = score_BNK.amax(-1, keepdim=True)
+    # The first of equals.
+    best_BN1 = torch.where(candidate_BNK, rank_BNK, -torch.inf).argmax(-1, keepdim=True)
     index_K = torch.arange(candidate_BNK.shape[-1], device=candidate_BNK.device)
-    first_BN1 = torch.where(score_BNK == best_BN1, index_K, len(index_K)).amin(-1, keepdim=True)
-    forced_BN = fully_BN & ~sure_BNK.any(-1)
-    return sure_BNK | (forced_BN[..., None] & candidate_BNK & (index_K == first_BN1))
+    forced_BN1 = fully_BN[..., None] > sure_BNK.any(-1, keepdim=True)
+    return torch.where(forced_BN1, index_K == best_BN1, sure_BNK) & candidate_BNK
 
 
-def completed_blocks(share_BN: Tensor, opened_B: Tensor) -> Tensor:
+def completed_blocks(first_gap_B: Tensor, opened_B: Tensor, size_B: Tensor) -> Tensor:
     """Leading open blocks without a mask, COMPLETE or CACHED: (B,).
 
     The next forward computes their keys and values from their final tokens, which caches them.
+
+    Args:
+        first_gap_B: Place in the response of the first mask; anything beyond it if there is none.
+        opened_B: Open blocks.
+        size_B: Block size.
     """
-    slot_N = torch.arange(share_BN.shape[1], device=share_BN.device)
-    done_BN = (share_BN >= 1) & (slot_N < opened_B[:, None])
-    return done_BN.long().cumprod(-1).sum(-1)
+    return torch.minimum(first_gap_B // size_B, opened_B)
 
 
-def waiting(masked_BNK: Tensor, opened_B: Tensor) -> Tensor:
-    """Which sequences have an open block with a mask: (B,), bool."""
-    slot_N = torch.arange(masked_BNK.shape[1], device=masked_BNK.device)
-    return (masked_BNK.any(-1) & (slot_N < opened_B[:, None])).any(-1)
+def idle(complete_B: Tensor, opened_B: Tensor, total_B: Tensor, eos_seen_B: Tensor) -> Tensor:
+    """Which sequences have no open block with a mask and may open no further one: (B,), bool."""
+    return complete_B >= torch.where(eos_seen_B, opened_B, total_B)
 
 
 def finished(
-    decoded_BR: Tensor, is_eos_BR: Tensor, idle_B: Tensor, *, early_stop: bool | Tensor
+    first_gap_B: Tensor, first_eos_B: Tensor, idle_B: Tensor, *, early_stop: Tensor
 ) -> Tensor:
     """Which sequences are done: (B,), bool.
 
     Args:
-        decoded_BR: Decoded positions of the response, in order.
-        is_eos_BR: Decoded positions that hold an EOS.
+        first_gap_B: Place in the response of the first mask.
+        first_eos_B: Place of the first EOS; no less than the gap's if there is none.
         idle_B: No open block has a mask and no further one may open.
-        early_stop: Done already when everything up to some EOS is decoded.
+        early_stop: Not 0: done already when everything up to some EOS is decoded.
     """
-    prefix_BR = decoded_BR.long().cumprod(-1).bool()
-    return idle_B | ((prefix_BR & is_eos_BR).any(-1) & early_stop)
+    return idle_B | torch.logical_and(first_eos_B < first_gap_B, early_stop)

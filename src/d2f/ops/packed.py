@@ -110,19 +110,19 @@ def pack_tokens(
     prefill: bool,
     causal: bool,
 ) -> Packing:
-    """Lay out what the rows have to compute, positions `start_B` to `end_B` of each.
+    """Lay out positions `start_B` to `end_B` of the rows.
 
     Rows whose tokens do not fit into T any more sit this forward out, and all rows behind them; so
     does, alone, a row of more than `max_count` tokens: the host learns late that a row sat out, and
     may think that it has fewer.
 
     Args:
-        rows: The rows.
+        rows: What has to be computed.
         num_tokens: T.
         page_size: Positions of a page.
         max_count: Most tokens of a row that takes part.
         max_end: No row ends later than this.
-        prefill: Some row computes positions of its prompt.
+        prefill: Some row computes its prompt.
         causal: Each token sees the keys up to its own, not up to the end of its block.
     """
     device, num_rows = rows.start_B.device, len(rows.start_B)
@@ -137,17 +137,15 @@ def pack_tokens(
     offset_T, prompt_T, size_T, end_T = facts_4B[:, row_T].unbind()
     position_T = torch.where(inside_T, index_T + offset_T, 0)
     response_T = position_T - prompt_T
+    # The prompt is block -1, which ends where block 0 begins.
     block_T = response_T.div(size_T, rounding_mode="floor").clamp_min(-1)
     if causal:
         visible_T = position_T + 1
     else:
-        # The prompt is block -1 here, which ends where block 0 begins.
         visible_T = torch.minimum(prompt_T + (block_T + 1) * size_T, end_T)
-
-    page_T = rows.pages_BP[row_T, position_T // page_size]
     packed = PackedTokens(
         positions_T=position_T,
-        slots_T=torch.where(inside_T, page_T * page_size + position_T % page_size, 0),
+        slots_T=torch.where(inside_T, _slots(rows, row_T, position_T, page_size), 0),
         limits_T=torch.where(inside_T, visible_T, 0),
         starts_B=first_B,
         counts_B=count_B,
@@ -192,6 +190,12 @@ def _taking_part(rows: PackableRows, num_tokens: int, max_count: int) -> tuple[T
     short_B = count_B <= max_count
     fits_B = short_B & (torch.where(short_B, count_B, 0).cumsum(0) <= num_tokens)
     return torch.where(fits_B, count_B, 0), fits_B & ~idle_B
+
+
+def _slots(rows: PackableRows, row_T: Tensor, position_T: Tensor, page_size: int) -> Tensor:
+    """Cache slots of the positions."""
+    page_T = rows.pages_BP[row_T, position_T // page_size]
+    return page_T * page_size + position_T % page_size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

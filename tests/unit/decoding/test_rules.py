@@ -11,8 +11,8 @@ def blocks(*rows: str) -> torch.Tensor:
 
 
 def test_share_of_a_short_block_counts_its_own_positions():
-    valid = torch.tensor([[[True, True, True, True], [True, True, False, False]]])
-    share = rules.decoded_share(blocks("xx..", "x..."), valid)
+    length = torch.tensor([[4.0, 2.0]], dtype=torch.float64)
+    share = rules.decoded_share(blocks("xx..", "x..."), length)
     assert share.tolist() == [[0.5, 0.5]]
 
 
@@ -83,8 +83,8 @@ def test_nan_confidence_still_makes_progress():
 
 
 def test_only_leading_blocks_complete():
-    share = torch.tensor([[1.0, 0.5, 1.0], [1.0, 1.0, 0.0]]).double()
-    assert rules.completed_blocks(share, torch.tensor([3, 1])).tolist() == [1, 1]
+    first_gap, opened = torch.tensor([4, 5, 3, 99]), torch.tensor([3, 1, 2, 2])
+    assert rules.completed_blocks(first_gap, opened, torch.tensor(4)).tolist() == [1, 1, 0, 2]
 
 
 def test_the_rank_decides_only_what_is_forced():
