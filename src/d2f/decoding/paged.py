@@ -65,7 +65,6 @@ class TokenRecord:
     row: int
     index: int
     token: int
-    probability: float
 
 
 class PagedDecoder(ABC):
@@ -164,7 +163,5 @@ def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], li
     probability_M = tokens_FM[3].int().view(torch.float32)
     for row in tokens_FM[0, ~probability_M.isfinite()].tolist():
         tables[row]["finite"] = 0
-    kept_M = tokens_FM[2] >= 0
-    accepted_3M = tokens_FM[:3, kept_M].tolist()
-    values = zip(*accepted_3M, probability_M[kept_M].tolist(), strict=True)
-    return tables, [TokenRecord(*value) for value in values]
+    accepted_3M = tokens_FM[:3, tokens_FM[2] >= 0].tolist()
+    return tables, [TokenRecord(*values) for values in zip(*accepted_3M, strict=True)]

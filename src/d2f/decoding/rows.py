@@ -245,20 +245,26 @@ class RowStorage:
             others.prompt_BL[row, : len(start.prompt)] = self.upload(start.prompt)
         others.fully_BN[row] = False
         others.fully_BN[row, : len(fully)] = self.upload(fully, torch.bool)
-        places = range(start.max_new_tokens)
-        others.order_BNK[row] = self.upload(self._grid(places, size, UNBOUNDED))
+        others.order_BNK[row] = self._order(size, start.max_new_tokens)
         others.length_BN[row] = (others.order_BNK[row] < UNBOUNDED).sum(-1).clamp_min(1)
         others.tokens_BNK[row] = mask = self.mask_token_id
         if start.tokens:
             known = [mask if token is None else token for token in start.tokens]
-            others.tokens_BNK[row] = self.upload(self._grid(known, size, mask))
+            others.tokens_BNK[row] = self.upload(self._grid(known, size))
 
-    def _grid(self, values: Sequence[int], size: int, other: int) -> list[list[int]]:
-        """Numbers of the response laid out as blocks of the storage, `other` in what is left."""
-        sizes = self.sizes
+    def _order(self, size: int, length: int) -> Tensor:
+        """Places of a response of blocks of `size`: (N, K)."""
+        offset_K = torch.arange(self.sizes.block_size, device=self.device)
+        first_N1 = torch.arange(self.sizes.num_blocks, device=self.device)[:, None] * size
+        place_NK = first_N1 + offset_K
+        return torch.where((offset_K < size) & (place_NK < length), place_NK, UNBOUNDED)
+
+    def _grid(self, values: Sequence[int], size: int) -> list[list[int]]:
+        """Tokens of the response laid out as blocks of the storage, masks in what is left."""
+        sizes, mask = self.sizes, self.mask_token_id
         blocks = [[*values[at : at + size]] for at in range(0, len(values), size)]
         blocks += [[]] * (sizes.num_blocks - len(blocks))
-        return [block + [other] * (sizes.block_size - len(block)) for block in blocks]
+        return [block + [mask] * (sizes.block_size - len(block)) for block in blocks]
 
     def write_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Enter pages into the table: (row, index in the row, page) each."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from d2f.decoding.batch import GenerationResult
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.engine.engine import Engine
-from d2f.engine.request import Request
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.request import Request, resolve
+from d2f.engine.sizing import enough_bytes, free_bytes
 from d2f.models.transformer import Transformer
 
 
@@ -92,7 +94,17 @@ def generate_ids(
         "early_stop": early_stop,
     }
     requests = [_request(prompt, settings, strategy_options) for prompt in prompts]
-    engine = Engine(model)
+    requests = [resolve(request, model.spec) for request in requests]
+    config = EngineConfig()
+    enough = enough_bytes(
+        model.spec,
+        [len(request.prompt_ids) + request.max_new_tokens for request in requests],
+        page_size=config.page_size,
+        max_batch_size=config.max_batch_size,
+        dtype=model.dtype,
+    )
+    enough = max(min(enough, free_bytes(model.device)), 1)
+    engine = Engine(model, replace(config, kv_cache_bytes=enough))
     try:
         results = engine.generate(requests)
     finally:

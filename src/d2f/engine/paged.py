@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,8 @@ from d2f.engine.sizing import FREE_TOKENS, power_of_two, round_up
 from d2f.engine.task import Task
 from d2f.errors import RequestError
 
+USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
+"""Room of a row that is there from the start where graphs are captured."""
 MOST_PLACES = 2**24
 """Most response positions of all rows together; a request that needs more room than that beside
 those running waits for them."""
@@ -64,9 +66,13 @@ class PagedLane:
         self.prompts = PromptCache(self.pool)
         longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
         self._max_end = -(-longest // cache.page_size) * cache.page_size
+        self._least_sizes = RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1)
+        if use_graphs:
+            # Graphs are lost when rows need more room, so most requests should find enough.
+            self._least_sizes = replace(USUAL_SIZES, prompt_length=power_of_two(self._max_end))
         mask = model.spec.mask_token_id
         storage = RowStorage(
-            RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1),
+            self._least_sizes,
             max_rows=max_rows,
             num_pages=self._max_end // cache.page_size,
             mask_token_id=0 if mask is None else mask,
@@ -80,6 +86,8 @@ class PagedLane:
         """By row."""
         self._flights: deque[Flight] = deque()
         self.num_preemptions = 0
+        self._joining_alone = False
+        """Memory ran out once when several requests joined together."""
 
     @property
     def busy(self) -> bool:
@@ -104,7 +112,6 @@ class PagedLane:
     def add(self, task: Task) -> None:
         """Queue a request."""
         task.tokens = [None] * task.request.max_new_tokens
-        task.probabilities = [0.0] * task.request.max_new_tokens
         self.waiting.append(task)
 
     def remove(self, task: Task) -> None:
@@ -174,7 +181,7 @@ class PagedLane:
             cached = self.prompts.find(prompt)
             values, _ = self.decoder.begin(task.row_start(self._cached_positions(task, cached)))
             count = values["end"] - values["start"]
-            if joined and count > budget:
+            if joined and (count > budget or self._joining_alone):
                 break
             if not self._has_room(task, values["end"], cached):
                 if cached is None or self.running:
@@ -182,8 +189,8 @@ class PagedLane:
                 # It is alone, and the cached prompt is in its way.
                 cached = None
                 self.prompts.clear()
-            self.waiting.popleft()
             self._place(task, cached)
+            self.waiting.popleft()
             joined.append(task)
             budget -= count
         return joined
@@ -240,7 +247,7 @@ class PagedLane:
 
     def _sizes_with(self, task: Task) -> RowSizes:
         """Room for a request beside those running; on a GPU room only grows, by powers of two."""
-        sizes = RowSizes.of(task.row_start(0))
+        sizes = RowSizes.of(task.row_start(0)).union(self._least_sizes)
         if self.runner.storage.device.type == "cuda":
             sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
         both = sizes.union(self.runner.storage.sizes)
@@ -280,11 +287,12 @@ class PagedLane:
             end = self._max_end
             if not prefill:
                 tokens = self._bucket(counts)
-                longest = 1 if autoregressive else min(power_of_two(longest), tokens)
+                longest = 1 if autoregressive else min(max(power_of_two(longest), 64), tokens)
                 candidates = tokens
             elif self.runner.captures_prompts(num_rows, tokens):
-                tokens, longest = round_up(tokens), power_of_two(longest)
-                candidates = round_up(candidates)
+                # Few shapes: what may be larger than it need be is.
+                tokens, candidates = round_up(tokens), max(power_of_two(candidates), 32)
+                longest = tokens
         return StepShape(
             num_rows=num_rows,
             num_tokens=tokens,
@@ -330,8 +338,10 @@ class PagedLane:
                 self._preempt(task)
             if not joined or not isinstance(error, torch.OutOfMemoryError):
                 raise
-            for task in joined:
-                self._fail(task, f"there is not enough memory for this prompt ({error})")
+            if len(joined) == 1:
+                self._fail(joined[0], f"there is not enough memory for this prompt ({error})")
+            # One of them may be too much where the others are not.
+            self._joining_alone = True
             return
         for task in self.running:
             task.num_in_flight += 1
@@ -386,7 +396,7 @@ class PagedLane:
             )
             return
         try:
-            stops = task.reaches_stop()
+            stops = bool(tokens) and task.reaches_stop()
         except Exception as error:
             # The tokenizer is the caller's; other requests have nothing to do with it.
             self._fail(task, f"the tokenizer could not decode the response ({error!r})")

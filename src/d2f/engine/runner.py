@@ -14,6 +14,8 @@ from d2f.engine.clock import StepClock, StepTime
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 512
 """Steps with prompts are captured up to so many rows and tokens."""
+MOST_GRAPHS = 256
+"""Beyond so many the graph unused for longest is given up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +45,14 @@ class Runner:
         decoder: The strategy.
         storage: The rows.
         use_graphs: Capture shapes of steps as CUDA graphs when they first occur, and replay them
-            from then on; of steps with prompts only small ones.
+            from then on; of steps with prompts only small ones, and when they occur again.
     """
 
     def __init__(self, decoder: PagedDecoder, storage: RowStorage, *, use_graphs: bool) -> None:
         self.decoder, self._storage, self._use_graphs = decoder, storage, use_graphs
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """The one used last comes last."""
+        self._seen_prompts: set[StepShape] = set()
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
         self.clock: StepClock | None = None
         """Notes when steps run, while somebody wants to know."""
@@ -78,16 +82,27 @@ class Runner:
         """
         return self._use_graphs and num_rows <= PROMPT_ROWS and num_tokens <= PROMPT_TOKENS
 
+    def _is_captured(self, shape: StepShape) -> bool:
+        """Whether there is a graph of this shape, once it was captured if it should be."""
+        if shape in self._graphs:
+            return True
+        if shape.prefill:
+            if not self.captures_prompts(shape.num_rows, shape.num_tokens):
+                return False
+            # Prompts come in many lengths; a graph pays off when a length comes back.
+            if shape not in self._seen_prompts:
+                self._seen_prompts.add(shape)
+                return False
+        self.capture(shape)
+        return True
+
     @torch.inference_mode()
     def start(self, shape: StepShape) -> Pending:
         """Start a step; on a GPU this does not wait for it."""
-        captured = not shape.prefill or self.captures_prompts(shape.num_rows, shape.num_tokens)
-        replayed = self._use_graphs and captured
-        if replayed and shape not in self._graphs:
-            self.capture(shape)
+        replayed = self._use_graphs and self._is_captured(shape)
         with self.clock.step(shape) if self.clock else nullcontext() as time:
             if replayed:
-                graph, record = self._graphs[shape]
+                graph, record = self._graphs[shape] = self._graphs.pop(shape)
                 graph.replay()
             else:
                 record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
@@ -100,7 +115,7 @@ class Runner:
         return Pending(shape.num_rows, host, ready, self.clock, time)
 
     @torch.inference_mode()
-    def capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(self, shape: StepShape) -> None:
         """Capture the graph of a shape."""
         rows = self._storage.rows(shape.num_rows)
         # Compiles kernels and makes library handles, which capturing must not. Rows that are done
@@ -110,7 +125,9 @@ class Runner:
         self.decoder.step(rows, shape)
         rows.done_B.copy_(done_B)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             record = self.decoder.step(rows, shape)
         self._graphs[shape] = graph, record
-        return graph, record
+        if len(self._graphs) > MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]

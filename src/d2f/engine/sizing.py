@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -61,7 +61,7 @@ def cache_pages(
     """
     page_bytes = PagedCache.page_bytes(spec, page_size, dtype)
     useful = max_batch_size * -(-spec.max_positions // page_size)
-    budget = budget_bytes if budget_bytes is not None else _free_bytes(device)
+    budget = budget_bytes if budget_bytes is not None else free_bytes(device)
     pages = min(budget // page_bytes, useful)
     if pages < 1:
         raise ConfigError(
@@ -72,7 +72,31 @@ def cache_pages(
     return pages + 1
 
 
-def _free_bytes(device: torch.device) -> int:
+def enough_bytes(
+    spec: ModelSpec,
+    lengths: Iterable[int],
+    *,
+    page_size: int,
+    max_batch_size: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of a cache in which sequences of these lengths never wait for pages.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> enough_bytes(
+        ...     tiny_spec("llada"), [3, 20], page_size=16, max_batch_size=1, dtype=torch.float32
+        ... )
+        24576
+    """
+    longest = sorted(lengths, reverse=True)[:max_batch_size]
+    # Joining requests leave one page for each of those running.
+    pages = sum(-(-length // page_size) + 1 for length in longest)
+    return pages * PagedCache.page_bytes(spec, page_size, dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a cache may take of the free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -6,7 +6,6 @@ What the host knows of a running request is one step old where the device runs a
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,8 +29,6 @@ class Task:
     """From token ids to text, where the request has stop strings."""
     tokens: list[int | None] = field(default_factory=list)
     """The response, None where not decoded."""
-    probabilities: list[float] = field(default_factory=list)
-    """The probability with which each token was accepted."""
     num_opened: int = 0
     num_complete: int = 0
     start: int = 0
@@ -52,8 +49,6 @@ class Task:
     error: RequestError | None = None
     blocks: list[BlockView] = field(default_factory=list)
     """As they were at the end, of unpaged strategies."""
-    first_reported: float | None = None
-    """When the results of its first forward were known (`time.perf_counter`)."""
 
     @property
     def is_autoregressive(self) -> bool:
@@ -110,15 +105,12 @@ class Task:
 
     def report(self, table: dict[str, int], tokens: list[TokenRecord]) -> None:
         """Take over what a step reports of its row."""
-        if self.first_reported is None:
-            self.first_reported = time.perf_counter()
         self.stalled = not table["ran"]
         self.num_opened, self.num_complete = table["opened"], table["complete"]
         self.start, self.end = table["start"], table["end"]
         self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
         for record in tokens:
             self.tokens[record.index] = record.token
-            self.probabilities[record.index] = record.probability
 
     def num_masked(self) -> int:
         """Positions of its open blocks that need a token."""
@@ -136,11 +128,10 @@ class Task:
 
     def reaches_stop(self) -> bool:
         """Whether the response up to its first gap holds a stop string."""
-        return self._has_stop(self.decoded())
+        return bool(self.request.stop) and self._has_stop(self.decoded())
 
     def _has_stop(self, token_ids: Sequence[int]) -> bool:
-        if self.decode is None or not self.request.stop:
-            return False
+        assert self.decode is not None
         text = self.decode(token_ids)
         return any(stop in text for stop in self.request.stop)
 
@@ -149,7 +140,7 @@ class Task:
         eos = self.request.eos_token_id
         assert isinstance(eos, tuple)
         token_ids, reason = cut_at_eos(self.decoded(), eos)
-        if self._has_stop(token_ids):
+        if self.request.stop and self._has_stop(token_ids):
             fewest = bisect.bisect_left(
                 range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
             )
