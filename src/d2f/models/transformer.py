@@ -57,25 +57,25 @@ class Layer(nn.Module):
 
     def packed_qkv(self, h_TD: Tensor, backend: Backend) -> Tensor:
         """Queries, keys and values side by side, not rotated: (T, E)."""
-        return self._packed("_qkv", (self.q_proj, self.k_proj, self.v_proj), h_TD, backend)
+        packed: PackedProjection | None = self.__dict__["_qkv"]
+        if packed is not None:
+            return backend.linear(h_TD, packed.weight_ED, packed.bias_E)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return torch.cat([self.product(p, h_TD, backend) for p in projections], dim=-1)
 
-    def packed_gate_up(self, h_TD: Tensor, backend: Backend) -> Tensor:
-        """Gate and up projection side by side: (T, E)."""
-        return self._packed("_gate_up", (self.gate_proj, self.up_proj), h_TD, backend)
+    def gated(self, h_TD: Tensor, backend: Backend) -> Tensor:
+        """What the down projection reads: (T, F)."""
+        packed: PackedProjection | None = self.__dict__["_gate_up"]
+        if packed is not None:
+            return backend.gated_linear(h_TD, packed.weight_ED)
+        gate_up = [self.product(p, h_TD, backend) for p in (self.gate_proj, self.up_proj)]
+        return backend.swiglu(torch.cat(gate_up, dim=-1))
 
     def product(self, projection: nn.Module, x_TD: Tensor, backend: Backend) -> Tensor:
         """One projection: (T, E)."""
         if type(projection) is nn.Linear:
             return backend.linear(x_TD, projection.weight, projection.bias)
         return projection(x_TD)
-
-    def _packed(
-        self, name: str, projections: tuple[nn.Module, ...], x_TD: Tensor, backend: Backend
-    ) -> Tensor:
-        packed: PackedProjection | None = self.__dict__[name]
-        if packed is not None:
-            return backend.linear(x_TD, packed.weight_ED, packed.bias_E)
-        return torch.cat([self.product(p, x_TD, backend) for p in projections], dim=-1)
 
     def mlp(self, x_BLD: Tensor) -> Tensor:
         """The gated feed-forward network, without its residual."""
@@ -191,8 +191,7 @@ class Transformer(nn.Module):
             h_TD, residual_TD = backend.add_rms_norm(
                 x_TD, residual_TD, layer.mlp_norm.weight, spec.norm_eps
             )
-            gated_TF = backend.swiglu(layer.packed_gate_up(h_TD, backend))
-            x_TD = layer.product(layer.down_proj, gated_TF, backend)
+            x_TD = layer.product(layer.down_proj, layer.gated(h_TD, backend), backend)
         return backend.add_rms_norm(x_TD, residual_TD, self.norm.weight, spec.norm_eps)[0]
 
     def align(self, hidden_BLD: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from d2f.ops.packed import Candidates, PackedTokens, Packing, find_candidates, p
 from d2f.ops.paged_attention import paged_attention, plan_attention
 from d2f.ops.rope import rope_and_write
 from d2f.ops.sampling import Choice, choose_tokens
-from d2f.ops.swiglu import swiglu
+from d2f.ops.swiglu import gated_linear, swiglu
 
 BACKENDS = ("auto", "torch", "triton")
 LEAST_CAPABILITY = (8, 0)
@@ -49,6 +49,8 @@ class Backend:
     """(q_TNH, kv_2SKH, plan): (T, N * H)."""
     swiglu: Callable[[Tensor], Tensor]
     """(gate_up_TF2): (T, F)."""
+    gated_linear: Callable[[Tensor, Tensor], Tensor]
+    """(x_TD, weight_F2D): (T, F), the product and `swiglu` of it."""
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """(x_TD, weight_ED, bias_E): (T, E)."""
     linear_fp32: Callable[[Tensor, Tensor], Tensor]
@@ -110,6 +112,7 @@ _TORCH = Backend(
     plan_attention=plan_attention,
     paged_attention=paged_attention,
     swiglu=swiglu,
+    gated_linear=gated_linear,
     linear=F.linear,
     linear_fp32=linear_fp32,
     choose_tokens=choose_tokens,
@@ -118,7 +121,16 @@ _TORCH = Backend(
 
 @functools.cache
 def _triton_backend() -> Backend:
-    from d2f.ops.triton import linear, norm, packed, paged_attention, rope, sampling, swiglu
+    from d2f.ops.triton import (
+        gated_linear,
+        linear,
+        norm,
+        packed,
+        paged_attention,
+        rope,
+        sampling,
+        swiglu,
+    )
 
     return Backend(
         name="triton",
@@ -129,6 +141,7 @@ def _triton_backend() -> Backend:
         plan_attention=paged_attention.plan_attention,
         paged_attention=paged_attention.paged_attention,
         swiglu=swiglu.swiglu,
+        gated_linear=gated_linear.gated_linear,
         linear=linear.linear,
         linear_fp32=linear.linear_fp32,
         choose_tokens=sampling.choose_tokens,

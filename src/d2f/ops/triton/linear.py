@@ -30,7 +30,7 @@ class Tiling(NamedTuple):
     """How a product is cut into programs."""
 
     rows: int
-    """Outputs of a program."""
+    """Outputs of a program, of each matrix."""
     depth: int
     """Inputs of a step."""
     stages: int
@@ -39,7 +39,7 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def _prefetch(weight_ptr, row, E, D: tl.constexpr, WIDTH: tl.constexpr):
+def prefetch(weight_ptr, row, E, D: tl.constexpr, WIDTH: tl.constexpr):
     """Bring the first weights of a program into the L2 cache, a request per 128 bytes."""
     line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     column = tl.minimum(tl.arange(0, WIDTH // line) * line, D - 1)
@@ -78,7 +78,7 @@ def _linear_kernel(
     if EARLY:
         gdc_launch_dependents()
         # Nobody writes the weights, so they may be on their way before the input is there.
-        _prefetch(weight_ptr, row, E, D, AHEAD)
+        prefetch(weight_ptr, row, E, D, AHEAD)
         gdc_wait()
     # Rows after the last are the last again; they are not stored.
     weight_ptrs = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + depth[None, :]
@@ -154,29 +154,34 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
     return tiled_linear(x_MD, weight_VD, None, torch.float32, tiling)
 
 
-def choose_tiling(x_TD: Tensor, weight_ED: Tensor) -> Tiling | None:
+def choose_tiling(x_TD: Tensor, weight_ED: Tensor, parts: int = 1) -> Tiling | None:
     """How to cut this product; None: leave it to the library.
 
+    The weight may consist of `parts` matrices, of each of which a program owns as many rows.
     The rule follows measurements on an H100 with the layers of an 8B model.
     """
-    num_tokens, (num_rows, width) = len(x_TD), weight_ED.shape
+    num_tokens, num_rows, width = len(x_TD), len(weight_ED) // parts, weight_ED.shape[1]
     if x_TD.dtype not in (torch.bfloat16, torch.float16) or width % 8 or num_tokens > MOST_TOKENS:
         return None
     if num_tokens == 1:
         depth = math.gcd(width, 2048)
         if depth < 256:
             depth = min(triton.next_power_of_2(width), 512)
-        return Tiling(
-            rows=4 if depth == 2048 else 8, depth=depth, stages=1, warps=8 if depth > 512 else 4
-        )
+        rows = (4 if depth == 2048 else 8) // parts
+        return Tiling(rows=rows, depth=depth, stages=1, warps=8 if depth > 512 else 4)
     rows = 64 if num_rows >= 4096 else 32 if num_rows >= 2048 else 16
+    tokens = token_tile(num_tokens)
     # Of each step, the weights and the input lie in shared memory, where the rest needs room too.
-    step = (rows + _token_tile(num_tokens)) * DEPTH * x_TD.element_size()
-    stages = min((_shared_memory(x_TD.device) - 2**14) // step, 8)
-    return Tiling(rows=rows, depth=DEPTH, stages=stages, warps=4)
+    room = (_shared_memory(x_TD.device) - 2**14) // (DEPTH * x_TD.element_size())
+    while room // (rows * parts + tokens) < 2:
+        rows //= 2
+    stages = min(room // (rows * parts + tokens), 8)
+    warps = 8 if rows * parts >= 128 else 4
+    return Tiling(rows=rows, depth=DEPTH, stages=stages, warps=warps)
 
 
-def _token_tile(num_tokens: int) -> int:
+def token_tile(num_tokens: int) -> int:
+    """Tokens of a program's tile: no dot is narrower than 16."""
     return max(triton.next_power_of_2(num_tokens), 16)
 
 
@@ -218,7 +223,7 @@ def tiled_linear(
         x_TD.stride(0),
         num_tokens,
         num_rows,
-        TOKENS=_token_tile(num_tokens),
+        TOKENS=token_tile(num_tokens),
         AHEAD=AHEAD,
         **options,
         **early_start(x_TD),

@@ -16,18 +16,25 @@ BLOCK = 1024
 
 
 @triton.jit
+def gated(gate, up):
+    """`silu(gate) * up`, rounded to their type."""
+    wide = gate.to(tl.float32)
+    # Below -80 the result is as good as zero, and the exponential would overflow. It is rounded
+    # before the product, as two operations round it.
+    active = (wide / (1.0 + tl.exp(-tl.maximum(wide, -80.0)))).to(gate.dtype).to(tl.float32)
+    return (active * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _swiglu_kernel(gate_up_ptr, out_ptr, stride, F, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     begin(EARLY)
-    gate = tl.load(gate_up_ptr + token * stride + column, inside, other=0.0)
-    up = tl.load(gate_up_ptr + token * stride + F + column, inside, other=0.0)
-    wide = gate.to(tl.float32)
-    # Below -80 the result is as good as zero, and the exponential would overflow. It is rounded
-    # before the product, as two operations round it.
-    active = (wide / (1.0 + tl.exp(-tl.maximum(wide, -80.0)))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + token * F + column, (active * up.to(tl.float32)).to(gate.dtype), inside)
+    gate_up_ptr += token * stride + column
+    gate = tl.load(gate_up_ptr, inside, other=0.0)
+    up = tl.load(gate_up_ptr + F, inside, other=0.0)
+    tl.store(out_ptr + token * F + column, gated(gate, up), inside)
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
