@@ -13,7 +13,9 @@ from d2f.decoding.rows import RowStorage
 from d2f.engine.clock import StepClock, StepTime
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 512
-"""Steps with prompts are captured up to so many rows and tokens."""
+"""Steps with prompts are captured up to so many rows and tokens, whatever the model's size."""
+CHEAP_FLOPS, CHEAP_TOKENS = 1e12, 4096
+"""And up to so many operations, a few milliseconds, and tokens, however many rows."""
 MOST_GRAPHS = 256
 """Beyond so many the graph unused for longest is given up."""
 
@@ -80,7 +82,9 @@ class Runner:
 
         Of larger ones there are too many shapes.
         """
-        return self._use_graphs and num_rows <= PROMPT_ROWS and num_tokens <= PROMPT_TOKENS
+        few = num_rows <= PROMPT_ROWS and num_tokens <= PROMPT_TOKENS
+        flops = 2 * self.decoder.model.spec.num_parameters * num_tokens
+        return self._use_graphs and (few or (flops <= CHEAP_FLOPS and num_tokens <= CHEAP_TOKENS))
 
     def _is_captured(self, shape: StepShape) -> bool:
         """Whether there is a graph of this shape, once it was captured if it should be."""

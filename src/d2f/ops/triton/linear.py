@@ -30,7 +30,7 @@ class Tiling(NamedTuple):
     """How a product is cut into programs."""
 
     rows: int
-    """Outputs of a program, of each matrix."""
+    """Outputs of a program."""
     depth: int
     """Inputs of a step."""
     stages: int
@@ -154,30 +154,27 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
     return tiled_linear(x_MD, weight_VD, None, torch.float32, tiling)
 
 
-def choose_tiling(x_TD: Tensor, weight_ED: Tensor, parts: int = 1) -> Tiling | None:
+def choose_tiling(x_TD: Tensor, weight_ED: Tensor) -> Tiling | None:
     """How to cut this product; None: leave it to the library.
 
-    The weight may consist of `parts` matrices, of each of which a program owns as many rows.
     The rule follows measurements on an H100 with the layers of an 8B model.
     """
-    num_tokens, num_rows, width = len(x_TD), len(weight_ED) // parts, weight_ED.shape[1]
+    num_tokens, (num_rows, width) = len(x_TD), weight_ED.shape
     if x_TD.dtype not in (torch.bfloat16, torch.float16) or width % 8 or num_tokens > MOST_TOKENS:
         return None
     if num_tokens == 1:
         depth = math.gcd(width, 2048)
         if depth < 256:
             depth = min(triton.next_power_of_2(width), 512)
-        rows = (4 if depth == 2048 else 8) // parts
+        rows = 4 if depth == 2048 else 8
         return Tiling(rows=rows, depth=depth, stages=1, warps=8 if depth > 512 else 4)
     rows = 64 if num_rows >= 4096 else 32 if num_rows >= 2048 else 16
     tokens = token_tile(num_tokens)
     # Of each step, the weights and the input lie in shared memory, where the rest needs room too.
     room = (_shared_memory(x_TD.device) - 2**14) // (DEPTH * x_TD.element_size())
-    while room // (rows * parts + tokens) < 2:
+    while room // (rows + tokens) < 2:
         rows //= 2
-    stages = min(room // (rows * parts + tokens), 8)
-    warps = 8 if rows * parts >= 128 else 4
-    return Tiling(rows=rows, depth=DEPTH, stages=stages, warps=warps)
+    return Tiling(rows=rows, depth=DEPTH, stages=min(room // (rows + tokens), 8), warps=4)
 
 
 def token_tile(num_tokens: int) -> int:
