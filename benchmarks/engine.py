@@ -322,7 +322,8 @@ def write_readme(to: Path) -> None:
     if "bursts" in reports:
         lines += ["", "## Bursts", "", "| | float32 | bfloat16 |", "| --- | --- | --- |"]
         both = [reports["bursts"][dtype] for dtype in ("float32", "bfloat16")]
-        for key in both[0]:
+        # An empty list of errors says what the number of the finished says.
+        for key in (key for key in both[0] if both[0][key] != []):
             values = [r.get(key, "–") for r in both]
             shown = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
             lines.append(f"| {key.replace('_', ' ')} | {shown[0]} | {shown[1]} |")
@@ -389,14 +390,18 @@ def race_section(title: str, report: dict[str, Any]) -> list[str]:
             f"- batch {line['batch_size']}: pipelined / autoregressive {line['end_to_end']:.2f} "
             f"end to end, {line['decode_only'] or float('nan'):.2f} decode only"
         )
-    lines.append(f"- autoregression overtakes at batch: {ratios['overtaken_at']}")
+    for measure, batch_size in ratios["overtaken_at"].items():
+        where = "at none of these" if batch_size is None else f"from batch {batch_size} on"
+        lines.append(f"- autoregression is faster, {measure.replace('_', ' ')}: {where}")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument(
+        "--parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; none: report only"
+    )
     parser.add_argument("--shape", default="llada-8b", help="of steps and imposed")
     parser.add_argument("--layers", type=int, help="of the shape; default: all")
     parser.add_argument("--kv", type=int, default=1024, help="cached positions of a step")
@@ -413,6 +418,9 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, the faster on a CPU")
     options = parser.parse_args()
+    for name in options.parts:
+        if name not in PARTS:
+            parser.error(f"--parts {name}: choose from {', '.join(PARTS)}")
     options.device = choose_device(options.device)
     options.dtype = options.dtype or fastest_dtype(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -430,6 +438,7 @@ def main() -> None:
         write_json(options.output / f"{name}.json", report)
         # After each part, so that a run that is cut off leaves what it has.
         write_readme(options.output)
+    write_readme(options.output)
     print((options.output / "README.md").read_text(encoding="utf-8"))
 
 
