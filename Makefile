@@ -12,7 +12,7 @@ LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check fix clean
+.PHONY: help install demo test kernels check fix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,11 @@ demo: $(STAMP) ## solve problems live, then race D2F against autoregression
 
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+kernels: $(STAMP) ## run the kernels' tests, interpreted where there is no GPU; gets Triton if need be
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "Installing Triton"; \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) 'triton>=3.6,<3.8'; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/ops tests/unit/engine/test_backends.py
 
 check: $(STAMP) ## lint, formatting, types, import contract
 	$(BIN)/ruff check
