@@ -78,15 +78,13 @@ class EngineConfig:
 class Engine:
     """Decodes requests with one model.
 
-    The model and its adapter must stay as they are for the engine's life.
+    The model and its adapter must stay as they are for the engine's life. The key/value cache is
+    made when the first request needs it.
 
     Args:
         model: From `load_model`.
         config: Settings.
         tokenizer: Needed for requests with stop strings.
-
-    Raises:
-        ConfigError: No room for a key/value cache, or the backend cannot run here.
 
     Example:
         >>> from d2f.testing import tiny_model
@@ -161,7 +159,8 @@ class Engine:
 
         Raises:
             RequestError: It cannot be served, or the engine is closed; others are not affected.
-            ConfigError: Unknown strategy or option.
+            ConfigError: Unknown strategy or option; or there is no room for a key/value cache, or
+                the backend cannot run here.
         """
         task = self._checked(request)
         self._tasks[task.number] = task

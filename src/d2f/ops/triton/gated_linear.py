@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from d2f.ops.triton.launch import early_start, gdc_launch_dependents, gdc_wait
-from d2f.ops.triton.linear import AHEAD, Tiling, choose_tiling, linear, prefetch, token_tile
+from d2f.ops.triton.linear import (
+    AHEAD,
+    Tiling,
+    choose_tiling,
+    linear,
+    multiply,
+    prefetch,
+    token_tile,
+)
 from d2f.ops.triton.swiglu import gated, swiglu
 
 
@@ -47,16 +55,7 @@ def _gated_linear_kernel(
     weight_ptrs = weight_ptr + row.to(tl.int64)[:, None] * D + depth[None, :]
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * x_stride + depth[:, None]
     is_token = token[None, :] < T
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in tl.range(0, D, DEPTH, num_stages=STAGES):
-        if D % DEPTH == 0:
-            weight = tl.load(weight_ptrs + start, eviction_policy="evict_first")
-            x = tl.load(x_ptrs + start, is_token, other=0.0)
-        else:
-            inside = start + depth < D
-            weight = tl.load(weight_ptrs + start, inside[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, is_token & inside[:, None], other=0.0)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+    acc = multiply(weight_ptrs, x_ptrs, is_token, D, DEPTH, STAGES)
     both = acc.to(out_ptr.dtype.element_ty).reshape(2, HALF, TOKENS)
     gate, up = tl.split(both.permute(1, 2, 0))
     own = tl.program_id(0) * HALF + tl.arange(0, HALF)

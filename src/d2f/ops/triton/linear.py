@@ -54,6 +54,30 @@ def prefetch(weight_ptr, row, E, D: tl.constexpr, WIDTH: tl.constexpr):
     )
 
 
+@triton.jit
+def multiply(
+    weight_ptrs,
+    x_ptrs,
+    is_token,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A tile of weights, given by its first DEPTH inputs, times the tokens, in fp32."""
+    depth = tl.arange(0, DEPTH)
+    acc = tl.zeros((weight_ptrs.shape[0], x_ptrs.shape[1]), tl.float32)
+    for start in tl.range(0, D, DEPTH, num_stages=STAGES):
+        if D % DEPTH == 0:
+            weight = tl.load(weight_ptrs + start, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + start, is_token, other=0.0)
+        else:
+            inside = start + depth < D
+            weight = tl.load(weight_ptrs + start, inside[None, :], other=0.0)
+            x = tl.load(x_ptrs + start, is_token & inside[:, None], other=0.0)
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x_ptr,
@@ -84,16 +108,7 @@ def _linear_kernel(
     weight_ptrs = weight_ptr + tl.minimum(row, E - 1).to(tl.int64)[:, None] * D + depth[None, :]
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * x_stride + depth[:, None]
     is_token = token[None, :] < T
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in tl.range(0, D, DEPTH, num_stages=STAGES):
-        if D % DEPTH == 0:
-            weight = tl.load(weight_ptrs + start, eviction_policy="evict_first")
-            x = tl.load(x_ptrs + start, is_token, other=0.0)
-        else:
-            inside = start + depth < D
-            weight = tl.load(weight_ptrs + start, inside[None, :], other=0.0)
-            x = tl.load(x_ptrs + start, is_token & inside[:, None], other=0.0)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+    acc = multiply(weight_ptrs, x_ptrs, is_token, D, DEPTH, STAGES)
     if BIASED:
         acc += tl.load(bias_ptr + row, row < E, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + token.to(tl.int64)[None, :] * E + row[:, None]

@@ -2,7 +2,7 @@ import os
 
 import torch
 
-# Read when triton is imported, which collecting the tests of this folder does.
+# Read when triton is imported, which collecting the tests of kernels does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
