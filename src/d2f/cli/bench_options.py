@@ -58,6 +58,19 @@ def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Tran
     return random_model(preset_spec(shape, num_layers=layers), device=device, dtype=dtype)
 
 
+def source_label(source: str) -> str:
+    """What a model is called in results: a shipped one by its name, not by where it is installed.
+
+    Example:
+        >>> source_label("org/model")
+        'org/model'
+    """
+    from d2f.shipped import shipped_model
+
+    name = Path(source).name
+    return f"shipped {name}" if Path(source) == shipped_model("student").parent / name else source
+
+
 def describe_model(model: Transformer, name: str, random: bool) -> dict[str, object]:
     """What was measured, for a result file."""
     spec = model.spec

@@ -23,6 +23,7 @@ from d2f.cli.bench_options import (
     check_one_source,
     describe_model,
     numbers,
+    source_label,
 )
 from d2f.cli.console import check_writable, log, out, write_json
 from d2f.errors import ConfigError
@@ -268,7 +269,7 @@ def problem_field(
 
     return Field(
         models=models,
-        names=names,
+        names={kind: source_label(name) for kind, name in names.items()},
         entrants=entrants,
         longest=longest + max(len(p) for many in prompts.values() for p in many),
         limit=longest,

@@ -18,6 +18,7 @@ from d2f.cli.bench_options import (
     check_one_source,
     describe_model,
     numbers,
+    source_label,
 )
 from d2f.cli.console import check_writable, log, out, write_json
 from d2f.errors import ConfigError
@@ -98,7 +99,7 @@ def _load(
     from d2f.shipped import shipped_model
 
     name = model or str(shipped_model("student"))
-    return load_model(name, device=device, dtype=dtype), name
+    return load_model(name, device=device, dtype=dtype), source_label(name)
 
 
 def measure_grid(

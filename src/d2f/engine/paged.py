@@ -20,6 +20,7 @@ from d2f.engine.runner import Pending, Runner
 from d2f.engine.sizing import FREE_TOKENS, power_of_two, round_up
 from d2f.engine.task import Task
 from d2f.errors import RequestError
+from d2f.models.cache import DUMP_PAGE
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
 """Room of a row that is there from the start where graphs are captured."""
@@ -62,7 +63,7 @@ class PagedLane:
         self._max_rows, self._prefill_tokens, self._overlap = max_rows, prefill_tokens, overlap
         model, cache = decoder.model, decoder.cache
         self._page_size = cache.page_size
-        self.pool = PagePool(range(1, cache.num_pages))
+        self.pool = PagePool(range(DUMP_PAGE + 1, cache.num_pages))
         self.prompts = PromptCache(self.pool)
         longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
         self._max_end = -(-longest // cache.page_size) * cache.page_size

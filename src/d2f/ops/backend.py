@@ -122,6 +122,7 @@ _TORCH = Backend(
 @functools.cache
 def _triton_backend() -> Backend:
     from d2f.ops.triton import (
+        attention_plan,
         gated_linear,
         linear,
         norm,
@@ -138,7 +139,7 @@ def _triton_backend() -> Backend:
         find_candidates=packed.find_candidates,
         add_rms_norm=norm.add_rms_norm,
         rope_and_write=rope.rope_and_write,
-        plan_attention=paged_attention.plan_attention,
+        plan_attention=attention_plan.plan_attention,
         paged_attention=paged_attention.paged_attention,
         swiglu=swiglu.swiglu,
         gated_linear=gated_linear.gated_linear,

@@ -11,9 +11,10 @@ from d2f.ops import paged_attention as twin
 from d2f.ops.packed import PackedTokens
 
 try:
+    from d2f.ops.triton import attention_plan as plans
     from d2f.ops.triton import paged_attention as kernels
 except ImportError:
-    kernels = None
+    plans = kernels = None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(kernels is None, reason="needs triton")
@@ -97,7 +98,8 @@ def attend_naively(q, kv, packed):
 
 
 def attend(module, q, kv, packed, **options):
-    plan = module.plan_attention(packed, q.shape[1], kv.shape[2], **options)
+    planner = plans if module is kernels else module
+    plan = planner.plan_attention(packed, q.shape[1], kv.shape[2], **options)
     return module.paged_attention(q, kv, plan)
 
 
@@ -254,7 +256,7 @@ def test_a_row_does_not_depend_on_the_batch_or_the_pages():
 def test_tiles_cover_each_token_once(tile_rows):
     counts = [0, 5, 40, 1, 0]
     packed = pack([(count, [count] * count) for count in counts], page_size=16, padding=7)
-    plan = kernels.plan_attention(packed, 4, 1, tile_rows=tile_rows)
+    plan = plans.plan_attention(packed, 4, 1, tile_rows=tile_rows)
     seen = []
     for first, tokens, row, limit, split_keys, *_ in plan.tiles_IF.tolist():
         assert tokens <= plan.tile_tokens == tile_rows // 4
@@ -269,7 +271,7 @@ def test_tiles_cover_each_token_once(tile_rows):
 def test_splits_follow_from_the_end_of_a_row():
     ends = [1, 2048, 2049, 32_768, 32_769, 131_072]
     packed = pack([(end, [end]) for end in ends], page_size=64)
-    plan = kernels.plan_attention(packed, 1, 1)
+    plan = plans.plan_attention(packed, 1, 1)
     assert plan.splits_T.tolist() == [1, 8, 3, 32, 9, 32]
     assert plan.most_splits == max(plan.splits_T.tolist())
 
@@ -283,4 +285,4 @@ def test_no_shorter_row_has_more_splits_than_are_launched():
     most = 0
     for end in range(1, 70_000, 61):
         most = max(most, splits(end))
-        assert kernels.split_count(end) >= most
+        assert plans.split_count(end) >= most
