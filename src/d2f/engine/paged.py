@@ -341,8 +341,9 @@ class PagedLane:
                 raise
             if len(joined) == 1:
                 self._fail(joined[0], f"there is not enough memory for this prompt ({error})")
-            # One of them may be too much where the others are not.
-            self._joining_alone = True
+            else:
+                # One of them may be too much where the others are not.
+                self._joining_alone = True
             return
         for task in self.running:
             task.num_in_flight += 1
