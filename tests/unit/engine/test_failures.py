@@ -104,25 +104,42 @@ def test_logits_that_are_not_finite_fail_their_request_alone(name, overlap):
     check_idle(engine)
 
 
-@OVERLAP
-def test_a_prompt_that_memory_does_not_hold_fails_alone(overlap, monkeypatch):
-    model = tiny_model("llada")
-    cases = list(random_cases("llada"))[:20]
-    engine = make_engine(model, overlap=overlap, prefill_tokens=1)
+LONG = Request(prompt_ids=[1] * 200, max_new_tokens=4)
+
+
+def without_memory_for_long(model, monkeypatch):
     forward = model.forward_packed
-    long = Case(Request(prompt_ids=[1] * 200, max_new_tokens=4), None, 0)
 
     def forward_of_little_memory(ids_T, *rest):
-        if len(ids_T) >= 200:
+        if len(ids_T) >= len(LONG.prompt_ids):
             raise torch.OutOfMemoryError("out of memory")
         return forward(ids_T, *rest)
 
     monkeypatch.setattr(model, "forward_packed", forward_of_little_memory)
-    outputs = drive(engine, [*cases, long], random.Random(1))
+    return model
+
+
+@OVERLAP
+@pytest.mark.parametrize("prefill_tokens", [1, 2048], ids=["one by one", "together"])
+def test_a_prompt_that_memory_does_not_hold_fails_alone(overlap, prefill_tokens, monkeypatch):
+    model = without_memory_for_long(tiny_model("llada"), monkeypatch)
+    cases = list(random_cases("llada"))[:20]
+    engine = make_engine(model, overlap=overlap, prefill_tokens=prefill_tokens, max_batch_size=3)
+    outputs = drive(engine, [*cases, Case(LONG, None, 0)], random.Random(1))
     error = outputs.pop(len(cases)).error
     assert "not enough memory for this prompt" in str(error)
     check_answers(outputs, cases)
     check_idle(engine)
+
+
+def test_requests_join_together_after_a_lone_prompt_that_was_too_much(monkeypatch):
+    engine = make_engine(without_memory_for_long(tiny_model("llada"), monkeypatch))
+    with pytest.raises(RequestError, match="not enough memory"):
+        engine.generate([LONG])
+    for token in (1, 2):
+        engine.add(Request(prompt_ids=[token], max_new_tokens=30, eos_token_id=()))
+    engine.step()
+    assert len(engine._paged.running) == 2
 
 
 def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):
