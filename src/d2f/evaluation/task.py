@@ -1,0 +1,59 @@
+"""What a benchmark is to the evaluation: problems with prompts, and a judge of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One problem of a task.
+
+    Example:
+        >>> Example(id="7", prompt="1+1=").messages is None
+        True
+    """
+
+    id: str
+    """The task's own name of the problem, or its number."""
+    prompt: str
+    """The text that is put to the model, with the examples of a few-shot prompt."""
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """The same as a conversation, where the task has a form of its own for chat models."""
+    response: str | None = None
+    """A right answer in full, where there is one."""
+    source: Any = None
+    """What the task's judge needs, for the task alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the judge says of one answer."""
+
+    correct: bool
+    answer: str | None = None
+    """What was taken out of the text: a number, or the program that was run."""
+    reason: str | None = None
+    """Why it is wrong, where that is known."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All scores of the task's own scorer; `correct` follows the first."""
+
+
+class Task(Protocol):
+    """A benchmark."""
+
+    @property
+    def name(self) -> str:
+        """As a recipe names it."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+
+    def examples(self) -> Sequence[Example]:
+        """All problems, always in the same order."""
+
+    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        """Mark answers; an answer that does anything at all gets a verdict, never an error."""
