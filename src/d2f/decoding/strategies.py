@@ -10,6 +10,7 @@ import torch
 
 from d2f.decoding.autoregressive import AutoregressiveDecoder
 from d2f.decoding.batch import DecodingBatch, Sequences
+from d2f.decoding.dllm_cache import DLLMCacheBatch, refresh_schedule
 from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.pipelined import PipelinedDecoder
 from d2f.decoding.reference import ReferenceBatch
@@ -44,6 +45,16 @@ STRATEGIES: dict[str, Strategy] = {
     "serial": Strategy(policy={"add_threshold": 1.0, "activate_threshold": 1.0}),
     "autoregressive": Strategy(),
     "vanilla": Strategy(batch=VanillaBatch, options=("num_steps", "block_length")),
+    "dllm-cache": Strategy(
+        batch=DLLMCacheBatch,
+        options=(
+            "num_steps",
+            "block_length",
+            "prompt_interval",
+            "response_interval",
+            "refresh_share",
+        ),
+    ),
     "reference": Strategy(batch=ReferenceBatch),
 }
 
@@ -67,7 +78,8 @@ def check_strategy(
     for name, value in options.items():
         if name not in known:
             raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and name != "refresh_share" and not whole:
             raise ConfigError(
                 f"strategy {strategy}: {name} is {value!r}; it must be a whole number"
             )
@@ -88,6 +100,11 @@ def check_strategy(
         raise RequestError(f"this {architecture.name} checkpoint names no mask_token_id")
     if strategy == "vanilla":
         transfer_plan(max_new_tokens, **options)
+    if strategy == "dllm-cache":
+        rest = dict(options)
+        plan = {name: rest.pop(name, None) for name in ("num_steps", "block_length")}
+        transfer_plan(max_new_tokens, **plan)
+        refresh_schedule(**rest)
 
 
 def start_batch(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visible
 from d2f.errors import ConfigError
 from d2f.models.cache import PagedCache
+from d2f.models.feature_cache import FeatureCache, LayerFeatures, Refresh, put, take
 from d2f.models.packing import PackedProjection, pack_projections
 from d2f.models.spec import ModelSpec
 from d2f.ops.attention import AttentionMask, attention
@@ -81,6 +82,33 @@ class Layer(nn.Module):
         """The gated feed-forward network, without its residual."""
         h_BLD = self.mlp_norm(x_BLD)
         return self.down_proj(F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD))
+
+    def refresh(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        features: LayerFeatures,
+        refresh: Refresh,
+    ) -> None:
+        """Bring the features of some tokens up to date with the layer's input."""
+        span = refresh.span(x_BLD.shape[1])
+        h_BLD = self.attention_norm(x_BLD[:, span])
+        v_BLKH = self.v_proj(h_BLD).unflatten(-1, (-1, self.head_dim))
+        old_BLKH = features.values_BLKH[:, span]
+        rows_BM = refresh.rows(v_BLKH, old_BLKH)
+        old_BLKH.copy_(v_BLKH)
+        h_BMD = take(h_BLD, rows_BM)
+        tables = [take(table_BL1H[:, span], rows_BM) for table_BL1H in rope]
+        q, k = (
+            apply_rope(projection(h_BMD).unflatten(-1, (-1, self.head_dim)), *tables)
+            for projection in (self.q_proj, self.k_proj)
+        )
+        put(features.keys_BLKH[:, span], rows_BM, k)
+        out_BMD = self.o_proj(attention(q, features.keys_BLKH, features.values_BLKH, mask))
+        put(features.attention_BLD[:, span], rows_BM, out_BMD)
+        x_BMD = take(x_BLD[:, span], rows_BM) + out_BMD
+        put(features.mlp_BLD[:, span], rows_BM, self.mlp(x_BMD))
 
 
 class Transformer(nn.Module):
@@ -193,6 +221,42 @@ class Transformer(nn.Module):
             )
             x_TD = layer.product(layer.down_proj, layer.gated(h_TD, backend), backend)
         return backend.add_rms_norm(x_TD, residual_TD, self.norm.weight, spec.norm_eps)[0]
+
+    def forward_refresh(
+        self, ids_BL: Tensor, padding_B: Tensor, cache: FeatureCache, refresh: Refresh
+    ) -> Tensor:
+        """Final hidden states (B, L, D) where only some tokens are computed, not yet aligned.
+
+        Every layer adds the features in the cache to its input, those of the tokens to refresh
+        after they were computed from that input under full attention.
+
+        Args:
+            ids_BL: Token ids: padding, prompt, response.
+            padding_B: How many slots in front are padding.
+            cache: The features of earlier forwards; those computed here are written.
+            refresh: Which tokens are computed; all of them in the first forward of a sequence.
+        """
+        length = ids_BL.shape[1]
+        slot_1L = torch.arange(length, device=ids_BL.device)[None]
+        inside_BL = slot_1L >= padding_B[:, None]
+        positions_BL = (slot_1L - padding_B[:, None]).clamp_min(0)
+        rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
+        num_queries = refresh.num_queries(length)
+        mask = None
+        if num_queries > 0:
+            mask = AttentionMask(
+                lambda start, end: inside_BL[:, None].expand(-1, end - start, -1),
+                (len(inside_BL), num_queries, length),
+                self.spec.num_heads // self.spec.num_kv_heads,
+            )
+        x_BLD = self.embed(ids_BL)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            features = cache.layer(index, length)
+            if mask is not None:
+                layer.refresh(x_BLD, rope, mask, features, refresh)
+            x_BLD = x_BLD + features.attention_BLD + features.mlp_BLD
+        return self.norm(x_BLD)
 
     def align(self, hidden_BLD: Tensor) -> Tensor:
         """The hidden state that predicts the token at each position of a sequence: (B, L, D).

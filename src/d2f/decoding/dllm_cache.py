@@ -1,0 +1,303 @@
+"""dLLM-Cache (arXiv 2506.06295): low-confidence remasking over cached features of every layer.
+
+Shapes: B sequences (one), L slots, R positions of the response, W of them in one block, S steps,
+E end-of-sequence ids.
+
+Each step chooses tokens as `vanilla` does with LLaDA's sampler; what differs is the forward, in
+which most tokens keep the features (keys, values, outputs of attention and of the feed-forward
+network) that earlier steps computed. Every K_p-th step computes the prompt whole, every K_r-th the
+response whole, the first one both. Where the response is not due, each layer computes the values of
+all response tokens from its input, compares them with those of the step before by cosine
+similarity, and computes the least similar share anew.
+
+What the paper leaves open is done as its published code does it: the values that were computed for
+the comparison are all kept, also of tokens not chosen; a step in which only the prompt is due still
+computes that share of the response; steps are counted through all blocks, not anew in each; a share
+of 0 compares and computes nothing. Two things differ: a share above 0 is at least one token, and
+equally similar tokens go by position, which there is left to chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f.decoding.batch import (
+    BlockState,
+    BlockView,
+    GenerationResult,
+    Sequences,
+    check_finite,
+    cut_at_eos,
+)
+from d2f.decoding.vanilla import transfer_plan
+from d2f.decoding.workspace import Workspace
+from d2f.errors import ConfigError
+from d2f.models.feature_cache import FeatureCache, Refresh
+from d2f.models.transformer import Transformer
+from d2f.ops.sampling import choose_tokens
+
+PROMPT_PAD = 32
+"""Prompts are padded to a multiple of it, so that similar ones share a captured step."""
+LEAST_SLOTS = 256
+"""Of a feature cache; larger ones double, so that few serve all lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshSchedule:
+    """When which features are computed anew.
+
+    Raises:
+        ConfigError: An interval below 1, or a share outside 0..1.
+
+    Example:
+        >>> schedule = RefreshSchedule(prompt_interval=4, response_interval=2)
+        >>> [(r.prompt, r.response) for r in (schedule.at(s, 32, 8) for s in range(3))]
+        [(True, True), (False, False), (False, True)]
+    """
+
+    prompt_interval: int = 50
+    """K_p, steps."""
+    response_interval: int = 7
+    """K_r, steps."""
+    refresh_share: float = 0.25
+    """rho: the share of the response computed anew when the response is not due."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_interval", "response_interval"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        share = self.refresh_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ConfigError(f"refresh_share is {share!r}; it must be a number from 0 to 1")
+
+    def num_tokens(self, response_length: int) -> int:
+        """The share in tokens, rounded down; at least 1 unless the share is 0.
+
+        Example:
+            >>> RefreshSchedule(refresh_share=0.29).num_tokens(100)
+            29
+        """
+        # 0.29 * 100 is a little below 29.
+        tokens = math.floor(round(self.refresh_share * response_length, 9))
+        return max(tokens, 1) if self.refresh_share > 0 else 0
+
+    def at(self, step: int, boundary: int, response_length: int) -> Refresh:
+        """What step 0, 1, … computes, for a response that starts at slot `boundary`."""
+        response = step % self.response_interval == 0
+        return Refresh(
+            boundary=boundary,
+            prompt=boundary > 0 and step % self.prompt_interval == 0,
+            response=response,
+            num_tokens=0 if response else self.num_tokens(response_length),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _State:
+    """What a step reads and writes, at fixed addresses."""
+
+    ids_BL: Tensor
+    """Padding, prompt, response."""
+    padding_B: Tensor
+    plan_4: Tensor
+    """Of this step: the block's start, its end, how many tokens are kept, the step's number."""
+    seed_1: Tensor
+    eos_E: Tensor
+    finite: Tensor
+    """All logits used were."""
+    stopped: Tensor
+    """An EOS has no mask before it."""
+
+    @staticmethod
+    def maker(num_slots: int, num_eos: int, device: torch.device) -> Callable[[], _State]:
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return lambda: _State(
+            ids_BL=zeros(1, num_slots),
+            padding_B=zeros(1),
+            plan_4=zeros(4),
+            seed_1=zeros(1),
+            eos_E=zeros(num_eos),
+            finite=zeros(dtype=torch.bool),
+            stopped=zeros(dtype=torch.bool),
+        )
+
+
+class DLLMCacheBatch:
+    """One sequence decoded by low-confidence remasking over cached features.
+
+    `num_query_tokens` counts the tokens that go through a layer's projections and feed-forward
+    network: prompt and response where they are due, else the share; the values computed for the
+    comparison do not count.
+
+    Args:
+        model: The model.
+        sequences: One sequence.
+        workspace: Buffers and captured steps; one batch uses them at a time. None: its own.
+        num_steps: As `transfer_plan` takes it.
+        block_length: As `transfer_plan` takes it.
+        options: Fields of `RefreshSchedule`; None: the default.
+
+    Raises:
+        ConfigError: A bad value.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Transformer,
+        sequences: Sequences,
+        *,
+        workspace: Workspace | None = None,
+        num_steps: int | None = None,
+        block_length: int | None = None,
+        **options: float | None,
+    ) -> None:
+        assert len(sequences) == 1, "dllm-cache decodes one sequence at a time"
+        self.model, self.sequences = model, sequences
+        self.schedule = refresh_schedule(**options)
+        [prompt], [self.limit] = sequences.prompts, sequences.max_new_tokens
+        self.plan = transfer_plan(self.limit, num_steps=num_steps, block_length=block_length)
+        self.width = max(end - start for start, end, _ in self.plan)
+        self.prompt_length = len(prompt)
+        self.boundary = -(-len(prompt) // PROMPT_PAD) * PROMPT_PAD
+        self.workspace = workspace or Workspace(model.device, use_graphs=False)
+        self._take_buffers()
+        self._fill_buffers(prompt)
+        self.steps = self.num_query_tokens = 0
+        self.done = False
+
+    def _take_buffers(self) -> None:
+        model, device = self.model, self.model.device
+        length, num_eos = self.boundary + self.limit, len(self.sequences.eos_token_ids)
+        num_slots = max(LEAST_SLOTS, 2 ** (length - 1).bit_length())
+        self.cache = self.workspace.buffers(
+            ("dllm-cache", "features", num_slots),
+            lambda: FeatureCache(
+                model.spec, num_slots=num_slots, device=device, dtype=model.dtype
+            ),
+        )
+        shape = ("dllm-cache", self.boundary, self.limit, num_eos)
+        self.state = self.workspace.buffers(shape, _State.maker(length, num_eos, device))
+        settings = self.sequences
+        self._key = (
+            *shape,
+            self.width,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+        )
+
+    def _fill_buffers(self, prompt: Sequence[int]) -> None:
+        device, state = self.model.device, self.state
+        padding, mask = self.boundary - len(prompt), self.model.spec.mask_token_id
+        ids = [0] * padding + list(prompt) + [mask] * self.limit
+        state.ids_BL.copy_(torch.tensor([ids], device=device))
+        state.padding_B.fill_(padding)
+        state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
+        eos = self.sequences.eos_token_ids
+        state.eos_E.copy_(torch.tensor(eos, dtype=torch.long, device=device))
+        state.finite.fill_(True)
+        state.stopped.fill_(False)
+        rows = [(*kept, step) for step, kept in enumerate(self.plan)]
+        self.plan_S4 = torch.tensor(rows, device=device)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One forward over the tokens that are due, then keep this step's tokens."""
+        refresh = self.schedule.at(self.steps, self.boundary, self.limit)
+        self.state.plan_4.copy_(self.plan_S4[self.steps])
+        self.workspace.run((*self._key, refresh), lambda: self._forward(refresh))
+        self.num_query_tokens += self.limit if refresh.response else refresh.num_tokens
+        self.num_query_tokens += self.prompt_length if refresh.prompt else 0
+        self.steps += 1
+        settings = self.sequences
+        stops = settings.early_stop and len(settings.eos_token_ids) > 0
+        self.done = self.steps >= len(self.plan) or (stops and bool(self.state.stopped))
+
+    def _forward(self, refresh: Refresh) -> None:
+        """A step over the buffers; it waits for no host."""
+        state, mask = self.state, self.model.spec.mask_token_id
+        hidden_BLD = self.model.forward_refresh(
+            state.ids_BL, state.padding_B, self.cache, refresh
+        )
+        aligned_RD = self.model.align(hidden_BLD)[0, self.boundary :]
+        ids_R = state.ids_BL[0, self.boundary :]
+        start, end, keep, step = state.plan_4.unbind()
+        # As wide as the longest block; where the last one is shorter, it begins before it.
+        offset_W = torch.arange(self.width, device=ids_R.device)
+        offset_W = offset_W + start.clamp_max(self.limit - self.width)
+        old_W = ids_R[offset_W]
+        candidate_W = (old_W == mask) & (offset_W >= start) & (offset_W < end)
+        choice = choose_tokens(
+            self.model.head(aligned_RD[offset_W]),
+            mask_token_id=mask,
+            sampling=self.sequences.sampling(
+                state.seed_1.expand_as(offset_W),
+                offset_W + self.boundary - state.padding_B,
+                step.expand_as(offset_W),
+            ),
+            needed_M=candidate_W,
+        )
+        state.finite.logical_and_(choice.probability_M.isfinite().all())
+        confidence_W = choice.probability_M.where(candidate_W, -torch.inf)
+        order_W = confidence_W.sort(descending=True, stable=True).indices
+        rank_W = torch.empty_like(order_W)
+        rank_W[order_W] = torch.arange(self.width, device=order_W.device)
+        ids_R[offset_W] = choice.token_M.where(candidate_W & (rank_W < keep), old_W)
+        is_eos_R = (ids_R[:, None] == state.eos_E).any(-1)
+        state.stopped.copy_(((ids_R != mask).long().cumprod(0).bool() & is_eos_R).any())
+
+    def _response(self) -> list[int]:
+        return self.state.ids_BL[0, self.boundary :].tolist()
+
+    def finished(self) -> list[bool]:
+        """Whether the sequence is done."""
+        return [self.done]
+
+    def results(self, rows: list[int]) -> list[GenerationResult]:
+        """The response, if it is asked for."""
+        if not rows:
+            return []
+        check_finite(self.state.finite)
+        token_ids, reason = cut_at_eos(self._response(), self.sequences.eos_token_ids)
+        return [
+            GenerationResult(
+                token_ids=token_ids,
+                num_forwards=self.steps,
+                num_prefill_forwards=0,
+                num_query_tokens=self.num_query_tokens,
+                finish_reason=reason,
+            )
+        ]
+
+    def view(self, row: int) -> list[BlockView]:
+        """The whole response as one block that stays active to the end."""
+        mask = self.model.spec.mask_token_id
+        tokens = tuple(None if t == mask else t for t in self._response())
+        return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tokens)]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with the one sequence."""
+        assert rows == [0]
+
+
+def refresh_schedule(**options: float | None) -> RefreshSchedule:
+    """The schedule of a strategy's options, of which None means the default.
+
+    Raises:
+        ConfigError: A bad value.
+
+    Example:
+        >>> refresh_schedule(prompt_interval=8, response_interval=None).response_interval
+        7
+    """
+    given: dict = {name: value for name, value in options.items() if value is not None}
+    return RefreshSchedule(**given)
