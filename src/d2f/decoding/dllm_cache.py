@@ -161,7 +161,9 @@ class DLLMCacheBatch:
         **options: float | None,
     ) -> None:
         assert len(sequences) == 1, "dllm-cache decodes one sequence at a time"
+        assert model.spec.mask_token_id is not None
         self.model, self.sequences = model, sequences
+        self.mask_token_id = model.spec.mask_token_id
         self.schedule = refresh_schedule(**options)
         [prompt], [self.limit] = sequences.prompts, sequences.max_new_tokens
         self.plan = transfer_plan(self.limit, num_steps=num_steps, block_length=block_length)
@@ -180,9 +182,7 @@ class DLLMCacheBatch:
         num_slots = max(LEAST_SLOTS, 2 ** (length - 1).bit_length())
         self.cache = self.workspace.buffers(
             ("dllm-cache", "features", num_slots),
-            lambda: FeatureCache(
-                model.spec, num_slots=num_slots, device=device, dtype=model.dtype
-            ),
+            lambda: FeatureCache(model.spec, num_slots=num_slots, device=device, dtype=model.dtype),
         )
         shape = ("dllm-cache", self.boundary, self.limit, num_eos)
         self.state = self.workspace.buffers(shape, _State.maker(length, num_eos, device))
@@ -197,8 +197,8 @@ class DLLMCacheBatch:
 
     def _fill_buffers(self, prompt: Sequence[int]) -> None:
         device, state = self.model.device, self.state
-        padding, mask = self.boundary - len(prompt), self.model.spec.mask_token_id
-        ids = [0] * padding + list(prompt) + [mask] * self.limit
+        padding = self.boundary - len(prompt)
+        ids = [0] * padding + list(prompt) + [self.mask_token_id] * self.limit
         state.ids_BL.copy_(torch.tensor([ids], device=device))
         state.padding_B.fill_(padding)
         state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
@@ -224,10 +224,8 @@ class DLLMCacheBatch:
 
     def _forward(self, refresh: Refresh) -> None:
         """A step over the buffers; it waits for no host."""
-        state, mask = self.state, self.model.spec.mask_token_id
-        hidden_BLD = self.model.forward_refresh(
-            state.ids_BL, state.padding_B, self.cache, refresh
-        )
+        state, mask = self.state, self.mask_token_id
+        hidden_BLD = self.model.forward_refresh(state.ids_BL, state.padding_B, self.cache, refresh)
         aligned_RD = self.model.align(hidden_BLD)[0, self.boundary :]
         ids_R = state.ids_BL[0, self.boundary :]
         start, end, keep, step = state.plan_4.unbind()
@@ -280,8 +278,7 @@ class DLLMCacheBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        mask = self.model.spec.mask_token_id
-        tokens = tuple(None if t == mask else t for t in self._response())
+        tokens = tuple(None if t == self.mask_token_id else t for t in self._response())
         return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tokens)]
 
     def select(self, rows: list[int]) -> None:
