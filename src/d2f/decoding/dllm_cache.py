@@ -1,7 +1,7 @@
 """dLLM-Cache (arXiv 2506.06295): low-confidence remasking over cached features of every layer.
 
-Shapes: B sequences (one), L slots, R positions of the response, W of them in one block, S steps,
-E end-of-sequence ids.
+Shapes: L slots, R positions of the response, W of them in one block, S steps, E end-of-sequence
+ids, D hidden size.
 
 Each step chooses tokens as `vanilla` does with LLaDA's sampler; what differs is the forward, in
 which most tokens keep the features (keys, values, outputs of attention and of the feed-forward
@@ -39,7 +39,7 @@ from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError
 from d2f.models.feature_cache import FeatureCache, Refresh
 from d2f.models.transformer import Transformer
-from d2f.ops.sampling import choose_tokens
+from d2f.ops.backend import select_backend
 
 PROMPT_PAD = 32
 """Prompts are padded to a multiple of it, so that similar ones share a captured step."""
@@ -56,7 +56,7 @@ class RefreshSchedule:
 
     Example:
         >>> schedule = RefreshSchedule(prompt_interval=4, response_interval=2)
-        >>> [(r.prompt, r.response) for r in (schedule.at(s, 32, 8) for s in range(3))]
+        >>> [(r.prompt, r.response) for r in (schedule.at(s, 5, 8) for s in range(3))]
         [(True, True), (False, False), (False, True)]
     """
 
@@ -87,12 +87,12 @@ class RefreshSchedule:
         tokens = math.floor(round(self.refresh_share * response_length, 9))
         return max(tokens, 1) if self.refresh_share > 0 else 0
 
-    def at(self, step: int, boundary: int, response_length: int) -> Refresh:
-        """What step 0, 1, … computes, for a response that starts at slot `boundary`."""
+    def at(self, step: int, prompt_length: int, response_length: int) -> Refresh:
+        """What step 0, 1, … computes."""
         response = step % self.response_interval == 0
         return Refresh(
-            boundary=boundary,
-            prompt=boundary > 0 and step % self.prompt_interval == 0,
+            response_length=response_length,
+            prompt=prompt_length > 0 and step % self.prompt_interval == 0,
             response=response,
             num_tokens=0 if response else self.num_tokens(response_length),
         )
@@ -102,9 +102,11 @@ class RefreshSchedule:
 class _State:
     """What a step reads and writes, at fixed addresses."""
 
-    ids_BL: Tensor
-    """Padding, prompt, response."""
-    padding_B: Tensor
+    ids_L: Tensor
+    """Response, prompt, padding."""
+    positions_L: Tensor
+    count_1: Tensor
+    """Slots that are no padding."""
     plan_4: Tensor
     """Of this step: the block's start, its end, how many tokens are kept, the step's number."""
     seed_1: Tensor
@@ -120,8 +122,9 @@ class _State:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return lambda: _State(
-            ids_BL=zeros(1, num_slots),
-            padding_B=zeros(1),
+            ids_L=zeros(num_slots),
+            positions_L=zeros(num_slots),
+            count_1=zeros(1),
             plan_4=zeros(4),
             seed_1=zeros(1),
             eos_E=zeros(num_eos),
@@ -149,7 +152,6 @@ class DLLMCacheBatch:
         ConfigError: A bad value.
     """
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: Transformer,
@@ -169,40 +171,42 @@ class DLLMCacheBatch:
         self.plan = transfer_plan(self.limit, num_steps=num_steps, block_length=block_length)
         self.width = max(end - start for start, end, _ in self.plan)
         self.prompt_length = len(prompt)
-        self.boundary = -(-len(prompt) // PROMPT_PAD) * PROMPT_PAD
+        self.length = self.limit + -(-len(prompt) // PROMPT_PAD) * PROMPT_PAD
         self.workspace = workspace or Workspace(model.device, use_graphs=False)
+        self.backend = select_backend("auto", model.device)
+        model.pack()
         self._take_buffers()
         self._fill_buffers(prompt)
         self.steps = self.num_query_tokens = 0
         self.done = False
 
+    @torch.inference_mode()
     def _take_buffers(self) -> None:
         model, device = self.model, self.model.device
-        length, num_eos = self.boundary + self.limit, len(self.sequences.eos_token_ids)
-        num_slots = max(LEAST_SLOTS, 2 ** (length - 1).bit_length())
+        settings = self.sequences
+        num_eos = len(settings.eos_token_ids)
+        num_slots = max(LEAST_SLOTS, 2 ** (self.length - 1).bit_length())
         self.cache = self.workspace.buffers(
             ("dllm-cache", "features", num_slots),
             lambda: FeatureCache(model.spec, num_slots=num_slots, device=device, dtype=model.dtype),
         )
-        shape = ("dllm-cache", self.boundary, self.limit, num_eos)
-        self.state = self.workspace.buffers(shape, _State.maker(length, num_eos, device))
-        settings = self.sequences
+        shape = ("dllm-cache", self.limit, self.length, num_eos)
+        self.state = self.workspace.buffers(shape, _State.maker(self.length, num_eos, device))
         self._key = (
-            *shape,
-            self.width,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-        )
+            *shape, self.width, settings.temperature, settings.top_k, settings.top_p,
+        )  # fmt: skip
 
+    @torch.inference_mode()
     def _fill_buffers(self, prompt: Sequence[int]) -> None:
-        device, state = self.model.device, self.state
-        padding = self.boundary - len(prompt)
-        ids = [0] * padding + list(prompt) + [self.mask_token_id] * self.limit
-        state.ids_BL.copy_(torch.tensor([ids], device=device))
-        state.padding_B.fill_(padding)
+        device, state, eos = self.model.device, self.state, self.sequences.eos_token_ids
+        padding = self.length - self.limit - len(prompt)
+        ids = [self.mask_token_id] * self.limit + list(prompt) + [0] * padding
+        response = range(len(prompt), len(prompt) + self.limit)
+        positions = [*response, *range(len(prompt)), *[0] * padding]
+        state.ids_L.copy_(torch.tensor(ids, device=device))
+        state.positions_L.copy_(torch.tensor(positions, device=device))
+        state.count_1.fill_(self.limit + len(prompt))
         state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
-        eos = self.sequences.eos_token_ids
         state.eos_E.copy_(torch.tensor(eos, dtype=torch.long, device=device))
         state.finite.fill_(True)
         state.stopped.fill_(False)
@@ -212,7 +216,7 @@ class DLLMCacheBatch:
     @torch.inference_mode()
     def step(self) -> None:
         """One forward over the tokens that are due, then keep this step's tokens."""
-        refresh = self.schedule.at(self.steps, self.boundary, self.limit)
+        refresh = self.schedule.at(self.steps, self.prompt_length, self.limit)
         self.state.plan_4.copy_(self.plan_S4[self.steps])
         self.workspace.run((*self._key, refresh), lambda: self._forward(refresh))
         self.num_query_tokens += self.limit if refresh.response else refresh.num_tokens
@@ -225,22 +229,23 @@ class DLLMCacheBatch:
     def _forward(self, refresh: Refresh) -> None:
         """A step over the buffers; it waits for no host."""
         state, mask = self.state, self.mask_token_id
-        hidden_BLD = self.model.forward_refresh(state.ids_BL, state.padding_B, self.cache, refresh)
-        aligned_RD = self.model.align(hidden_BLD)[0, self.boundary :]
-        ids_R = state.ids_BL[0, self.boundary :]
+        hidden_LD = self.model.forward_refresh(
+            state.ids_L, state.positions_L, state.count_1, self.cache, refresh, self.backend
+        )
+        ids_R = state.ids_L[: self.limit]
         start, end, keep, step = state.plan_4.unbind()
         # As wide as the longest block; where the last one is shorter, it begins before it.
         offset_W = torch.arange(self.width, device=ids_R.device)
         offset_W = offset_W + start.clamp_max(self.limit - self.width)
         old_W = ids_R[offset_W]
         candidate_W = (old_W == mask) & (offset_W >= start) & (offset_W < end)
-        choice = choose_tokens(
-            self.model.head(aligned_RD[offset_W]),
+        choice = self.backend.choose_tokens(
+            self.backend.linear_fp32(self._aligned(hidden_LD, offset_W), self.model.head_weight_VD),
             mask_token_id=mask,
             sampling=self.sequences.sampling(
-                state.seed_1.expand_as(offset_W),
-                offset_W + self.boundary - state.padding_B,
-                step.expand_as(offset_W),
+                state.seed_1.expand_as(offset_W).contiguous(),
+                state.positions_L[offset_W],
+                step.repeat(self.width),
             ),
             needed_M=candidate_W,
         )
@@ -253,8 +258,17 @@ class DLLMCacheBatch:
         is_eos_R = (ids_R[:, None] == state.eos_E).any(-1)
         state.stopped.copy_(((ids_R != mask).long().cumprod(0).bool() & is_eos_R).any())
 
+    def _aligned(self, hidden_LD: Tensor, offset_W: Tensor) -> Tensor:
+        """The hidden states that predict positions of the response: (W, D)."""
+        if self.model.spec.architecture.shifted:
+            # The prompt's end comes before the response; without a prompt the first uses its own.
+            count_1 = self.state.count_1
+            last_1 = count_1 - 1 if self.prompt_length > 0 else torch.zeros_like(count_1)
+            offset_W = torch.where(offset_W > 0, offset_W - 1, last_1)
+        return hidden_LD[offset_W]
+
     def _response(self) -> list[int]:
-        return self.state.ids_BL[0, self.boundary :].tolist()
+        return self.state.ids_L[: self.limit].tolist()
 
     def finished(self) -> list[bool]:
         """Whether the sequence is done."""

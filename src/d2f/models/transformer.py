@@ -6,6 +6,8 @@ E outputs of a packed projection, V vocabulary, H head dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visible
 from d2f.errors import ConfigError
 from d2f.models.cache import PagedCache
-from d2f.models.feature_cache import FeatureCache, LayerFeatures, Refresh, put, take
+from d2f.models.feature_cache import FeatureCache, LayerFeatures, Refresh
 from d2f.models.packing import PackedProjection, pack_projections
 from d2f.models.spec import ModelSpec
 from d2f.ops.attention import AttentionMask, attention
@@ -82,33 +84,6 @@ class Layer(nn.Module):
         """The gated feed-forward network, without its residual."""
         h_BLD = self.mlp_norm(x_BLD)
         return self.down_proj(F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD))
-
-    def refresh(
-        self,
-        x_BLD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: AttentionMask,
-        features: LayerFeatures,
-        refresh: Refresh,
-    ) -> None:
-        """Bring the features of some tokens up to date with the layer's input."""
-        span = refresh.span(x_BLD.shape[1])
-        h_BLD = self.attention_norm(x_BLD[:, span])
-        v_BLKH = self.v_proj(h_BLD).unflatten(-1, (-1, self.head_dim))
-        old_BLKH = features.values_BLKH[:, span]
-        rows_BM = refresh.rows(v_BLKH, old_BLKH)
-        old_BLKH.copy_(v_BLKH)
-        h_BMD = take(h_BLD, rows_BM)
-        tables = [take(table_BL1H[:, span], rows_BM) for table_BL1H in rope]
-        q, k = (
-            apply_rope(projection(h_BMD).unflatten(-1, (-1, self.head_dim)), *tables)
-            for projection in (self.q_proj, self.k_proj)
-        )
-        put(features.keys_BLKH[:, span], rows_BM, k)
-        out_BMD = self.o_proj(attention(q, features.keys_BLKH, features.values_BLKH, mask))
-        put(features.attention_BLD[:, span], rows_BM, out_BMD)
-        x_BMD = take(x_BLD[:, span], rows_BM) + out_BMD
-        put(features.mlp_BLD[:, span], rows_BM, self.mlp(x_BMD))
 
 
 class Transformer(nn.Module):
@@ -223,40 +198,80 @@ class Transformer(nn.Module):
         return backend.add_rms_norm(x_TD, residual_TD, self.norm.weight, spec.norm_eps)[0]
 
     def forward_refresh(
-        self, ids_BL: Tensor, padding_B: Tensor, cache: FeatureCache, refresh: Refresh
+        self,
+        ids_L: Tensor,
+        positions_L: Tensor,
+        count_1: Tensor,
+        cache: FeatureCache,
+        refresh: Refresh,
+        backend: Backend,
     ) -> Tensor:
-        """Final hidden states (B, L, D) where only some tokens are computed, not yet aligned.
+        """Final hidden states (L, D) where only some tokens are computed, not yet aligned.
 
         Every layer adds the features in the cache to its input, those of the tokens to refresh
         after they were computed from that input under full attention.
 
         Args:
-            ids_BL: Token ids: padding, prompt, response.
-            padding_B: How many slots in front are padding.
+            ids_L: Token ids: response, prompt, padding.
+            positions_L: Position of each token in its sequence.
+            count_1: How many of the slots are no padding.
             cache: The features of earlier forwards; those computed here are written.
             refresh: Which tokens are computed; all of them in the first forward of a sequence.
+            backend: The operations to use. `pack` must have been called.
         """
-        length = ids_BL.shape[1]
-        slot_1L = torch.arange(length, device=ids_BL.device)[None]
-        inside_BL = slot_1L >= padding_B[:, None]
-        positions_BL = (slot_1L - padding_B[:, None]).clamp_min(0)
-        rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
+        spec, length = self.spec, len(ids_L)
+        cos, sin = rope_tables(positions_L[None], self._frequencies(), self._rope_dtype())
         num_queries = refresh.num_queries(length)
-        mask = None
-        if num_queries > 0:
-            mask = AttentionMask(
-                lambda start, end: inside_BL[:, None].expand(-1, end - start, -1),
-                (len(inside_BL), num_queries, length),
-                self.spec.num_heads // self.spec.num_kv_heads,
-            )
-        x_BLD = self.embed(ids_BL)
+        queries = cache.queries(num_queries, count_1, length)
+        plan = backend.plan_attention(queries, spec.num_heads, spec.num_kv_heads)
+        out_LD, residual_LD = self.embed(ids_L), None
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             features = cache.layer(index, length)
-            if mask is not None:
-                layer.refresh(x_BLD, rope, mask, features, refresh)
-            x_BLD = x_BLD + features.attention_BLD + features.mlp_BLD
-        return self.norm(x_BLD)
+            h_LD, x_LD = backend.add_rms_norm(
+                out_LD, residual_LD, layer.attention_norm.weight, spec.norm_eps
+            )
+            if num_queries > 0:
+                tables = (cos[0, :, 0], sin[0, :, 0])
+                self._refresh(layer, (h_LD, x_LD), tables, plan, features, refresh, backend)
+            residual_LD, out_LD = x_LD + features.attention_LD, features.mlp_LD
+        return backend.add_rms_norm(out_LD, residual_LD, self.norm.weight, spec.norm_eps)[0]
+
+    def _refresh(
+        self,
+        layer: Layer,
+        inputs: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor],
+        plan: Any,
+        features: LayerFeatures,
+        refresh: Refresh,
+        backend: Backend,
+    ) -> None:
+        """Bring a layer's features up to date with its inputs, normalised and as they are."""
+        span = refresh.span(len(inputs[0]))
+        slots_T = torch.arange(span.start, span.stop, device=self.device)
+        h_TD, x_TD, cos_TH, sin_TH = (tensor[span] for tensor in (*inputs, *tables))
+        if refresh.chooses:
+            values_LKH = features.kv_2SKH[1, span]
+            v_LE = layer.product(layer.v_proj, h_TD, backend)
+            slots_T = refresh.choose(v_LE, values_LKH.flatten(1))
+            values_LKH.copy_(v_LE.view_as(values_LKH))
+            h_TD, x_TD, cos_TH, sin_TH, v_TE = (
+                tensor.index_select(0, slots_T) for tensor in (h_TD, x_TD, cos_TH, sin_TH, v_LE)
+            )
+            qk = [layer.product(p, h_TD, backend) for p in (layer.q_proj, layer.k_proj)]
+            qkv_TE = torch.cat([*qk, v_TE], dim=-1)
+        else:
+            qkv_TE = layer.packed_qkv(h_TD, backend)
+        q_TNH = backend.rope_and_write(
+            qkv_TE, cos_TH, sin_TH, features.kv_2SKH, slots_T, self.spec.num_heads
+        )
+        mixed_TE = backend.paged_attention(q_TNH, features.kv_2SKH, plan)
+        out_TD = layer.product(layer.o_proj, mixed_TE, backend)
+        features.attention_LD.index_copy_(0, slots_T, out_TD)
+        h_TD, _ = backend.add_rms_norm(out_TD, x_TD, layer.mlp_norm.weight, self.spec.norm_eps)
+        out_TD = layer.product(layer.down_proj, layer.gated(h_TD, backend), backend)
+        features.mlp_LD.index_copy_(0, slots_T, out_TD)
 
     def align(self, hidden_BLD: Tensor) -> Tensor:
         """The hidden state that predicts the token at each position of a sequence: (B, L, D).

@@ -193,7 +193,7 @@ def test_the_slow_twin_finds_the_same(
 
     def watched(*args):
         rows = least_similar(*args)
-        chosen.append([prompt_length + row for row in sorted(rows[0].tolist())])
+        chosen.append([prompt_length + row for row in sorted(rows.tolist())])
         return rows
 
     monkeypatch.setattr(feature_cache, "least_similar", watched)
@@ -218,14 +218,19 @@ def test_caching_changes_what_is_decoded(model):
     assert full.num_query_tokens == 24 * 36
 
 
-def test_what_is_counted_went_through_the_layers(family):
-    model, rows = tiny_model(family), []
-    model.layers[1].down_proj.register_forward_hook(lambda _, args, __: rows.append(args[0]))
+def test_what_is_counted_is_what_is_due(family, monkeypatch):
+    model, due = tiny_model(family), []
+    forward = model.forward_refresh
+    monkeypatch.setattr(
+        model,
+        "forward_refresh",
+        lambda *args: due.append(args[4].num_queries(42)) or forward(*args),
+    )
     options = {"prompt_interval": 4, "response_interval": 3, "refresh_share": 0.5}
     result = decode(model, sequence(prompt_of(32), 10), num_steps=7, **options)
     # Steps 0, 4: prompt; steps 0, 3, 6: response; half of it else.
-    assert [row.shape[1] for row in rows] == [42, 5, 5, 10, 37, 5, 10]
-    assert result.num_query_tokens == sum(row.shape[1] for row in rows)
+    assert due == [42, 5, 5, 10, 37, 5, 10]
+    assert result.num_query_tokens == sum(due)
     assert result.num_forwards == 7
     assert result.num_prefill_forwards == 0
 
@@ -240,14 +245,12 @@ def test_an_empty_prompt_is_never_due(model):
 
 def poison(batch):
     """Leave behind what would spoil every later answer that reads it."""
-    for index in range(batch.model.spec.num_layers):
-        for values in vars(batch.cache.layer(index, batch.cache.num_slots)).values():
-            with torch.inference_mode():
-                values.fill_(float("nan"))
     with torch.inference_mode():
+        batch.cache.kv_N2SKH.fill_(torch.nan)
+        batch.cache.outputs_N2SD.fill_(torch.nan)
         batch.state.finite.fill_(False)
         batch.state.stopped.fill_(True)
-        batch.state.ids_BL.fill_(1)
+        batch.state.ids_L.fill_(1)
 
 
 def test_requests_in_turn_leave_nothing_to_each_other(model):
