@@ -165,33 +165,20 @@ class Server:
         if not sys.executable:
             raise D2FError("the sandbox needs a Python interpreter, but sys.executable is empty")
         self._folder = tempfile.mkdtemp(prefix="d2f-sandbox-")
-        self._socket, theirs = socket.socketpair()
-        script = Path(__file__).with_name("sandbox_child.py")
-        # The flags of `-I`, but for the one that hides PYTHONHASHSEED: without it, what hangs on
-        # the order of a set would pass in one evaluation and fail in the next.
-        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(script), kind]
-        libraries = {
-            name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name))
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                [*command, self._folder],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={"PYTHONHASHSEED": "0", **libraries},
-                cwd=self._folder,
-                start_new_session=True,
-            )
+        try:
+            self._process, self._socket = self._start(kind)
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise D2FError(f"the sandbox cannot start {sys.executable}: {error}") from error
         self._socket.settimeout(_PATIENCE_SECONDS)
         try:
             self.kind = self._receive(KIND_BYTES).decode().strip()
         except OSError as error:
-            said = self.close().strip().rpartition("\n")[2]
+            said = self._end().strip().rpartition("\n")[2]
             raise D2FError(
                 f"the sandbox for generated programs did not start with {sys.executable}: "
                 f"{said or error}"
-            ) from None
+            ) from error
 
     def run(self, program: str, limits: Limits) -> Execution:
         """Run one program.
@@ -207,8 +194,44 @@ class Server:
         reason = self._receive(length).decode("utf-8", "replace")
         return Execution(passed=passed, reason=reason, seconds=seconds)
 
-    def close(self) -> str:
-        """End the server, a running program with it, and return what it complained about."""
+    def close(self) -> None:
+        """End the server, and a running program with it."""
+        self._end()
+
+    def interrupt(self) -> None:
+        """Make a `run` in another thread fail at once."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it is closed already
+
+    def _start(self, kind: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        script = Path(__file__).with_name("sandbox_child.py")
+        # The flags of `-I`, but for the one that hides PYTHONHASHSEED: without it, what hangs on
+        # the order of a set would pass in one evaluation and fail in the next.
+        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(script), kind]
+        libraries = {
+            name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name))
+        }
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [*command, self._folder],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env={"PYTHONHASHSEED": "0", **libraries},
+                    cwd=self._folder,
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+        return process, ours
+
+    def _end(self) -> str:
+        """End the server; what it complained about."""
         # The server sees this end, kills its program and removes its folder.
         self._socket.close()
         try:
@@ -218,13 +241,6 @@ class Server:
             _, said = self._process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
         return said.decode("utf-8", "replace")
-
-    def interrupt(self) -> None:
-        """Make a `run` in another thread fail at once."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it is closed already
 
     def _receive(self, count: int) -> bytes:
         data = b""

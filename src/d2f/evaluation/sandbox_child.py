@@ -219,14 +219,13 @@ class _Kernel:
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._program: bytes | None = None
         machine = platform.machine()
         if machine in _ARCHITECTURES and struct.calcsize("P") == 8:
             rows = build_filter(machine)
             self._code = b"".join(struct.pack("=HBBI", *row) for row in rows)
             address = ctypes.cast(ctypes.c_char_p(self._code), ctypes.c_void_p).value
             self._program = struct.pack("@HP", len(rows), address)
-        else:
-            self._program = None
 
     def control(self, option: int, value: int, pointer: bytes | None = None) -> bool:
         """`prctl`; whether it worked."""
@@ -253,7 +252,7 @@ class _Kernel:
         return self._program is not None and self.control(_PR_SET_SECCOMP, 2, self._program)
 
 
-# ---------------------------------------------------------------------------------- audit's refusals
+# ------------------------------------------------------------------------- interpreter's refusals
 
 _HARMLESS_OS_EVENTS = frozenset(
     f"os.{name}" for name in "fwalk getxattr listdir listxattr putenv scandir unsetenv walk".split()
@@ -269,14 +268,14 @@ _REFUSED_MODULES = frozenset(
 _UNAUDITED = (
     "chroot copy_file_range eventfd ftruncate initgroups login_tty memfd_create mkfifo mknod nice "
     "openpty pidfd_open pipe pipe2 posix_fallocate posix_openpt sched_setaffinity sched_setparam "
-    "sched_setscheduler sendfile setegid seteuid setgid setgroups setns setpgid setpgrp setpriority "
-    "setregid setresgid setresuid setreuid setsid setuid splice sync tcsetpgrp unshare"
+    "sched_setscheduler sendfile setegid seteuid setgid setgroups setns setpgid setpgrp "
+    "setpriority setregid setresgid setresuid setreuid setsid setuid splice sync tcsetpgrp unshare"
 ).split()
 """Functions of `os` that raise no audit event."""
 
 
 def _refuse_by_audit() -> None:
-    """Refuse in the interpreter what the kernel cannot be asked to refuse, for the rest of its life.
+    """Let the interpreter refuse what the kernel cannot be asked to refuse, from now on.
 
     Everything that the hook needs is held in its closure, out of the reach of a program that
     replaces builtins or globals.
