@@ -27,7 +27,7 @@ _CLOSING_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 
 
 def extract_code(text: str) -> str:
-    """The code in an answer.
+    r"""The code in an answer.
 
     Args:
         text: What the model wrote.
@@ -38,10 +38,10 @@ def extract_code(text: str) -> str:
         what the prompt opened: the text before it.
 
     Example:
-        >>> extract_code("Here you are:\\n```python\\nx = 1\\n```\\nGood luck!")
-        'x = 1\\n'
-        >>> extract_code("    return x\\n```\\n")
-        '    return x\\n'
+        >>> extract_code("Here you are:\n```python\nx = 1\n```\nGood luck!")
+        'x = 1\n'
+        >>> extract_code("    return x\n```\n")
+        '    return x\n'
     """
     opening = _PYTHON_FENCE.search(text) or _FENCE.search(text)
     if opening is None:
@@ -55,7 +55,7 @@ def extract_code(text: str) -> str:
 
 
 def sanitize(code: str, entry_point: str) -> str:
-    """The part of a text that defines a function.
+    r"""The part of a text that defines a function.
 
     Args:
         code: Python among other things, such as prose before and behind it.
@@ -68,7 +68,7 @@ def sanitize(code: str, entry_point: str) -> str:
         the answer. Empty, or imports alone, if there is no such function.
 
     Example:
-        >>> print(sanitize("Sure!\\nimport math\\ndef f(x):\\n    return x\\nprint(f(1))", "f"))
+        >>> print(sanitize("Sure!\nimport math\ndef f(x):\n    return x\nprint(f(1))", "f"))
         import math
         def f(x):
             return x
@@ -89,7 +89,7 @@ def sanitize(code: str, entry_point: str) -> str:
 
 
 def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
-    """The program that tells whether an answer to a HumanEval problem is right.
+    r"""The program that tells whether an answer to a HumanEval problem is right.
 
     Args:
         prompt: The problem: imports and a function's head with its docstring.
@@ -103,7 +103,7 @@ def humaneval_program(prompt: str, completion: str, test: str, entry_point: str)
         it is, up to a fence; of anything else, `sanitize` of prompt and code.
 
     Example:
-        >>> print(humaneval_program("def f(x):\\n", "    return x", "def check(f): ...", "f"))
+        >>> print(humaneval_program("def f(x):\n", "    return x", "def check(f): ...", "f"))
         def f(x):
             return x
         def check(f): ...
@@ -143,7 +143,7 @@ def _parse_or_line(lines: Sequence[str]) -> ast.Module | int:
 
 
 def _longest_run(lines: Sequence[str]) -> list[str]:
-    """The longest run of lines that parses, by its lines that are not blank; the first of equals."""
+    """The run of lines that parses with the most lines that are not blank; the first of equals."""
     best: list[str] = []
     best_size = 0
     budget = _MAX_PARSED_LINES

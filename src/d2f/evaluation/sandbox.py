@@ -277,6 +277,8 @@ class _Crew:
                 if server is None:
                     server = Server()
                     self._servers.add(server)
+                    if self._stopped.is_set():
+                        return  # `stop` may have come before it was known
                 start = time.monotonic()
                 try:
                     self.executions[index] = server.run(self._programs[index], self._limits)
