@@ -17,7 +17,6 @@ import os
 import queue
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from d2f.evaluation.sandbox_child import KIND_BYTES, REPLY, REQUEST
 
 _PATIENCE_SECONDS = 30.0
 """How much longer than the program a server may take before it counts as dead."""
-_MIN_MEMORY_MIB = 64
+_MIN_MEMORY_MIB, _MAX_MEMORY_MIB = 64, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,10 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 < self.seconds < 1e6:
             raise ConfigError(f"a program's seconds must be above 0, not {self.seconds}")
-        if not self.memory_mib >= _MIN_MEMORY_MIB:
+        if not _MIN_MEMORY_MIB <= self.memory_mib <= _MAX_MEMORY_MIB:
             raise ConfigError(
-                f"a program's memory_mib is {self.memory_mib}, but Python needs {_MIN_MEMORY_MIB}"
+                f"a program's memory_mib must lie between {_MIN_MEMORY_MIB} (what Python needs) "
+                f"and {_MAX_MEMORY_MIB}, not {self.memory_mib}"
             )
 
 
@@ -282,7 +282,7 @@ class _Crew:
                 start = time.monotonic()
                 try:
                     self.executions[index] = server.run(self._programs[index], self._limits)
-                except (OSError, struct.error):
+                except OSError:
                     self.executions[index] = Execution(
                         passed=False,
                         reason="the sandbox died while this program ran",

@@ -58,9 +58,13 @@ _MAX_OPEN_FILES = 64
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
 _CAP_DAC_READ_SEARCH = 1 << 2
-_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
-_LANDLOCK_CHANGES = (1 << 13) - 1 & ~0b1100
-"""All file rights of Landlock's first version except to read files and folders."""
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_LANDLOCK_RIGHTS, _LANDLOCK_READ_FILE, _LANDLOCK_READ_FOLDER = (1 << 13) - 1, 1 << 2, 1 << 3
+"""All file rights of Landlock's first version, and those that are given back."""
+
+_SYSTEM_FOLDERS = frozenset(("dev", "proc", "sys"))
+"""Where to read alone can do harm: devices, other processes."""
+_HARMLESS_DEVICES = frozenset(("/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"))
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 """Name -> number in the kernel's audit interface, column in the table below."""
@@ -219,6 +223,7 @@ class _Kernel:
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._rules = self._readable_files()
         self._program: bytes | None = None
         machine = platform.machine()
         if machine in _ARCHITECTURES and struct.calcsize("P") == 8:
@@ -239,13 +244,31 @@ class _Kernel:
             if self._libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)) == 0:
                 return
 
-    def refuse_changes(self) -> None:
-        """Landlock, where the kernel has it: a second lock on files, and on `/proc/<other>`."""
-        rules, long = struct.pack("=Q", _LANDLOCK_CHANGES), ctypes.c_long
-        ruleset = self._libc.syscall(long(_LANDLOCK_CREATE_RULESET), rules, long(8), long(0))
-        if ruleset >= 0:
-            self._libc.syscall(long(_LANDLOCK_RESTRICT_SELF), long(ruleset), long(0))
-            os.close(ruleset)
+    def _readable_files(self) -> int:
+        """Landlock, where the kernel has it: a set of rules by which files can be read alone."""
+        long = ctypes.c_long
+        rights = struct.pack("=Q", _LANDLOCK_RIGHTS)
+        rules = self._libc.syscall(long(_LANDLOCK_CREATE_RULESET), rights, long(8), long(0))
+        folders = {f"/{name}" for name in os.listdir("/") if name not in _SYSTEM_FOLDERS}
+        for path in folders | _HARMLESS_DEVICES if rules >= 0 else ():
+            try:
+                place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            for right in (_LANDLOCK_READ_FOLDER | _LANDLOCK_READ_FILE, _LANDLOCK_READ_FILE):
+                rule = struct.pack("=Qi", right, place)
+                call = map(long, (_LANDLOCK_ADD_RULE, rules, 1))
+                if self._libc.syscall(*call, rule, long(0)) == 0:
+                    break  # the second is for files, which have no files in them
+            os.close(place)
+        return rules
+
+    def refuse_files(self) -> None:
+        """A second lock on changes, and the only one on devices and other processes' files."""
+        if self._rules >= 0:
+            call = map(ctypes.c_long, (_LANDLOCK_RESTRICT_SELF, self._rules, 0))
+            self._libc.syscall(*call)
+            os.close(self._rules)
 
     def install_filter(self) -> bool:
         """Refuse all system calls but the allowed ones; whether the kernel can do that."""
@@ -284,6 +307,12 @@ def _refuse_by_audit() -> None:
     if sys.platform == "darwin":
         change = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_ASYNC
     modules, error, missing = _REFUSED_MODULES, PermissionError, ImportError
+    real_path, text, system, devices = (
+        os.path.realpath,
+        os.fsdecode,
+        _SYSTEM_FOLDERS,
+        _HARMLESS_DEVICES,
+    )
 
     def refused(*_: Any, **__: Any) -> NoReturn:
         raise error("refused in the sandbox")
@@ -292,6 +321,10 @@ def _refuse_by_audit() -> None:
         if event == "open":
             if arguments[2] & change:
                 raise error("opening files to change them is refused in the sandbox")
+            if not isinstance(arguments[0], int):
+                path = real_path(text(arguments[0]))
+                if path.split("/")[1] in system and path not in devices:
+                    raise error(f"{path} is refused in the sandbox")
         elif event == "import":
             if arguments[0] in modules:
                 raise missing(f"{arguments[0]} is refused in the sandbox")
@@ -352,7 +385,7 @@ def _confine(kernel: _Kernel | None, kind: str, server: int) -> None:
         if not kernel.control(_PR_SET_NO_NEW_PRIVS, 1):
             raise OSError("no_new_privs is not available")
         if kind == "seccomp":
-            kernel.refuse_changes()
+            kernel.refuse_files()
             if not kernel.install_filter():
                 raise OSError("seccomp is not available")
     if kind == "audit":
@@ -576,6 +609,7 @@ def _remove(folder: str) -> None:
 
 def _main(kind: str, folder: str) -> None:
     os.environ.clear()
+    sys.argv = ["program"]
     for name in _PRELOADED:
         importlib.import_module(name)
     gc.collect()

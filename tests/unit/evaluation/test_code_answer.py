@@ -169,7 +169,7 @@ def test_humaneval_continuation_is_left_as_it_is():
 
 PROGRAM_LINES = (
     'def f(x):|    return x|    y = (1,|  2)|x = [|]|"""doc|doc"""|\'\'\'|if x:|else:|    pass|'
-    "try:|class A:|# c|Sure, here it is:|print(x)|@deco|        z = 1|import os|\\|a = 1 \\|{|f'{x'|"
+    "try:|class A:|# c|Sure, here it is:|print(x)|@deco|        z = 1|import os|\\|a=1 \\|{|f'{x'|"
     "match x:|    case 1:|return|\t y|async def g():|    if z:|except E:|elif y:|1 2"
 ).split("|")
 ODD_LINES = ["```", "```python", "\0", "\ud800", "\x0c", "\r", "é = 1; b = 2", "'\\d'", "\u2028"]
