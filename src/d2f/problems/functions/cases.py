@@ -8,20 +8,16 @@ from typing import Any
 from d2f.problems.functions.inputs import InputSource
 from d2f.problems.functions.operation import Argument
 from d2f.problems.functions.pipeline import Pipeline, Step
-from d2f.problems.functions.problem import FunctionConfig
 
-__all__ = ["Case", "Cases", "draw_cases"]
+__all__ = ["Case", "CaseSource"]
 
 Case = tuple[list[Any], list[Any]]
 """The arguments of a call, and the value before the first step, between steps and at the end."""
 
-Cases = tuple[list[Case], list[Case]]
-"""Shown and hidden."""
-
 _LARGEST = 10_000
 _LARGEST_TAKEN = 1_000
 _LONGEST = {"ints": 12, "strs": 12, "str": 40}
-_MOST_SHOWN = 56
+_MOST_SHOWN = 80
 _TRIES = 14
 _EXTRA = 2
 _UNDEFINED = (ValueError, IndexError, ZeroDivisionError, OverflowError)
@@ -113,46 +109,83 @@ def _rivals(pipeline: Pipeline) -> list[_Rival]:
     return rivals
 
 
-class _Draw:
-    """Draws cases that no earlier one repeats."""
+class CaseSource:
+    """Draws the calls of one function; none repeats.
+
+    Example:
+        >>> from d2f.problems.functions.catalogue import OPERATIONS
+        >>> pipeline = Pipeline([Step(OPERATIONS["ints.sum"])], "f", ["xs"])
+        >>> [len(CaseSource(Random(0), pipeline).hidden(count)) for count in (6, 8)]
+        [6, 8]
+    """
 
     def __init__(self, rng: Random, pipeline: Pipeline) -> None:
-        self._source = InputSource(rng, pipeline)
+        self._inputs = InputSource(rng, pipeline)
         self._pipeline = pipeline
         self._seen: list[list[Any]] = []
 
-    def shown(self, earlier: list[Case]) -> Case | None:
-        """A case short enough for the prompt, if possible with another result than those before."""
-        found = None
-        results = [case[1][-1] for case in earlier]
-        for _ in range(_TRIES):
-            case = self._keep(self._source.draw(short=True))
-            if case is not None:
+    def shown(self, count: int) -> list[Case] | None:
+        """Calls short enough for a prompt, with different results where such come up.
+
+        None where too few inputs are defined.
+        """
+        cases: list[Case] = []
+        results: list[Any] = []
+        for _ in range(count):
+            found = None
+            for _ in range(_TRIES):
+                case = self._draw(short=True)
+                if case is None or len(repr(case[0])) + len(repr(case[1][-1])) > _MOST_SHOWN:
+                    continue
                 found = case
                 if case[1][-1] not in results and case[1][-1] != case[1][0]:
                     break
-        return found
+            if found is None:
+                return None
+            cases.append(found)
+            results.append(found[1][-1])
+        return cases
 
-    def hidden(self) -> Case | None:
-        """Any case."""
+    def hidden(self, count: int) -> list[Case] | None:
+        """Calls that tell the function from its rivals, `count` or a few more.
+
+        The empty list or string, or 0, is among them where the function is defined there. None
+        where some step or constant makes no difference, where the result hardly changes, or where
+        too few inputs are defined.
+        """
+        edge = self._new(self._inputs.edge())
+        cases = [] if edge is None else [edge]
+        while len(cases) < count:
+            case = self._any()
+            if case is None:
+                return None
+            cases.append(case)
+        for rival in _rivals(self._pipeline):
+            if any(rival.differs(case) for case in reversed(cases)):
+                continue
+            case = self._against(rival) if len(cases) < count + _EXTRA else None
+            if case is None:
+                return None
+            cases.append(case)
+        results = {repr(case[1][-1]) for case in cases}
+        return None if len(results) < (2 if self._pipeline.gives == "bool" else 3) else cases
+
+    def _against(self, rival: _Rival) -> Case | None:
         for _ in range(_TRIES):
-            arguments = self._source.draw(short=False)
-            case = self._new(arguments)
+            case = self._draw(short=False)
+            if case is not None and rival.differs(case):
+                return case
+        return None
+
+    def _any(self) -> Case | None:
+        for _ in range(_TRIES):
+            case = self._draw(short=False)
             if case is not None:
                 return case
         return None
 
-    def edge(self) -> Case | None:
-        """The case of the empty list or string, or of 0, where it is defined."""
-        return self._new(self._source.edge())
-
-    def _keep(self, arguments: list[Any]) -> Case | None:
-        if len(repr(arguments)) > _MOST_SHOWN:
-            return None
-        case = self._new(arguments)
-        if case is None or len(repr(case[1][-1])) > _MOST_SHOWN:
-            return None
-        return case
+    def _draw(self, *, short: bool) -> Case | None:
+        return self._new(self._inputs.draw(short=short))
 
     def _new(self, arguments: list[Any]) -> Case | None:
         if arguments in self._seen:
@@ -161,41 +194,3 @@ class _Draw:
         if case is not None:
             self._seen.append(arguments)
         return case
-
-
-def draw_cases(rng: Random, pipeline: Pipeline, config: FunctionConfig) -> Cases | None:
-    """Draw the calls of a problem.
-
-    None where some step or constant makes no difference, where the result hardly changes, or where
-    too few inputs are defined.
-    """
-    draw = _Draw(rng, pipeline)
-    shown: list[Case] = []
-    for _ in range(config.num_examples):
-        case = draw.shown(shown)
-        if case is None:
-            return None
-        shown.append(case)
-    edge = draw.edge()
-    hidden: list[Case] = [] if edge is None else [edge]
-    while len(hidden) < config.num_tests:
-        case = draw.hidden()
-        if case is None:
-            return None
-        hidden.append(case)
-    for rival in _rivals(pipeline):
-        if any(rival.differs(case) for case in reversed(hidden)):
-            continue
-        if len(hidden) == config.num_tests + _EXTRA:
-            return None
-        for _ in range(_TRIES):
-            case = draw.hidden()
-            if case is not None and rival.differs(case):
-                hidden.append(case)
-                break
-        else:
-            return None
-    results = [repr(case[1][-1]) for case in hidden]
-    if len(set(results)) < (2 if pipeline.gives == "bool" else 3):
-        return None
-    return shown, hidden

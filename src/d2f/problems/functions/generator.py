@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from d2f.problems.functions.cases import Case, draw_cases
+from d2f.problems.functions.cases import Case, CaseSource
 from d2f.problems.functions.operation import Operation
 from d2f.problems.functions.pipeline import Pipeline, sample_operations, sample_pipeline
 from d2f.problems.functions.problem import FunctionConfig, FunctionProblem
@@ -41,13 +41,17 @@ def _assertion(pipeline: Pipeline, case: Case) -> str:
 
 
 def _write(rng: Random, pipeline: Pipeline, config: FunctionConfig) -> FunctionProblem | None:
-    cases = draw_cases(rng, pipeline, config)
-    if cases is None:
+    source = CaseSource(rng, pipeline)
+    shown = source.shown(config.num_examples)
+    if shown is None:
         return None
-    shown, hidden = cases
     examples = "".join(f"\n>>> {_call(pipeline, case)}\n{case[1][-1]!r}" for case in shown)
+    prompt = describe(rng, pipeline) + examples
+    hidden = None if len(prompt) > config.max_chars else source.hidden(config.num_tests)
+    if hidden is None:
+        return None
     return FunctionProblem(
-        prompt=describe(rng, pipeline) + examples,
+        prompt=prompt,
         response=pipeline.source(),
         examples=tuple(_assertion(pipeline, case) for case in shown),
         tests=tuple(_assertion(pipeline, case) for case in hidden),

@@ -76,7 +76,7 @@ class InputSource:
 
     def _ints(self, short: bool) -> list[int]:
         draw = self._rng.random
-        size = 3 + int(draw() * 3) if short else int(1 + draw() * 7)
+        size = 3 + int(draw() * 2) if short else int(1 + draw() * 7)
         near = self._near
         high = 13 if short else 24
         values = [
@@ -143,8 +143,4 @@ class InputSource:
                     first[int(draw() * len(first))] if draw() < 0.4 else x for x in values
                 ]
             return values
-        if isinstance(first, str) and len(first) > 1 and draw() < 0.3:
-            letters = list(first)
-            self._rng.shuffle(letters)
-            return "".join(letters)
         return self._word()

@@ -64,6 +64,8 @@ class FunctionConfig:
     from one that lacks a step or has another constant."""
     parameter_rate: float = 0.35
     """The probability that a step's number or letter is a parameter instead of a constant."""
+    max_chars: int = 300
+    """The longest prompt, in characters; longer ones are drawn again (200 or more)."""
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -77,6 +79,8 @@ class FunctionConfig:
                 raise ConfigError(f"{name} must be in {low} … {high}, got {getattr(self, name)}")
         if not 0.0 <= self.parameter_rate <= 1.0:
             raise ConfigError(f"parameter_rate must be in 0 … 1, got {self.parameter_rate}")
+        if self.max_chars < 200:
+            raise ConfigError(f"max_chars must be at least 200, got {self.max_chars}")
 
 
 def program(problem: FunctionProblem, text: str) -> str:
