@@ -90,8 +90,7 @@ def encode_data(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Encod
     assert config.num_problems is not None
     starts = range(0, config.num_problems, CHUNK)
     tasks = [
-        (config.seed, start, min(CHUNK, config.num_problems - start), knobs)
-        for start in starts
+        (config.seed, start, min(CHUNK, config.num_problems - start), knobs) for start in starts
     ]
     workers = config.num_workers or (_num_cores() if config.num_problems >= _POOL_FROM else 1)
     result = Encoded()

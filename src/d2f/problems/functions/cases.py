@@ -9,7 +9,7 @@ from d2f.problems.functions.inputs import InputSource
 from d2f.problems.functions.operation import Argument
 from d2f.problems.functions.pipeline import Pipeline, Step
 
-__all__ = ["Case", "CaseSource"]
+__all__ = ["Case", "CaseSource", "run"]
 
 Case = tuple[list[Any], list[Any]]
 """The arguments of a call, and the value before the first step, between steps and at the end."""
@@ -18,7 +18,8 @@ _LARGEST = 10_000
 _LARGEST_TAKEN = 1_000
 _LONGEST = {"ints": 12, "strs": 12, "str": 40}
 _MOST_SHOWN = 80
-_TRIES = 14
+_TRIES = 10
+_TRIES_SHOWN = 7
 _EXTRA = 2
 _UNDEFINED = (ValueError, IndexError, ZeroDivisionError, OverflowError)
 
@@ -50,7 +51,7 @@ def _apply(step: Step, value: Any, argument: Any) -> Any:
     return value
 
 
-def _run(pipeline: Pipeline, arguments: list[Any]) -> Case | None:
+def run(pipeline: Pipeline, arguments: list[Any]) -> Case | None:
     """Call the function, or return None where it is not defined or leaves the small values."""
     value = arguments[0]
     values = [value]
@@ -133,7 +134,7 @@ class CaseSource:
         results: list[Any] = []
         for _ in range(count):
             found = None
-            for _ in range(_TRIES):
+            for _ in range(_TRIES_SHOWN):
                 case = self._draw(short=True)
                 if case is None or len(repr(case[0])) + len(repr(case[1][-1])) > _MOST_SHOWN:
                     continue
@@ -190,7 +191,7 @@ class CaseSource:
     def _new(self, arguments: list[Any]) -> Case | None:
         if arguments in self._seen:
             return None
-        case = _run(self._pipeline, arguments)
+        case = run(self._pipeline, arguments)
         if case is not None:
             self._seen.append(arguments)
         return case

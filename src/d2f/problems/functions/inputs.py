@@ -135,12 +135,16 @@ class InputSource:
             if not text or place < 0.2:
                 return LETTERS[int(draw() * len(LETTERS))]
             # Ends are drawn often, for operations that look only there.
-            return text[0] if place < 0.4 else text[-1] if place < 0.5 else text[int(draw() * len(text))]
+            return (
+                text[0]
+                if place < 0.4
+                else text[-1]
+                if place < 0.5
+                else text[int(draw() * len(text))]
+            )
         if argument.kind == "ints":
             values = self._ints(short)
             if isinstance(first, list) and first and isinstance(first[0], int):
-                values = [
-                    first[int(draw() * len(first))] if draw() < 0.4 else x for x in values
-                ]
+                values = [first[int(draw() * len(first))] if draw() < 0.4 else x for x in values]
             return values
         return self._word()

@@ -101,8 +101,9 @@ def sample_operations(rng: Random, num_steps: int) -> list[Operation] | None:
     """Draw operations that fit each other, or None where the draw repeats itself.
 
     Example:
-        >>> [step.takes for step in sample_operations(Random(2), 1)]
-        ['ints']
+        >>> operations = sample_operations(Random(2), 2)
+        >>> operations is None or operations[0].gives == operations[1].takes
+        True
     """
     kind = _choose(rng, _STARTS)
     chosen: list[Operation] = []
@@ -137,10 +138,9 @@ def sample_pipeline(
     """Give operations their arguments and names, or None for more parameters than is readable.
 
     Example:
-        >>> print(sample_pipeline(Random(3), [ENDING["int"][5]], 0.5).source())
-        def g(n):
-            n = n * n
-            return n
+        >>> square = ENDING["int"][5]
+        >>> sample_pipeline(Random(3), [square], 0.5).source().splitlines()[1:]
+        ['    n = n * n', '    return n']
     """
     parameters = [_choose(rng, PARAMETERS[operations[0].takes])]
     steps = []

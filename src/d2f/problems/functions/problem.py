@@ -84,7 +84,7 @@ class FunctionConfig:
 
 
 def program(problem: FunctionProblem, text: str) -> str:
-    """Return the source that runs an answer and its hidden tests; a wrong answer makes it raise.
+    r"""Return the source that runs an answer and its hidden tests; a wrong answer makes it raise.
 
     The answer runs in a namespace of its own, so that it can neither swallow the tests (by an open
     quote, say) nor end the program early by `exit()`. Results are compared as `repr` writes them:
@@ -96,12 +96,12 @@ def program(problem: FunctionProblem, text: str) -> str:
 
     Example:
         >>> problem = FunctionProblem(
-        ...     prompt="", response="def f(n):\\n    return n + 1", examples=(),
+        ...     prompt="", response="def f(n):\n    return n + 1", examples=(),
         ...     tests=("assert repr(f(1)) == '2'",),
         ...     entry_point="f", structure="int>plus(#)", num_steps=1,
         ... )
         >>> exec(program(problem, problem.response))
-        >>> exec(program(problem, "def f(n):\\n    return True + n - 0.0"))
+        >>> exec(program(problem, "def f(n):\n    return n + 1.0"))
         Traceback (most recent call last):
         AssertionError
     """

@@ -8,7 +8,7 @@ from d2f.problems.functions.pipeline import Pipeline, write_argument
 
 __all__ = ["describe", "third_person"]
 
-_FIRST = {
+_FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "ints": {
         "them": ("the numbers in {p}", "the elements of {p}"),
         "each": ("each number in {p}", "every element of {p}"),
@@ -20,7 +20,7 @@ _FIRST = {
     "int": {"it": ("{p}", "the number {p}")},
     "str": {"it": ("{p}", "the string {p}")},
 }
-_LATER = {
+_LATER: dict[str, dict[str, tuple[str, ...]]] = {
     "ints": {"them": ("the numbers", "these numbers"), "each": ("each number", "every number")},
     "strs": {"them": ("the words", "these words"), "each": ("each word", "every word")},
     "int": {"it": ("it", "that number", "the result")},
@@ -75,8 +75,8 @@ def _clauses(rng: Random, pipeline: Pipeline) -> list[str]:
         text = _pick(rng, operation.texts).format(**slots, k=write_argument(step))
         if i == 0:
             # Where another argument is of the same type, it has to be said which one is meant.
-            twins = any(s.parameter and s.operation.argument.kind == operation.takes  # type: ignore[union-attr]
-                        for s in pipeline.steps)  # fmt: skip
+            kinds = {s.operation.argument for s in pipeline.steps if s.parameter}
+            twins = any(kind is not None and kind.kind == operation.takes for kind in kinds)
             if twins and "{p}" not in text:
                 clauses.append(f"start with {first}")
             text = text.replace("{p}", first)
@@ -108,7 +108,7 @@ def describe(rng: Random, pipeline: Pipeline) -> str:
         >>> from d2f.problems.functions.pipeline import Step
         >>> pipeline = Pipeline([Step(OPERATIONS["int.squared"])], "f", ["n"])
         >>> describe(Random(0), pipeline)
-        'Write a function f(n). Square n and return the number.'
+        'Write f(n) to return the square of the number n.'
     """
     call = f"{pipeline.name}({', '.join(pipeline.parameters)})"
     clauses = _clauses(rng, pipeline)
