@@ -84,18 +84,11 @@ def train_command(
 def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
     """What answers a few prompts with the model: held-out problems, or the first rows."""
     from d2f.engine.generate import generate_ids
-    from d2f.problems import generate_problems
-    from d2f.training.sources import read_pairs
+    from d2f.training.sources import read_held_out
 
     assert config.sample is not None
     count, most = config.sample.num_prompts, config.sample.max_new_tokens
-    if config.data.kind == "problems":
-        problems = generate_problems(
-            count, seed=config.data.seed, split="test", config=config.data.problems
-        )
-        pairs = [(problem.prompt, problem.response) for problem in problems]
-    else:
-        pairs = list(read_pairs(config.data, count))
+    pairs = read_held_out(config.data, count)
     prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in pairs]
     strategy = _STRATEGIES[config.stage]
     options: dict[str, Any] = {}

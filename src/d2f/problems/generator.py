@@ -7,6 +7,7 @@ from random import Random
 
 from d2f.problems.distractors import distract, draw_fact
 from d2f.problems.frames import Subject, Wording, word_quantity
+from d2f.problems.mixing import mix
 from d2f.problems.numbers import Filled, fill_numbers
 from d2f.problems.plan import Plan, sample_plan, split_of
 from d2f.problems.problem import SPLITS, Problem, ProblemConfig
@@ -14,7 +15,6 @@ from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
 
 __all__ = ["generate_problem", "generate_problems"]
 
-_MASK = (1 << 64) - 1
 _PEOPLE = tuple(Subject(*person) for person in PEOPLE)
 _NAMES: dict[str, tuple[Subject, ...]] = {
     "person": _PEOPLE,
@@ -23,14 +23,6 @@ _NAMES: dict[str, tuple[Subject, ...]] = {
     "priced": tuple(Subject(thing) for thing in PRICED),
 }
 _DEFAULT = ProblemConfig()
-
-
-def _mix(seed: int, index: int, split: str) -> int:
-    """Spread (seed, index, split) over 64 bits, so that neighbours share no random stream."""
-    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + SPLITS.index(split) + 1) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK
-    return x ^ (x >> 31)
 
 
 class _Cast:
@@ -213,7 +205,7 @@ def generate_problem(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
-    rng = Random(_mix(seed, index, split))
+    rng = Random(mix(seed, index, SPLITS.index(split)))
     span = config.max_steps - config.min_steps + 1
     # Drawn once, so that what is turned down below does not bend the distribution of steps.
     num_steps = config.min_steps + int(rng.random() * span)

@@ -9,9 +9,11 @@ from typing import Any
 from d2f.diffusion.schedule import MaskRatioSchedule
 from d2f.errors import ConfigError, unknown_name
 from d2f.problems import ProblemConfig
+from d2f.problems.functions import FunctionConfig
 from d2f.training.objective import check_names
 
-DATA_KINDS = ("problems", "jsonl", "hub")
+GENERATED = ("problems", "functions")
+DATA_KINDS = (*GENERATED, "jsonl", "hub")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OVER_LONG = ("drop", "truncate")
 DTYPES = ("float32", "bfloat16")
@@ -69,8 +71,8 @@ class DataConfig:
     """`[data]`: pairs of prompt and response, and how they become sequences."""
 
     kind: str
-    """problems: the built-in generator; jsonl: files; hub: data sets of the hub (needs the
-    package `datasets`)."""
+    """problems, functions: the built-in generators; jsonl: files; hub: data sets of the hub (needs
+    the package `datasets`)."""
     sequence_length: int
     """Tokens of every sequence. Each starts at position 0; what follows the response is EOS."""
     num_problems: int | None = None
@@ -78,7 +80,9 @@ class DataConfig:
     seed: int = 0
     """Seed of the generator."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
-    """What the problems are like."""
+    """What word problems are like (kind problems)."""
+    functions: FunctionConfig = field(default_factory=FunctionConfig)
+    """What functions to write are like (kind functions)."""
     paths: tuple[str, ...] = ()
     """JSONL files, or ids of hub data sets; used one after the other."""
     split: str = "train"
@@ -105,10 +109,18 @@ class DataConfig:
         at_least("data.sequence_length", self.sequence_length, 2)
         for name in ("num_problems", "max_prompt_length", "num_workers"):
             at_least(f"data.{name}", getattr(self, name), 1)
-        if (self.kind == "problems") != (self.num_problems is not None):
-            raise ConfigError(f'data.num_problems belongs to kind "problems", not to "{self.kind}"')
-        if (self.kind == "problems") == bool(self.paths):
+        generated = self.kind in GENERATED
+        if generated != (self.num_problems is not None):
+            raise ConfigError(
+                'data.num_problems belongs to the kinds "problems" and "functions", which need it; '
+                f'the kind is "{self.kind}"'
+            )
+        if generated == bool(self.paths):
             raise ConfigError('data.paths belongs to the kinds "jsonl" and "hub", which need it')
+        if self.kind != "functions" and self.functions != FunctionConfig():
+            raise ConfigError(f'[data.functions] belongs to kind "functions", not to "{self.kind}"')
+        if self.kind != "problems" and self.problems != ProblemConfig():
+            raise ConfigError(f'[data.problems] belongs to kind "problems", not to "{self.kind}"')
 
 
 @dataclass(frozen=True, kw_only=True)

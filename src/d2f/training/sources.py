@@ -1,4 +1,4 @@
-"""Where pairs of prompt and response come from: problems, JSONL files, data sets of the hub.
+"""Where pairs of prompt and response come from: generators, JSONL files, data sets of the hub.
 
 Free of torch, since the worker processes that encode problems import it.
 """
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING
 
 from d2f.errors import TrainingError
 from d2f.problems import ProblemConfig, generate_problems
+from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
 
 if TYPE_CHECKING:
     from d2f.training.sections import DataConfig
 
 Pair = tuple[str, str]
+Knobs = ProblemConfig | FunctionConfig
+Task = tuple[int, int, int, Knobs]
+"""Seed, first problem, number of problems, and what they are like, which says the generator too."""
 CHUNK = 2_000
 """Problems that one task generates; a fixed number, so that workers do not change the data."""
 _POOL_FROM = 20_000
@@ -50,10 +54,11 @@ def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
         TrainingError: A file cannot be read, or a line is no object with two texts; the message
             names the file and the line.
     """
-    if config.kind == "problems":
+    knobs = _knobs(config)
+    if knobs is not None:
         assert config.num_problems is not None
         count = min(config.num_problems, limit or config.num_problems)
-        yield from _problem_pairs(count, config.seed, config.problems, 0)
+        yield from _problem_pairs(count, config.seed, knobs, 0)
         return
     rows = _jsonl_rows(config.paths) if config.kind == "jsonl" else _hub_rows(config)
     for number, (where, row) in enumerate(rows):
@@ -62,18 +67,30 @@ def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
         yield _pair(row, config, where)
 
 
+def read_held_out(config: DataConfig, count: int) -> list[Pair]:
+    """Pairs to look at while training: problems of the test split, or the first rows of files.
+
+    Raises:
+        TrainingError: As `read_pairs`.
+    """
+    knobs = _knobs(config)
+    if knobs is None:
+        return list(read_pairs(config, count))
+    return list(_problem_pairs(count, config.seed, knobs, 0, "test"))
+
+
 def encode_data(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Encoded:
     """Encode all pairs; `folder` is where worker processes find the same tokenizer.
 
     The result does not depend on the number of processes.
     """
-    if config.kind != "problems":
+    knobs = _knobs(config)
+    if knobs is None:
         return encode_pairs(tokenizer, read_pairs(config), config.response_suffix)
     assert config.num_problems is not None
     starts = range(0, config.num_problems, CHUNK)
     tasks = [
-        (config.seed, start, min(CHUNK, config.num_problems - start), config.problems)
-        for start in starts
+        (config.seed, start, min(CHUNK, config.num_problems - start), knobs) for start in starts
     ]
     workers = config.num_workers or (_num_cores() if config.num_problems >= _POOL_FROM else 1)
     result = Encoded()
@@ -104,14 +121,27 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], suffix: str = "") 
     return result
 
 
-def _problem_pairs(count: int, seed: int, knobs: ProblemConfig, start: int) -> Iterator[Pair]:
-    for problem in generate_problems(count, seed=seed, config=knobs, start=start):
+def _knobs(config: DataConfig) -> Knobs | None:
+    """What generated problems are like; None for data that are read."""
+    if config.kind == "functions":
+        return config.functions
+    return config.problems if config.kind == "problems" else None
+
+
+def _problem_pairs(
+    count: int, seed: int, knobs: Knobs, start: int, split: str = "train"
+) -> Iterator[Pair]:
+    if isinstance(knobs, FunctionConfig):
+        for function in generate_function_problems(
+            count, seed=seed, split=split, config=knobs, start=start
+        ):
+            yield function.prompt, function.response
+        return
+    for problem in generate_problems(count, seed=seed, split=split, config=knobs, start=start):
         yield problem.prompt, problem.response
 
 
-def _encode_problems(
-    tokenizer: Tokenizer, suffix: str, task: tuple[int, int, int, ProblemConfig]
-) -> Encoded:
+def _encode_problems(tokenizer: Tokenizer, suffix: str, task: Task) -> Encoded:
     seed, start, count, knobs = task
     pairs = _problem_pairs(count, seed, knobs, start)
     return encode_pairs(tokenizer, pairs, suffix)
@@ -126,7 +156,7 @@ def _start_worker(folder: str, suffix: str) -> None:
     _worker.append((Tokenizer.load(folder), suffix))
 
 
-def _run_task(task: tuple[int, int, int, ProblemConfig]) -> Encoded:
+def _run_task(task: Task) -> Encoded:
     return _encode_problems(*_worker[-1], task)
 
 

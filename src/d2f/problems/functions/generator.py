@@ -1,0 +1,117 @@
+"""From a seed and an index to a problem: operations, arguments, names, words, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+from d2f.problems.functions.cases import Case, CaseSource
+from d2f.problems.functions.operation import Operation
+from d2f.problems.functions.pipeline import Pipeline, sample_operations, sample_pipeline
+from d2f.problems.functions.problem import FunctionConfig, FunctionProblem
+from d2f.problems.functions.wording import describe
+from d2f.problems.mixing import mix
+from d2f.problems.plan import split_of
+from d2f.problems.problem import SPLITS
+
+__all__ = ["generate_function_problem", "generate_function_problems", "split_of_operations"]
+
+_DEFAULT = FunctionConfig()
+_ATTEMPTS = 3
+
+
+def split_of_operations(operations: list[Operation]) -> str:
+    """The split that operations belong to, in whatever order and with whatever arguments.
+
+    Example:
+        >>> from d2f.problems.functions import OPERATIONS
+        >>> two = [OPERATIONS["str.upper"], OPERATIONS["str.reversed"]]
+        >>> split_of_operations(two) == split_of_operations(two[::-1])
+        True
+    """
+    return split_of(" ".join(sorted(operation.id for operation in operations)))
+
+
+def _call(pipeline: Pipeline, case: Case) -> str:
+    return f"{pipeline.name}({', '.join(map(repr, case[0]))})"
+
+
+def _assertion(pipeline: Pipeline, case: Case) -> str:
+    return f"assert repr({_call(pipeline, case)}) == {repr(case[1][-1])!r}"
+
+
+def _write(rng: Random, pipeline: Pipeline, config: FunctionConfig) -> FunctionProblem | None:
+    source = CaseSource(rng, pipeline)
+    shown = source.shown(config.num_examples)
+    if shown is None:
+        return None
+    examples = "".join(f"\n>>> {_call(pipeline, case)}\n{case[1][-1]!r}" for case in shown)
+    prompt = describe(rng, pipeline) + examples
+    hidden = None if len(prompt) > config.max_chars else source.hidden(config.num_tests)
+    if hidden is None:
+        return None
+    return FunctionProblem(
+        prompt=prompt,
+        response=pipeline.source(),
+        examples=tuple(_assertion(pipeline, case) for case in shown),
+        tests=tuple(_assertion(pipeline, case) for case in hidden),
+        entry_point=pipeline.name,
+        structure=pipeline.structure,
+        num_steps=len(pipeline.steps),
+    )
+
+
+def generate_function_problem(
+    seed: int, index: int, split: str = "train", config: FunctionConfig = _DEFAULT
+) -> FunctionProblem:
+    """Return problem number `index` of a split: a function of its arguments alone.
+
+    A set of operations belongs to one split by its hash, whatever order they come in and
+    wherever their arguments come from; so the splits share no structure, whatever the seeds.
+
+    Raises:
+        ValueError: The split is unknown or the index negative.
+
+    Example:
+        >>> problem = generate_function_problem(0, 5, "test")
+        >>> problem == generate_function_problem(0, 5, "test")
+        True
+        >>> problem.response.startswith(f"def {problem.entry_point}(")
+        True
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}")
+    rng = Random(mix(seed, index, SPLITS.index(split)))
+    span = config.max_steps - config.min_steps + 1
+    # Drawn once, so that what is turned down below does not bend the distribution of steps.
+    num_steps = config.min_steps + int(rng.random() * span)
+    while True:
+        operations = sample_operations(rng, num_steps)
+        if operations is None or split_of_operations(operations) != split:
+            continue
+        # Unlucky constants or inputs get another chance, so that demanding operations stay.
+        for _ in range(_ATTEMPTS if num_steps == 1 else 1):
+            pipeline = sample_pipeline(rng, operations, config.parameter_rate)
+            problem = None if pipeline is None else _write(rng, pipeline, config)
+            if problem is not None:
+                return problem
+
+
+def generate_function_problems(
+    count: int,
+    *,
+    seed: int,
+    split: str = "train",
+    config: FunctionConfig | None = None,
+    start: int = 0,
+) -> Iterator[FunctionProblem]:
+    """Yield problems `start` to `start + count` of a split.
+
+    Example:
+        >>> [problem.num_steps <= 4 for problem in generate_function_problems(3, seed=0)]
+        [True, True, True]
+    """  # fmt: skip
+    for index in range(start, start + count):
+        yield generate_function_problem(seed, index, split, config or _DEFAULT)

@@ -1,0 +1,118 @@
+"""The problem and the knobs that set its difficulty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d2f.errors import ConfigError
+
+__all__ = ["MOST_STEPS", "FunctionConfig", "FunctionProblem", "program"]
+
+MOST_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionProblem:
+    r"""A function to write, with an answer and the tests that decide.
+
+    Example:
+        >>> FunctionProblem(
+        ...     prompt="Write a function f(n) that doubles n.\n>>> f(2)\n4",
+        ...     response="def f(n):\n    n = n * 2\n    return n",
+        ...     examples=("assert repr(f(2)) == '4'",), tests=("assert repr(f(5)) == '10'",),
+        ...     entry_point="f", structure="int>times(#)", num_steps=1,
+        ... ).entry_point
+        'f'
+    """
+
+    prompt: str
+    """What the function does, and calls with their results as Python's prompt shows them."""
+    response: str
+    """One right answer: plain Python, a line or a short loop for each step."""
+    examples: tuple[str, ...]
+    """The calls shown in the prompt, as assertions."""
+    tests: tuple[str, ...]
+    """Assertions on other calls, which the prompt does not show."""
+    entry_point: str
+    """The name of the function."""
+    structure: str
+    """The type it starts from and its operations in order, with the kind of each argument: `#`
+    for a constant, a type for a parameter. Free of names and numbers."""
+    num_steps: int
+    """The number of operations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionConfig:
+    """What problems are like.
+
+    Raises `ConfigError` for settings out of range.
+
+    Example:
+        >>> FunctionConfig(max_steps=2).min_steps
+        1
+    """
+
+    min_steps: int = 1
+    """The fewest operations; step counts are uniform up to `max_steps`."""
+    max_steps: int = 4
+    """The most operations, at most 4."""
+    num_examples: int = 2
+    """Calls shown in the prompt, 1 to 3."""
+    num_tests: int = 8
+    """Hidden tests, 6 to 10; up to two more are added where they are needed to tell the function
+    from one that lacks a step or has another constant."""
+    parameter_rate: float = 0.35
+    """The probability that a step's number or letter is a parameter instead of a constant."""
+    max_chars: int = 300
+    """The longest prompt, in characters; longer ones are drawn again (200 or more)."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
+            raise ConfigError(
+                f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
+                f" got {self.min_steps} and {self.max_steps}"
+            )
+        for name, low, high in (("num_examples", 1, 3), ("num_tests", 6, 10)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be in {low} … {high}, got {getattr(self, name)}")
+        if not 0.0 <= self.parameter_rate <= 1.0:
+            raise ConfigError(f"parameter_rate must be in 0 … 1, got {self.parameter_rate}")
+        if self.max_chars < 200:
+            raise ConfigError(f"max_chars must be at least 200, got {self.max_chars}")
+
+
+def program(problem: FunctionProblem, text: str) -> str:
+    r"""Return the source that runs an answer and its hidden tests; a wrong answer makes it raise.
+
+    The answer runs in a namespace of its own, so that it can neither swallow the tests (by an open
+    quote, say) nor end the program early by `exit()`. Results are compared as `repr` writes them:
+    `1` is neither `True` nor `1.0`. Nothing here protects the machine; run it in a sandbox.
+
+    Args:
+        problem: The problem.
+        text: The answer as Python source, without fences or explanations around it.
+
+    Example:
+        >>> problem = FunctionProblem(
+        ...     prompt="", response="def f(n):\n    return n + 1", examples=(),
+        ...     tests=("assert repr(f(1)) == '2'",),
+        ...     entry_point="f", structure="int>plus(#)", num_steps=1,
+        ... )
+        >>> exec(program(problem, problem.response))
+        >>> exec(program(problem, "def f(n):\n    return n + 1.0"))
+        Traceback (most recent call last):
+        AssertionError
+    """
+    lines = [
+        f"answer = {text!r}",
+        'space = {"__name__": "answer"}',
+        "try:",
+        '    exec(compile(answer, "answer", "exec"), space)',
+        f"    {problem.entry_point} = space[{problem.entry_point!r}]",
+        *(f"    {test}" for test in problem.tests),
+        "except SystemExit:",
+        '    raise AssertionError("the answer ended the program") from None',
+    ]
+    return "\n".join(lines) + "\n"
