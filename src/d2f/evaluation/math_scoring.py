@@ -21,6 +21,8 @@ from d2f.evaluation.harness_answers import first_metric
 from d2f.evaluation.task import Verdict
 
 _START_SECONDS = 120.0
+_ANSWERS_PER_WORKER = 16
+"""Fewer take less time than the start of a worker."""
 _FIRST = "math_verify"
 
 
@@ -41,7 +43,7 @@ class MathScorer:
     ) -> None:
         self._seconds = seconds
         self._num_workers = num_workers or min(4, os.cpu_count() or 1)
-        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: queue.LifoQueue[_Worker] = queue.LifoQueue()
         workers = [_Worker(scorer) for _ in range(self._num_workers)]
         for worker in workers:
             self._workers.put(worker)
@@ -49,7 +51,8 @@ class MathScorer:
 
     def __call__(self, task: Any, docs: Sequence[Any], texts: Sequence[str]) -> list[Verdict]:
         """Mark one text per problem."""
-        with ThreadPoolExecutor(self._num_workers) as pool:
+        useful = min(self._num_workers, 1 + len(docs) // _ANSWERS_PER_WORKER)
+        with ThreadPoolExecutor(useful) as pool:
             return list(pool.map(self._verdict, docs, texts))
 
     def _verdict(self, doc: Any, text: str) -> Verdict:

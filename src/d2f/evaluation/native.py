@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from d2f.evaluation.code_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Example, Verdict
 from d2f.problems import Problem, extract_answer, generate_problems
-
-if TYPE_CHECKING:
-    from d2f.problems.functions import FunctionProblem
+from d2f.problems.functions import FunctionProblem, generate_function_problems, program
 
 NATIVE_TASKS = ("word-problems", "functions")
 DEFAULT_NUM_EXAMPLES = 1000
@@ -78,8 +75,6 @@ class Functions:
         split: str = "test",
         execute: Execute = run_programs,
     ) -> None:
-        from d2f.problems.functions import generate_function_problems
-
         problems = generate_function_problems(count, seed=seed, split=split)
         self._examples = _examples(problems, seed, split)
         self._execute = execute
@@ -90,19 +85,17 @@ class Functions:
 
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Run each answer with the problem's tests."""
-        from d2f.problems.functions import program
-
         programs = [
             program(example.source, text) for example, text in zip(examples, texts, strict=True)
         ]
         return [
             Verdict(
                 correct=bool(result.passed),
-                answer=source,
+                answer=text,
                 reason=None if result.passed else str(result.reason),
                 metrics={"pass@1": float(result.passed)},
             )
-            for source, result in zip(programs, self._execute(programs), strict=True)
+            for text, result in zip(texts, self._execute(programs), strict=True)
         ]
 
 
