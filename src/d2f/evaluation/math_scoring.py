@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from d2f.errors import D2FError
 from d2f.evaluation import math_worker
 from d2f.evaluation.harness_answers import first_metric
 from d2f.evaluation.task import Verdict
@@ -112,7 +113,10 @@ class _Worker:
         )
         if self._read(_START_SECONDS) is None:
             self.stop()
-            raise RuntimeError("the process that marks MATH answers does not start")
+            raise D2FError(
+                f"the process that marks MATH answers does not start; {sys.executable} must be "
+                f"able to run {self._scorer}"
+            )
 
     def _read(self, seconds: float) -> dict[str, Any] | None:
         process = self._process

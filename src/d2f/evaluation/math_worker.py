@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ def answer(official: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 def main(file: str) -> None:
     """Serve until the other side closes its end."""
+    import resource  # what asks can be imported where this does not exist
+
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no reply
     _, most = resource.getrlimit(resource.RLIMIT_DATA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from d2f.errors import D2FError
 from d2f.evaluation.math_scoring import MathScorer
 
 SCORER = """
@@ -81,5 +82,5 @@ def test_workers_stay_and_end_with_their_owner(make_scorer):
 def test_a_scorer_that_does_not_start_says_so(tmp_path):
     file = tmp_path / "scorer.py"
     file.write_text("raise SystemExit(1)")
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(D2FError, match="does not start"):
         MathScorer(file, num_workers=1)(None, [DOC], ["2"])
