@@ -1,0 +1,171 @@
+"""A local folder of the public files as rows of a benchmark.
+
+The files are those that the benchmarks' authors publish (JSON lines, plain or gzipped). The hub
+holds the same rows in other containers and with other names of splits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import ConfigError
+
+Row = dict[str, Any]
+
+MBPP_SPLITS: Mapping[str, range] = {
+    "prompt": range(1, 11),
+    "test": range(11, 511),
+    "validation": range(511, 601),
+    "train": range(601, 975),
+}
+"""The `task_id`s of each split of MBPP, as its authors cut the one file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What a benchmark's files are called and what their rows hold."""
+
+    folder: str
+    """Below the data folder; files that lie in the data folder itself are found too."""
+    splits: Mapping[str, str]
+    """The file of each split; `.gz` may follow."""
+    texts: tuple[str, ...]
+    """Columns of text."""
+    optional: tuple[str, ...] = ()
+    """Columns of text that are kept if the first row has them."""
+
+
+_GSM8K = Files(
+    folder="gsm8k",
+    splits={"train": "train.jsonl", "test": "test.jsonl"},
+    texts=("question", "answer"),
+)
+FILES: Mapping[str, Files] = {
+    "gsm8k": _GSM8K,
+    "gsm8k_cot": _GSM8K,
+    "minerva_math": Files(
+        folder="math",
+        splits={"train": "train.jsonl", "test": "test.jsonl"},
+        texts=("problem", "solution"),
+        optional=("unique_id",),
+    ),
+    "minerva_math500": Files(
+        folder="math",
+        splits={"test": "math500.jsonl"},
+        texts=("problem", "solution"),
+        optional=("unique_id",),
+    ),
+    "humaneval": Files(
+        folder="humaneval",
+        splits={"test": "HumanEval.jsonl"},
+        texts=("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    ),
+    "mbpp": Files(
+        folder="mbpp",
+        splits=dict.fromkeys(MBPP_SPLITS, "mbpp.jsonl"),
+        texts=("text", "code"),
+    ),
+}
+"""Per lm-eval task."""
+
+
+def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, Row]]:
+    """The rows of one split, each with `file:line`, with the columns that the task reads.
+
+    Args:
+        task: A name of `FILES`.
+        split: As the hub calls it.
+        data: The folder of the files.
+
+    Raises:
+        ConfigError: The folder or the file is missing or broken, holds no row, or a row is not as
+            it should be; the message names the file and the line.
+
+    Example:
+        `read_split("gsm8k", "test", "data")` reads data/gsm8k/test.jsonl.
+    """
+    files = FILES[task]
+    file = _find(task, files, files.splits[split], Path(data).expanduser())
+    rows = [(where, row) for where, row in _read(file) if _check(where, row, files, task)]
+    if not rows:
+        raise ConfigError(f"{file} holds no rows")
+    if task == "mbpp":
+        known = MBPP_SPLITS[split]
+        rows = [(where, row) for where, row in rows if row["task_id"] in known]
+        if not rows:
+            raise ConfigError(
+                f"{file} holds nothing of the split '{split}' of mbpp: no task_id from "
+                f"{known.start} to {known.stop - 1}"
+            )
+    keep = [*files.texts, *(name for name in files.optional if name in rows[0][1])]
+    if task == "mbpp":
+        keep += ["task_id", "test_list"]
+    return [(where, {name: row.get(name) for name in keep}) for where, row in rows]
+
+
+def _find(task: str, files: Files, name: str, data: Path) -> Path:
+    if not data.is_dir():
+        kind = "is a file, not a folder" if data.exists() else "does not exist"
+        raise ConfigError(
+            f"the data folder {data} {kind}; name the folder that holds {files.folder}/{name}"
+        )
+    for folder in (data / files.folder, data):
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return file
+    other = "; for the 500 problems of math500.jsonl the task is minerva_math500"
+    raise ConfigError(
+        f"the data folder {data} has no {files.folder}/{name} (or {name}.gz), which the task "
+        f"{task} reads{other if task == 'minerva_math' else ''}"
+    )
+
+
+def _read(file: Path) -> Iterator[tuple[str, Any]]:
+    opened = gzip.open if file.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{file}:{number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                    raise ConfigError(f"{where}: not valid JSON: {error}") from None
+                yield where, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(
+            f"{file} is broken after line {number} ({error}); fetch the file again"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from None
+
+
+def _check(where: str, row: object, files: Files, task: str) -> bool:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: expected a JSON object, not {type(row).__name__}")
+    for name in files.texts:
+        if not isinstance(row.get(name), str):
+            raise ConfigError(f"{where}: expected a text in the column '{name}'{_has(row)}")
+    if task != "mbpp":
+        return True
+    number, tests = row.get("task_id"), row.get("test_list")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ConfigError(f"{where}: expected a whole number in the column 'task_id'{_has(row)}")
+    whole = isinstance(tests, list) and len(tests) >= 3 and all(isinstance(t, str) for t in tests)
+    if not whole:
+        raise ConfigError(
+            f"{where}: expected a list of at least 3 texts in the column 'test_list'{_has(row)}"
+        )
+    return True
+
+
+def _has(row: Mapping[str, Any]) -> str:
+    return f"; the row has {', '.join(map(str, row)) or 'no columns'}"

@@ -1,0 +1,128 @@
+"""The problems that come with the package as tasks: nothing to download, quick to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from d2f.evaluation.code_scoring import Execute
+from d2f.evaluation.sandbox import run_programs
+from d2f.evaluation.task import Example, Verdict
+from d2f.problems import Problem, extract_answer, generate_problems
+from d2f.problems.functions import FunctionProblem, generate_function_problems, program
+
+NATIVE_TASKS = ("word-problems", "functions")
+DEFAULT_NUM_EXAMPLES = 1000
+
+
+def load_native_task(
+    name: str, *, num_examples: int | None = None, seed: int = 0, split: str = "test"
+) -> WordProblems | Functions:
+    """Generate a native task's problems.
+
+    Args:
+        name: One of `NATIVE_TASKS`.
+        num_examples: How many problems; None: 1,000.
+        seed: Other seeds give other problems.
+        split: "test", or "validation": problems of other structures, to choose settings on.
+
+    Example:
+        >>> load_native_task("word-problems", num_examples=2).examples()[1].id
+        'test-0-1'
+    """
+    count = DEFAULT_NUM_EXAMPLES if num_examples is None else num_examples
+    if name == "functions":
+        return Functions(count, seed=seed, split=split)
+    return WordProblems(count, seed=seed, split=split)
+
+
+class WordProblems:
+    """Grade-school word problems; right is who ends with `####` and the right number.
+
+    Example:
+        >>> task = WordProblems(3)
+        >>> [v.correct for v in task.judge(task.examples(), ["#### 0", "", "#### x"])]
+        [False, False, False]
+    """
+
+    name = "word-problems"
+    stop: tuple[str, ...] = ()
+
+    def __init__(self, count: int, *, seed: int = 0, split: str = "test") -> None:
+        self._examples = _examples(generate_problems(count, seed=seed, split=split), seed, split)
+
+    def examples(self) -> Sequence[Example]:
+        """The problems, in the order of their numbers."""
+        return self._examples
+
+    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        """Compare the number after the last `####`."""
+        return [
+            _compare(example.source, text) for example, text in zip(examples, texts, strict=True)
+        ]
+
+
+class Functions:
+    """Short Python functions; right is who passes hidden tests, run in the sandbox."""
+
+    name = "functions"
+    stop: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        split: str = "test",
+        execute: Execute = run_programs,
+    ) -> None:
+        problems = generate_function_problems(count, seed=seed, split=split)
+        self._examples = _examples(problems, seed, split)
+        self._execute = execute
+
+    def examples(self) -> Sequence[Example]:
+        """The problems, in the order of their numbers."""
+        return self._examples
+
+    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        """Run each answer with the problem's tests."""
+        programs = [
+            program(example.source, text) for example, text in zip(examples, texts, strict=True)
+        ]
+        return [
+            Verdict(
+                correct=bool(result.passed),
+                answer=text,
+                reason=None if result.passed else str(result.reason),
+                metrics={"pass@1": float(result.passed)},
+            )
+            for text, result in zip(texts, self._execute(programs), strict=True)
+        ]
+
+
+def _examples(
+    problems: Iterable[Problem | FunctionProblem], seed: int, split: str
+) -> tuple[Example, ...]:
+    return tuple(
+        Example(
+            id=f"{split}-{seed}-{number}",
+            prompt=problem.prompt,
+            response=problem.response,
+            source=problem,
+        )
+        for number, problem in enumerate(problems)
+    )
+
+
+def _compare(problem: Problem, text: str) -> Verdict:
+    try:
+        answer = extract_answer(text)
+    except ValueError:  # Python reads no number of thousands of digits
+        answer = None
+    correct = answer == problem.answer
+    reason = "no number after ####" if answer is None else f"the answer is {problem.answer}"
+    return Verdict(
+        correct=correct,
+        answer=None if answer is None else str(answer),
+        reason=None if correct else reason,
+        metrics={"accuracy": float(correct)},
+    )

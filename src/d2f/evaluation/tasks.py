@@ -1,0 +1,74 @@
+"""All benchmarks by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from d2f.errors import ConfigError, unknown_name
+from d2f.evaluation.harness import HARNESS_TASKS, load_harness_task
+from d2f.evaluation.native import NATIVE_TASKS, load_native_task
+from d2f.evaluation.task import Task
+
+TASKS = (*NATIVE_TASKS, *HARNESS_TASKS)
+"""The names that a recipe may give."""
+_SPLITS = ("test", "validation")
+
+
+def load_task(
+    name: str,
+    *,
+    num_examples: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    data: str | Path | None = None,
+    offline: bool = False,
+    num_fewshot: int | None = None,
+) -> Task:
+    """Load a benchmark.
+
+    Args:
+        name: One of `TASKS`.
+        num_examples: The first so many problems. None, or more than a fixed benchmark has: all of
+            it; for the built-in families None is 1,000.
+        seed: Of the built-in families' problems. Other benchmarks are fixed, few-shot prompts
+            among them, and take no notice.
+        split: "test", or "validation": other problems, to choose settings on.
+        data: A folder of the benchmark's public files; None: from the hub.
+        offline: Ask no network.
+        num_fewshot: Examples in the prompt; None: as many as the benchmark demands.
+
+    Raises:
+        ConfigError: The name or a setting is wrong, or the data cannot be had.
+
+    Example:
+        >>> task = load_task("word-problems", num_examples=2)
+        >>> [example] = task.examples()[:1]
+        >>> task.judge([example], [example.response])[0].correct
+        True
+    """
+    if name not in TASKS:
+        raise ConfigError(unknown_name("task", name, TASKS))
+    if split not in _SPLITS:
+        raise ConfigError(unknown_name("split", split, _SPLITS))
+    _check_count("num_examples", num_examples, least=1)
+    _check_count("num_fewshot", num_fewshot, least=0)
+    if name in HARNESS_TASKS:
+        return load_harness_task(
+            name,
+            num_examples=num_examples,
+            split=split,
+            data=data,
+            offline=offline,
+            num_fewshot=num_fewshot,
+        )
+    if data is not None:
+        raise ConfigError(f"the task {name} makes up its problems; leave out the data folder")
+    if num_fewshot:
+        raise ConfigError(f"the task {name} has no few-shot prompt; leave num_fewshot out")
+    return load_native_task(name, num_examples=num_examples, seed=seed, split=split)
+
+
+def _check_count(name: str, value: int | None, *, least: int) -> None:
+    wrong = not isinstance(value, int) or isinstance(value, bool) or value < least
+    if value is not None and wrong:
+        raise ConfigError(f"{name} must be a whole number from {least} on, not {value!r}")
