@@ -1,0 +1,93 @@
+"""`d2f report`: tables and plots from result files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.cli.console import check_writable, log, out, write_json
+
+if TYPE_CHECKING:
+    from d2f.evaluation.report.table import Table
+
+SHOWN = (
+    "label", "tokens_per_second", "over_autoregressive", "over_vanilla", "seconds_per_problem",
+    "mean_tokens", "score_text",
+)  # fmt: skip
+"""Columns that fit a terminal."""
+
+
+def report_command(
+    results: Annotated[
+        list[Path], typer.Argument(help="Folders that d2f eval wrote.", show_default=False)
+    ],
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Set the paper's numbers and claims beside.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the report goes. Default: report in the first folder."),
+    ] = None,
+    no_figures: Annotated[
+        bool, typer.Option("--no-figures", help="Draw nothing; needs no matplotlib.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the tables to this file.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Make Markdown and plots from the results of d2f eval.
+
+    Methods side by side, what makes the ratios, ablations, and curves of score against cost.
+
+    Example:  d2f report results/word-problems results/functions --paper
+    """
+    from d2f.evaluation.report.document import build_report, write_report
+    from d2f.evaluation.report.results import load_results
+
+    if json_file is not None:
+        check_writable(json_file)
+    found = load_results(results)
+    report = build_report(found, paper=paper)
+    folder = output or results[0] / "report"
+    command = shlex.join(["d2f", *sys.argv[1:]])
+    page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)
+    for warning in found.warnings:
+        log.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+    for table in report.tables("methods"):
+        _print_table(table)
+    for table in report.tables("claims"):
+        _print_verdicts(table)
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+        out.print(f"Tables written to {json_file}")
+    out.print(f"Report written to {page}")
+
+
+def _print_table(table: Table) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    columns = [column for column in table.columns if column.key in SHOWN]
+    for column in columns:
+        header = column.header.replace(" ", "\n") if column.is_number else column.header
+        justify: Any = "right" if column.is_number else "left"
+        grid.add_column(header, justify=justify, vertical="bottom", no_wrap=True)
+    for line in table.lines:
+        style = "bold" if line["method"] == "pipelined" else ""
+        grid.add_row(*(column.show(line) for column in columns), style=style)
+    out.print(f"\n[bold]{table.title}[/bold]\n")
+    out.print(grid)
+    for note in table.notes:
+        if "Warning" in note:
+            out.print(note.replace("**", ""), style="yellow")
+    out.print()
+
+
+def _print_verdicts(table: Table) -> None:
+    for line in table.lines:
+        out.print(f"{line['claim']} ({line['where']}): ", line["verdict"], sep="", markup=False)
+    out.print()
