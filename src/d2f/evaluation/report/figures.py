@@ -229,8 +229,7 @@ def _paper_curve(axis: Any, method: str, points: Sequence[PaperRow]) -> None:
         [(p.tokens_per_second or 0) / (base.tokens_per_second or 1) for p in curve],
         [(p.score or 0) - best for p in curve],
         label=f"{method} ({LABEL})",
-        **_hollow(color, marker),
-        linestyle="none" if method == "autoregressive" else ":",
+        **_hollow(color, marker) | ({} if method == "autoregressive" else {"linestyle": ":"}),
     )
 
 

@@ -137,7 +137,7 @@ def score_text(row: Row) -> str | None:
     """Score, standard error and number of problems."""
     if row.score is None:
         return None
-    return f"{row.score:.1f} ± {row.standard_error:.1f} ({row.num_scored})"
+    return f"{row.score:.1f} ± {row.standard_error or 0:.1f} ({row.num_scored})"
 
 
 def settings_text(row: Row) -> str:

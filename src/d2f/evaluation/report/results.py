@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,6 @@ METHODS = (
 MATHEMATICS = ("word-problems", "gsm8k", "gsm8k_cot", "minerva_math", "minerva_math500")
 CODE = ("functions", "humaneval", "mbpp")
 _NAMES = ("row", "method", "experiment", "family", "test_set")
-_SCORE_NUMBERS = ("num_problems", "score", "standard_error")
 
 
 class Spread(NamedTuple):
@@ -136,30 +136,25 @@ class Row:
 
     @cached_property
     def problem_ids(self) -> tuple[str, ...] | None:
-        """Ids of the scored problems in order, None if the file of problems is not kept.
-
-        Raises:
-            ConfigError: A line of that file is broken; says which.
-        """
+        """Ids of the scored problems in order, None if the file of problems is not kept."""
         path = self.folder / "problems.jsonl"
         if not path.is_file():
             return None
-        found = []
-        for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
+        found: dict[int, str] = {}
+        for line in path.read_bytes().splitlines():
+            # A crash may have cut a line short; what it held was written again.
+            with suppress(ValueError, KeyError, TypeError):
                 problem = json.loads(line)
-                found.append((int(problem["index"]), str(problem["id"])))
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(
-                    f"{path}, line {count} is no scored problem; run the recipe again without it"
-                ) from None
-        return tuple(name for _, name in sorted(found))
+                found[int(problem["index"])] = str(problem["id"])
+        count = len(self.digits)
+        return tuple(found[i] for i in range(count)) if found.keys() >= set(range(count)) else None
 
     def _spread(self, key: str) -> Spread | None:
         value = (self.summary.get("speed") or {}).get(key)
-        if isinstance(value, Mapping):
-            return Spread(*(float(value[end]) for end in Spread._fields))
-        return None
+        if not isinstance(value, Mapping):
+            return None
+        ends = [value[end] for end in Spread._fields]
+        return None if None in ends else Spread(*map(float, ends))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +271,10 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
             return f"'{part}' is no table"
     score, speed = summary.get("score"), summary.get("speed")
     if score is not None:
-        for key in _SCORE_NUMBERS:
-            if not _is_number(score.get(key)):
+        if not isinstance(score.get("num_problems"), int):
+            return "score.num_problems is no whole number"
+        for key in ("score", "standard_error"):
+            if not _is_number_or_none(score.get(key)):
                 return f"score.{key} is no number"
         digits = score.get("correct", "")
         if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
@@ -287,16 +284,18 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
     if speed is not None:
         for key in ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second"):
             spread = speed.get(key)
-            if spread is None and key == "decode_tokens_per_second":
+            if spread is None:
                 continue
             ends = spread if isinstance(spread, dict) else {}
-            if not all(_is_number(ends.get(end)) for end in Spread._fields):
+            known = ends.keys() >= set(Spread._fields)
+            if not known or not all(_is_number_or_none(ends[end]) for end in Spread._fields):
                 return f"speed.{key} has no median, lowest and highest"
     return None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number_or_none(value: object) -> bool:
+    """None is what result files have for nan."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
