@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +13,16 @@ from d2f.cli.console import check_writable, log, out, write_json
 if TYPE_CHECKING:
     from d2f.evaluation.report.table import Table
 
-SHOWN = (
-    "label", "tokens_per_second", "over_autoregressive", "over_vanilla", "seconds_per_problem",
-    "mean_tokens", "score_text",
-)  # fmt: skip
-"""Columns that fit a terminal."""
+SHOWN = {
+    "label": "",
+    "tokens_per_second": "tokens\nper s",
+    "over_autoregressive": "x auto-\nregress.",
+    "over_vanilla": "x\nvanilla",
+    "seconds_per_problem": "s per\nproblem",
+    "mean_tokens": "mean\ntokens",
+    "score_text": "score ± se, %\n(problems)",
+}
+"""Columns that fit a terminal, and what stands above them there."""
 
 
 def report_command(
@@ -53,10 +57,10 @@ def report_command(
     found = load_results(results)
     report = build_report(found, paper=paper)
     folder = output or results[0] / "report"
-    command = shlex.join(["d2f", *sys.argv[1:]])
+    command = shlex.join(["d2f", "report", *map(str, results), *(["--paper"] if paper else [])])
     page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)
     for warning in found.warnings:
-        log.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+        log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for table in report.tables("methods"):
         _print_table(table)
     for table in report.tables("claims"):
@@ -68,26 +72,34 @@ def report_command(
 
 
 def _print_table(table: Table) -> None:
+    """The columns fit in 80 characters, so the runs at both ends are left to the page."""
     from rich.table import Table as Grid
+
+    from d2f.evaluation.report.table import significant
 
     grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     columns = [column for column in table.columns if column.key in SHOWN]
     for column in columns:
-        header = column.header.replace(" ", "\n") if column.is_number else column.header
         justify: Any = "right" if column.is_number else "left"
-        grid.add_column(header, justify=justify, vertical="bottom", no_wrap=True)
+        grid.add_column(SHOWN[column.key], justify=justify, vertical="bottom", no_wrap=True)
     for line in table.lines:
-        style = "bold" if line["method"] == "pipelined" else ""
-        grid.add_row(*(column.show(line) for column in columns), style=style)
+        speed = line["tokens_per_second"]
+        cells = [
+            significant(speed.median) if column.key == "tokens_per_second" and speed
+            else column.show(line)
+            for column in columns
+        ]  # fmt: skip
+        grid.add_row(*cells, style="bold" if line["method"] == "pipelined" else "")
     out.print(f"\n[bold]{table.title}[/bold]\n")
     out.print(grid)
     for note in table.notes:
         if "Warning" in note:
-            out.print(note.replace("**", ""), style="yellow")
+            out.print(note.replace("**", ""), style="yellow", markup=False)
     out.print()
 
 
 def _print_verdicts(table: Table) -> None:
+    out.print(f"[bold]{table.title}[/bold]\n")
     for line in table.lines:
-        out.print(f"{line['claim']} ({line['where']}): ", line["verdict"], sep="", markup=False)
+        out.print(f"{line['verdict']}: {line['claim']} ({line['where']})", markup=False)
     out.print()

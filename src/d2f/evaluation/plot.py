@@ -26,7 +26,7 @@ def new_figure(width: float, height: float, *, without: str) -> Any:
         ConfigError: matplotlib is not installed.
 
     Example:
-        >>> new_figure(4, 3, without="--no-plot").get_figwidth()
+        >>> float(new_figure(4, 3, without="--no-plot").get_figwidth())
         4.0
     """
     try:

@@ -93,8 +93,8 @@ def write_row(folder: Path, summary: dict[str, Any], *, problems: bool = True) -
     path = folder / str(summary["row"])
     path.mkdir(parents=True, exist_ok=True)
     (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    digits = (summary["score"] or {}).get("correct")
-    if problems and digits is not None:
+    if problems and summary["score"] is not None:
+        digits = summary["score"]["correct"]
         lines = [
             json.dumps({"index": index, "id": str(index), "correct": digit == "1"})
             for index, digit in enumerate(digits)

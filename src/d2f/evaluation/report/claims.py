@@ -17,6 +17,7 @@ from d2f.evaluation.report.paper import LABEL
 from d2f.evaluation.report.results import CODE, MATHEMATICS, Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median, ratio
 
+CLAIMS_TITLE = "The paper's claims, one by one"
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 NOT_TESTABLE = "not testable here"
@@ -102,10 +103,9 @@ def claim_table(comparisons: Sequence[Comparison]) -> Table:
             ("verdict", "verdict"),
         )
     ]
-    notes = [f"{claim.says}: {claim.rule}" for claim in CLAIMS]
-    return Table(
-        name="claims", title="The paper's claims", columns=columns, lines=lines, notes=notes
-    )
+    rules = "\n".join(f"- {claim.says}: {claim.rule}" for claim in CLAIMS)
+    notes = [f"How the verdicts come about:\n\n{rules}"]
+    return Table(name="claims", title=CLAIMS_TITLE, columns=columns, lines=lines, notes=notes)
 
 
 class _Speed(NamedTuple):

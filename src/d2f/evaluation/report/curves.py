@@ -43,10 +43,15 @@ def score_curves(comparison: Comparison) -> list[Curve]:
         Curve(name=FEWER_STEPS, method="vanilla", rows=steps),
     ]
     drawn = [row for curve in found for row in curve.rows]
+    others = [row for row in comparison.of("methods") if row not in drawn]
+    labels = [row.label for row in others]
     found += [
-        Curve(name=row.label, method=row.method, rows=[row])
-        for row in comparison.of("methods")
-        if row not in drawn
+        Curve(
+            name=row.label if labels.count(row.label) == 1 else f"{row.label}, {row.name}",
+            method=row.method,
+            rows=[row],
+        )
+        for row in others
     ]
     return [curve for curve in found if curve.rows]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.evaluation.report import ablations
-from d2f.evaluation.report.claims import claim_table
+from d2f.evaluation.report.claims import CLAIMS_TITLE, claim_table
 from d2f.evaluation.report.curves import curve_table
 from d2f.evaluation.report.figures import Drawing, draw_figures
 from d2f.evaluation.report.methods import method_tables
@@ -83,7 +83,7 @@ def build_report(results: Results, *, paper: bool) -> Report:
         for heading, make in one.items()
     ]
     if paper:
-        sections.append(("The paper's claims, one by one", [claim_table(comparisons)]))
+        sections.append((CLAIMS_TITLE, [claim_table(comparisons)]))
     return Report(results=results, sections=[(h, tables) for h, tables in sections if tables])
 
 
@@ -126,7 +126,8 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
     for heading, tables in report.sections:
         parts.append(f"## {heading}")
         for table in tables:
-            parts += [f"### {table.title}", table.markdown(), *table.notes]
+            parts += [] if table.title == heading else [f"### {table.title}"]
+            parts += [table.markdown(), *table.notes]
     if drawings:
         parts.append("## Figures")
         parts += [f"![{drawing.title}]({drawing.file})" for drawing in drawings]

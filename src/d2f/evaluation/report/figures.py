@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,21 @@ from typing import Any
 
 from d2f.evaluation.plot import HIGHLIGHT, MUTED, new_figure, trim
 from d2f.evaluation.report.ablations import batch_series, by_block_size
-from d2f.evaluation.report.curves import areas, parallelism, score_curves
-from d2f.evaluation.report.paper import LABEL, PaperRow, ablation_counterpart, load_paper
+from d2f.evaluation.report.curves import D2F, areas, parallelism, score_curves
+from d2f.evaluation.report.paper import (
+    LABEL,
+    PaperRow,
+    ablation_counterpart,
+    load_paper,
+    over_autoregressive,
+)
 from d2f.evaluation.report.results import Comparison, Row, Spread
 from d2f.evaluation.report.table import median, significant
 
 DPI = 110
+NUM_COLORS = 128
+_STRETCH_FROM = 80.0
+_LEGEND_BELOW = ("figure2", "score-seconds", "score-parallelism")
 _FAST_DLLM = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 # Colour (Okabe and Ito's, beside the two of the demo's plot) and marker of a method.
 _LOOKS = {
@@ -72,34 +82,42 @@ def draw_figures(comparisons: Sequence[Comparison], folder: Path, *, paper: bool
     for name, title, panel in panels:
         drawn = [c for c in comparisons if _can_draw(panel, c)]
         if drawn:
-            _write(folder / f"{name}.png", title, panel, drawn)
+            _write(name, folder, title, panel, drawn)
             drawings.append(Drawing(file=f"{name}.png", title=title))
     return drawings
 
 
 def _can_draw(panel: Panel, comparison: Comparison) -> bool:
-    return panel(_axes(1)[1][0], comparison)
+    return panel(_axes(1, 4)[1][0], comparison)
 
 
-def _axes(count: int) -> tuple[Any, list[Any]]:
+def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
     columns = min(count, 2)
     rows = -(-count // columns)
-    figure = new_figure(6.4 * columns, 4.4 * rows + 0.3, without="--no-figures")
+    figure = new_figure(6.4 * columns, height * rows + 0.3, without="--no-figures")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes[:count]
 
 
-def _write(path: Path, title: str, panel: Panel, comparisons: Sequence[Comparison]) -> None:
-    figure, axes = _axes(len(comparisons))
+def _write(
+    name: str, folder: Path, title: str, panel: Panel, comparisons: Sequence[Comparison]
+) -> None:
+    figure, axes = _axes(len(comparisons), 5.4 if name in _LEGEND_BELOW else 4.0)
     for axis, comparison in zip(axes, comparisons, strict=True):
         panel(axis, comparison)
         trim(axis)
         axis.set_title(comparison.title, fontsize=11)
     figure.suptitle(title, fontsize=13)
+    from PIL import Image  # matplotlib writes its own PNG files with it
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format="png")
+    path = folder / f"{name}.png"
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=DPI, format="png")
+    # A palette makes the file a third as large; reports are committed.
+    Image.open(drawn).convert("RGB").quantize(NUM_COLORS).save(part, format="png", optimize=True)
     part.replace(path)
 
 
@@ -153,37 +171,25 @@ def _bar_rows(comparison: Comparison) -> list[Row]:
 def _paper_bars(axis: Any, comparison: Comparison, rows: Sequence[Row]) -> float:
     """The paper's ratios to autoregression, times our autoregression; returns the longest."""
     base = next((r.tokens_per_second for r in rows if r.method == "autoregressive"), None)
+    counterpart = ablation_counterpart(comparison.task)
     longest = 0.0
-    if base is None:
+    if base is None or counterpart is None:
         return longest
+    drawn: dict[str, list[tuple[float, float]]] = {}
     for place, row in enumerate(rows):
-        found = [value * base.median for value in _paper_over_autoregressive(comparison, row)]
-        if found:
-            axis.plot(found, [place + 0.2] * len(found), **_hollow("black", "o"))
-            longest = max(longest, *found)
-    if longest:
-        axis.plot([], [], label=f"{LABEL}:\nx autoregressive, at ours", **_hollow("black", "o"))
+        method = "fast-dllm" if row.method in _FAST_DLLM else row.method
+        for family, value in over_autoregressive(counterpart.test_set, method).items():
+            drawn.setdefault(family, []).append((value * base.median, place + 0.2))
+            longest = max(longest, value * base.median)
+    for family, points in drawn.items():
+        axis.plot(
+            *zip(*points, strict=True),
+            label=f"{LABEL}, {family}:\nx LLaMA3, times our autoregression",
+            **_hollow("black", "o" if family == "LLaDA" else "^"),
+        )
+    if drawn:
         axis.legend(loc="best", frameon=False, fontsize=8)
     return longest
-
-
-def _paper_over_autoregressive(comparison: Comparison, row: Row) -> list[float]:
-    """Of figure 1, for each model; LLaMA3 is the autoregressive one, as in the paper's claim."""
-    counterpart = ablation_counterpart(comparison.task)
-    if counterpart is None:
-        return []
-    points = [
-        p for p in load_paper() if p.table == "figure1" and p.test_set == counterpart.test_set
-    ]
-    method = "fast-dllm" if row.method in _FAST_DLLM else row.method
-    base = next((p for p in points if p.method == "autoregressive" and p.family == "LLaDA"), None)
-    if base is None or not base.tokens_per_second:
-        return []
-    return [
-        p.tokens_per_second / base.tokens_per_second
-        for p in points
-        if p.method == method and p.tokens_per_second
-    ]
 
 
 # ----------------------------------------------------------------- figure 2 and its companions
@@ -203,8 +209,12 @@ def _throughput(axis: Any, comparison: Comparison, paper: bool) -> bool:
     for method in dict.fromkeys(point.method for point in points):
         _paper_curve(axis, method, points)
     axis.set_xlabel("tokens per second" + (" / those of autoregression" if points else ""))
-    axis.set_ylabel("score - vanilla's, points" if points else "score, %")
-    _finish(axis, drawn, logarithmic=True)
+    if points:
+        axis.set_ylabel("score - vanilla's, points")
+        _stretch_around_zero(axis)
+    else:
+        _score_axis(axis, comparison)
+    _finish(axis, drawn)
     return drawn
 
 
@@ -236,8 +246,8 @@ def _paper_curve(axis: Any, method: str, points: Sequence[PaperRow]) -> None:
 def _latency(axis: Any, comparison: Comparison) -> bool:
     drawn = _curves(axis, comparison, lambda row: median(row.seconds_per_problem))
     axis.set_xlabel("seconds per problem (left is faster)")
-    axis.set_ylabel("score, %")
-    _finish(axis, drawn, logarithmic=True)
+    _score_axis(axis, comparison)
+    _finish(axis, drawn)
     return drawn
 
 
@@ -245,8 +255,8 @@ def _parallelism(axis: Any, comparison: Comparison) -> bool:
     found = areas(score_curves(comparison))
     drawn = _curves(axis, comparison, parallelism, notes=found)
     axis.set_xlabel("tokens per forward")
-    axis.set_ylabel("score, %")
-    _finish(axis, drawn, logarithmic=True)
+    _score_axis(axis, comparison)
+    _finish(axis, drawn)
     return drawn
 
 
@@ -273,8 +283,10 @@ def _curves(
             [(row.score or 0) - shift for row in rows],
             yerr=[row.standard_error or 0 for row in rows],
             color=color,
-            marker=marker,
-            markersize=6,
+            # The line through many settings, and the row of the tables beside it.
+            marker="." if curve.name == D2F else marker,
+            markersize=8,
+            linestyle="none" if len(rows) == 1 else "-",
             linewidth=1.5,
             elinewidth=0.8,
             capsize=2,
@@ -283,24 +295,55 @@ def _curves(
     return drawn
 
 
-def _finish(axis: Any, drawn: bool, *, logarithmic: bool) -> None:
+def _finish(axis: Any, drawn: bool) -> None:
     if not drawn:
         return
     axis.grid(alpha=0.3)
-    if logarithmic:
-        _logarithmic(axis)
+    axis.set_xscale("log")
+    _plain_ticks(axis.xaxis)
     # Below the axes: the points fill any corner.
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
 
 
-def _logarithmic(axis: Any) -> None:
-    """Ticks as plain numbers, at 1, 2 and 5 of each decade."""
+def _plain_ticks(axis: Any) -> None:
+    """Of a logarithmic axis: plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _score_axis(axis: Any, comparison: Comparison) -> None:
+    """Percent; where scores come close to 100, stretched there, or all that counts is one line."""
+    scores = [
+        row.score for c in score_curves(comparison) for row in c.rows if row.score is not None
+    ]
+    axis.set_ylabel("score, %")
+    if not scores or max(scores) < _STRETCH_FROM:
+        return
+    import numpy as np
+    from matplotlib.scale import FuncScale
+
+    edge = 102.0
+    functions = (
+        lambda score: -np.log10(np.maximum(edge - score, 0.1)),
+        lambda place: edge - 10.0**-place,
+    )
+    axis.set_yscale(FuncScale(axis, functions))
+    low = min(scores)
+    axis.set_ylim(max(low - 0.15 * (edge - low), -5), 100)
+    ticks = [tick for tick in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 100) if tick >= low - 10]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+
+
+def _stretch_around_zero(axis: Any) -> None:
+    """Differences of a point and of fifty points in one picture."""
+    axis.set_yscale("symlog", linthresh=5)
+    ticks = (-50, -20, -10, -5, 0, 5, 10, 20)
+    low, high = axis.get_ylim()
+    kept = [tick for tick in ticks if low <= tick <= high]
+    axis.set_yticks(kept, [f"{tick:+d}" if tick else "0" for tick in kept])
 
 
 def _hollow(color: str, marker: str) -> dict[str, Any]:
@@ -382,6 +425,7 @@ def _batch(axis: Any, comparison: Comparison) -> bool:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.set_yscale("log")
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("batch size")
     axis.set_ylabel("tokens per second")
     axis.grid(alpha=0.3)

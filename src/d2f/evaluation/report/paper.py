@@ -118,6 +118,22 @@ def counterparts(task: str, family: str) -> list[Counterpart]:
     return [Counterpart(family=name, test_set=test_sets[name]) for name in named or test_sets]
 
 
+def over_autoregressive(test_set: str, method: str) -> dict[str, float]:
+    """Figure 1's tokens/s over those of LLaMA3, by family, as the paper's claims count them.
+
+    Example:
+        >>> {k: round(v, 2) for k, v in over_autoregressive("GSM8K-4-shot", "pipelined").items()}
+        {'Dream': 2.5}
+    """
+    points = [p for p in load_paper() if (p.table, p.test_set) == ("figure1", test_set)]
+    base = [p.tokens_per_second for p in points if p.model.startswith("LLaMA3")]
+    return {
+        p.family: p.tokens_per_second / base[0]
+        for p in points
+        if p.method == method and p.tokens_per_second and base and base[0]
+    }
+
+
 def ablation_counterpart(task: str) -> Counterpart | None:
     """Where the paper's tables 3 and 4 and figure 2 stand: D2F-Dream with 512 new tokens.
 

@@ -219,7 +219,7 @@ def load_results(folders: Sequence[Path]) -> Results:
     Example:
         `load_results([Path("results/word-problems")]).comparisons[0].of("methods")`
     """
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}
     warnings: list[str] = []
     for folder in folders:
         if not folder.is_dir():
@@ -234,10 +234,11 @@ def load_results(folders: Sequence[Path]) -> Results:
                 f"{folder} has no results (no summary.json in it or below it){begun}; "
                 "make some with `d2f eval RECIPE`"
             )
-        files |= dict.fromkeys(path.resolve() for path in found)
+        files |= {path.resolve(): path for path in found}
         warnings += [f"not finished and left out: {path}" for path in unfinished]
-    rows, doubled = _drop_doubles([_read(path) for path in files])
-    return Results(comparisons=_compare(rows), warnings=tuple(dict.fromkeys(warnings + doubled)))
+    rows, doubled = _drop_doubles([_read(path) for path in files.values()])
+    warnings += doubled + [text for row in rows for text in _not_measured_yet(row)]
+    return Results(comparisons=_compare(rows), warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _read(path: Path) -> Row:
@@ -310,6 +311,19 @@ def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
             warnings.append(f"measured twice, the newer is shown: {old.folder}, {row.folder}")
         kept[key] = row
     return list(kept.values()), warnings
+
+
+def _not_measured_yet(row: Row) -> list[str]:
+    """Parts that the recipe wants of the row and the summary lacks."""
+    recipe = row.summary.get("recipe") or {}
+    settings = next((r for r in recipe.get("rows", ()) if r.get("name") == row.name), {})
+    return [
+        f"not finished, has no {part} yet: {row.folder}"
+        for part in ("score", "speed")
+        if recipe.get(part) is not None
+        and settings.get(part, True)
+        and row.summary.get(part) is None
+    ]
 
 
 def _compare(rows: Sequence[Row]) -> list[Comparison]:

@@ -21,8 +21,8 @@ def significant(value: float) -> str:
     """Three digits, or all before the point.
 
     Example:
-        >>> [significant(x) for x in (1234.5, 52.49, 7.2, 0.01234, 0)]
-        ['1234', '52.5', '7.20', '0.0123', '0']
+        >>> [significant(x) for x in (1234.5, 52.49, 7.2, 0.8, 0)]
+        ['1234', '52.5', '7.20', '0.800', '0']
     """
     if value == 0:
         return "0"
@@ -31,7 +31,7 @@ def significant(value: float) -> str:
         return f"{value:.0f}"
     if size >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
+    return f"{value:.2f}" if size >= 0.9995 else f"{value:#.3g}"
 
 
 def times(value: float) -> str:
