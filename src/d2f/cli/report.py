@@ -73,6 +73,7 @@ def report_command(
 
 def _print_table(table: Table) -> None:
     """The columns fit in 80 characters, so the runs at both ends are left to the page."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     from d2f.evaluation.report.table import significant
@@ -89,8 +90,8 @@ def _print_table(table: Table) -> None:
             else column.show(line)
             for column in columns
         ]  # fmt: skip
-        grid.add_row(*cells, style="bold" if line["method"] == "pipelined" else "")
-    out.print(f"\n[bold]{table.title}[/bold]\n")
+        grid.add_row(*map(escape, cells), style="bold" if line["method"] == "pipelined" else "")
+    out.print(f"\n[bold]{escape(table.title)}[/bold]\n")
     out.print(grid)
     for note in table.notes:
         if "Warning" in note:

@@ -104,7 +104,12 @@ def claim_table(comparisons: Sequence[Comparison]) -> Table:
         )
     ]
     rules = "\n".join(f"- {claim.says}: {claim.rule}" for claim in CLAIMS)
-    notes = [f"How the verdicts come about:\n\n{rules}"]
+    notes = [
+        f"{warning} in {comparison.title}"
+        for comparison in real
+        for warning in show.conditions(comparison.rows)
+    ]
+    notes.append(f"How the verdicts come about:\n\n{rules}")
     return Table(name="claims", title=CLAIMS_TITLE, columns=columns, lines=lines, notes=notes)
 
 

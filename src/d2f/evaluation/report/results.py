@@ -23,6 +23,10 @@ METHODS = (
 """In the order of the paper's tables, autoregression first."""
 MATHEMATICS = ("word-problems", "gsm8k", "gsm8k_cot", "minerva_math", "minerva_math500")
 CODE = ("functions", "humaneval", "mbpp")
+_NUMBER_LABELS = (
+    "activate_threshold", "confidence_threshold", "add_threshold", "block_size", "batch_size",
+    "num_steps",
+)  # fmt: skip
 _NAMES = ("row", "method", "experiment", "family", "test_set")
 
 
@@ -267,6 +271,9 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
     for key in ("labels", "policy", "options", "environment", "recipe", "model", "grid"):
         if not isinstance(summary.get(key), dict | None):
             return f"'{key}' is no table"
+    for key in _NUMBER_LABELS:
+        if not _is_number_or_none((summary.get("labels") or {}).get(key)):
+            return f"labels.{key} is no number"
     for part in ("score", "speed"):
         if not isinstance(summary.get(part), dict | None):
             return f"'{part}' is no table"
@@ -316,7 +323,8 @@ def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 def _not_measured_yet(row: Row) -> list[str]:
     """Parts that the recipe wants of the row and the summary lacks."""
     recipe = row.summary.get("recipe") or {}
-    settings = next((r for r in recipe.get("rows", ()) if r.get("name") == row.name), {})
+    rows = [entry for entry in recipe.get("rows") or () if isinstance(entry, dict)]
+    settings = next((entry for entry in rows if entry.get("name") == row.name), {})
     return [
         f"not finished, has no {part} yet: {row.folder}"
         for part in ("score", "speed")

@@ -18,6 +18,14 @@ def judge(folder, key, *summaries):
     return verdicts(folder)[key]
 
 
+def test_machines_that_differ_are_told(tmp_path):
+    write_row(tmp_path, fake_summary("vanilla"))
+    write_row(tmp_path, fake_summary("serial", environment={"processor": "another"}))
+    notes = claim_table(load_results([tmp_path]).comparisons).notes
+    assert notes[0].startswith("**Warning: rows differ in processor:**")
+    assert notes[0].endswith("in fake family, fake problems")
+
+
 def test_all_claims_hold_on_results_like_the_papers(tmp_path):
     table = claim_table(load_results([write_results(tmp_path)]).comparisons)
     found = {line["key"]: line["verdict"] for line in table.lines}

@@ -123,7 +123,7 @@ def drawn(monkeypatch, comparisons, folder, paper):
 
     def keep(self, *arguments, **options):
         kept[self.get_suptitle()] = self
-        save(self, *arguments, **options)
+        save(self, *arguments, **options | {"dpi": 20})
 
     monkeypatch.setattr(Figure, "savefig", keep)
     figures.draw_figures(comparisons, folder, paper=paper)

@@ -113,6 +113,7 @@ def test_folder_without_results(tmp_path, folder, words):
         ({"format": 2}, "has format 2, and this d2f reads 1"),
         ({"family": None}, "'family' is no text"),
         ({"labels": [1]}, "'labels' is no table"),
+        ({"labels": {"add_threshold": "low"}}, "labels.add_threshold is no number"),
         ({"score": 3}, "'score' is no table"),
         ({"score": {"num_problems": "many"}}, "num_problems is no whole number"),
         ({"score": {"num_problems": 1, "score": "x"}}, "score.score is no number"),
