@@ -28,9 +28,9 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("train")(train_command)
-app.command("report")(report_command)
 app.command("inspect")(inspect_command)
 app.add_typer(bench_app, name="bench")
+app.command("report")(report_command)
 
 
 @app.callback(invoke_without_command=True)
