@@ -14,6 +14,7 @@ from d2f.cli.console import log
 from d2f.cli.demo import demo_command
 from d2f.cli.generate import generate_command
 from d2f.cli.inspect import inspect_command
+from d2f.cli.report import report_command
 from d2f.cli.train import train_command
 from d2f.errors import D2FError
 
@@ -29,6 +30,7 @@ app.command("generate")(generate_command)
 app.command("train")(train_command)
 app.command("inspect")(inspect_command)
 app.add_typer(bench_app, name="bench")
+app.command("report")(report_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,6 +8,40 @@ from typing import Any
 
 from d2f.errors import ConfigError
 
+HIGHLIGHT = "#d1495b"
+"""D2F."""
+MUTED = "#8d99ae"
+"""What it is compared with."""
+
+
+def new_figure(width: float, height: float, *, without: str) -> Any:
+    """An empty figure of matplotlib, sizes in inches.
+
+    Args:
+        width: From left to right.
+        height: From top to bottom.
+        without: The option that leaves the plots out.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+
+    Example:
+        >>> float(new_figure(4, 3, without="--no-plot").get_figwidth())
+        4.0
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            f"the plot needs matplotlib: pip install matplotlib, or leave it out with {without}"
+        ) from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def trim(axis: Any) -> None:
+    """Take away the two sides of the frame that say nothing."""
+    axis.spines[["top", "right"]].set_visible(False)
+
 
 def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> None:
     """Draw tokens per second and tokens per forward of each row as bars, into a PNG.
@@ -20,22 +54,17 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError:
-        raise ConfigError(
-            "the plot needs matplotlib: pip install matplotlib, or leave it out with --no-plot"
-        ) from None
+    figure = new_figure(11, 0.55 * len(rows) + 1.6, without="--no-plot")
+    from matplotlib.ticker import PercentFormatter
+
     names = [row["name"] for row in rows]
     panels = (
         ("tokens_per_second", "tokens per second", "{:.0f}"),
         ("tokens_per_forward", "tokens per forward", "{:.1f}"),
         ("score", "share of problems solved", "{:.0%}"),
     )
-    figure = Figure(figsize=(11, 0.55 * len(rows) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
-    colors = ["#d1495b" if name == "pipelined" else "#8d99ae" for name in names]
+    colors = [HIGHLIGHT if name == "pipelined" else MUTED for name in names]
     for axis, (key, label, form) in zip(axes, panels, strict=True):
         values = [row[key] for row in rows]
         bars = axis.barh(names, values, color=colors)
@@ -48,7 +77,7 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
         axis.set_xlabel(label)
         # Room for the labels; but no model solves more than all problems.
         axis.set_xlim(0, 1 if key == "score" else max(values) * 1.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        trim(axis)
     axes[-1].xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[0].invert_yaxis()
     figure.suptitle(title)

@@ -1,0 +1,106 @@
+"""`d2f report`: tables and plots from result files."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.cli.console import check_writable, log, out, write_json
+
+if TYPE_CHECKING:
+    from d2f.evaluation.report.table import Table
+
+SHOWN = {
+    "label": "",
+    "tokens_per_second": "tokens\nper s",
+    "over_autoregressive": "x auto-\nregress.",
+    "over_vanilla": "x\nvanilla",
+    "seconds_per_problem": "s per\nproblem",
+    "mean_tokens": "mean\ntokens",
+    "score_text": "score ± se, %\n(problems)",
+}
+"""Columns that fit a terminal, and what stands above them there."""
+
+
+def report_command(
+    results: Annotated[
+        list[Path], typer.Argument(help="Folders that d2f eval wrote.", show_default=False)
+    ],
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Set the paper's numbers and claims beside.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the report goes. Default: report in the first folder."),
+    ] = None,
+    no_figures: Annotated[
+        bool, typer.Option("--no-figures", help="Draw nothing; needs no matplotlib.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the tables to this file.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Make Markdown and plots from the results of d2f eval.
+
+    Methods side by side, what makes the ratios, ablations, and curves of score against cost.
+
+    Example:  d2f report results/word-problems results/functions --paper
+    """
+    from d2f.evaluation.report.document import build_report, write_report
+    from d2f.evaluation.report.results import load_results
+
+    if json_file is not None:
+        check_writable(json_file)
+    found = load_results(results)
+    report = build_report(found, paper=paper)
+    folder = output or results[0] / "report"
+    command = shlex.join(["d2f", "report", *map(str, results), *(["--paper"] if paper else [])])
+    page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)
+    for warning in found.warnings:
+        log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    for table in report.tables("methods"):
+        _print_table(table)
+    for table in report.tables("claims"):
+        _print_verdicts(table)
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+        out.print(f"Tables written to {json_file}")
+    out.print(f"Report written to {page}")
+
+
+def _print_table(table: Table) -> None:
+    """The columns fit in 80 characters, so the runs at both ends are left to the page."""
+    from rich.markup import escape
+    from rich.table import Table as Grid
+
+    from d2f.evaluation.report.table import significant
+
+    grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    columns = [column for column in table.columns if column.key in SHOWN]
+    for column in columns:
+        justify: Any = "right" if column.is_number else "left"
+        grid.add_column(SHOWN[column.key], justify=justify, vertical="bottom", no_wrap=True)
+    for line in table.lines:
+        speed = line["tokens_per_second"]
+        cells = [
+            significant(speed.median) if column.key == "tokens_per_second" and speed
+            else column.show(line)
+            for column in columns
+        ]  # fmt: skip
+        grid.add_row(*map(escape, cells), style="bold" if line["method"] == "pipelined" else "")
+    out.print(f"\n[bold]{escape(table.title)}[/bold]\n")
+    out.print(grid)
+    for note in table.notes:
+        if "Warning" in note:
+            out.print(note.replace("**", ""), style="yellow", markup=False)
+    out.print()
+
+
+def _print_verdicts(table: Table) -> None:
+    out.print(f"[bold]{table.title}[/bold]\n")
+    for line in table.lines:
+        out.print(f"{line['verdict']}: {line['claim']} ({line['where']})", markup=False)
+    out.print()

@@ -1,0 +1,204 @@
+"""A table that can be read as plain text, as Markdown and as JSON; and how its numbers look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f.evaluation.report.differences import Difference
+from d2f.evaluation.report.results import Row, Spread
+
+NOTHING = "–"
+
+
+def text(value: object) -> str:
+    """Words as they are."""
+    return str(value)
+
+
+def significant(value: float) -> str:
+    """Three digits, or all before the point.
+
+    Example:
+        >>> [significant(x) for x in (1234.5, 52.49, 7.2, 0.8, 0)]
+        ['1234', '52.5', '7.20', '0.800', '0']
+    """
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.9995 else f"{value:#.3g}"
+
+
+def times(value: float) -> str:
+    """A ratio."""
+    return f"{significant(value)}x"
+
+
+def spread(value: Spread) -> str:
+    """A median, and the lowest and the highest run.
+
+    Example:
+        >>> spread(Spread(52.5, 51.0, 53.25))
+        '52.5 (51.0–53.2)'
+    """
+    low, high = significant(value.lowest), significant(value.highest)
+    return f"{significant(value.median)} ({low}–{high})"
+
+
+def points(value: float) -> str:
+    """A score in percent."""
+    return f"{value:.1f}"
+
+
+def gap(value: float) -> str:
+    """A difference of scores, in points."""
+    return f"{value:+.1f}"
+
+
+def interval(value: Difference) -> str:
+    """A difference and the ends of its 95% interval.
+
+    Example:
+        >>> interval(Difference(0.5, -0.25, 1.25, 1000))
+        '+0.5 [-0.2, +1.2]'
+    """
+    return f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column: where its values are in a line, what stands above, how they look."""
+
+    key: str
+    header: str
+    form: Callable[[Any], str] = text
+    is_number: bool = True
+
+    def show(self, line: Mapping[str, Any]) -> str:
+        """The cell of a line."""
+        value = line.get(self.key)
+        return NOTHING if value is None else self.form(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table of the report.
+
+    Example:
+        >>> table = Table(
+        ...     name="x", title="X", columns=[Column(key="n", header="count")], lines=[{"n": 7}]
+        ... )
+        >>> print(table.markdown())
+        | count |
+        | ----: |
+        |     7 |
+    """
+
+    name: str
+    """For the JSON file."""
+    title: str
+    columns: Sequence[Column]
+    lines: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = ()
+    """Sentences below it."""
+
+    def markdown(self) -> str:
+        """Padded, so that it can be read without a browser."""
+        cells = [[column.header for column in self.columns]]
+        cells += [[column.show(line) for column in self.columns] for line in self.lines]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
+        widths = [max(3, *map(len, row)) for row in zip(*cells, strict=True)]
+        numeric = [column.is_number for column in self.columns]
+        rows = [
+            [
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
+            ]
+            for row in cells
+        ]
+        rule = [
+            "-" * (width - right) + ":" * right
+            for width, right in zip(widths, numeric, strict=True)
+        ]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the JSON file: the numbers unrounded."""
+        keys = [column.key for column in self.columns]
+        return {
+            "name": self.name,
+            "title": self.title,
+            "columns": {column.key: column.header for column in self.columns},
+            "rows": [{key: _plain(line.get(key)) for key in keys} for line in self.lines],
+            "notes": list(self.notes),
+        }
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    """One over the other, where both are there.
+
+    Example:
+        >>> ratio(6, 4), ratio(6, None), ratio(6, 0)
+        (1.5, None, None)
+    """
+    return one / other if one is not None and other else None
+
+
+def minus(one: float | None, other: float | None) -> float | None:
+    """One less the other, where both are there."""
+    return None if one is None or other is None else one - other
+
+
+def median(value: Spread | None) -> float | None:
+    """Of a spread that may be missing."""
+    return value.median if value else None
+
+
+def conditions(rows: Sequence[Row]) -> list[str]:
+    """A warning for each condition in which rows differ that stand in one table."""
+    warnings = []
+    for name, value_of in _CONDITIONS.items():
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            found.setdefault(str(value_of(row)), []).append(row.name)
+        if len(found) > 1:
+            parts = [f"{value} ({_some(names)})" for value, names in found.items()]
+            warnings.append(f"**Warning: rows differ in {name}:** {'; '.join(parts)}")
+    return warnings
+
+
+def simulated(rows: Sequence[Row]) -> list[str]:
+    """What was not real in rows of a table."""
+    return [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
+
+
+def commit(environment: Mapping[str, Any]) -> str:
+    """The commit that made a result, and whether the tree was as committed."""
+    name = str(environment.get("git_commit") or "unknown")[:12]
+    return f"{name} with changes" if environment.get("git_dirty") else name
+
+
+_CONDITIONS: Mapping[str, Callable[[Row], object]] = {
+    "processor": lambda row: row.machine,
+    "dtype": lambda row: row.environment.get("dtype"),
+    "torch": lambda row: row.environment.get("torch"),
+    "git commit": lambda row: commit(row.environment),
+    "few-shot examples": lambda row: row.summary.get("num_fewshot"),
+    "problems (seed, split)": lambda row: tuple(
+        (row.summary.get("recipe") or {}).get(key) for key in ("seed", "split")
+    ),
+}
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _plain(value: Any) -> Any:
+    return dict(value._asdict()) if hasattr(value, "_asdict") else value

@@ -1,0 +1,213 @@
+"""Each claim's verdict, both ways, and where nothing can be said."""
+
+import pytest
+
+from d2f.evaluation.report.claims import CLAIMS, claim_table
+from d2f.evaluation.report.results import load_results
+from d2f.testing.results import fake_summary, write_results, write_row
+
+
+def verdicts(folder):
+    table = claim_table(load_results([folder]).comparisons)
+    return {line["key"]: line for line in table.lines}
+
+
+def judge(folder, key, *summaries):
+    for summary in summaries:
+        write_row(folder, summary)
+    return verdicts(folder)[key]
+
+
+def test_machines_that_differ_are_told(tmp_path):
+    write_row(tmp_path, fake_summary("vanilla"))
+    write_row(tmp_path, fake_summary("serial", environment={"processor": "another"}))
+    notes = claim_table(load_results([tmp_path]).comparisons).notes
+    assert notes[0].startswith("**Warning: rows differ in processor:**")
+    assert notes[0].endswith("in fake family, fake problems")
+
+
+def test_all_claims_hold_on_results_like_the_papers(tmp_path):
+    table = claim_table(load_results([write_results(tmp_path)]).comparisons)
+    found = {line["key"]: line["verdict"] for line in table.lines}
+    assert found.pop("autoregressive-code").startswith("not testable here")
+    assert set(found.values()) == {"reproduced"}
+    assert len(found) == len(CLAIMS) - 1
+
+
+def test_results_without_rows_say_nothing(tmp_path):
+    write_row(tmp_path, fake_summary("undistilled"))
+    found = verdicts(tmp_path)
+    assert list(found) == [claim.key for claim in CLAIMS]
+    assert all(line["verdict"].startswith("not testable here (no rows") for line in found.values())
+
+
+def test_simulated_rows_prove_nothing(tmp_path):
+    write_results(tmp_path, simulated="random weights")
+    found = verdicts(tmp_path)
+    assert {line["verdict"] for line in found.values()} == {"not testable here (no rows)"}
+
+
+@pytest.mark.parametrize(
+    ("task", "speed", "expected"),
+    [
+        ("word-problems", 250, {"autoregressive": "reproduced"}),
+        ("word-problems", 249, {"autoregressive": "not reproduced"}),
+        ("functions", 160, {"autoregressive-code": "reproduced"}),
+        ("functions", 159, {"autoregressive-code": "not reproduced"}),
+    ],
+)
+def test_times_autoregression(tmp_path, task, speed, expected):
+    write_row(tmp_path, fake_summary("pipelined", speed=speed, task=task))
+    write_row(tmp_path, fake_summary("autoregressive", speed=100, task=task))
+    found = verdicts(tmp_path)
+    keys = ("autoregressive", "autoregressive-code")
+    tested = {k: found[k]["verdict"] for k in keys if "not testable" not in found[k]["verdict"]}
+    assert tested == expected
+
+
+def test_a_bar_within_the_spread_is_told(tmp_path):
+    line = judge(
+        tmp_path,
+        "autoregressive",
+        fake_summary("pipelined", speed=(260, 240, 270)),
+        fake_summary("autoregressive", speed=(100, 100, 100)),
+    )
+    assert line["verdict"] == "reproduced"
+    assert line["number"] == (
+        "2.60x (2.40–2.70) of autoregressive, the bar lies within the runs' spread"
+    )
+
+
+@pytest.mark.parametrize(("speed", "verdict"), [(500, "reproduced"), (499, "not reproduced")])
+def test_fifty_times_vanilla_in_the_papers_setting(tmp_path, speed, verdict):
+    line = judge(
+        tmp_path,
+        "vanilla",
+        fake_summary("pipelined", speed=speed),
+        fake_summary("vanilla-512", speed=10),
+        fake_summary("vanilla", speed=100),
+    )
+    assert line["verdict"] == verdict
+    assert "of vanilla-512" in line["number"]
+    assert "of vanilla" in line["number"].split(";")[1]
+
+
+@pytest.mark.parametrize(
+    ("score", "verdict"),
+    [(0.90, "reproduced"), (0.89, "reproduced"), (0.99, "reproduced"), (0.8, "not reproduced")],
+)
+def test_score_kept(tmp_path, score, verdict):
+    rows = fake_summary("pipelined", score=score), fake_summary("vanilla", score=0.9)
+    line = judge(tmp_path, "score", *rows)
+    assert line["verdict"] == verdict
+    assert "paired, n = 1000" in line["number"]
+
+
+def test_score_of_few_problems_decides_nothing(tmp_path):
+    rows = fake_summary("pipelined", score="11"), fake_summary("vanilla", score="11")
+    line = judge(tmp_path, "score", *rows)
+    assert line["verdict"] == "not testable here (only 2 problems)"
+
+
+def test_scores_that_are_no_pairs_have_independent_errors(tmp_path):
+    write_row(tmp_path, fake_summary("pipelined", score=0.5, num_problems=100), problems=False)
+    write_row(tmp_path, fake_summary("vanilla", score=0.5, num_problems=400), problems=False)
+    number = verdicts(tmp_path)["score"]["number"]
+    # 1.96 sqrt(0.05² + 0.025²) = 10.96 points.
+    assert number == "+0.0 [-11.0, +11.0] points, not paired, n = 100"
+
+
+@pytest.mark.parametrize(
+    ("key", "rivals"),
+    [
+        ("fast-dllm", {"fast-dllm-prefix": 90, "fast-dllm-dual": 100}),
+        ("dllm-cache", {"dllm-cache": 100}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("speed", "verdict"),
+    [(120, "reproduced"), (80, "not reproduced"), ((110, 95, 111), "not reproduced")],
+)
+def test_faster_than_the_best_rival_beyond_the_spread(tmp_path, key, rivals, speed, verdict):
+    rows = [fake_summary(name, speed=value) for name, value in rivals.items()]
+    line = judge(tmp_path, key, fake_summary("pipelined", speed=speed), *rows)
+    assert line["verdict"] == verdict
+    assert line["number"].endswith(max(rivals, key=rivals.get))
+
+
+@pytest.mark.parametrize(
+    ("serial", "pipelined", "verdict"),
+    [(200, 400, "reproduced"), (100, 400, "not reproduced"), (400, 400, "not reproduced")],
+)
+def test_cache_gives_a_part(tmp_path, serial, pipelined, verdict):
+    rows = {"vanilla": 100, "serial": serial, "pipelined": pipelined}
+    line = judge(tmp_path, "cache", *(fake_summary(k, speed=v) for k, v in rows.items()))
+    assert line["verdict"] == verdict
+
+
+def noise(schedule, seed, **values):
+    labels = {"schedule": schedule, "seed": seed, "activate_threshold": 0.95}
+    name = f"{schedule}-{seed}"
+    return fake_summary(name, method="pipelined", experiment="noise", labels=labels, **values)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [((10, 11, 12), "reproduced"), ((10, 0, -10), "not reproduced"), ((1, 9, 2), "not reproduced")],
+)
+def test_noise_schedules_over_seeds(tmp_path, gains, verdict):
+    for seed, gain in enumerate(gains):
+        write_row(tmp_path, noise("random", seed, speed=100, score=0.5))
+        write_row(tmp_path, noise("monotone", seed, speed=100 + gain, score=0.5 + gain / 100))
+    found = verdicts(tmp_path)
+    assert found["noise-speed"]["verdict"] == found["noise-score"]["verdict"] == verdict
+    mean = sum(gains) / 3
+    assert found["noise-score"]["number"].startswith(f"{mean:+.1f} [")
+
+
+def test_noise_without_a_clock_counts_forwards(tmp_path):
+    for seed in (1, 2):
+        write_row(tmp_path, noise("random", seed, speed=None, tokens_per_forward=4))
+        write_row(tmp_path, noise("monotone", seed, speed=None, tokens_per_forward=5))
+    line = verdicts(tmp_path)["noise-speed"]
+    assert line["verdict"] == "reproduced"
+    assert line["number"] == "+25.0 [+25.0, +25.0] % tokens/forward, 2 seeds"
+
+
+def test_one_seed_decides_nothing(tmp_path):
+    line = judge(tmp_path, "noise-score", noise("random", 1), noise("monotone", 1))
+    assert line["verdict"] == "not testable here (only one seed)"
+
+
+@pytest.mark.parametrize(
+    ("speed", "score", "verdict"),
+    [(130, 0.8, "reproduced"), (130, 0.9, "not reproduced"), (90, 0.8, "not reproduced")],
+)
+def test_lower_thresholds(tmp_path, speed, score, verdict):
+    def row(threshold, **values):
+        labels = {f"{k}_threshold": threshold for k in ("activate", "confidence")}
+        labels["add_threshold"] = 0.1
+        return fake_summary(str(threshold), experiment="thresholds", labels=labels, **values)
+
+    rows = row(0.95, speed=100, score=0.9), row(0.85, speed=speed, score=score)
+    assert judge(tmp_path, "thresholds", *rows)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("speed", "verdict"), [(95, "reproduced"), (150, "not reproduced")])
+def test_fine_tuning_alone(tmp_path, speed, verdict):
+    rows = fake_summary("control", experiment="control", speed=speed), fake_summary("vanilla")
+    assert judge(tmp_path, "control", *rows)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("speed", "score", "verdict"),
+    [(150, 0.8, "reproduced"), (150, 0.95, "not reproduced"), (150, 0.9, "not reproduced")],
+)
+def test_block_size(tmp_path, speed, score, verdict):
+    def row(size, **values):
+        return fake_summary(
+            f"block-{size}", experiment="block-size", labels={"block_size": size}, **values
+        )
+
+    rows = row(8, speed=100, score=0.9), row(32, speed=speed, score=score)
+    assert judge(tmp_path, "block-size", *rows)["verdict"] == verdict

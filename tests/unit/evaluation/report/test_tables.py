@@ -1,0 +1,262 @@
+"""Tables against numbers worked out by hand."""
+
+import pytest
+
+from d2f.evaluation.report import ablations
+from d2f.evaluation.report.curves import areas, curve_table, score_curves
+from d2f.evaluation.report.methods import method_tables
+from d2f.evaluation.report.paper import ablation_counterpart, counterparts, load_paper
+from d2f.evaluation.report.results import load_results
+from d2f.evaluation.report.table import Column, Table
+from d2f.testing.results import fake_summary, write_results, write_row
+
+
+def compare(folder, *summaries):
+    for summary in summaries:
+        write_row(folder, summary)
+    [comparison] = load_results([folder]).comparisons
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    return compare(write_results(tmp_path_factory.mktemp("results")))
+
+
+def line_of(table, **values):
+    [line] = [x for x in table.lines if all(x[key] == value for key, value in values.items())]
+    return line
+
+
+def cells(table, line):
+    return {column.key: column.show(line) for column in table.columns}
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory):
+    comparison = compare(
+        tmp_path_factory.mktemp("methods"),
+        fake_summary("autoregressive", speed=(200, 190, 210), score="1110"),
+        fake_summary("vanilla", speed=50, score="1100", tokens_per_forward=0.5,
+                     query_tokens_per_forward=64),
+        fake_summary("pipelined", speed=(800, 700, 850), score="1111", tokens_per_forward=8,
+                     query_tokens_per_forward=24, policy={"block_size": 8},
+                     grid={"where": "validation", "tried": 12, "chosen": {}}),
+        fake_summary("serial", speed=None, score=None, simulated="random weights"),
+    )  # fmt: skip
+    return {table.name: table for table in method_tables(comparison, paper=True)}
+
+
+def test_methods_by_hand(methods):
+    table = methods["methods"]
+    assert [line["method"] for line in table.lines] == [
+        "autoregressive", "vanilla", "serial", "pipelined",
+    ]  # fmt: skip
+    shown = cells(table, line_of(table, method="pipelined"))
+    assert shown == {
+        "label": "pipelined",
+        "tokens_per_second": "800 (700–850)",
+        "over_autoregressive": "4.00x",
+        "over_vanilla": "16.0x",
+        "seconds_per_problem": "0.0625",
+        "latency_over_vanilla": "16.0x",
+        "mean_tokens": "50.0",
+        "score_text": "100.0 ± 0.0 (4)",
+        # Gaps 0, 0, 1, 1.
+        "difference": "+50.0 [-6.6, +106.6]",
+    }
+    assert cells(table, line_of(table, method="vanilla"))["difference"] == "–"
+
+
+def test_reasons_multiply_to_the_ratio(methods):
+    line = line_of(methods["reasons"], method="pipelined")
+    assert line["milliseconds_per_forward"] == 10
+    assert line["computed_per_answered"] == 3
+    # 8 times the tokens per forward; 10 ms per forward against 5.
+    assert line["made_of"] == "8.00 × 0.500"
+
+
+def test_settings_and_simulation_are_told(methods):
+    line = line_of(methods["settings"], method="pipelined")
+    assert line["settings"] == "pipelined, block_size=8, max_new_tokens=64"
+    assert line["grid"] == "12 settings, on validation"
+    assert line["num_timed"] == "100 × 3"
+    assert line_of(methods["methods"], method="serial")["label"] == "serial (simulated)"
+    assert "serial (simulated): random weights." in methods["methods"].notes
+    shown = cells(methods["methods"], line_of(methods["methods"], method="serial"))
+    assert set(shown.values()) == {"serial (simulated)", "–"}
+
+
+def test_paper_stands_beside(methods):
+    table = methods["paper"]
+    line = line_of(table, method="pipelined")
+    assert line["here_tps"] == 16
+    assert line["LLaDA_tokens_per_second"] == 52.5
+    assert line["LLaDA_tps"] == pytest.approx(52.5 / 7.2)
+    assert line["Dream_latency"] == pytest.approx(26.8 / 2.8)
+    assert line["Dream_score"] == pytest.approx(2.6)
+    assert line["LLaDA_figure1"] is None
+    assert "paper, A100, 8B: LLaDA, GSM8K-4-shot" in table.notes[0]
+    autoregressive = cells(table, line_of(table, method="autoregressive"))
+    assert autoregressive["LLaDA_tps"] == "–"
+    assert autoregressive["LLaDA_figure1"] == "1.00x"
+
+
+def test_other_batch_sizes_are_told(tmp_path):
+    comparison = compare(tmp_path, fake_summary("vanilla", batch_size=4))
+    [note] = [n for n in method_tables(comparison, paper=False)[0].notes if "batch 4" in n]
+    assert "Warning" in note
+
+
+def test_no_methods_no_tables(tmp_path):
+    comparison = compare(tmp_path, fake_summary("control", experiment="control"))
+    assert method_tables(comparison, paper=True) == []
+
+
+def test_thresholds(everything):
+    table = ablations.threshold_table(everything, paper=True)
+    assert len(table.lines) == 12
+    first, loose = table.lines[0], table.lines[-1]
+    assert [first[key] for key in ablations.THRESHOLDS] == [0.95, 0.95, 0.95]
+    assert first["over_base"] == first["paper_tps"] == 1
+    assert [loose[key] for key in ablations.THRESHOLDS] == [0.85, 0.85, 0.1]
+    assert loose["over_base"] == pytest.approx(1200 / (950 * 0.99))
+    assert loose["paper_tps"] == pytest.approx(135.4 / 105.2)
+    assert loose["paper_score"] == pytest.approx(75.0 - 76.9)
+    assert loose["difference"].mean == pytest.approx(-3)
+
+
+def test_noise_over_seeds(everything):
+    table = ablations.noise_table(everything, paper=True)
+    line = line_of(table, schedule="monotone", activate_threshold=0.95)
+    # 1000 + 10, 20, 30 - 190; the standard deviation of 10, 20, 30 is 10.
+    assert line["tokens_per_second"] == "830 ± 10.0"
+    assert line["num_seeds"] == 3
+    assert line["over_random"] == pytest.approx(830 / 710)
+    assert line["score_gap"] == pytest.approx(2)
+    assert line["paper_tps"] == pytest.approx(119.9 / 114.5)
+    assert "paper_tps" not in line_of(table, schedule="ends-masked", activate_threshold=0.95)
+
+
+def test_cache_and_control(everything):
+    cache = ablations.cache_table(everything, paper=True)
+    assert [line["method"] for line in cache.lines] == [
+        "vanilla", "vanilla-eos-stop", "serial", "pipelined",
+    ]  # fmt: skip
+    line = line_of(cache, method="serial")
+    assert line["over_vanilla"] == 5.25
+    assert line["Dream_tps"] == pytest.approx(40.7 / 9.5)
+    control = ablations.control_table(everything, paper=True)
+    assert [line["method"] for line in control.lines] == ["vanilla", "control"]
+    line = line_of(control, method="control")
+    assert line["over_vanilla"] == 78 / 80
+    assert line["Dream_latency"] == pytest.approx(26.8 / 29.9)
+    assert "LLaDA_tps" not in line
+
+
+def test_control_has_its_own_teacher(tmp_path):
+    comparison = compare(
+        tmp_path,
+        fake_summary("control", experiment="control", speed=50),
+        fake_summary("teacher", method="vanilla", experiment="control", speed=100),
+        fake_summary("vanilla", speed=10),
+    )
+    table = ablations.control_table(comparison, paper=False)
+    assert [line["row"] for line in table.lines] == ["teacher", "control"]
+    assert table.lines[1]["over_vanilla"] == 0.5
+
+
+def test_block_sizes(everything):
+    table = ablations.block_size_table(everything)
+    assert [line["block_size"] for line in table.lines] == [8, 16, 32, 64]
+
+
+def test_batch_sizes_and_overtaking(everything):
+    table = ablations.batch_table(everything)
+    assert [line["batch_size"] for line in table.lines] == [1, 4, 16, 64, 256]
+    assert [column.key for column in table.columns] == [
+        "batch_size", "autoregressive", "serial", "pipelined", "serial_ratio", "pipelined_ratio",
+    ]  # fmt: skip
+    assert table.lines[1]["pipelined_ratio"] == pytest.approx(1000 / 300 * 4**-0.3)
+    assert "overtakes serial from batch 4 on" in table.notes[0]
+    assert "overtakes pipelined from batch 64 on" in table.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        ([3, 2], "at none of these batch sizes; at batch 4 pipelined is 2.00x"),
+        ([3, 0.5], "from batch 4 on"),
+        ([0.5, 0.4], "from batch 1 on"),
+        ([0.5, 1.5], "at none of these"),
+        ([None, None], "no batch size in common"),
+    ],
+)
+def test_overtaking_in_words(ratios, words):
+    lines = [{"batch_size": 4**i, "pipelined_ratio": r} for i, r in enumerate(ratios)]
+    assert words in ablations.overtaking("pipelined", lines)
+
+
+def test_empty_experiments_have_no_tables(tmp_path):
+    comparison = compare(tmp_path, fake_summary("vanilla"))
+    for make in (ablations.threshold_table, ablations.noise_table, ablations.cache_table,
+                 ablations.control_table):  # fmt: skip
+        assert make(comparison, paper=True) is None
+    assert ablations.block_size_table(comparison) is None
+    assert ablations.batch_table(comparison) is None
+
+
+def test_curves_and_their_areas(everything):
+    curves = {curve.name: curve for curve in score_curves(everything)}
+    d2f = curves["D2F, thresholds"]
+    assert [row.setting("add_threshold") for row in d2f.rows] == [0.1, 0.1, 0.1]
+    steps = curves["vanilla, fewer steps"]
+    assert [row.name for row in steps.rows] == ["steps-8", "steps-16", "steps-32", "vanilla"]
+    assert "vanilla" not in curves
+    found = areas(list(curves.values()))
+    # One point: a rectangle.
+    assert found["autoregressive"] == pytest.approx(94.5)
+    # Vanilla's fewer steps lose more than five points, so only the full number counts.
+    assert found["vanilla, fewer steps"] == pytest.approx(0.8 * 95)
+    table = curve_table(everything)
+    assert [x["aup"] for x in table.lines if x["curve"] == "D2F, thresholds"] == [
+        found["D2F, thresholds"], None, None,
+    ]  # fmt: skip
+
+
+def test_curves_of_the_same_label_stay_apart(tmp_path):
+    comparison = compare(tmp_path, fake_summary("a", label="same"), fake_summary("b", label="same"))
+    assert len({curve.name for curve in score_curves(comparison)}) == 2
+
+
+def test_no_scores_no_curves(tmp_path):
+    assert curve_table(compare(tmp_path, fake_summary("vanilla", score=None))) is None
+    assert curve_table(compare(tmp_path, fake_summary("vanilla", score=0.0))) is None
+
+
+def test_paper_is_complete():
+    tables = [row.table for row in load_paper()]
+    assert {name: tables.count(name) for name in sorted(set(tables))} == {
+        "table1": 20, "table2": 20, "table3": 12, "table4": 12, "table5": 8, "table6": 8,
+        "table7": 8, "figure1": 14, "figure2": 20,
+    }  # fmt: skip
+    assert all(row.tokens_per_second for row in load_paper())
+
+
+def test_counterparts():
+    both = counterparts("functions", "small models")
+    assert [c.name for c in both] == ["LLaDA, MBPP-3-shot", "Dream, MBPP-3-shot"]
+    assert [c.family for c in counterparts("mbpp", "D2F-LLaDA-8B")] == ["LLaDA"]
+    assert counterparts("my-own", "LLaDA") == []
+    assert ablation_counterpart("my-own") is None
+
+
+def test_markdown_is_padded_and_escaped():
+    columns = [Column(key="a", header="name", is_number=False), Column(key="b", header="n")]
+    table = Table(name="t", title="T", columns=columns, lines=[{"a": "x|y", "b": 10}, {"a": "z"}])
+    assert table.markdown().splitlines() == [
+        "| name |   n |",
+        "| ---- | --: |",
+        "| x\\|y |  10 |",
+        "| z    |   – |",
+    ]
