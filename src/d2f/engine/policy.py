@@ -38,7 +38,7 @@ def changed_policy(spec: ModelSpec, changes: Mapping[str, Any]) -> DecodingPolic
         ConfigError: An unknown field, or a value out of its range.
     """
     base = spec.recommended_policy or DecodingPolicy()
-    return DecodingPolicy.from_dict(base.to_dict() | changes)
+    return DecodingPolicy.from_dict({**base.to_dict(), **changes})
 
 
 def check_decoding(strategy: str, policy: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -61,3 +61,13 @@ def check_decoding(strategy: str, policy: Mapping[str, Any], options: Mapping[st
     for name in options:
         if name not in known:
             raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
+
+
+def heeds_policy(strategy: str) -> bool:
+    """Whether a policy has any effect on a strategy.
+
+    Example:
+        >>> heeds_policy("serial"), heeds_policy("autoregressive")
+        (True, False)
+    """
+    return strategy in _HEEDED

@@ -1,7 +1,7 @@
 """The settings of an evaluation, and the recipes that write them down.
 
-A recipe is a TOML file with the fields of `EvalRecipe`: a task, the models, and one table `[[rows]]`
-for each method that answers the task's problems.
+A recipe is a TOML file with the fields of `EvalRecipe`: a task, the models, and one table
+`[[rows]]` for each method that answers the task's problems.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class RowSettings:
 
     def __post_init__(self) -> None:
         if not _FOLDER_NAME.fullmatch(self.name):
-            raise ConfigError(f"name is {self.name!r}; it names a folder: letters, digits, - _ . + =")
+            raise ConfigError(
+                f"name is {self.name!r}; it names a folder: letters, digits, - _ . + ="
+            )
         object.__setattr__(self, "method", self.method or self.name)
         object.__setattr__(self, "label", self.label or self.name)
         one_of("method", self.method, METHODS)
@@ -191,7 +193,9 @@ class EvalRecipe:
             raise ConfigError("the recipe has no [[rows]]")
         for row in self.rows:
             if row.model not in self.models:
-                raise ConfigError(f"row {row.name}: {unknown_name('model', row.model, self.models)}")
+                raise ConfigError(
+                    f"row {row.name}: {unknown_name('model', row.model, self.models)}"
+                )
         names = [row.name for row in self.rows]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -246,7 +250,7 @@ class EvalRecipe:
         )
 
     def selected(self, names: Sequence[str]) -> EvalRecipe:
-        """The same with these rows only.
+        """The same with these rows only; with all where none is named.
 
         Raises:
             ConfigError: There is no such row.
@@ -255,7 +259,8 @@ class EvalRecipe:
         for name in names:
             if name not in known:
                 raise ConfigError(unknown_name("row", name, known))
-        return replace(self, rows=tuple(row for row in self.rows if row.name in names))
+        rows = tuple(row for row in self.rows if row.name in names)
+        return replace(self, rows=rows or self.rows)
 
 
 def check_limit(limit: int | str | None) -> None:

@@ -92,7 +92,12 @@ def response_limit(problems: Sequence[Problem], tokenizer: Tokenizer, block_size
     Example:
         Every strategy of a race gets this as `max_new_tokens`.
     """
-    longest = max(len(tokenizer.encode(problem.response)) + 1 for problem in problems)
+    return gold_limit([problem.response for problem in problems], tokenizer, block_size)
+
+
+def gold_limit(responses: Sequence[str], tokenizer: Tokenizer, block_size: int) -> int:
+    """Tokens of the longest of these answers and its EOS, rounded up to a block."""
+    longest = max(len(tokenizer.encode(response)) + 1 for response in responses)
     return math.ceil(longest / block_size) * block_size
 
 

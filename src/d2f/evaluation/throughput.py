@@ -20,7 +20,7 @@ from d2f.errors import ConfigError
 from d2f.evaluation.metrics import spread, standard_error
 from d2f.evaluation.statistics import percentile
 
-_MOST_WARM_UPS = 4
+MOST_WARM_UPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def race_batch(
 def _warm_up(engine: Engine, requests: Sequence[Request]) -> float:
     """Run until no new graph is captured; seconds."""
     start = time.perf_counter()
-    for _ in range(_MOST_WARM_UPS):
+    for _ in range(MOST_WARM_UPS):
         known = engine.num_graphs
         engine.generate(requests)
         engine.forget_prompts()
