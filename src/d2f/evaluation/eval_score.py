@@ -78,6 +78,8 @@ def score_row(
     most = batch_size if batch_size == 1 else 2 * batch_size
     # What an engine does once is nobody's: compiling, capturing the first graphs.
     list(Answering(engine, todo[:1], row.request, most=1))
+    # Nor is a prompt that this, or another row before, has put to the same engine.
+    engine.forget_prompts()
     pending: list[Answered] = []
     spent, last = 0.0, time.monotonic()
 

@@ -65,10 +65,12 @@ class RowFolder:
         Raises:
             ConfigError: They did; names what differs.
         """
+        if not (self.problems() or self.speed()):
+            return
         known = self.settings(part)
+        if known is None and part == "answers":
+            raise ConfigError(f"{self.path} has results but no settings.json; {FRESH}")
         if known is None:
-            if part == "answers" and (self.problems() or self.speed()):
-                raise ConfigError(f"{self.path} has results but no settings.json; {FRESH}")
             return
         wanted = plain(settings)
         differ = [
