@@ -143,7 +143,7 @@ def test_an_interrupt_ends_with_a_line_and_the_next_run_goes_on(evaluate, recipe
     [
         (("--rows", "pipelind"), 1, "unknown row 'pipelind'; did you mean 'pipelined'"),
         (("--num-problems", 0), 2, "--num-problems"),
-        (("--set", "rows.vanilla.options.steps=3"), 1, "did you mean 'num_steps'"),
+        (("--set", "rows.vanilla.options.steps=3"), 1, "unknown option 'steps'"),
         (("--set", "score.num_problem=3"), 1, "did you mean 'num_problems'"),
         (("--set", "models.student.path=no/such/folder"), 1, "no folder 'no/such/folder'"),
         (("--set", "models.student.path=shipped:studnet"), 1, "did you mean 'student'"),
