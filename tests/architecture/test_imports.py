@@ -23,7 +23,7 @@ LAYERS = (
     ("models",),
     ("ops", "diffusion"),
     ("text", "problems"),
-    ("hub", "shipped", "provenance"),
+    ("hub", "shipped", "provenance", "recipe"),
     ("errors",),
 )
 """From the top: each may import what stands below it; siblings do not know each other."""

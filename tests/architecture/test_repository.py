@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import d2f
+from d2f.evaluation.eval_recipe import load_eval_recipe
 from d2f.training.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,8 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses(path):
-    assert load_recipe(path) is not None
+    load = load_eval_recipe if path.parent.name == "eval" else load_recipe
+    assert load(path) is not None
 
 
 def test_version_is_the_same_everywhere():

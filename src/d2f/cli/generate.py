@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
-# What each strategy heeds of the policy; `serial` fixes the two thresholds of blocks.
-_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks", "confidence")
-_HEEDED = {
-    "pipelined": (*_PIPELINE, "add_threshold", "activate_threshold"),
-    "reference": (*_PIPELINE, "add_threshold", "activate_threshold"),
-    "serial": _PIPELINE,
-}
-
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
 ModelOption = Annotated[
     str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
@@ -173,15 +165,13 @@ def _load(
 
 
 def _policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
-    from d2f.decoding.strategies import STRATEGIES
-    from d2f.diffusion.policy import DecodingPolicy
+    from d2f.engine.policy import changed_policy, unheeded
 
-    useless = [name for name in changed if name not in _HEEDED.get(strategy, ())]
-    if useless and strategy in STRATEGIES:
+    useless = unheeded(strategy, changed)
+    if useless:
         options = ", ".join("--" + name.replace("_", "-") for name in useless)
         raise ConfigError(f"{options}: without effect on strategy {strategy}")
-    base = spec.recommended_policy or DecodingPolicy()
-    return DecodingPolicy.from_dict(base.to_dict() | changed)
+    return changed_policy(spec, changed)
 
 
 def _answer(

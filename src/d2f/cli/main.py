@@ -12,6 +12,7 @@ from d2f import __version__
 from d2f.cli.bench import bench_app
 from d2f.cli.console import log
 from d2f.cli.demo import demo_command
+from d2f.cli.eval import eval_command
 from d2f.cli.generate import generate_command
 from d2f.cli.inspect import inspect_command
 from d2f.cli.report import report_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("train")(train_command)
+app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.add_typer(bench_app, name="bench")
 app.command("report")(report_command)

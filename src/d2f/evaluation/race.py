@@ -16,6 +16,7 @@ from typing import Any
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError
+from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
 from d2f.problems import Problem, extract_answer
 from d2f.text import Tokenizer
 
@@ -51,42 +52,20 @@ class Row:
     name: str
     answers: list[Answer] = field(default_factory=list)
 
-    def _sum(self, name: str) -> float:
-        return sum(getattr(answer, name) for answer in self.answers)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Response tokens up to EOS / seconds, over all problems."""
-        return self._sum("num_tokens") / self._sum("seconds")
-
-    @property
-    def milliseconds_per_forward(self) -> float:
-        """Wall time of a step."""
-        return 1000 * self._sum("seconds") / self._sum("num_forwards")
-
     @property
     def score(self) -> float:
         """Share of right answers."""
-        return self._sum("correct") / len(self.answers)
+        return ratio(sum(answer.correct for answer in self.answers), len(self.answers))
 
     def summary(self) -> dict[str, Any]:
         """The columns of the contract, and what explains them."""
-        count, forwards = len(self.answers), self._sum("num_forwards")
-        answered = self._sum("num_tokens")
+        count = len(self.answers)
         return {
             "name": self.name,
             "num_problems": count,
             "score": self.score,
-            "score_standard_error": math.sqrt(self.score * (1 - self.score) / count),
-            "tokens_per_second": self.tokens_per_second,
-            "tokens_per_forward": answered / forwards,
-            "mean_of_tokens_per_forward": sum(a.num_tokens / a.num_forwards for a in self.answers)
-            / count,
-            "query_tokens_per_forward": self._sum("num_query_tokens") / forwards,
-            "computed_per_answered": self._sum("num_query_tokens") / answered,
-            "milliseconds_per_forward": self.milliseconds_per_forward,
-            "seconds_per_problem": self._sum("seconds") / count,
-            "mean_tokens": answered / count,
+            "score_standard_error": standard_error(self.score, count),
+            **answer_metrics(self.answers),
         }
 
 
@@ -113,7 +92,12 @@ def response_limit(problems: Sequence[Problem], tokenizer: Tokenizer, block_size
     Example:
         Every strategy of a race gets this as `max_new_tokens`.
     """
-    longest = max(len(tokenizer.encode(problem.response)) + 1 for problem in problems)
+    return gold_limit([problem.response for problem in problems], tokenizer, block_size)
+
+
+def gold_limit(responses: Sequence[str], tokenizer: Tokenizer, block_size: int) -> int:
+    """Tokens of the longest of these answers and its EOS, rounded up to a block."""
+    longest = max(len(tokenizer.encode(response)) + 1 for response in responses)
     return math.ceil(longest / block_size) * block_size
 
 

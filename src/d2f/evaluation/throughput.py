@@ -8,7 +8,6 @@ does before, in runs that do not count; no prompt is still cached when a run beg
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine
 from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
+from d2f.evaluation.metrics import spread, standard_error
 from d2f.evaluation.statistics import percentile
 
-_MOST_WARM_UPS = 4
+MOST_WARM_UPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,10 @@ class Run:
     """Graphs captured within the run, which it should not have to."""
     accepted: list[list[int]]
     """Of each request, how many tokens each of its forwards filled."""
+    forwards: list[int] = field(default_factory=list)
+    """Of each request."""
+    query_tokens: list[int] = field(default_factory=list)
+    """Of each request."""
 
 
 @dataclass
@@ -81,8 +85,8 @@ class Result:
             "batch_size": self.batch_size,
             "num_prompts": count,
             "num_runs": len(runs),
-            "tokens_per_second": _spread([sum(map(len, r.token_ids)) / r.seconds for r in runs]),
-            "decode_tokens_per_second": _spread(
+            "tokens_per_second": spread([sum(map(len, r.token_ids)) / r.seconds for r in runs]),
+            "decode_tokens_per_second": spread(
                 [r.decode_tokens / r.decode_seconds for r in runs if r.decode_seconds > 0]
             ),
             "tokens_per_forward": tokens / last.num_forwards,
@@ -100,19 +104,11 @@ class Result:
             "seconds_per_prompt": percentile([r.seconds / count for r in runs], 50),
             "mean_tokens": tokens / count,
             "score": score,
-            "score_standard_error": None
-            if score is None
-            else math.sqrt(score * (1 - score) / count),
+            "score_standard_error": None if score is None else standard_error(score, count),
             "num_preemptions": last.num_preemptions,
             "num_graphs_captured_in_runs": sum(run.num_captured for run in runs),
             "warm_up_seconds": self.warm_up_seconds,
         }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": percentile(values, 50), "lowest": min(values), "highest": max(values)}
 
 
 def race_batch(
@@ -160,7 +156,7 @@ def race_batch(
 def _warm_up(engine: Engine, requests: Sequence[Request]) -> float:
     """Run until no new graph is captured; seconds."""
     start = time.perf_counter()
-    for _ in range(_MOST_WARM_UPS):
+    for _ in range(MOST_WARM_UPS):
         known = engine.num_graphs
         engine.generate(requests)
         engine.forget_prompts()
@@ -190,9 +186,10 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
         steps = clock.times()
     lengths = {number: len(outputs[number].token_ids) for number in numbers}
     tokens, spent = _decode_only(steps, lengths)
-    results = [output.result for output in outputs.values() if output.result is not None]
+    ordered = [outputs[number].result for number in numbers]
+    results = [result for result in ordered if result is not None]
     return Run(
-        token_ids=[outputs[number].token_ids for number in numbers],
+        token_ids=[result.token_ids for result in results],
         num_forwards=sum(result.num_forwards for result in results),
         num_query_tokens=sum(result.num_query_tokens for result in results),
         seconds=seconds,
@@ -205,6 +202,8 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
             [len(step.accepted[number]) for step in steps if number in step.accepted]
             for number in numbers
         ],
+        forwards=[result.num_forwards for result in results],
+        query_tokens=[result.num_query_tokens for result in results],
     )
 
 

@@ -7,7 +7,6 @@ A recipe is a TOML file with the fields of `TrainConfig`; its tables are the cla
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError
 from d2f.models.lora import LoraConfig
+from d2f.recipe import at_least, from_table, one_of, read_recipe
 from d2f.training.sections import (
     DTYPES,
     DataConfig,
@@ -25,10 +25,7 @@ from d2f.training.sections import (
     OptimizerConfig,
     SampleConfig,
     TokenizerConfig,
-    at_least,
-    one_of,
 )
-from d2f.training.tables import apply_override, from_table
 
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
 
@@ -145,15 +142,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         Traceback (most recent call last):
         d2f.errors.ConfigError: ...: unknown key 'stege'; did you mean 'stage'? ...
     """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        apply_override(table, override)
+    table = read_recipe(path, overrides)
     # TOML has no word for "none"; false says it.
     if table.setdefault("lora", {} if table.get("stage") == "d2f" else False) is False:
         del table["lora"]

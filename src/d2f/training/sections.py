@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.diffusion.schedule import MaskRatioSchedule
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError
 from d2f.problems import ProblemConfig
 from d2f.problems.functions import FunctionConfig
+from d2f.recipe import at_least, one_of
 from d2f.training.objective import check_names
 
 GENERATED = ("problems", "functions")
@@ -229,15 +230,3 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name in ("every", "num_prompts", "max_new_tokens"):
             at_least(f"sample.{name}", getattr(self, name), 1)
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise `ConfigError` for a value that is not among the known ones."""
-    if value not in known:
-        raise ConfigError(unknown_name(name, value, known))
-
-
-def at_least(name: str, value: float | None, least: float) -> None:
-    """Raise `ConfigError` for a number that is too small; None passes."""
-    if value is not None and value < least:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}")

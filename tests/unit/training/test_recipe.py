@@ -5,8 +5,8 @@ import pytest
 
 from d2f.errors import ConfigError
 from d2f.models.lora import LoraConfig
+from d2f.recipe import from_table
 from d2f.training.config import TrainConfig, load_recipe, to_table
-from d2f.training.tables import from_table
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 TRAINING = [path for path in RECIPES if "stage = " in path.read_text(encoding="utf-8")]

@@ -1,0 +1,239 @@
+"""`d2f eval`: run a recipe of an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.cli.bench_options import BackendOption, DeviceOption, DtypeOption, source_label
+from d2f.cli.console import log, out
+from d2f.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from d2f.evaluation.eval_recipe import EvalRecipe
+    from d2f.evaluation.eval_row import LoadedModel
+
+SHIPPED = "shipped:"
+
+
+def eval_command(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, as those in recipes/eval/.")],
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the benchmark's files, in place of the hub.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask the hub for no benchmark's files.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write to; the recipe names one.")
+    ] = None,
+    num_problems: Annotated[
+        int | None, typer.Option(help="The first so many problems only.", min=1)
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="These rows only, as pipelined,serial.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    backend: BackendOption = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw away earlier results of these rows.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Replace a setting, as rows.serial.temperature=1."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summaries as JSON to stdout.")
+    ] = False,
+) -> None:
+    """Score methods on a benchmark and measure their speed side by side.
+
+    Each row has a folder in OUTPUT: problems.jsonl, speed.jsonl and summary.json. Ctrl-C loses
+    nothing; the same command goes on. `d2f report OUTPUT` makes tables and plots of it.
+
+    Example:  d2f eval recipes/eval/word_problems.toml --num-problems 20 --rows pipelined,serial
+    """
+    from d2f.evaluation.eval_recipe import load_eval_recipe
+
+    overrides = list(settings or [])
+    for key, value in (("data", data), ("output", output)):
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(str(value))}")
+    if offline:
+        overrides.append("offline=true")
+    loaded = load_eval_recipe(recipe, overrides)
+    if num_problems is not None:
+        loaded = loaded.limited(num_problems)
+    names = [name.strip() for name in rows.split(",")] if rows is not None else []
+    loaded.selected(names)
+    summaries = _evaluate(loaded, names, recipe.name, device, dtype, backend, fresh)
+    if as_json:
+        typer.echo(json.dumps({"output": loaded.output, "rows": summaries}))
+        return
+    _print_table(loaded, summaries)
+
+
+def _evaluate(
+    recipe: EvalRecipe,
+    rows: Sequence[str],
+    recipe_file: str,
+    device: str | None,
+    dtype: str | None,
+    backend: str,
+    fresh: bool,
+) -> list[dict[str, Any]]:
+    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.evaluation.environment import describe_environment
+    from d2f.evaluation.eval_progress import Terminal
+    from d2f.evaluation.eval_run import Evaluation
+    from d2f.evaluation.tasks import load_task
+
+    device = choose_device(device)
+    dtype = dtype or fastest_dtype(device)
+    task = load_task(
+        recipe.task,
+        num_examples=recipe.num_examples,
+        seed=recipe.seed,
+        split=recipe.split,
+        data=recipe.data,
+        offline=recipe.offline,
+        num_fewshot=recipe.num_fewshot,
+    )
+    evaluation = Evaluation(
+        recipe,
+        task,
+        _loader(recipe, device, dtype),
+        describe_environment(device=device, dtype=dtype),
+        rows=rows,
+        backend=backend,
+        recipe_file=recipe_file,
+        fresh=fresh,
+    )
+    reporter = Terminal()
+    try:
+        return evaluation.run(reporter)
+    except KeyboardInterrupt:
+        reporter.close()
+        log.print(
+            f"stopped; all answers so far are in {recipe.output}; go on with the same command",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
+    finally:
+        reporter.close()
+
+
+def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], LoadedModel]:
+    """What loads a model of the recipe by its name there."""
+
+    def load(name: str) -> LoadedModel:
+        from d2f.evaluation.eval_row import LoadedModel
+        from d2f.models.checkpoint import load_model
+        from d2f.text import Tokenizer
+
+        entry = recipe.models[name]
+        source = _source(entry.path)
+        log.print(f"loading {entry.path}", style="dim", markup=False)
+        # Fails in milliseconds where the weights may take minutes.
+        tokenizer = Tokenizer.load(source)
+        model = load_model(source, adapter=entry.adapter, device=device, dtype=dtype)
+        return LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            description={
+                "name": source_label(source),
+                "adapter": entry.adapter,
+                "num_parameters": model.spec.num_parameters,
+                "sha256": weights_sha256(source, entry.adapter),
+            },
+        )
+
+    return load
+
+
+def _source(path: str) -> str:
+    """Folder or hub id of a recipe's model.
+
+    Raises:
+        ConfigError: There is no such shipped model.
+    """
+    if not path.startswith(SHIPPED):
+        return path
+    from d2f.shipped import MODELS, shipped_model
+
+    name = path.removeprefix(SHIPPED)
+    if name not in MODELS:
+        raise ConfigError(unknown_name("shipped model", name, MODELS))
+    return str(shipped_model(name))
+
+
+def weights_sha256(source: str, adapter: str | None) -> str:
+    """SHA-256 of a model's weight files, and its adapter's, one after the other by name.
+
+    Raises:
+        CheckpointError: There is no such model.
+    """
+    from d2f.hub import resolve_folder
+
+    digest = hashlib.sha256()
+    for folder in filter(None, (source, adapter)):
+        for path in sorted(resolve_folder(folder).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """All columns fit in 80 characters where names are short."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    for column in (
+        "prob-\nlems", "score", "tokens/\nforward", "query\ntokens/\nforward", "mean\ntokens",
+        "tokens\nper s", "s per\nanswer", "ms/\nforward",
+    ):  # fmt: skip
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    for summary in summaries:
+        table.add_row(summary["row"], *_cells(summary["score"], summary["speed"]))
+    out.print(f"\n[bold]{recipe.test_set}[/bold], {recipe.family}\n")
+    out.print(table)
+    failed = sum((summary["score"] or {}).get("num_errors", 0) for summary in summaries)
+    if failed:
+        out.print(f"\n{failed} problems failed and count as wrong; problems.jsonl says why.")
+    if recipe.speed is not None:
+        out.print(
+            f"\nSpeed: medians of {recipe.speed.num_runs} rounds side by side, prompts included.",
+            style="dim",
+        )
+    out.print(f"Results in {recipe.output}")
+
+
+def _cells(
+    score: Mapping[str, Any] | None, speed: Mapping[str, Any] | None
+) -> tuple[str, str, str, str, str, str, str, str]:
+    counts = score or speed or {}
+    rate, seconds = (
+        (speed or {}).get(k) or {} for k in ("tokens_per_second", "seconds_per_problem")
+    )
+    return (
+        str(counts.get("num_problems", "–")),
+        f"{score['score']:.1%} ±{100 * score['standard_error']:.1f}" if score else "–",
+        _number(counts.get("tokens_per_forward"), 2),
+        _number(counts.get("query_tokens_per_forward"), 0),
+        _number(counts.get("mean_tokens"), 0),
+        _number(rate.get("median"), 0),
+        _number(seconds.get("median"), 3),
+        _number((speed or {}).get("milliseconds_per_forward"), 2),
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

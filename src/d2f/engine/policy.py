@@ -1,0 +1,73 @@
+"""The policy of a request: what the checkpoint recommends, with some fields changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2f.decoding.strategies import STRATEGIES
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.errors import ConfigError, unknown_name
+from d2f.models.spec import ModelSpec
+
+# `serial` fixes the two thresholds of blocks.
+_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks", "confidence")
+_HEEDED = {
+    "pipelined": (*_PIPELINE, "add_threshold", "activate_threshold"),
+    "reference": (*_PIPELINE, "add_threshold", "activate_threshold"),
+    "serial": _PIPELINE,
+}
+
+
+def unheeded(strategy: str, names: Iterable[str]) -> list[str]:
+    """Those fields of a policy that have no effect on a strategy; none if it is unknown.
+
+    Example:
+        >>> unheeded("serial", ["block_size", "add_threshold"])
+        ['add_threshold']
+    """
+    if strategy not in STRATEGIES:
+        return []
+    return [name for name in names if name not in _HEEDED.get(strategy, ())]
+
+
+def changed_policy(spec: ModelSpec, changes: Mapping[str, Any]) -> DecodingPolicy:
+    """The policy that a checkpoint recommends, or the default one, with these fields changed.
+
+    Raises:
+        ConfigError: An unknown field, or a value out of its range.
+    """
+    base = spec.recommended_policy or DecodingPolicy()
+    return DecodingPolicy.from_dict({**base.to_dict(), **changes})
+
+
+def check_decoding(strategy: str, policy: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse what no model could be asked for, before one is loaded.
+
+    Raises:
+        ConfigError: An unknown strategy, option or field of the policy, a field without effect on
+            the strategy, or one out of its range.
+
+    Example:
+        >>> check_decoding("serial", {"block_size": 16}, {})
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
+    DecodingPolicy.from_dict(policy)
+    useless = unheeded(strategy, policy)
+    if useless:
+        raise ConfigError(f"policy: {', '.join(useless)}: without effect on strategy {strategy}")
+    known = STRATEGIES[strategy].options
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
+
+
+def heeds_policy(strategy: str) -> bool:
+    """Whether a policy has any effect on a strategy.
+
+    Example:
+        >>> heeds_policy("serial"), heeds_policy("autoregressive")
+        (True, False)
+    """
+    return strategy in _HEEDED

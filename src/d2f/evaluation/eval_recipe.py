@@ -1,0 +1,299 @@
+"""The settings of an evaluation, and the recipes that write them down.
+
+A recipe is a TOML file with the fields of `EvalRecipe`: a task, the models, and one table
+`[[rows]]` for each method that answers the task's problems.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from d2f.engine.policy import check_decoding
+from d2f.errors import ConfigError, unknown_name
+from d2f.recipe import at_least, from_table, one_of, read_recipe
+
+EXPERIMENTS = ("methods", "thresholds", "steps", "noise", "control", "block-size", "batch")
+"""Which table or figure the rows belong to."""
+METHODS = (
+    "autoregressive", "vanilla", "vanilla-eos-stop", "vanilla-512", "dllm-cache",
+    "fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual", "undistilled", "serial",
+    "pipelined", "control",
+)  # fmt: skip
+"""What a table calls a row's method."""
+GOLD = "gold"
+"""As many tokens as the longest gold answer has."""
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """`[models.NAME]`: a model that rows name."""
+
+    path: str
+    """Folder, hub id, or `shipped:student` and its like."""
+    adapter: str | None = None
+    """LoRA adapter: folder or hub id."""
+    chat_template: bool | None = None
+    """Put prompts into the chat template; none: if the tokenizer has one."""
+    simulated: str | None = None
+    """What of it is not real, as random weights; the tables say so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """`[score]`: how right the answers are."""
+
+    num_problems: int | None = None
+    """The first so many problems of the task; none: all."""
+    batch_size: int = 64
+    """Most problems that are answered together."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_problems", "batch_size"):
+            at_least(f"score.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings:
+    """`[speed]`: how fast they come, all rows side by side."""
+
+    num_problems: int = 100
+    """The first so many problems of the task."""
+    num_runs: int = 3
+    """Rounds that count, in each of which all rows take their turn."""
+    batch_size: int = 1
+    """Problems that are answered together."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_problems", "num_runs", "batch_size"):
+            at_least(f"speed.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridEntry:
+    """`[rows.grid]`: how the row's settings were chosen."""
+
+    where: str
+    """On which problems; never on those of the recipe."""
+    tried: int
+    """How many settings were tried."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """The best of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """`[[rows]]`: one method."""
+
+    name: str
+    """Of its folder."""
+    method: str = ""
+    """What tables call it; none: its name."""
+    label: str = ""
+    """What people read; none: its name."""
+    model: str
+    """One of `[models]`."""
+    strategy: str
+    max_new_tokens: int | str | None = None
+    """Most tokens of an answer; "gold": what the longest gold answer and its EOS need, rounded up
+    to a block of 32; none: the recipe's."""
+    early_stop: bool = True
+    """Stop at EOS; false decodes all that was opened."""
+    temperature: float = 0.0
+    seed: int = 0
+    """Of the sampling noise; each problem adds its index."""
+    score: bool = True
+    """Take part in `[score]`."""
+    speed: bool = True
+    """Take part in `[speed]`."""
+    num_problems: int | None = None
+    """In place of `score.num_problems`."""
+    speed_problems: int | None = None
+    """In place of `speed.num_problems`: slow methods take fewer."""
+    speed_batch_size: int | None = None
+    """In place of `speed.batch_size`."""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """What the row stands for in its experiment, as `add_threshold = 0.1`; for the reports."""
+    grid: GridEntry | None = None
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    """`[rows.policy]`: fields that differ from the policy that the model recommends."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`[rows.options]`: what only this strategy takes."""
+
+    def __post_init__(self) -> None:
+        if not _FOLDER_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name is {self.name!r}; it names a folder: letters, digits, - _ . + ="
+            )
+        object.__setattr__(self, "method", self.method or self.name)
+        object.__setattr__(self, "label", self.label or self.name)
+        one_of("method", self.method, METHODS)
+        check_limit(self.max_new_tokens)
+        for name in ("num_problems", "speed_problems", "speed_batch_size"):
+            at_least(name, getattr(self, name), 1)
+        at_least("temperature", self.temperature, 0)
+        check_decoding(self.strategy, self.policy, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecipe:
+    """An evaluation: the top level of a recipe.
+
+    Raises `ConfigError` for values out of range and for rows that name no model.
+
+    Example:
+        >>> recipe = EvalRecipe(
+        ...     task="word-problems", output="runs/eval", family="word problems", max_new_tokens=96,
+        ...     score=ScoreSettings(num_problems=100),
+        ...     models={"student": ModelEntry(path="shipped:student")},
+        ...     rows=(RowSettings(name="serial", model="student", strategy="serial"),),
+        ... )
+        >>> recipe.rows[0].method, recipe.num_examples
+        ('serial', 100)
+    """
+
+    task: str
+    """Name of the benchmark."""
+    output: str
+    """Folder; each row has one of its own in it."""
+    family: str
+    """Model family, as tables show it."""
+    test_set: str = ""
+    """As tables show it; none: the task."""
+    experiment: str = "methods"
+    num_fewshot: int | None = None
+    """Examples in each prompt; none: the task's own number."""
+    data: str | None = None
+    """Folder of the task's files; none: the hub."""
+    offline: bool = False
+    """Ask the hub for nothing."""
+    seed: int = 0
+    """Of problems that are generated, and of few-shot examples."""
+    split: str = "test"
+    max_new_tokens: int | str = GOLD
+    """For rows that say nothing else."""
+    score: ScoreSettings | None = None
+    speed: SpeedSettings | None = None
+    models: Mapping[str, ModelEntry]
+    rows: tuple[RowSettings, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "test_set", self.test_set or self.task)
+        one_of("experiment", self.experiment, EXPERIMENTS)
+        check_limit(self.max_new_tokens)
+        at_least("num_fewshot", self.num_fewshot, 0)
+        if self.score is None and self.speed is None:
+            raise ConfigError("the recipe measures nothing; it needs [score] or [speed] or both")
+        if not self.rows:
+            raise ConfigError("the recipe has no [[rows]]")
+        for row in self.rows:
+            if row.model not in self.models:
+                raise ConfigError(
+                    f"row {row.name}: {unknown_name('model', row.model, self.models)}"
+                )
+        names = [row.name for row in self.rows]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"two rows have the name '{twice}'; each row has a folder of its own")
+
+    def score_problems(self, row: RowSettings) -> int | None:
+        """How many problems score a row; None: all."""
+        assert self.score is not None
+        return self.score.num_problems if row.num_problems is None else row.num_problems
+
+    def speed_problems(self, row: RowSettings) -> int:
+        """How many problems measure a row's speed."""
+        assert self.speed is not None
+        return row.speed_problems or self.speed.num_problems
+
+    def speed_batch_size(self, row: RowSettings) -> int:
+        """How many of them are answered together."""
+        assert self.speed is not None
+        return row.speed_batch_size or self.speed.batch_size
+
+    @property
+    def num_examples(self) -> int | None:
+        """How many problems the task must give; None: all."""
+        counts: list[int | None] = []
+        if self.score is not None:
+            counts += [self.score_problems(row) for row in self.rows if row.score]
+        if self.speed is not None:
+            counts += [self.speed_problems(row) for row in self.rows if row.speed]
+        known = [count for count in counts if count is not None]
+        return max(known, default=1) if len(known) == len(counts) else None
+
+    def limited(self, num_problems: int) -> EvalRecipe:
+        """The same on at most so many problems."""
+
+        def least(count: int | None) -> int:
+            return num_problems if count is None else min(count, num_problems)
+
+        score, speed = self.score, self.speed
+        rows = tuple(
+            replace(
+                row,
+                num_problems=None if row.num_problems is None else least(row.num_problems),
+                speed_problems=None if row.speed_problems is None else least(row.speed_problems),
+            )
+            for row in self.rows
+        )
+        return replace(
+            self,
+            rows=rows,
+            score=score and replace(score, num_problems=least(score.num_problems)),
+            speed=speed and replace(speed, num_problems=least(speed.num_problems)),
+        )
+
+    def selected(self, names: Sequence[str]) -> EvalRecipe:
+        """The same with these rows only; with all where none is named.
+
+        Raises:
+            ConfigError: There is no such row.
+        """
+        known = [row.name for row in self.rows]
+        for name in names:
+            if name not in known:
+                raise ConfigError(unknown_name("row", name, known))
+        rows = tuple(row for row in self.rows if row.name in names)
+        return replace(self, rows=rows or self.rows)
+
+
+def check_limit(limit: int | str | None) -> None:
+    """Refuse what is neither a number of tokens nor `gold`.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if isinstance(limit, str):
+        if limit != GOLD:
+            raise ConfigError(f'max_new_tokens is {limit!r}; it must be a number or "{GOLD}"')
+    else:
+        at_least("max_new_tokens", limit, 1)
+
+
+def load_eval_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
+    """Read an evaluation recipe.
+
+    Args:
+        path: A TOML file.
+        overrides: Settings that replace the file's, as `key=value`, `table.key=value` or, of a
+            row, `rows.NAME.key=value`.
+
+    Raises:
+        ConfigError: The file is missing or no TOML; an unknown key or table (the message names the
+            nearest known one); a missing, wrongly typed or impossible value.
+
+    Example:
+        `load_eval_recipe("recipes/eval/word_problems.toml", ["score.num_problems=50"])`
+    """
+    return from_table(EvalRecipe, read_recipe(path, overrides), str(path))
+
+
+def to_table(recipe: EvalRecipe) -> dict[str, Any]:
+    """The settings as plain JSON values, defaults included."""
+    return json.loads(json.dumps(asdict(recipe)))

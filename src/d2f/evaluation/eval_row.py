@@ -1,0 +1,189 @@
+"""A row of an evaluation made ready: its model, its prompts, and the requests that it puts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f.engine.policy import changed_policy, heeds_policy
+from d2f.engine.request import Request, resolve
+from d2f.errors import ConfigError, D2FError, RequestError
+from d2f.evaluation.eval_recipe import GOLD, EvalRecipe, RowSettings
+from d2f.evaluation.race import gold_limit
+from d2f.evaluation.task import Example, Task, Verdict
+from d2f.text import Tokenizer
+
+GOLD_BLOCK = 32
+"""The longest gold answer is rounded up to this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that rows name, in memory."""
+
+    model: Any
+    """As the engine takes it."""
+    tokenizer: Tokenizer
+    description: Mapping[str, Any]
+    """name, adapter, num_parameters, sha256 of the weights; for result files."""
+
+
+LoadModel = Callable[[str], LoadedModel]
+"""Loads one of a recipe's `[models]` by its name."""
+
+
+class EvalRow:
+    """A row with everything that its problems need.
+
+    Args:
+        settings: The row.
+        recipe: The whole.
+        task: The benchmark.
+        examples: All problems of the recipe.
+        loaded: The row's model.
+
+    Raises:
+        ConfigError: The row asks for what its model cannot do.
+    """
+
+    def __init__(
+        self,
+        settings: RowSettings,
+        recipe: EvalRecipe,
+        task: Task,
+        examples: Sequence[Example],
+        loaded: LoadedModel,
+    ) -> None:
+        self.settings, self.loaded = settings, loaded
+        self.name = settings.name
+        self._task, self.examples = task, examples
+        self.stop = tuple(task.stop)
+        self._verdicts: dict[tuple[int, str], Verdict] = {}
+        try:
+            self.chat = self._uses_chat(recipe)
+            self.max_new_tokens = self._limit(recipe)
+            self._policy = changed_policy(loaded.model.spec, settings.policy)
+            self._prompts = [self._prompt(example) for example in examples]
+            # Asks of the row what it asks of any prompt.
+            resolved = resolve(self._request([0], 0), loaded.model.spec).policy
+        except D2FError as error:
+            raise ConfigError(f"row {settings.name}: {error}") from None
+        assert resolved is not None
+        self.policy = resolved
+
+    def _uses_chat(self, recipe: EvalRecipe) -> bool:
+        wanted = recipe.models[self.settings.model].chat_template
+        there = self.loaded.tokenizer.chat_template is not None
+        if wanted and not there:
+            raise ConfigError(
+                f"model {self.settings.model} has no chat template; "
+                f"set models.{self.settings.model}.chat_template = false"
+            )
+        return there if wanted is None else wanted
+
+    def _limit(self, recipe: EvalRecipe) -> int:
+        limit = self.settings.max_new_tokens or recipe.max_new_tokens
+        if isinstance(limit, int):
+            return limit
+        responses = [example.response for example in self.examples]
+        if None in responses:
+            raise ConfigError(
+                f'max_new_tokens = "{GOLD}": task {self._task.name} has no gold answers; '
+                "give a number"
+            )
+        gold = [response for response in responses if response is not None]
+        return gold_limit(gold, self.loaded.tokenizer, GOLD_BLOCK)
+
+    def _prompt(self, example: Example) -> list[int] | RequestError:
+        tokenizer = self.loaded.tokenizer
+        try:
+            if self.chat and example.messages is not None:
+                return tokenizer.encode_chat(example.messages)
+            return tokenizer.encode_prompt(example.prompt, chat=self.chat)
+        except RequestError as error:
+            return error
+
+    def _request(self, prompt: list[int], index: int) -> Request:
+        settings = self.settings
+        return Request(
+            prompt_ids=prompt,
+            max_new_tokens=self.max_new_tokens,
+            policy=self._policy,
+            strategy=settings.strategy,
+            early_stop=settings.early_stop,
+            temperature=settings.temperature,
+            seed=settings.seed + index,
+            stop=self.stop,
+            options=settings.options,
+        )
+
+    def request(self, index: int) -> Request:
+        """What is asked of the engine.
+
+        Raises:
+            RequestError: The problem cannot be put into tokens.
+        """
+        prompt = self._prompts[index]
+        if isinstance(prompt, RequestError):
+            raise prompt
+        return self._request(prompt, index)
+
+    def num_prompt_tokens(self, index: int) -> int:
+        """Tokens of a prompt; 0 if it cannot be put into tokens."""
+        prompt = self._prompts[index]
+        return 0 if isinstance(prompt, RequestError) else len(prompt)
+
+    def prompt_sha256(self, index: int) -> str:
+        """Of a prompt's token ids as a JSON list; of its text where there are none."""
+        prompt = self._prompts[index]
+        text = self.examples[index].prompt
+        if not isinstance(prompt, RequestError):
+            text = json.dumps(prompt)
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest prompt that the model can serve, and its answer."""
+        most = self.loaded.model.spec.max_positions
+        lengths = (
+            self.num_prompt_tokens(index) + self.max_new_tokens
+            for index in range(len(self.examples))
+        )
+        return max((length for length in lengths if length <= most), default=most)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What is judged: the answer up to its first stop string.
+
+        Example:
+            "7 apples." of "7 apples. Question: …" where " Question:" is one.
+        """
+        text = self.loaded.tokenizer.decode(token_ids)
+        return text[: min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))]
+
+    def judge(self, indices: Sequence[int], texts: Sequence[str]) -> list[Verdict]:
+        """Mark answers; the same answer to the same problem is marked once."""
+        keys = list(zip(indices, texts, strict=True))
+        new = [key for key in dict.fromkeys(keys) if key not in self._verdicts]
+        if new:
+            verdicts = self._task.judge([self.examples[i] for i, _ in new], [t for _, t in new])
+            self._verdicts.update(zip(new, verdicts, strict=True))
+        return [self._verdicts[key] for key in keys]
+
+    def describe(self) -> dict[str, Any]:
+        """How the row answers, for result files."""
+        settings = self.settings
+        return {
+            "model": dict(self.loaded.description),
+            "strategy": settings.strategy,
+            "policy": self.policy.to_dict() if heeds_policy(settings.strategy) else None,
+            "options": dict(settings.options),
+            "max_new_tokens": self.max_new_tokens,
+            "early_stop": settings.early_stop,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "stop": list(self.stop),
+            "chat_template": self.chat,
+        }

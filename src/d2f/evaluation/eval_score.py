@@ -1,0 +1,188 @@
+"""The score of a row: its problems in batches, each judged and written as it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f.engine.engine import Engine
+from d2f.errors import ConfigError
+from d2f.evaluation.answering import Answered, Answering
+from d2f.evaluation.eval_progress import Reporter
+from d2f.evaluation.eval_row import EvalRow
+from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
+from d2f.evaluation.results import FRESH, Record, RowFolder
+
+_MOST_PENDING = 64
+_PENDING_SECONDS = 5.0
+"""Answers wait for others to be judged with, so many or so long at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a record counts."""
+
+    num_tokens: int
+    num_forwards: int
+    num_query_tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Counts:
+        """Those of a line of `problems.jsonl` or `speed.jsonl`."""
+        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+
+
+def known_problems(row: EvalRow, folder: RowFolder) -> dict[int, Record]:
+    """What an earlier run has scored of this row's problems.
+
+    Raises:
+        ConfigError: It put another prompt.
+    """
+    known = folder.mend_problems()
+    for index, record in known.items():
+        there = 0 <= index < len(row.examples)
+        if there and record["prompt_sha256"] != row.prompt_sha256(index):
+            raise ConfigError(
+                f"{folder.path} has an answer to another prompt of problem {index} "
+                f"({record.get('id')}): the task's files, its examples or the tokenizer have "
+                f"changed; {FRESH}"
+            )
+    return {index: record for index, record in known.items() if index < len(row.examples)}
+
+
+def score_row(
+    row: EvalRow,
+    engine: Engine,
+    folder: RowFolder,
+    *,
+    count: int,
+    batch_size: int,
+    reporter: Reporter,
+) -> bool:
+    """Answer and judge those of the first `count` problems that an earlier run has not.
+
+    What was answered is written before this returns, also when it is interrupted.
+
+    Returns:
+        Whether there were any.
+    """
+    records = {i: r for i, r in known_problems(row, folder).items() if i < count}
+    todo = [index for index in range(count) if index not in records]
+    report = _Report(row.name, count, reporter)
+    report.add(records.values())
+    if not todo:
+        return False
+    most = batch_size if batch_size == 1 else 2 * batch_size
+    # What an engine does once is nobody's: compiling, capturing the first graphs.
+    list(Answering(engine, todo[:1], row.request, most=1))
+    # Nor is a prompt that this, or another row before, has put to the same engine.
+    engine.forget_prompts()
+    pending: list[Answered] = []
+    spent, last = 0.0, time.monotonic()
+
+    def write() -> None:
+        nonlocal spent, last
+        if pending:
+            written = make_records(row, pending, spent / len(pending))
+            folder.add_problems(written)
+            pending.clear()
+            report.add(written)
+        spent, last = 0.0, time.monotonic()
+
+    try:
+        for finished, seconds in Answering(engine, todo, row.request, most=most):
+            pending += finished
+            spent += seconds
+            waited = time.monotonic() - last >= _PENDING_SECONDS
+            if waited or len(pending) >= min(batch_size, _MOST_PENDING):
+                write()
+    finally:
+        write()
+    return True
+
+
+def make_records(row: EvalRow, answered: Sequence[Answered], seconds: float) -> list[Record]:
+    """Judge answers and make their lines; each took `seconds`."""
+    good = [answer for answer in answered if answer.error is None]
+    texts = {answer.index: row.text(answer.token_ids) for answer in good}
+    verdicts = dict(zip(texts, row.judge(list(texts), list(texts.values())), strict=True))
+    records = []
+    for answer in answered:
+        verdict = verdicts.get(answer.index)
+        records.append(
+            {
+                "index": answer.index,
+                "id": row.examples[answer.index].id,
+                "prompt_sha256": row.prompt_sha256(answer.index),
+                "num_prompt_tokens": row.num_prompt_tokens(answer.index),
+                "token_ids": list(answer.token_ids),
+                "text": texts.get(answer.index, ""),
+                "answer": verdict.answer if verdict else None,
+                "correct": bool(verdict and verdict.correct),
+                "reason": verdict.reason if verdict else None,
+                "metrics": dict(verdict.metrics) if verdict else {},
+                "num_tokens": len(answer.token_ids),
+                "num_forwards": answer.num_forwards,
+                "num_prefill_forwards": answer.num_prefill_forwards,
+                "num_query_tokens": answer.num_query_tokens,
+                "seconds": seconds,
+                "finish_reason": answer.finish_reason,
+                "error": answer.error,
+            }
+        )
+    return records
+
+
+def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
+    """The score of a row, from its records in the order of the problems.
+
+    Problems without an answer count as wrong, and not for speed.
+    """
+    count, right = len(records), sum(record["correct"] for record in records)
+    good = [record for record in records if record["error"] is None]
+    metrics = answer_metrics([Counts.of(record) for record in good])
+    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    return {
+        "num_problems": count,
+        "num_correct": right,
+        "score": ratio(right, count),
+        "standard_error": standard_error(ratio(right, count), count),
+        "batch_size": batch_size,
+        "num_errors": count - len(good),
+        "num_forwards": sum(record["num_forwards"] for record in good),
+        **metrics,
+        "correct": "".join(str(int(record["correct"])) for record in records),
+        "metrics": {
+            name: sum(record["metrics"].get(name, 0.0) for record in records) / count
+            for name in names
+        },
+    }
+
+
+class _Report:
+    """The running result of a row."""
+
+    def __init__(self, name: str, total: int, reporter: Reporter) -> None:
+        self._name, self._total, self._reporter = name, total, reporter
+        self._done = self._right = self._tokens = self._forwards = 0
+        self._seconds = 0.0
+
+    def add(self, records: Any) -> None:
+        for record in records:
+            self._done += 1
+            self._right += record["correct"]
+            self._tokens += record["num_tokens"]
+            self._forwards += record["num_forwards"]
+            self._seconds += record["seconds"]
+        if self._done:
+            self._reporter.progress(
+                self._name,
+                self._done,
+                self._total,
+                f"score {self._right / self._done:.1%}  "
+                f"{ratio(self._tokens, self._forwards):.2f} tokens/forward  "
+                f"{ratio(self._tokens, self._seconds):.0f} tokens/s",
+            )

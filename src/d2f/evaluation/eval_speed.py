@@ -1,0 +1,244 @@
+"""The speed of rows, side by side: rounds over the same problems, in which each row has its turn.
+
+Rows of the same batch size are measured together in one process: at batch size 1 problem 1 with
+every row, problem 2 with every row, and so on, at a larger one all problems with one row after the
+other. Before, they answer the problems without a clock until nothing new is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f.engine.engine import Engine
+from d2f.evaluation.answering import Answering
+from d2f.evaluation.eval_engines import Engines
+from d2f.evaluation.eval_progress import Reporter
+from d2f.evaluation.eval_row import EvalRow
+from d2f.evaluation.eval_score import Counts
+from d2f.evaluation.metrics import answer_metrics, ratio, spread
+from d2f.evaluation.results import Record, RowFolder
+from d2f.evaluation.throughput import MOST_WARM_UPS, timed_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Racer:
+    """A row that has its speed measured."""
+
+    row: EvalRow
+    folder: RowFolder
+    num_problems: int
+
+
+class SpeedGroup:
+    """Rows that are measured side by side.
+
+    Args:
+        racers: The rows.
+        batch_size: Of all of them.
+        num_runs: Rounds that count.
+        settings: What the times depend on beside the rows' own settings: machine, versions.
+        reporter: Is told of each round.
+    """
+
+    def __init__(
+        self,
+        racers: Sequence[Racer],
+        *,
+        batch_size: int,
+        num_runs: int,
+        settings: Mapping[str, Any],
+        reporter: Reporter,
+    ) -> None:
+        self._racers, self._batch_size, self._num_runs = racers, batch_size, num_runs
+        self._settings, self._reporter = settings, reporter
+
+    @property
+    def done(self) -> bool:
+        """Whether earlier runs have measured all of it."""
+        names = {racer.row.name for racer in self._racers}
+        for racer in self._racers:
+            known = racer.folder.settings("speed") or {}
+            beside = names <= set(known.get("rows", ()))
+            enough = known.get("num_problems", 0) >= racer.num_problems
+            indices = known.get("indices", ())
+            rounds = _whole_rounds(racer.folder.speed(), indices)
+            if not (beside and enough and (len(rounds) >= self._num_runs or not indices)):
+                return False
+        return True
+
+    def measure(self, engines: Engines) -> None:
+        """Run the rounds that are missing.
+
+        Rounds of an earlier run count where it measured the same rows on the same problems, on the
+        same kind of machine with the same code; else all are run again.
+        """
+        indices = self._warm_up(engines)
+        first = self._known_rounds(indices)
+        for racer in self._racers:
+            kept = [line for line in racer.folder.speed() if line["round"] < first]
+            racer.folder.keep_speed(kept)
+            racer.folder.note_settings("speed", self._described(racer, indices))
+        for number in range(first, self._num_runs):
+            for racer, lines in zip(self._racers, self._round(engines, indices), strict=True):
+                lines = [{"round": number} | line for line in lines]
+                racer.folder.add_speed(lines)
+                rate = ratio(_total(lines, "num_tokens"), _total(lines, "seconds"))
+                yields = ratio(_total(lines, "num_tokens"), _total(lines, "num_forwards"))
+                text = f"{rate:.0f} tokens/s  {yields:.2f} tokens/forward"
+                self._tell(racer, number + 1, text)
+
+    def _tell(self, racer: Racer, rounds: int, text: str) -> None:
+        self._reporter.progress(f"{racer.row.name} speed", rounds, self._num_runs, text)
+
+    def _described(self, racer: Racer, indices: Mapping[str, Sequence[int]]) -> Record:
+        return {
+            **self._settings,
+            "batch_size": self._batch_size,
+            "num_problems": racer.num_problems,
+            "indices": list(indices[racer.row.name]),
+            "rows": [other.row.name for other in self._racers],
+        }
+
+    def _known_rounds(self, indices: Mapping[str, Sequence[int]]) -> int:
+        """The first so many rounds are there of all rows."""
+        counts = []
+        for racer in self._racers:
+            if racer.folder.settings("speed") != self._described(racer, indices):
+                return 0
+            some = indices[racer.row.name]
+            rounds = _whole_rounds(racer.folder.speed(), some)
+            if some:
+                counts.append(next(n for n in range(len(rounds) + 1) if n not in rounds))
+        return min(counts, default=0)
+
+    def _warm_up(self, engines: Engines) -> dict[str, list[int]]:
+        """The problems of each row that can be answered, after it has answered them all.
+
+        A problem that one row cannot answer is left out of all that can answer others.
+        """
+        failed: dict[str, set[int]] = {}
+        for racer in self._racers:
+            self._tell(racer, 0, "warming up")
+            engine = engines.of(racer.row, self._batch_size)
+            failed[racer.row.name] = self._failing(racer, engine)
+        hopeless = {r.row.name for r in self._racers if len(failed[r.row.name]) == r.num_problems}
+        out = {index for name, some in failed.items() if name not in hopeless for index in some}
+        if out:
+            self._reporter.note(f"speed: without problems that some row cannot answer: {len(out)}")
+        return {
+            racer.row.name: []
+            if racer.row.name in hopeless
+            else [index for index in range(racer.num_problems) if index not in out]
+            for racer in self._racers
+        }
+
+    def _failing(self, racer: Racer, engine: Engine) -> set[int]:
+        """Answer all problems until nothing new is captured; those that have no answer."""
+        failed: set[int] = set()
+        for _ in range(MOST_WARM_UPS):
+            known = engine.num_graphs
+            problems = [index for index in range(racer.num_problems) if index not in failed]
+            for answers, _ in Answering(
+                engine, problems, racer.row.request, most=len(problems) or 1
+            ):
+                failed |= {answer.index for answer in answers if answer.error is not None}
+            engine.forget_prompts()
+            if engine.num_graphs == known:
+                break
+        return failed
+
+    def _round(self, engines: Engines, indices: Mapping[str, Sequence[int]]) -> list[list[Record]]:
+        """The lines of each row."""
+        lines: dict[str, list[Record]] = {racer.row.name: [] for racer in self._racers}
+        if self._batch_size == 1:
+            for index in sorted({index for some in indices.values() for index in some}):
+                for racer in self._racers:
+                    if index in indices[racer.row.name]:
+                        lines[racer.row.name] += _timed(
+                            racer.row, engines.of(racer.row, 1), [index]
+                        )
+        else:
+            for racer in self._racers:
+                engine = engines.of(racer.row, self._batch_size)
+                lines[racer.row.name] = _timed(racer.row, engine, indices[racer.row.name])
+        for racer in self._racers:
+            _judge(racer.row, lines[racer.row.name])
+        return list(lines.values())
+
+
+def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]:
+    """Lines of problems that are answered together; what is not theirs alone is shared out."""
+    if not indices:
+        return []
+    run = timed_run(engine, [row.request(index) for index in indices])
+    share = 1 / len(indices)
+    return [
+        {
+            "index": index,
+            "num_tokens": len(token_ids),
+            "num_forwards": num_forwards,
+            "num_query_tokens": num_query_tokens,
+            "seconds": run.seconds * share,
+            "decode_tokens": run.decode_tokens * share,
+            "decode_seconds": run.decode_seconds * share,
+            "token_ids": token_ids,
+        }
+        for index, token_ids, num_forwards, num_query_tokens in zip(
+            indices, run.token_ids, run.forwards, run.query_tokens, strict=True
+        )
+    ]
+
+
+def _judge(row: EvalRow, lines: Sequence[Record]) -> None:
+    """Put a verdict in place of each line's tokens."""
+    texts = [row.text(line.pop("token_ids")) for line in lines]
+    verdicts = row.judge([line["index"] for line in lines], texts)
+    for line, verdict in zip(lines, verdicts, strict=True):
+        line["correct"] = verdict.correct
+
+
+def _whole_rounds(lines: Sequence[Record], indices: Sequence[int]) -> set[int]:
+    """Rounds in which all of these problems were timed."""
+    found: dict[int, set[int]] = {}
+    for line in lines:
+        found.setdefault(line["round"], set()).add(line["index"])
+    return {number for number, some in found.items() if some == set(indices)}
+
+
+def _total(lines: Sequence[Record], name: str) -> float:
+    return sum(line[name] for line in lines)
+
+
+def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | None:
+    """The speed of a row, from its lines; None of none."""
+    rounds: dict[int, list[Record]] = {}
+    for line in lines:
+        rounds.setdefault(line["round"], []).append(line)
+    if not rounds:
+        return None
+    runs = [answer_metrics([Counts.of(line) for line in some]) for some in rounds.values()]
+    metrics = answer_metrics([Counts.of(line) for line in lines])
+    decoded = [
+        _total(some, "decode_tokens") / _total(some, "decode_seconds")
+        for some in rounds.values()
+        if _total(some, "decode_seconds") > 0
+    ]
+    names = (
+        "tokens_per_forward", "mean_of_tokens_per_forward", "query_tokens_per_forward",
+        "computed_per_answered", "mean_tokens",
+    )  # fmt: skip
+    forwards = spread([run["milliseconds_per_forward"] for run in runs])
+    assert forwards is not None
+    return {
+        "num_problems": len(rounds[min(rounds)]),
+        "num_runs": len(rounds),
+        "batch_size": batch_size,
+        "tokens_per_second": spread([run["tokens_per_second"] for run in runs]),
+        "decode_tokens_per_second": spread(decoded),
+        "seconds_per_problem": spread([run["seconds_per_problem"] for run in runs]),
+        "milliseconds_per_forward": forwards["median"],
+        **{name: metrics[name] for name in names},
+        "score": ratio(_total(lines, "correct"), len(lines)),
+    }

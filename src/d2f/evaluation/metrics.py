@@ -1,0 +1,98 @@
+"""What follows from answers: the formulas, once, for all that measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from d2f.evaluation.statistics import percentile
+
+
+class Counted(Protocol):
+    """What is counted of one answer."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Up to and including the first EOS, or up to a stop string."""
+
+    @property
+    def num_forwards(self) -> int:
+        """Model calls."""
+
+    @property
+    def num_query_tokens(self) -> int:
+        """Tokens computed in these."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+
+
+def answer_metrics(answers: Sequence[Counted]) -> dict[str, float]:
+    """Speed of several answers and what explains it; nan where there is nothing to divide by.
+
+    - `tokens_per_second`: all tokens / all seconds
+    - `tokens_per_forward`: all tokens / all forwards; beside it the mean of each answer's own ratio
+    - `query_tokens_per_forward`: what a forward costs, where tokens per forward is what it brings
+    - `computed_per_answered`: tokens computed / tokens answered
+    - `milliseconds_per_forward`: in a batch, a forward's share of its step
+    - `seconds_per_problem`, `mean_tokens`
+
+    Example:
+        >>> from d2f.evaluation.race import Answer
+        >>> numbers = {"num_forwards": 2, "num_query_tokens": 40, "seconds": 0.5}
+        >>> metrics = answer_metrics([Answer(correct=True, num_tokens=10, **numbers)])
+        >>> metrics["tokens_per_second"], metrics["tokens_per_forward"]
+        (20.0, 5.0)
+    """
+    count = len(answers)
+    tokens = sum(answer.num_tokens for answer in answers)
+    forwards = sum(answer.num_forwards for answer in answers)
+    queries = sum(answer.num_query_tokens for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
+    return {
+        "tokens_per_second": ratio(tokens, seconds),
+        "tokens_per_forward": ratio(tokens, forwards),
+        "mean_of_tokens_per_forward": ratio(
+            sum(ratio(answer.num_tokens, answer.num_forwards) for answer in answers), count
+        ),
+        "query_tokens_per_forward": ratio(queries, forwards),
+        "computed_per_answered": ratio(queries, tokens),
+        "milliseconds_per_forward": ratio(1000 * seconds, forwards),
+        "seconds_per_problem": ratio(seconds, count),
+        "mean_tokens": ratio(tokens, count),
+    }
+
+
+def ratio(part: float, whole: float) -> float:
+    """`part / whole`, nan without a whole.
+
+    Example:
+        >>> ratio(1, 4), ratio(0, 0)
+        (0.25, nan)
+    """
+    return part / whole if whole else math.nan
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of `count` problems that are right or wrong.
+
+    Example:
+        >>> standard_error(0.5, 100)
+        0.05
+    """
+    return math.sqrt(share * (1 - share) / count) if count else math.nan
+
+
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Median, lowest and highest of several runs; None of none.
+
+    Example:
+        >>> spread([3.0, 1.0, 2.0])
+        {'median': 2.0, 'lowest': 1.0, 'highest': 3.0}
+    """
+    found = list(values)
+    if not found:
+        return None
+    return {"median": percentile(found, 50), "lowest": min(found), "highest": max(found)}

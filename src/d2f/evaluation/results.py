@@ -1,0 +1,202 @@
+"""The files of one row's results, which an interrupted run goes on with.
+
+`problems.jsonl` has a line for each scored problem and `speed.jsonl` one for each problem and
+round, appended as they come; `settings.json` says how they came about, so that a later run can tell
+whether it may add to them; `summary.json` comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import ConfigError
+
+FRESH = "give another --output, or start afresh with --fresh"
+_NEEDED = ("index", "prompt_sha256", "correct", "num_tokens", "num_forwards", "seconds")
+_SPEED_NEEDED = ("round", "index", "num_tokens", "num_forwards", "seconds", "correct")
+
+Record = dict[str, Any]
+
+
+class RowFolder:
+    """Where a row's results lie.
+
+    Args:
+        path: The folder; it is made.
+
+    Example:
+        >>> import tempfile
+        >>> folder = RowFolder(Path(tempfile.mkdtemp()) / "serial")
+        >>> folder.problems()
+        {}
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Forget all results."""
+        for name in ("summary.json", "problems.jsonl", "speed.jsonl", "settings.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------- settings
+
+    def settings(self, part: str) -> Record | None:
+        """How the results came about: `answers`, `score`, `speed` or `environment`.
+
+        Raises:
+            ConfigError: The file is broken.
+        """
+        return self._read("settings.json").get(part)
+
+    def note_settings(self, part: str, settings: Mapping[str, Any]) -> None:
+        """Say how the results of a part come about, before the first of them."""
+        write_json(self.path / "settings.json", self._read("settings.json") | {part: settings})
+
+    def require_same(self, part: str, settings: Mapping[str, Any]) -> None:
+        """Refuse to add to results that came about otherwise.
+
+        Raises:
+            ConfigError: They did; names what differs.
+        """
+        if not (self.problems() or self.speed()):
+            return
+        known = self.settings(part)
+        if known is None and part == "answers":
+            raise ConfigError(f"{self.path} has results but no settings.json; {FRESH}")
+        if known is None:
+            return
+        wanted = plain(settings)
+        differ = [
+            f"{name} was {_short(known.get(name))}, now {_short(wanted.get(name))}"
+            for name in dict.fromkeys([*known, *wanted])
+            if known.get(name) != wanted.get(name)
+        ]
+        if differ:
+            raise ConfigError(
+                f"{self.path} has results of other settings: {'; '.join(differ)}; {FRESH}"
+            )
+
+    # -------------------------------------------------------------------------------- records
+
+    def problems(self) -> dict[int, Record]:
+        """Scored problems by index."""
+        found: dict[int, Record] = {}
+        for record in read_lines(self.path / "problems.jsonl", _NEEDED):
+            found.setdefault(record["index"], record)
+        return found
+
+    def mend_problems(self) -> dict[int, Record]:
+        """Scored problems by index; a line that a crash cut short is taken out of the file."""
+        found = self.problems()
+        write_lines(self.path / "problems.jsonl", found.values())
+        return found
+
+    def add_problems(self, records: Iterable[Record]) -> None:
+        """Append scored problems; they are on the disk on return."""
+        append_lines(self.path / "problems.jsonl", records)
+
+    def speed(self) -> list[Record]:
+        """Timed problems of all rounds."""
+        return read_lines(self.path / "speed.jsonl", _SPEED_NEEDED)
+
+    def keep_speed(self, records: Iterable[Record]) -> None:
+        """Keep these timed problems only."""
+        write_lines(self.path / "speed.jsonl", records)
+
+    def add_speed(self, records: Iterable[Record]) -> None:
+        """Append a round; it is on the disk on return."""
+        append_lines(self.path / "speed.jsonl", records)
+
+    # -------------------------------------------------------------------------------- summary
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Record:
+        """Write the summary, and return it as it can be read back."""
+        write_json(self.path / "summary.json", summary)
+        return plain(summary)
+
+    def _read(self, name: str) -> Record:
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} cannot be read as JSON: {error}; {FRESH}") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds no table; {FRESH}")
+        return content
+
+
+def read_lines(path: Path, needed: Iterable[str]) -> list[Record]:
+    """The whole lines of a JSONL file that have the needed keys; a torn one is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and all(name in record for name in needed):
+            found.append(record)
+    return found
+
+
+def append_lines(path: Path, records: Iterable[Record]) -> None:
+    """Append records to a JSONL file in one piece; they are on the disk on return."""
+    text = "".join(_line(record) for record in records)
+    # Unbuffered: an interrupt comes before or after, not amid a line.
+    with path.open("ab", buffering=0) as file:
+        file.write(text.encode())
+        os.fsync(file.fileno())
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    """Write a JSONL file whole or not at all."""
+    _replace(path, "".join(_line(record) for record in records))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all; nan becomes null."""
+    _replace(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The same in JSON's own types: lists for tuples, null for what is no finite number.
+
+    Example:
+        >>> plain({"a": (1, float("nan"))})
+        {'a': [1, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _line(record: Record) -> str:
+    return json.dumps(plain(record), allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,160 @@
+"""Recipes: TOML files -> frozen config dataclasses, with every unknown key refused."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from d2f.errors import ConfigError, unknown_name
+
+T = TypeVar("T")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The table of a TOML file, with some settings replaced.
+
+    Args:
+        path: A TOML file.
+        overrides: As `apply_override` takes them.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, or an override is not of its form.
+
+    Example:
+        >>> from tempfile import NamedTemporaryFile
+        >>> with NamedTemporaryFile("w", suffix=".toml") as file:
+        ...     _ = file.write("steps = 5"); file.flush()
+        ...     read_recipe(file.name, ["steps=6", "model.init=folder"])
+        {'steps': 6, 'model': {'init': 'folder'}}
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    return table
+
+
+def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Build a config dataclass from a table; `where` starts the message of every error.
+
+    Raises:
+        ConfigError: An unknown key (the message names the nearest known one); a missing, wrongly
+            typed or impossible value.
+    """
+    assert is_dataclass(cls)
+    known = {field.name: field for field in fields(cls)}
+    for name in table:
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown_name('key', name, known)}")
+    for name, field in known.items():
+        if name not in table and field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError(f"{where}: '{name}' is missing")
+    hints = typing.get_type_hints(cls)
+    values = {name: _convert(value, hints[name], where, name) for name, value in table.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
+    """Check a TOML value against a field's type; lists become tuples, tables dataclasses."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return _convert_to_one_of(value, typing.get_args(hint), where, name)
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: '{name}' is {value!r}; it must be a table")
+        return from_table(typing.cast(type, hint), value, f"{where}: [{name}]")
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = inner[:1] * len(value) if inner[-1:] == (...,) else inner
+        if len(inner) == len(value):
+            numbered = enumerate(zip(value, inner, strict=True), 1)
+            return tuple(
+                _convert(item, kind, where, f"{name} {i}" if is_dataclass(kind) else name)
+                for i, (item, kind) in numbered
+            )
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
+            return value
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    elif origin is not None and origin is not tuple and isinstance(value, Mapping):
+        if is_dataclass(inner[-1]):
+            return {k: _convert(v, inner[-1], where, f"{name}.{k}") for k, v in value.items()}
+        return dict(value)
+    raise ConfigError(f"{where}: '{name}' is {value!r}; it must be of type {_named(hint)}")
+
+
+def _convert_to_one_of(value: Any, hints: Sequence[Any], where: str, name: str) -> Any:
+    options = [option for option in hints if option is not types.NoneType]
+    if value is None and len(options) < len(hints):
+        return None
+    if len(options) == 1:
+        return _convert(value, options[0], where, name)
+    for option in options:
+        try:
+            return _convert(value, option, where, name)
+        except ConfigError:
+            continue
+    kinds = " or ".join(_named(option) for option in options)
+    raise ConfigError(f"{where}: '{name}' is {value!r}; it must be of type {kinds}")
+
+
+def _named(hint: Any) -> str:
+    name = getattr(hint, "__name__", None) if typing.get_origin(hint) is None else None
+    return name or str(hint)
+
+
+def apply_override(table: dict[str, Any], text: str) -> None:
+    """Replace one setting of a table by `key=value` or `table.key=value`.
+
+    In a list of tables with names, the name leads to a table: `rows.serial.temperature=1`.
+
+    Raises:
+        ConfigError: The text is not of that form, or leads through something that is no table.
+    """
+    key, equals, value_text = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: write it as key=value or table.key=value")
+    try:
+        value = tomllib.loads(f"value = {value_text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text.strip()
+    *parents, last = key.strip().split(".")
+    inner: Any = table
+    for parent in parents:
+        if isinstance(inner, list):
+            named = (item for item in inner if isinstance(item, dict))
+            inner = next((item for item in named if item.get("name") == parent), None)
+        else:
+            inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"--set {text!r}: '{parent}' is no table")
+    if isinstance(inner, list):
+        raise ConfigError(f"--set {text!r}: '{parents[-1]}' is a list; name the table meant in it")
+    inner[last] = value
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for a value that is not among the known ones."""
+    if value not in known:
+        raise ConfigError(unknown_name(name, value, known))
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Raise `ConfigError` for a number that is too small; None passes."""
+    if value is not None and value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
