@@ -287,19 +287,6 @@ class Canvas:
         gaps, ends, finite = self.buffers.report_3B.tolist()
         return gaps, ends, [bool(flag) for flag in finite]
 
-    def stopped(self, gaps: list[int], ends: list[int]) -> list[bool]:
-        """Which sequences have no mask left or, if they stop early, none before an EOS.
-
-        Args:
-            gaps: Where each response has its first mask.
-            ends: Where each has its first EOS.
-        """
-        early, limits = self.sequences.early_stop, self.sequences.max_new_tokens
-        return [
-            gap >= limit or (early and end < gap)
-            for gap, end, limit in zip(gaps, ends, limits, strict=True)
-        ]
-
     def responses(self) -> Sequence[Sequence[int | None]]:
         """The responses, None where not decoded."""
         if self._responses is None:

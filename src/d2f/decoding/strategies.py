@@ -81,6 +81,9 @@ OPTION_KINDS: dict[str, tuple[type, str]] = {
     "eps": (float, "a number"),
     "threshold": (float, "a number"),
     "factor": (float, "a number"),
+    "prompt_interval": (int, "a whole number"),
+    "response_interval": (int, "a whole number"),
+    "refresh_share": (float, "a number"),
 }
 """What an option's value must be. Whole numbers are numbers too; None is the default."""
 

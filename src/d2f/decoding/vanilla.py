@@ -198,7 +198,7 @@ class VanillaBatch:
         # Without an EOS to wait for, how many steps there are is known, and the host runs ahead.
         if self.sequences.early_stop and self.sequences.eos_token_ids:
             gaps, ends, _ = self.canvas.report()
-            stopped = self.canvas.stopped(gaps, ends)
+            stopped = [end < gap for gap, end in zip(gaps, ends, strict=True)]
         for row, done in enumerate(self.done):
             if not done:
                 self.steps[row] += 1

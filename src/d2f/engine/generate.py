@@ -62,19 +62,32 @@ def generate_ids(
             defaults.
         max_new_tokens: Exact upper bound of each response.
         eos_token_id: One or several; None: the model's own, `()`: none.
-        strategy: `pipelined`, `serial`, `autoregressive`, `vanilla` or `reference`.
+        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`, for such
+            models; `reference`, the pipeline without a cache, slow; and, each with options of its
+            own, `vanilla`, LLaDA's and Dream's own samplers; Fast-dLLM's `parallel`, `prefix-cache`
+            and `dual-cache`; `dllm-cache`.
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
-        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy;
-            `num_steps` and `block_length` for `vanilla`. An option without effect is refused by
-            name.
+        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy. An option
+            without effect is refused by name.
+
+            - `vanilla`: `num_steps`, forwards in all (one per token); `algorithm`, LLaDA's
+              `low_confidence` (the default) or Dream's `maskgit_plus`, `topk_margin`, `entropy` or
+              `origin`; `block_length` (32) of `low_confidence`; `eps` (0.001), where Dream's time
+              ends.
+            - `parallel`, `prefix-cache`, `dual-cache`: `block_length` (32), and `threshold` (0.9),
+              the probability from which tokens are kept, or `factor`: keep the n surest for the
+              largest n with (n + 1) (1 - the n-th probability) < factor.
+            - `dllm-cache`: `num_steps`, `block_length`, `prompt_interval` and `response_interval`,
+              forwards from one refresh of the prompt or response to the next, and
+              `refresh_share`, the share of the response that is computed in between.
 
     Returns:
         A result, or a list of results for a list of prompts.
 
     Raises:
         RequestError: The model cannot serve a prompt.
-        ConfigError: An unknown strategy or option.
+        ConfigError: An unknown strategy or option, or a bad value.
 
     Example:
         >>> from d2f.testing import tiny_model

@@ -78,12 +78,12 @@ class UnpagedLane:
             fits = [task for task in self.waiting if _same_settings(first, task.request)]
             most = STRATEGIES[first.strategy].max_rows or self._max_rows
             chosen = fits[: min(most, self._max_rows)]
-            self.waiting = deque(task for task in self.waiting if task not in chosen)
             requests = [task.request for task in chosen]
             self._batch = start_batch(
                 first.strategy, self.model, _sequences(requests), first.options, self._workspace
             )
             self._rows = list(chosen)
+            self.waiting = deque(task for task in self.waiting if task not in chosen)
             for task in chosen:
                 task.tokens = []
         return self._batch
