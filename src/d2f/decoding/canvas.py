@@ -252,7 +252,7 @@ class Canvas:
                     needed_M=needed_M[part],
                 )
             )
-        return Choice(*map(torch.cat, zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
 
     def take(self, block: Block, choice: Choice, kept_BK: Tensor) -> None:
         """Write the tokens that are kept, and the report; the forward is over."""

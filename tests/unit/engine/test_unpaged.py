@@ -102,13 +102,14 @@ class Letters:
 def test_an_answer_ends_with_the_token_that_completes_a_stop(model, strategy):
     text = Letters().decode
     engine = Engine(model, tokenizer=Letters())
-    requests = [request_of([n + 1, n], 20, strategy) for n in range(2)]
+    options = {} if strategy == "reference" else {"block_length": 4}
+    requests = [request_of([n + 1, n], 20, strategy, options=options) for n in range(2)]
     full = engine.generate(requests)
     # From the middle of a token to the middle of the next.
     stops = [text(result.token_ids)[11:13] for result in full]
     results = engine.generate(
         [
-            request_of(request.prompt_ids, 20, strategy, stop=["??", stop])
+            request_of(request.prompt_ids, 20, strategy, options=options, stop=["??", stop])
             for request, stop in zip(requests, stops, strict=True)
         ]
     )
@@ -119,7 +120,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop(model, strategy):
         assert result.finish_reason == "stop"
         assert result.num_forwards <= whole.num_forwards
     assert sum(r.num_forwards for r in results) < sum(r.num_forwards for r in full)
-    [result] = engine.generate([request_of([1, 0], 20, strategy, stop="??")])
+    [result] = engine.generate([request_of([1, 0], 20, strategy, options=options, stop="??")])
     assert result == full[0]
 
 
