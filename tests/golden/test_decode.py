@@ -70,22 +70,3 @@ def test_early_stop_gives_the_same_tokens_in_no_more_forwards(case):
         )
         assert result.token_ids == until_eos(trace)
         assert result.num_forwards <= trace["forwards"]
-
-
-def test_vanilla_rows_of_llada():
-    model = d2f.load_model(GOLDEN / "llada-tiny", device="cpu")
-    rows = json.loads((GOLDEN / "llada-tiny" / "baselines.json").read_text())
-    rows = [row for row in rows if row["method"] == "vanilla"]
-    assert rows
-    for row in rows:
-        result = d2f.generate_ids(
-            model,
-            row["prompt"],
-            max_new_tokens=row["gen_length"],
-            eos_token_id=(),
-            strategy="vanilla",
-            num_steps=row["steps"],
-            block_length=row["block_length"],
-        )
-        assert result.token_ids == row["output"]
-        assert result.num_forwards == row["forwards"]

@@ -29,8 +29,8 @@ AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        help="pipelined, serial, vanilla, reference or autoregressive. Default: pipelined, "
-        "or autoregressive for such a model."
+        help="pipelined, serial, autoregressive, vanilla, parallel, prefix-cache, dual-cache, "
+        "dllm-cache or reference. Default: pipelined, or autoregressive for such a model."
     ),
 ]
 LimitOption = Annotated[int, typer.Option(help="Most tokens of the response.")]
@@ -51,8 +51,38 @@ ConfidenceOption = Annotated[
     ),
 ]
 LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
-StepsOption = Annotated[int | None, typer.Option(help="vanilla: forwards in all.")]
-BlockLengthOption = Annotated[int | None, typer.Option(help="vanilla: tokens of a block.")]
+StepsOption = Annotated[int | None, typer.Option(help="vanilla, dllm-cache: forwards in all.")]
+BlockLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="vanilla, parallel, prefix-cache, dual-cache, dllm-cache: tokens of a block."
+    ),
+]
+AlgorithmOption = Annotated[
+    str | None,
+    typer.Option(
+        help="vanilla: low_confidence (LLaDA's), maskgit_plus, topk_margin, entropy or origin "
+        "(Dream's)."
+    ),
+]
+EpsOption = Annotated[float | None, typer.Option(help="vanilla: where Dream's time ends.")]
+SureOption = Annotated[
+    float | None,
+    typer.Option(help="parallel, prefix-cache, dual-cache: keep tokens of this probability."),
+]
+FactorOption = Annotated[
+    float | None,
+    typer.Option(help="parallel, prefix-cache, dual-cache: keep as many as this factor allows."),
+]
+PromptIntervalOption = Annotated[
+    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the prompt.")
+]
+ResponseIntervalOption = Annotated[
+    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the response.")
+]
+RefreshShareOption = Annotated[
+    float | None, typer.Option(help="dllm-cache: share of the response computed in between.")
+]
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
 TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
 TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
@@ -82,6 +112,13 @@ def generate_command(
     max_live_blocks: LiveBlocksOption = None,
     num_steps: StepsOption = None,
     block_length: BlockLengthOption = None,
+    algorithm: AlgorithmOption = None,
+    eps: EpsOption = None,
+    threshold: SureOption = None,
+    factor: FactorOption = None,
+    prompt_interval: PromptIntervalOption = None,
+    response_interval: ResponseIntervalOption = None,
+    refresh_share: RefreshShareOption = None,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
@@ -122,7 +159,17 @@ def generate_command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        options=_given(num_steps=num_steps, block_length=block_length),
+        options=_given(
+            num_steps=num_steps,
+            block_length=block_length,
+            algorithm=algorithm,
+            eps=eps,
+            threshold=threshold,
+            factor=factor,
+            prompt_interval=prompt_interval,
+            response_interval=response_interval,
+            refresh_share=refresh_share,
+        ),
     )
     start = time.perf_counter()
     result = _answer(loaded, tokenizer, request, stream)

@@ -1,11 +1,12 @@
 """What every strategy is given and what it gives back.
 
-Shapes: B sequences, L positions of the longest prompt.
+Shapes: M positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -112,7 +113,11 @@ class DecodingBatch(Protocol):
         """Which sequences are done."""
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of finished sequences."""
+        """The responses of sequences, of unfinished ones up to the first gap.
+
+        Raises:
+            RequestError: The model's logits were not finite.
+        """
 
     def view(self, row: int) -> list[BlockView]:
         """The blocks of a sequence as they stand."""
@@ -121,12 +126,15 @@ class DecodingBatch(Protocol):
         """Go on with these sequences only, in this order."""
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as (B, L), zeros at the end, and their lengths (B,)."""
-    width = max(len(prompt) for prompt in prompts)
-    rows = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
-    ids_BL = torch.tensor(rows, dtype=torch.long, device=device).view(len(rows), width)
-    return ids_BL, torch.tensor([len(prompt) for prompt in prompts], device=device)
+def decoded_prefix(tokens: Iterable[int | None]) -> list[int]:
+    """The tokens before the first gap.
+
+    Example:
+        >>> decoded_prefix([4, 5, None, 6])
+        [4, 5]
+    """
+    known = itertools.takewhile(lambda token: token is not None, tokens)
+    return [token for token in known if token is not None]
 
 
 def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[list[int], str]:
@@ -142,13 +150,13 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
     return token_ids, "length"
 
 
-def check_finite(finite: Tensor) -> None:
+def check_finite(finite: bool) -> None:
     """Refuse to hand out what was decoded from logits that are not finite.
 
     Raises:
         RequestError: `finite` is false.
     """
-    if not bool(finite):
+    if not finite:
         raise RequestError(
             "the model's logits are not finite, so there is no answer; its weights may be broken, "
             "or the temperature too close to 0"

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,14 @@ from d2f.decoding.batch import (
     Sequences,
     check_finite,
     cut_at_eos,
+    decoded_prefix,
 )
 from d2f.decoding.vanilla import transfer_plan
 from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError
 from d2f.models.feature_cache import FeatureCache, Refresh
 from d2f.models.transformer import Transformer
-from d2f.ops.backend import select_backend
 
-PROMPT_PAD = 32
-"""Prompts are padded to a multiple of it, so that similar ones share a captured step."""
 LEAST_SLOTS = 256
 """Of a feature cache; larger ones double, so that few serve all lengths."""
 
@@ -141,12 +140,10 @@ class DLLMCacheBatch:
     comparison do not count.
 
     Args:
-        model: The model.
+        model: The model; packed.
         sequences: One sequence.
-        workspace: Buffers and captured steps; one batch uses them at a time. None: its own.
-        num_steps: As `transfer_plan` takes it.
-        block_length: As `transfer_plan` takes it.
-        options: Fields of `RefreshSchedule`; None: the default.
+        workspace: Buffers and captured steps; one batch uses them at a time.
+        options: As `dllm_cache_plan` takes them.
 
     Raises:
         ConfigError: A bad value.
@@ -157,24 +154,19 @@ class DLLMCacheBatch:
         model: Transformer,
         sequences: Sequences,
         *,
-        workspace: Workspace | None = None,
-        num_steps: int | None = None,
-        block_length: int | None = None,
-        **options: float | None,
+        workspace: Workspace,
+        **options: Any,
     ) -> None:
         assert len(sequences) == 1, "dllm-cache decodes one sequence at a time"
         assert model.spec.mask_token_id is not None
         self.model, self.sequences = model, sequences
         self.mask_token_id = model.spec.mask_token_id
-        self.schedule = refresh_schedule(**options)
         [prompt], [self.limit] = sequences.prompts, sequences.max_new_tokens
-        self.plan = transfer_plan(self.limit, num_steps=num_steps, block_length=block_length)
+        self.plan, self.schedule = dllm_cache_plan(self.limit, **options)
         self.width = max(end - start for start, end, _ in self.plan)
         self.prompt_length = len(prompt)
-        self.length = self.limit + -(-len(prompt) // PROMPT_PAD) * PROMPT_PAD
-        self.workspace = workspace or Workspace(model.device, use_graphs=False)
-        self.backend = select_backend("auto", model.device)
-        model.pack()
+        self.length = self.limit + workspace.padded(len(prompt))
+        self.workspace, self.backend = workspace, workspace.backend
         self._take_buffers()
         self._fill_buffers(prompt)
         self.steps = self.num_query_tokens = 0
@@ -267,8 +259,10 @@ class DLLMCacheBatch:
             offset_W = torch.where(offset_W > 0, offset_W - 1, last_1)
         return hidden_LD[offset_W]
 
-    def _response(self) -> list[int]:
-        return self.state.ids_L[: self.limit].tolist()
+    def _response(self) -> list[int | None]:
+        """None where not decoded."""
+        ids = self.state.ids_L[: self.limit].tolist()
+        return [None if token == self.mask_token_id else token for token in ids]
 
     def finished(self) -> list[bool]:
         """Whether the sequence is done."""
@@ -278,8 +272,10 @@ class DLLMCacheBatch:
         """The response, if it is asked for."""
         if not rows:
             return []
-        check_finite(self.state.finite)
-        token_ids, reason = cut_at_eos(self._response(), self.sequences.eos_token_ids)
+        check_finite(bool(self.state.finite))
+        token_ids, reason = cut_at_eos(
+            decoded_prefix(self._response()), self.sequences.eos_token_ids
+        )
         return [
             GenerationResult(
                 token_ids=token_ids,
@@ -292,23 +288,35 @@ class DLLMCacheBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        tokens = tuple(None if t == self.mask_token_id else t for t in self._response())
-        return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tokens)]
+        return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tuple(self._response()))]
 
     def select(self, rows: list[int]) -> None:
         """Go on with the one sequence."""
         assert rows == [0]
 
 
-def refresh_schedule(**options: float | None) -> RefreshSchedule:
-    """The schedule of a strategy's options, of which None means the default.
+def dllm_cache_plan(
+    max_new_tokens: int,
+    *,
+    num_steps: int | None = None,
+    block_length: int | None = None,
+    **options: float | None,
+) -> tuple[list[tuple[int, int, int]], RefreshSchedule]:
+    """What each step keeps, as `transfer_plan` says, and when which features are computed.
+
+    Args:
+        max_new_tokens: Length of the response.
+        num_steps: As `transfer_plan` takes it.
+        block_length: As `transfer_plan` takes it.
+        options: Fields of `RefreshSchedule`; None: the default.
 
     Raises:
         ConfigError: A bad value.
 
     Example:
-        >>> refresh_schedule(prompt_interval=8, response_interval=None).response_interval
+        >>> dllm_cache_plan(2, prompt_interval=8, response_interval=None)[1].response_interval
         7
     """
+    plan = transfer_plan(max_new_tokens, num_steps=num_steps, block_length=block_length)
     given: dict = {name: value for name, value in options.items() if value is not None}
-    return RefreshSchedule(**given)
+    return plan, RefreshSchedule(**given)

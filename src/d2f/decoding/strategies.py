@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from d2f.decoding import fast_dllm
 from d2f.decoding.autoregressive import AutoregressiveDecoder
 from d2f.decoding.batch import DecodingBatch, Sequences
-from d2f.decoding.dllm_cache import DLLMCacheBatch, refresh_schedule
+from d2f.decoding.dllm_cache import DLLMCacheBatch, dllm_cache_plan
+from d2f.decoding.fast_dllm import FastBatch
 from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.pipelined import PipelinedDecoder
 from d2f.decoding.reference import ReferenceBatch
-from d2f.decoding.vanilla import VanillaBatch, transfer_plan
+from d2f.decoding.vanilla import VanillaBatch, vanilla_plan
+from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError, RequestError, unknown_name
 from d2f.models.cache import PagedCache
 from d2f.models.spec import ModelSpec
@@ -27,16 +31,30 @@ class Strategy:
     """How a strategy runs."""
 
     batch: Callable[..., DecodingBatch] | None = None
-    """Starts a batch without the paged cache; None: it runs on the paged cache."""
+    """(model, sequences, *, workspace, **options) starts a batch without the engine's paged cache;
+    None: it runs on that."""
     options: tuple[str, ...] = ()
     """What only it takes."""
+    check: Callable[..., object] | None = None
+    """(max_new_tokens, **options) refuses options that make no sense."""
+    max_rows: int | None = None
+    """Most sequences of a batch; None: as many as the engine takes."""
     policy: Mapping[str, float] = field(default_factory=dict)
     """Fields of the policy that it fixes."""
 
     @property
     def paged(self) -> bool:
-        """It runs on the paged cache."""
+        """It runs on the engine's paged cache."""
         return self.batch is None
+
+
+def _fast(cache: str | None) -> Strategy:
+    return Strategy(
+        batch=functools.partial(FastBatch, cache=cache),
+        options=("block_length", "threshold", "factor"),
+        check=fast_dllm.check_options,
+        max_rows=1,
+    )
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -44,7 +62,14 @@ STRATEGIES: dict[str, Strategy] = {
     # One block after the other.
     "serial": Strategy(policy={"add_threshold": 1.0, "activate_threshold": 1.0}),
     "autoregressive": Strategy(),
-    "vanilla": Strategy(batch=VanillaBatch, options=("num_steps", "block_length")),
+    "vanilla": Strategy(
+        batch=VanillaBatch,
+        options=("num_steps", "block_length", "algorithm", "eps"),
+        check=vanilla_plan,
+    ),
+    "parallel": _fast(None),
+    "prefix-cache": _fast("prefix"),
+    "dual-cache": _fast("dual"),
     "dllm-cache": Strategy(
         batch=DLLMCacheBatch,
         options=(
@@ -54,9 +79,36 @@ STRATEGIES: dict[str, Strategy] = {
             "response_interval",
             "refresh_share",
         ),
+        check=dllm_cache_plan,
+        max_rows=1,
     ),
-    "reference": Strategy(batch=ReferenceBatch),
+    "reference": Strategy(
+        batch=lambda model, sequences, workspace: ReferenceBatch(model, sequences)
+    ),
 }
+
+OPTION_KINDS: dict[str, tuple[type, str]] = {
+    "num_steps": (int, "a whole number"),
+    "block_length": (int, "a whole number"),
+    "algorithm": (str, "a name"),
+    "eps": (float, "a number"),
+    "threshold": (float, "a number"),
+    "factor": (float, "a number"),
+    "prompt_interval": (int, "a whole number"),
+    "response_interval": (int, "a whole number"),
+    "refresh_share": (float, "a number"),
+}
+"""What an option's value must be. Whole numbers are numbers too; None is the default."""
+
+
+def _check_option(strategy: str, name: str, value: object) -> None:
+    known = STRATEGIES[strategy].options
+    if name not in known:
+        raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
+    kind, words = OPTION_KINDS[name]
+    fits = isinstance(value, int if kind is int else str if kind is str else (int, float))
+    if value is not None and (isinstance(value, bool) or not fits):
+        raise ConfigError(f"strategy {strategy}: {name} is {value!r}; it must be {words}")
 
 
 def check_strategy(
@@ -74,15 +126,8 @@ def check_strategy(
     """
     if strategy not in STRATEGIES:
         raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
-    known = STRATEGIES[strategy].options
     for name, value in options.items():
-        if name not in known:
-            raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and name != "refresh_share" and not whole:
-            raise ConfigError(
-                f"strategy {strategy}: {name} is {value!r}; it must be a whole number"
-            )
+        _check_option(strategy, name, value)
     architecture = spec.architecture
     if strategy == "autoregressive":
         if not architecture.causal:
@@ -98,22 +143,22 @@ def check_strategy(
         )
     elif spec.mask_token_id is None:
         raise RequestError(f"this {architecture.name} checkpoint names no mask_token_id")
-    if strategy == "vanilla":
-        transfer_plan(max_new_tokens, **options)
-    if strategy == "dllm-cache":
-        rest = dict(options)
-        plan = {name: rest.pop(name, None) for name in ("num_steps", "block_length")}
-        transfer_plan(max_new_tokens, **plan)
-        refresh_schedule(**rest)
+    check = STRATEGIES[strategy].check
+    if check is not None:
+        check(max_new_tokens, **options)
 
 
 def start_batch(
-    strategy: str, model: Transformer, sequences: Sequences, options: Mapping[str, Any]
+    strategy: str,
+    model: Transformer,
+    sequences: Sequences,
+    options: Mapping[str, Any],
+    workspace: Workspace,
 ) -> DecodingBatch:
     """Begin to decode a batch that `check_strategy` has passed, without the paged cache."""
     start = STRATEGIES[strategy].batch
     assert start is not None, "this strategy runs on the paged cache"
-    return start(model, sequences, **options)
+    return start(model, sequences, workspace=workspace, **options)
 
 
 def paged_decoder(

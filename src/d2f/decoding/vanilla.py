@@ -1,13 +1,20 @@
-"""LLaDA's own sampler: low-confidence remasking in blocks, without a cache.
+"""LLaDA's and Dream's own samplers, without a cache.
 
-Shapes: B sequences, L positions of prompt and response, M masked positions.
+Shapes: B sequences, K positions of a block, S steps.
 
-Each step computes the whole sequence with full attention, predicts every mask of the current block
-and keeps the most confident predictions, as many as the step's share; the others stay masked.
+Each step computes the whole sequences with full attention, predicts every mask of the current block
+and keeps some of the predictions, as the step's plan says; the others stay masked. LLaDA's sampler
+(`low_confidence`) goes block by block; Dream's have one block, the response.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,18 +25,74 @@ from d2f.decoding.batch import (
     Sequences,
     check_finite,
     cut_at_eos,
-    pad_prompts,
+    decoded_prefix,
 )
-from d2f.diffusion.layout import PADDING_BLOCK
-from d2f.errors import ConfigError
+from d2f.decoding.canvas import Canvas
+from d2f.decoding.transfer import keep_best
+from d2f.decoding.workspace import Workspace
+from d2f.errors import ConfigError, unknown_name
 from d2f.models.transformer import Transformer
-from d2f.ops.sampling import choose_tokens
+from d2f.ops.sampling import MARGIN, NEG_ENTROPY, uniform_noise
+
+ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
+_RANKED_BY = {"topk_margin": MARGIN, "entropy": NEG_ENTROPY}
+BLOCK_LENGTH = 32
+EPS = 1e-3
+Step = tuple[int, int, float]
+"""First position of the block, its end, and how many tokens are kept (`origin`: with which
+probability each is)."""
+
+
+def vanilla_plan(
+    max_new_tokens: int,
+    *,
+    num_steps: int | None = None,
+    block_length: int | None = None,
+    algorithm: str | None = None,
+    eps: float | None = None,
+) -> list[Step]:
+    """What each step keeps.
+
+    Args:
+        max_new_tokens: Length of the response.
+        num_steps: Forwards; None: one for each token.
+        block_length: Of `low_confidence`; None: 32.
+        algorithm: One of `ALGORITHMS`; None: `low_confidence`.
+        eps: Of the others: the time at which their last step ends; None: 0.001.
+
+    Raises:
+        ConfigError: An unknown algorithm, an option without effect on it, or a bad value.
+
+    Example:
+        >>> vanilla_plan(5, num_steps=3, block_length=4)
+        [(0, 4, 2), (0, 4, 2), (4, 5, 1)]
+        >>> vanilla_plan(5, num_steps=2, algorithm="entropy")
+        [(0, 5, 2), (0, 5, 3)]
+    """
+    algorithm = algorithm or "low_confidence"
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
+    if num_steps is not None and num_steps < 1:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
+    useless = {"eps": eps} if algorithm == "low_confidence" else {"block_length": block_length}
+    for name, value in useless.items():
+        if value is not None:
+            raise ConfigError(f"{name} is {value}; it is without effect on algorithm {algorithm}")
+    if algorithm == "low_confidence":
+        return list(transfer_plan(max_new_tokens, num_steps=num_steps, block_length=block_length))
+    eps = EPS if eps is None else eps
+    if not 0 < eps < 1:
+        raise ConfigError(f"eps is {eps}; it must lie between 0 and 1")
+    steps = max_new_tokens if num_steps is None else num_steps
+    return [
+        (0, max_new_tokens, keep) for keep in _dream_plan(max_new_tokens, steps, eps, algorithm)
+    ]
 
 
 def transfer_plan(
     max_new_tokens: int, *, num_steps: int | None = None, block_length: int | None = None
 ) -> list[tuple[int, int, int]]:
-    """Per step: the block's first position, its end, and how many tokens are kept.
+    """Per step of LLaDA's sampler: the block's first position, its end, and how many are kept.
 
     Steps are shared out evenly over the blocks, and a block's tokens over its steps, the first
     ones taking the remainder. `num_steps` None: one token a step. `block_length` None: 32.
@@ -41,7 +104,7 @@ def transfer_plan(
         >>> transfer_plan(5, num_steps=3, block_length=4)
         [(0, 4, 2), (0, 4, 2), (4, 5, 1)]
     """
-    block_length = 32 if block_length is None else block_length
+    block_length = BLOCK_LENGTH if block_length is None else block_length
     if block_length < 1:
         raise ConfigError(f"block_length is {block_length}; it must be at least 1")
     spans = [
@@ -63,123 +126,143 @@ def transfer_plan(
     return plan
 
 
+@functools.lru_cache(maxsize=256)
+def _dream_plan(max_new_tokens: int, num_steps: int, eps: float, algorithm: str) -> list[float]:
+    """How many tokens each step of Dream's samplers keeps, or with which probability.
+
+    Time falls evenly from 1 to eps; a step from t to s keeps the share 1 - s / t of the masks, the
+    last one all. In fp32, as published, since the share of one mask may be just below a whole.
+    """
+    time_S = torch.linspace(1, eps, num_steps + 1)
+    share_S = (1 - time_S[1:] / time_S[:-1]).numpy()
+    if algorithm == "origin":
+        return [float(share) for share in share_S[:-1]] + [1.0]
+    plan, masked = [], max_new_tokens
+    for share in share_S[:-1]:
+        keep = int(np.float32(masked) * share)
+        plan.append(keep)
+        masked -= keep
+    return [*plan, masked]
+
+
 class VanillaBatch:
-    """A batch decoded by low-confidence remasking."""
+    """A batch decoded by one of the models' own samplers."""
 
     def __init__(
         self,
         model: Transformer,
         sequences: Sequences,
-        **options: int | None,
+        *,
+        workspace: Workspace,
+        **options: Any,
     ) -> None:
-        spec, device = model.spec, model.device
-        assert spec.mask_token_id is not None
-        self.model, self.sequences = model, sequences
-        self.mask_token_id = spec.mask_token_id
-        prompt_BL, self.prompt_length_B = pad_prompts(sequences.prompts, device)
-        self.limits = list(sequences.max_new_tokens)
-        self.length_B = self.prompt_length_B + torch.tensor(self.limits, device=device)
-        self.position_1L = torch.arange(int(self.length_B.max()), device=device)[None]
-        in_prompt_BL = self.position_1L < self.prompt_length_B[:, None]
-        self.ids_BL = torch.full_like(in_prompt_BL, spec.mask_token_id, dtype=torch.long)
-        if prompt_BL.shape[1] > 0:
-            index_BL = self.position_1L.clamp_max(prompt_BL.shape[1] - 1).expand_as(self.ids_BL)
-            self.ids_BL = torch.where(in_prompt_BL, prompt_BL.gather(1, index_BL), self.ids_BL)
-        self.seed_B = torch.tensor(sequences.seeds, device=device)
-        self.plans = [transfer_plan(limit, **options) for limit in self.limits]
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.model, self.sequences, self.workspace = model, sequences, workspace
+        self.algorithm = options.get("algorithm") or "low_confidence"
+        self.plans = [vanilla_plan(limit, **options) for limit in sequences.max_new_tokens]
         self.steps = [0] * len(sequences)
         self.done = [False] * len(sequences)
+        self._lay_out()
+
+    @torch.inference_mode()
+    def _lay_out(
+        self,
+        responses: Sequence[Sequence[int | None]] | None = None,
+        finite: Sequence[bool] | None = None,
+    ) -> None:
+        self.canvas = Canvas(
+            self.model, self.sequences, self.workspace, responses=responses, finite=finite
+        )
+        self.canvas.buffers.step_1.fill_(max(self.steps))
+        longest = max(len(plan) for plan in self.plans)
+        self.block_length = max(end - start for plan in self.plans for start, end, _ in plan)
+        # After the last step nothing is kept.
+        room = 1 << longest.bit_length()
+        self._key = (
+            "vanilla", room, self.block_length, self.algorithm,
+            self.sequences.temperature, self.sequences.top_k, self.sequences.top_p,
+        )  # fmt: skip
+        plan_SB3 = torch.zeros(room, len(self.plans), 3, dtype=torch.double)
+        for row, plan in enumerate(self.plans):
+            plan_SB3[: len(plan), row] = torch.tensor(plan, dtype=torch.double)
+        self.plan_SB3 = self.workspace.buffers(
+            ("plan", room, len(self.plans)),
+            lambda: torch.empty_like(plan_SB3, device=self.model.device),
+        )
+        self.plan_SB3.copy_(plan_SB3)
 
     @torch.inference_mode()
     def step(self) -> None:
         """One forward over the whole sequences, then keep this step's tokens."""
-        device = self.ids_BL.device
-        plan = [
-            (0, 0, 0) if done else steps[count]
-            for steps, count, done in zip(self.plans, self.steps, self.done, strict=True)
-        ]
-        start_B, end_B, keep_B = torch.tensor(plan, device=device).unbind(1)
-        response_BL = self.position_1L - self.prompt_length_B[:, None]
-        inside_BL = self.position_1L < self.length_B[:, None]
-        # Equal lengths need no padding, hence no mask, which lets faster attention run.
-        ragged = len(set(self.length_B.tolist())) > 1
-        block_BL = torch.where(inside_BL, 0, PADDING_BLOCK).to(torch.int32) if ragged else None
-        aligned_BLD = self.model.align(self.model(self.ids_BL, self.position_1L, block_BL))
-
-        candidate_BL = (
-            (self.ids_BL == self.mask_token_id)
-            & (response_BL >= start_B[:, None])
-            & (response_BL < end_B[:, None])
-        )
-        row_M, position_M = candidate_BL.nonzero(as_tuple=True)
-        step_B = torch.tensor(self.steps, device=device)
-        token_M, confidence_M, _ = choose_tokens(
-            self.model.head(aligned_BLD[row_M, position_M]),
-            mask_token_id=self.mask_token_id,
-            sampling=self.sequences.sampling(self.seed_B[row_M], position_M, step_B[row_M]),
-        )
-        self.finite = self.finite & confidence_M.isfinite().all()
-        confidence_BL = torch.full_like(candidate_BL, -torch.inf, dtype=torch.float32)
-        confidence_BL[row_M, position_M] = confidence_M
-        order_BL = confidence_BL.sort(dim=1, descending=True, stable=True).indices
-        rank_BL = torch.empty_like(order_BL).scatter_(
-            1, order_BL, self.position_1L.expand_as(order_BL)
-        )
-        kept_BL = candidate_BL & (rank_BL < keep_B[:, None])
-        proposed_BL = self.ids_BL.index_put((row_M, position_M), token_M)
-        self.ids_BL = torch.where(kept_BL, proposed_BL, self.ids_BL)
-        self._finish(response_BL)
-
-    def _finish(self, response_BL: Tensor) -> None:
+        self.canvas.run(self._key, self._compute)
         stopped = [False] * len(self.done)
+        # Without an EOS to wait for, how many steps there are is known, and the host runs ahead.
         if self.sequences.early_stop and self.sequences.eos_token_ids:
-            # An EOS with no mask of the response before it.
-            eos_E = torch.tensor(self.sequences.eos_token_ids, device=self.ids_BL.device)
-            known_BL = (response_BL < 0) | (self.ids_BL != self.mask_token_id)
-            is_eos_BL = (response_BL >= 0) & torch.isin(self.ids_BL, eos_E)
-            inside_BL = self.position_1L < self.length_B[:, None]
-            prefix_BL = known_BL.long().cumprod(-1).bool()
-            stopped = (prefix_BL & is_eos_BL & inside_BL).any(-1).tolist()
+            gaps, ends, _ = self.canvas.report()
+            stopped = [end < gap for gap, end in zip(gaps, ends, strict=True)]
         for row, done in enumerate(self.done):
             if not done:
                 self.steps[row] += 1
                 self.done[row] = stopped[row] or self.steps[row] >= len(self.plans[row])
 
-    def _response(self, row: int) -> list[int]:
-        start = int(self.prompt_length_B[row])
-        return self.ids_BL[row, start : start + self.limits[row]].tolist()
+    def _compute(self) -> None:
+        canvas = self.canvas
+        plan_B3 = self.plan_SB3.index_select(0, canvas.buffers.step_1)[0]
+        start_B, end_B = plan_B3[:, 0].long(), plan_B3[:, 1].long()
+        block = canvas.block(start_B, end_B, self.block_length)
+        aligned_MD = canvas.aligned(canvas.forward(), block)
+        choice = canvas.choose(aligned_MD, block, _RANKED_BY.get(self.algorithm))
+        rank_BK = choice.rank_M.view_as(block.candidate_BK)
+        if self.algorithm == "origin":
+            kept_BK = block.candidate_BK & (self._noise(block.response_BK) < plan_B3[:, 2:])
+        else:
+            kept_BK = keep_best(block.candidate_BK, rank_BK, plan_B3[:, 2])
+        canvas.take(block, choice, kept_BK)
+
+    def _noise(self, response_BK: Tensor) -> Tensor:
+        buffers = self.canvas.buffers
+        seed_BK = buffers.facts_5B[4][:, None].expand_as(response_BK)
+        return uniform_noise(seed_BK, buffers.facts_5B[1][:, None] + response_BK, buffers.step_1)
 
     def finished(self) -> list[bool]:
         """Which sequences are done."""
         return list(self.done)
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of finished sequences."""
-        if rows:
-            check_finite(self.finite)
-        return [self._result(row) for row in rows]
-
-    def _result(self, row: int) -> GenerationResult:
-        token_ids, reason = cut_at_eos(self._response(row), self.sequences.eos_token_ids)
-        return GenerationResult(
-            token_ids=token_ids,
-            num_forwards=self.steps[row],
-            num_prefill_forwards=0,
-            num_query_tokens=self.steps[row] * int(self.length_B[row]),
-            finish_reason=reason,
-        )
+        """The responses of sequences, up to the first mask."""
+        responses, finite = self.canvas.responses(), self.canvas.report()[2]
+        results = []
+        for row in rows:
+            check_finite(finite[row])
+            token_ids, reason = cut_at_eos(
+                decoded_prefix(responses[row]), self.sequences.eos_token_ids
+            )
+            results.append(
+                GenerationResult(
+                    token_ids=token_ids,
+                    num_forwards=self.steps[row],
+                    num_prefill_forwards=0,
+                    num_query_tokens=self.steps[row] * self.canvas.counts[row],
+                    finish_reason=reason,
+                )
+            )
+        return results
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        tokens = tuple(None if t == self.mask_token_id else t for t in self._response(row))
+        tokens = tuple(self.canvas.responses()[row])
         return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tokens)]
 
     def select(self, rows: list[int]) -> None:
         """Go on with these sequences only."""
-        index_M = torch.tensor(rows, device=self.ids_BL.device)
-        for name in ("prompt_length_B", "length_B", "ids_BL", "seed_B"):
-            setattr(self, name, getattr(self, name)[index_M])
-        for name in ("limits", "plans", "steps", "done"):
+        sequences, responses = self.sequences, self.canvas.responses()
+        finite = self.canvas.report()[2]
+        self.sequences = dataclasses.replace(
+            sequences,
+            prompts=[sequences.prompts[row] for row in rows],
+            max_new_tokens=[sequences.max_new_tokens[row] for row in rows],
+            seeds=[sequences.seeds[row] for row in rows],
+        )
+        for name in ("plans", "steps", "done"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
+        self._lay_out([responses[row] for row in rows], [finite[row] for row in rows])

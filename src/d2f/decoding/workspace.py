@@ -7,9 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from d2f.ops.backend import Backend, select_backend
+
 _Buffers = TypeVar("_Buffers")
 MOST_GRAPHS = 512
 """Beyond so many the graph unused for longest is given up."""
+LEAST_MULTIPLE, PADDED_SHARE = 32, 16
+"""Captured lengths are multiples of the first, long ones of a sixteenth of the next power of two:
+few shapes occur, and padding stays below an eighth."""
 
 
 class Workspace:
@@ -21,6 +26,8 @@ class Workspace:
     Args:
         device: Where the model is.
         use_graphs: Capture on a GPU.
+        backend: The operations of its forwards; None: those that suit the device.
+        pads: Pad lengths; None: where steps are captured. Elsewhere it only serves tests.
 
     Example:
         >>> workspace = Workspace(torch.device("cpu"))
@@ -32,9 +39,18 @@ class Workspace:
         tensor([2.])
     """
 
-    def __init__(self, device: torch.device, *, use_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        use_graphs: bool = True,
+        backend: Backend | None = None,
+        pads: bool | None = None,
+    ) -> None:
         self.device = device
+        self.backend = backend or select_backend("auto", device)
         self._use_graphs = use_graphs and device.type == "cuda"
+        self._pads = self._use_graphs if pads is None else pads
         self._buffers: dict[Hashable, Any] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         """The one used last comes last."""
@@ -44,6 +60,19 @@ class Workspace:
     def num_graphs(self) -> int:
         """Steps captured so far."""
         return len(self._graphs)
+
+    def padded(self, length: int) -> int:
+        """The length of the buffers and steps for so many tokens.
+
+        Example:
+            >>> padded = Workspace(torch.device("cpu"), pads=True).padded
+            >>> [padded(n) for n in (1, 33, 512, 1000, 1025)]
+            [32, 64, 512, 1024, 1152]
+        """
+        if not self._pads:
+            return length
+        multiple = max(LEAST_MULTIPLE, (1 << max(length - 1, 0).bit_length()) // PADDED_SHARE)
+        return -(-length // multiple) * multiple
 
     def buffers(self, key: Hashable, make: Callable[[], _Buffers]) -> _Buffers:
         """What `make` returned when it was first called for `key`."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
+from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
 from d2f.engine.request import Output, Request, resolve
@@ -115,7 +116,15 @@ class Engine:
 
     @functools.cached_property
     def _unpaged(self) -> UnpagedLane:
-        lane = UnpagedLane(self.model, max_rows=self.config.max_batch_size, on_done=self._on_done)
+        model, config = self.model, self.config
+        backend = select_backend(config.backend, model.device)
+        model.pack()
+        lane = UnpagedLane(
+            model,
+            Workspace(model.device, use_graphs=config.cuda_graphs, backend=backend),
+            max_rows=config.max_batch_size,
+            on_done=self._on_done,
+        )
         self._lanes.append(lane)
         return lane
 

@@ -62,19 +62,30 @@ def generate_ids(
             defaults.
         max_new_tokens: Exact upper bound of each response.
         eos_token_id: One or several; None: the model's own, `()`: none.
-        strategy: `pipelined`, `serial`, `autoregressive`, `vanilla` or `reference`.
+        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`; `reference`,
+            the pipeline without a cache, slow; and with options of their own `vanilla`, LLaDA's and
+            Dream's samplers; Fast-dLLM's `parallel`, `prefix-cache`, `dual-cache`; `dllm-cache`.
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
-        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy;
-            `num_steps` and `block_length` for `vanilla`. An option without effect is refused by
-            name.
+        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy. An option
+            without effect is refused by name.
+
+            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's default
+              `low_confidence` or Dream's `maskgit_plus`, `topk_margin`, `entropy`, `origin`;
+              `block_length` (32) of the former; `eps` (0.001), where the latter's time ends.
+            - `parallel`, `prefix-cache`, `dual-cache`: `block_length` (32), and `threshold` (0.9),
+              the probability from which tokens are kept, or `factor`: keep the n surest for the
+              largest n with (n + 1) (1 - the n-th probability) < factor.
+            - `dllm-cache`: `num_steps`, `block_length`, `prompt_interval` and `response_interval`,
+              forwards from one refresh of the prompt or response to the next, and
+              `refresh_share`, the share of the response that is computed in between.
 
     Returns:
         A result, or a list of results for a list of prompts.
 
     Raises:
         RequestError: The model cannot serve a prompt.
-        ConfigError: An unknown strategy or option.
+        ConfigError: An unknown strategy or option, or a bad value.
 
     Example:
         >>> from d2f.testing import tiny_model
@@ -95,6 +106,17 @@ def generate_ids(
     }
     requests = [_request(prompt, settings, strategy_options) for prompt in prompts]
     requests = [resolve(request, model.spec) for request in requests]
+    engine = _engine_for(model, requests)
+    try:
+        results = engine.generate(requests)
+    finally:
+        # An error's traceback keeps the engine, which must not keep the cache.
+        engine.close()
+    return results if several else results[0]
+
+
+def _engine_for(model: Transformer, requests: Sequence[Request]) -> Engine:
+    """An engine with no larger a cache than these requests can fill."""
     config = EngineConfig()
     enough = enough_bytes(
         model.spec,
@@ -104,13 +126,7 @@ def generate_ids(
         dtype=model.dtype,
     )
     enough = max(min(enough, free_bytes(model.device)), 1)
-    engine = Engine(model, replace(config, kv_cache_bytes=enough))
-    try:
-        results = engine.generate(requests)
-    finally:
-        # An error's traceback keeps the engine, which must not keep the cache.
-        engine.close()
-    return results if several else results[0]
+    return Engine(model, replace(config, kv_cache_bytes=enough))
 
 
 def _request(prompt: Sequence[int], settings: dict[str, Any], options: dict[str, Any]) -> Request:

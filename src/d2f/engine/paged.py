@@ -399,9 +399,8 @@ class PagedLane:
             return
         try:
             stops = bool(tokens) and task.reaches_stop()
-        except Exception as error:
-            # The tokenizer is the caller's; other requests have nothing to do with it.
-            self._fail(task, f"the tokenizer could not decode the response ({error!r})")
+        except RequestError as error:
+            self._fail(task, str(error))
             return
         if table["done"] or stops:
             self._finish(task)

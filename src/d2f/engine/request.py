@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos
+from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, check_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
@@ -68,8 +67,7 @@ class Output:
         if self.result is not None:
             return self.result.token_ids
         tokens = (token for block in self.blocks for token in block.token_ids)
-        known = [t for t in itertools.takewhile(lambda t: t is not None, tokens) if t is not None]
-        return cut_at_eos(known, self.eos_token_ids)[0]
+        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0]
 
 
 def resolve(request: Request, spec: ModelSpec) -> Request:
@@ -92,7 +90,7 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
         )
     check_strategy(request.strategy, request.options, spec, len(prompt), limit)
     _check_sampling(request)
-    stop = _stop_strings(request, STRATEGIES[request.strategy].paged)
+    stop = _stop_strings(request)
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
@@ -106,13 +104,11 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     )
 
 
-def _stop_strings(request: Request, paged: bool) -> tuple[str, ...]:
+def _stop_strings(request: Request) -> tuple[str, ...]:
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     for text in stop:
         if not isinstance(text, str) or not text:
             raise RequestError(f"stop string {text!r} is not a text of at least one character")
-    if stop and not paged:
-        raise RequestError(f"strategy {request.strategy} knows no stop strings")
     return stop
 
 

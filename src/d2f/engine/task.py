@@ -6,13 +6,20 @@ What the host knows of a running request is one step old where the device runs a
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from d2f.decoding import rules
-from d2f.decoding.batch import BlockState, BlockView, GenerationResult, cut_at_eos
+from d2f.decoding.batch import (
+    BlockState,
+    BlockView,
+    GenerationResult,
+    cut_at_eos,
+    decoded_prefix,
+)
 from d2f.decoding.paged import TokenRecord
 from d2f.decoding.rows import RowStart
 from d2f.engine.request import Request
@@ -119,39 +126,50 @@ class Task:
 
     def decoded(self) -> list[int]:
         """The response up to its first gap."""
-        known: list[int] = []
-        for token in self.tokens:
-            if token is None:
-                break
-            known.append(token)
-        return known
+        return decoded_prefix(self.tokens)
 
     def reaches_stop(self) -> bool:
-        """Whether the response up to its first gap holds a stop string."""
-        return bool(self.request.stop) and self._has_stop(self.decoded())
+        """Whether the response up to its first gap holds a stop string.
+
+        Raises:
+            RequestError: The tokenizer cannot decode it.
+        """
+        if not self.request.stop:
+            return False
+        try:
+            return self._has_stop(self.decoded())
+        except Exception as error:
+            # The tokenizer is the caller's; other requests have nothing to do with it.
+            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
 
     def _has_stop(self, token_ids: Sequence[int]) -> bool:
         assert self.decode is not None
         text = self.decode(token_ids)
         return any(stop in text for stop in self.request.stop)
 
+    def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
+        """A response up to the token that completes a stop string, if there is one."""
+        token_ids = result.token_ids
+        if not self.request.stop or not self._has_stop(token_ids):
+            return result
+        fewest = bisect.bisect_left(
+            range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
+        )
+        return dataclasses.replace(result, token_ids=token_ids[:fewest], finish_reason="stop")
+
     def result(self) -> GenerationResult:
         """The finished response, up to the first EOS or the token that completes a stop string."""
         eos = self.request.eos_token_id
         assert isinstance(eos, tuple)
         token_ids, reason = cut_at_eos(self.decoded(), eos)
-        if self.request.stop and self._has_stop(token_ids):
-            fewest = bisect.bisect_left(
-                range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
-            )
-            token_ids, reason = token_ids[:fewest], "stop"
-        return GenerationResult(
+        result = GenerationResult(
             token_ids=token_ids,
             num_forwards=self.num_forwards,
             num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
             finish_reason=reason,
         )
+        return self.cut_at_stop(result)
 
     def view(self) -> list[BlockView]:
         """Its blocks as they stand."""

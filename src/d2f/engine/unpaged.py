@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Callable
 
 from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult, Sequences
-from d2f.decoding.strategies import start_batch
+from d2f.decoding.strategies import STRATEGIES, start_batch
+from d2f.decoding.workspace import Workspace
 from d2f.engine.request import Request
 from d2f.engine.task import Task
 from d2f.errors import RequestError
@@ -14,13 +15,14 @@ from d2f.models.transformer import Transformer
 
 
 class UnpagedLane:
-    """Requests of `vanilla` and `reference`.
+    """Requests of the strategies that keep no pages of the engine's cache.
 
-    It serves batches of waiting requests that run under the same settings; sequences that are done
-    leave the batch.
+    It serves batches of waiting requests that run under the same settings, one at a time where the
+    strategy takes no more; sequences that are done leave the batch.
 
     Args:
-        model: The model.
+        model: The model; packed.
+        workspace: What batches leave to the next one.
         max_rows: Most requests of a batch.
         on_done: Called with each task that is finished or failed, and its result.
     """
@@ -28,11 +30,13 @@ class UnpagedLane:
     def __init__(
         self,
         model: Transformer,
+        workspace: Workspace,
         *,
         max_rows: int,
         on_done: Callable[[Task, GenerationResult | None], None],
     ) -> None:
-        self.model, self._max_rows, self._on_done = model, max_rows, on_done
+        self.model, self._workspace = model, workspace
+        self._max_rows, self._on_done = max_rows, on_done
         self.waiting: deque[Task] = deque()
         self._batch: DecodingBatch | None = None
         self._rows: list[Task | None] = []
@@ -72,13 +76,16 @@ class UnpagedLane:
         if self._batch is None and self.waiting:
             first = self.waiting[0].request
             fits = [task for task in self.waiting if _same_settings(first, task.request)]
-            chosen = fits[: self._max_rows]
-            self.waiting = deque(task for task in self.waiting if task not in chosen)
+            most = STRATEGIES[first.strategy].max_rows or self._max_rows
+            chosen = fits[: min(most, self._max_rows)]
             requests = [task.request for task in chosen]
             self._batch = start_batch(
-                first.strategy, self.model, _sequences(requests), first.options
+                first.strategy, self.model, _sequences(requests), first.options, self._workspace
             )
             self._rows = list(chosen)
+            self.waiting = deque(task for task in self.waiting if task not in chosen)
+            for task in chosen:
+                task.tokens = []
         return self._batch
 
     def _run(self, batch: DecodingBatch | None) -> None:
@@ -99,11 +106,13 @@ class UnpagedLane:
             return
         for row, done in enumerate(batch.finished()):
             task = self._rows[row]
-            if not done or task is None:
+            if task is None:
                 continue
             result = None
             try:
-                [result] = batch.results([row])
+                if not _stops(batch, row, task) and not done:
+                    continue
+                result = task.cut_at_stop(batch.results([row])[0])
             except RequestError as error:
                 task.error = error
             task.blocks = batch.view(row)
@@ -116,6 +125,15 @@ class UnpagedLane:
         elif len(left) <= len(self._rows) // 2:
             batch.select(left)
             self._rows = [self._rows[row] for row in left]
+
+
+def _stops(batch: DecodingBatch, row: int, task: Task) -> bool:
+    """Whether what a running request has decoded by now holds a stop string."""
+    if not task.request.stop:
+        return False
+    num_decoded = len(task.decoded())
+    task.tokens = [token for block in batch.view(row) for token in block.token_ids]
+    return len(task.decoded()) > num_decoded and task.reaches_stop()
 
 
 def _sequences(requests: list[Request]) -> Sequences:

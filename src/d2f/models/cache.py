@@ -11,6 +11,8 @@ tokens; other methods may overwrite or refresh any slot.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,36 @@ class PagedCache:
     def layer(self, index: int) -> Tensor:
         """Keys and values of one layer: (2, S, K, H)."""
         return self.kv_N2SKH[index]
+
+
+class ScratchCache(PagedCache):
+    """Room for the keys and values of one layer, which every layer uses in its turn.
+
+    For forwards that compute all tokens anew and keep nothing.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> ScratchCache(tiny_spec("llada"), num_pages=4, page_size=8).kv_N2SKH.shape
+        torch.Size([1, 2, 32, 4, 8])
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            dataclasses.replace(spec, num_layers=1),
+            num_pages=num_pages,
+            page_size=page_size,
+            device=device,
+            dtype=dtype,
+        )
+
+    def layer(self, index: int) -> Tensor:
+        """The same of all layers: (2, S, K, H)."""
+        return self.kv_N2SKH[0]

@@ -122,12 +122,29 @@ def gumbel_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor, vocab_size:
         >>> gumbel_noise(one, one, one, 3).shape
         torch.Size([1, 3])
     """
-    key_M = _mix(_mix(_mix(seed_M) ^ position_M) ^ step_M)
+    key_M = _key(seed_M, position_M, step_M)
     token_V = torch.arange(vocab_size, device=seed_M.device)
-    word_MV = _mix(key_M[:, None] ^ _mix(token_V)[None])
+    return -(-_unit(key_M[:, None] ^ _mix(token_V)[None]).log()).log().float()
+
+
+def uniform_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor) -> Tensor:
+    """Noise (M,) between 0 and 1, fp64, a hash of the same but of no token.
+
+    Example:
+        >>> one = torch.tensor([1])
+        >>> 0 < float(uniform_noise(one, one, one)) < 1
+        True
+    """
+    return _unit(~_key(seed_M, position_M, step_M))
+
+
+def _key(seed_M: Tensor, position_M: Tensor, step_M: Tensor) -> Tensor:
+    return _mix(_mix(_mix(seed_M) ^ position_M) ^ step_M)
+
+
+def _unit(key: Tensor) -> Tensor:
     # 53 bits are what a double holds; the half keeps u away from 0 and 1.
-    u_MV = ((word_MV & ((1 << 53) - 1)).double() + 0.5) / 2.0**53
-    return -(-u_MV.log()).log().float()
+    return ((_mix(key) & ((1 << 53) - 1)).double() + 0.5) / 2.0**53
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_json_has_the_keys_of_the_contract(generate):
     assert done.err == ""
 
 
-@pytest.mark.parametrize("strategy", ["pipelined", "serial", "vanilla", "reference"])
+@pytest.mark.parametrize("strategy", ["pipelined", "serial", "vanilla", "reference", "dual-cache"])
 def test_stream_prints_the_same_text(generate, strategy):
     options = ("--strategy", strategy)
     plain, streamed = generate(*options), generate(*options, "--stream")
@@ -101,6 +101,18 @@ def test_policy_options_change_the_checkpoints_policy(generate):
     assert forwards("--strategy", "vanilla", "--num-steps", 5, "--block-length", 20) == 5
 
 
+def test_options_of_the_baselines_reach_them(generate):
+    def forwards(*options):
+        return json.loads(generate("--json", *options).out)["num_forwards"]
+
+    dream = ("--strategy", "vanilla", "--num-steps", 5, "--algorithm", "entropy", "--eps", 0.01)
+    assert forwards(*dream) == 5
+    for strategy in ("parallel", "prefix-cache", "dual-cache"):
+        fast = ("--strategy", strategy, "--block-length", 20)
+        assert forwards(*fast, "--threshold", 1) == 20
+        assert forwards(*fast, "--factor", 1000) <= 2
+
+
 def test_sampling_is_seeded(generate):
     hot = ("--temperature", 2)
     assert generate(*hot, "--seed", 1).out == generate(*hot, "--seed", 1).out
@@ -131,6 +143,12 @@ def test_sampling_among_one_token_needs_no_seed(generate):
         (["--strategy", "vanilla", "--block-size", 8], "--block-size: without effect"),
         (["--strategy", "serial", "--add-threshold", 0.5], "--add-threshold: without effect"),
         (["--num-steps", 4], "num_steps"),
+        (["--strategy", "vanilla", "--algorithm", "entropi"], "did you mean 'entropy'"),
+        (["--strategy", "parallel", "--threshold", 2], "threshold is 2.0"),
+        (["--strategy", "parallel", "--factor", -1], "factor is -1.0"),
+        (["--strategy", "dual-cache", "--refresh-share", 0.2], "refresh_share"),
+        (["--prompt-interval", 4], "prompt_interval"),
+        (["--strategy", "vanilla", "--response-interval", 4], "response_interval"),
         (["--strategy", "serial", "--block-length", 4], "block_length"),
         (["--chat"], "no chat template"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),

@@ -31,8 +31,11 @@ def sequence(prompt, limit, *, eos=(), **settings):
     )  # fmt: skip
 
 
-def decode(model, sequences, **options):
-    batch = DLLMCacheBatch(model, sequences, **options)
+def decode(model, sequences, workspace=None, **options):
+    model.pack()
+    # Padded, as where steps are captured.
+    workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
+    batch = DLLMCacheBatch(model, sequences, workspace=workspace, **options)
     while not all(batch.finished()):
         batch.step()
     [result] = batch.results([0])

@@ -3,11 +3,13 @@
 import pytest
 
 from d2f import DecodingPolicy, generate_ids
-from d2f.decoding.vanilla import transfer_plan
 from d2f.errors import ConfigError, D2FError, RequestError
 from d2f.testing import tiny_model
 
-STRATEGIES = ("pipelined", "serial", "reference", "vanilla")
+STRATEGIES = (
+    "pipelined", "serial", "reference", "vanilla", "parallel", "prefix-cache", "dual-cache",
+)  # fmt: skip
+FAST = ("parallel", "prefix-cache", "dual-cache")
 
 
 @pytest.fixture(scope="module", params=["llada", "Dream"])
@@ -69,6 +71,34 @@ def test_thresholds_at_their_ends(model, add, act, conf, window):
         ({"strategy": "vanilla", "blok_length": 4}, "did you mean 'block_length'"),
         ({"strategy": "vanilla", "num_steps": 1, "max_new_tokens": 64}, "need at least 2"),
         ({"strategy": "vanilla", "block_length": 0}, "block_length is 0"),
+        ({"strategy": "vanilla", "block_length": True}, "block_length is True; it must be a whole"),
+        ({"strategy": "vanilla", "num_steps": 2.5}, "num_steps is 2.5; it must be a whole number"),
+        ({"strategy": "vanilla", "num_steps": 0, "algorithm": "origin"}, "num_steps is 0"),
+        ({"strategy": "vanilla", "algorithm": "entropi"}, "did you mean 'entropy'"),
+        ({"strategy": "vanilla", "algorithm": 3}, "algorithm is 3; it must be a name"),
+        ({"strategy": "vanilla", "eps": 0.1}, "eps is 0.1; it is without effect on algorithm low"),
+        ({"strategy": "vanilla", "algorithm": "entropy", "eps": 0}, "eps is 0; it must lie"),
+        ({"strategy": "vanilla", "algorithm": "entropy", "eps": 1.0}, "eps is 1.0; it must lie"),
+        (
+            {"strategy": "vanilla", "algorithm": "origin", "block_length": 8},
+            "block_length is 8; it is without effect on algorithm origin",
+        ),
+        ({"strategy": "vanilla", "threshold": 0.5}, "unknown option 'threshold'"),
+        *(
+            ({"strategy": strategy} | options, message)
+            for strategy in FAST
+            for options, message in [
+                ({"threshold": 1.5}, "threshold is 1.5; it must lie between 0 and 1"),
+                ({"threshold": float("nan")}, "threshold is nan"),
+                ({"threshold": "high"}, "threshold is 'high'; it must be a number"),
+                ({"factor": 0}, "factor is 0; it must be a number above 0"),
+                ({"factor": float("inf")}, "factor is inf"),
+                ({"threshold": 0.9, "factor": 1.0}, "give one of them"),
+                ({"block_length": 0}, "block_length is 0"),
+                ({"num_steps": 4}, "unknown option 'num_steps'"),
+            ]
+        ),
+        ({"strategy": "paralel"}, "did you mean 'parallel'"),
         ({"strategy": "autoregressive"}, "not autoregressive"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": -1}, "top_k is -1"),
@@ -111,9 +141,3 @@ def test_policy_refuses_bad_values(values):
 def test_policy_from_a_table_refuses_unknown_fields():
     with pytest.raises(ConfigError, match="did you mean 'block_size'"):
         DecodingPolicy.from_dict({"block_sise": 4})
-
-
-def test_transfer_plan_counts_every_token_once():
-    plan = transfer_plan(50, num_steps=11, block_length=16)
-    assert len(plan) == 11
-    assert sum(count for _, _, count in plan) == 50

@@ -36,7 +36,7 @@ GOOD = Request(prompt_ids=[1, 2, 3], max_new_tokens=6, eos_token_id=())
         ({"stop": ["x"]}, RequestError, "tokenizer"),
         ({"stop": [""]}, RequestError, "stop string ''"),
         ({"stop": [5]}, RequestError, "stop string 5"),
-        ({"stop": ["x"], "strategy": "vanilla"}, RequestError, "knows no stop strings"),
+        ({"stop": ["x"], "strategy": "vanilla"}, RequestError, "need the engine's tokenizer"),
         ({"prompt_ids": [96]}, RequestError, "outside the vocabulary"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):
         def interrupted(*arguments, **settings):
             raise KeyboardInterrupt
 
-        patch.setattr(type(model), "forward", interrupted)
+        patch.setattr(type(model), "forward_packed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     outputs = []

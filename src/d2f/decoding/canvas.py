@@ -1,0 +1,303 @@
+"""Prompts and whole responses of a batch at fixed places in memory, for captured steps.
+
+Shapes: B sequences, T packed tokens of all of them, K positions of a block, M = B * K of all
+blocks, R positions of the longest response, E EOS tokens, P pages of a sequence, D hidden size.
+
+The tokens lie packed, sequence after sequence, padding at the end. Every token sees all tokens of
+its sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f.decoding.batch import Sequences
+from d2f.decoding.paged import HEAD_ROWS
+from d2f.decoding.workspace import Workspace
+from d2f.models.cache import PagedCache, ScratchCache
+from d2f.models.transformer import Transformer
+from d2f.ops.packed import PackedTokens
+from d2f.ops.sampling import Choice
+
+PAGE_SIZE = 16
+_FAR = 1 << 40
+"""Beyond every position."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CanvasBuffers:
+    """What a canvas keeps on the device."""
+
+    ids_T: Tensor
+    """Token ids; behind the last a place for what is not to be kept."""
+    tokens_3T: Tensor
+    """Position, slot and limit of each token, as `PackedTokens` has them."""
+    facts_5B: Tensor
+    """First token, prompt's length, whole length, response's length and seed of each sequence."""
+    pages_BP: Tensor
+    eos_E: Tensor
+    step_1: Tensor
+    """Forwards so far."""
+    report_3B: Tensor
+    """The response's first mask, its first EOS, and whether all its probabilities were finite."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """K positions of each response."""
+
+    response_BK: Tensor
+    """Places in the response."""
+    place_BK: Tensor
+    """Places among the T tokens."""
+    candidate_BK: Tensor
+    """Where a token is needed."""
+
+
+class Canvas:
+    """The tokens of a batch and what is done with all of them alike.
+
+    Args:
+        model: The model; packed.
+        sequences: The batch.
+        workspace: Where its buffers are.
+        keeps_cache: Each layer keeps the keys and values of its last forward.
+        responses: What is decoded already, None where it is not; None: nothing.
+        finite: Which sequences met finite logits only; None: all.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sequences: Sequences,
+        workspace: Workspace,
+        *,
+        keeps_cache: bool = False,
+        responses: Sequence[Sequence[int | None]] | None = None,
+        finite: Sequence[bool] | None = None,
+    ) -> None:
+        assert model.spec.mask_token_id is not None
+        self.model, self.sequences = model, sequences
+        self.workspace, self.backend = workspace, workspace.backend
+        self.mask_token_id = model.spec.mask_token_id
+        self.counts = [
+            len(prompt) + limit
+            for prompt, limit in zip(sequences.prompts, sequences.max_new_tokens, strict=True)
+        ]
+        self.num_tokens = workspace.padded(sum(self.counts))
+        self.width = workspace.padded(max(self.counts))
+        self.response_width = workspace.padded(max(sequences.max_new_tokens))
+        num_pages = -(-self.width // PAGE_SIZE)
+        num_eos = len(sequences.eos_token_ids)
+        self.key: Hashable = (
+            "canvas", len(sequences), self.num_tokens, self.width, self.response_width, num_eos,
+            keeps_cache,
+        )  # fmt: skip
+        device = model.device
+
+        def make() -> CanvasBuffers:
+            def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+                return torch.zeros(shape, device=device, dtype=dtype)
+
+            batch = len(sequences)
+            return CanvasBuffers(
+                ids_T=zeros(self.num_tokens + 1),
+                tokens_3T=zeros(3, self.num_tokens),
+                facts_5B=zeros(5, batch),
+                pages_BP=zeros(batch, num_pages, dtype=torch.int32),
+                eos_E=zeros(num_eos),
+                step_1=zeros(1),
+                report_3B=zeros(3, batch),
+            )
+
+        self.buffers = workspace.buffers(self.key, make)
+        # By powers of two, so that all lengths together take no more than twice the longest's room.
+        capacity = 1 << (len(sequences) * num_pages).bit_length()
+        kind = PagedCache if keeps_cache else ScratchCache
+        self.cache = workspace.buffers(
+            (kind, capacity),
+            lambda: kind(
+                model.spec,
+                num_pages=capacity,
+                page_size=PAGE_SIZE,
+                device=device,
+                dtype=model.dtype,
+            ),
+        )
+        self._responses: Sequence[Sequence[int | None]] | None = responses or [
+            [None] * limit for limit in sequences.max_new_tokens
+        ]
+        """None where they must be read first."""
+        self._write(self._responses, finite or [True] * len(sequences))
+
+    def _write(self, responses: Sequence[Sequence[int | None]], finite: Sequence[bool]) -> None:
+        """Fill the buffers."""
+        sequences, buffers = self.sequences, self.buffers
+        ids: list[int] = []
+        for prompt, response in zip(sequences.prompts, responses, strict=True):
+            ids += [*prompt, *(self.mask_token_id if t is None else t for t in response)]
+        count_B = torch.tensor(self.counts)
+        first_B = count_B.cumsum(0) - count_B
+        prompt_B = torch.tensor([len(prompt) for prompt in sequences.prompts])
+        seed_B = torch.tensor(sequences.seeds)
+        row_U = torch.arange(len(count_B)).repeat_interleave(count_B)
+        position_U = torch.arange(len(row_U)) - first_B[row_U]
+        pages_BP = torch.arange(buffers.pages_BP.numel(), dtype=torch.int32) + 1
+        pages_BP = pages_BP.view(buffers.pages_BP.shape)
+        slot_U = pages_BP[row_U, position_U // PAGE_SIZE].long() * PAGE_SIZE
+        slot_U += position_U % PAGE_SIZE
+        tokens_3T = torch.zeros(3, self.num_tokens, dtype=torch.long)
+        tokens_3T[:, : len(ids)] = torch.stack([position_U, slot_U, count_B[row_U]])
+        ids_T = torch.zeros(self.num_tokens + 1, dtype=torch.long)
+        ids_T[: len(ids)] = torch.tensor(ids)
+        limit_B = count_B - prompt_B
+        buffers.ids_T.copy_(ids_T)
+        buffers.tokens_3T.copy_(tokens_3T)
+        buffers.facts_5B.copy_(torch.stack([first_B, prompt_B, count_B, limit_B, seed_B]))
+        buffers.pages_BP.copy_(pages_BP)
+        buffers.eos_E.copy_(torch.tensor(sequences.eos_token_ids, dtype=torch.long))
+        buffers.step_1.zero_()
+        buffers.report_3B.zero_()
+        buffers.report_3B[2].copy_(torch.tensor(finite))
+
+    # --------------------------------------------------------------------- parts of a step
+
+    def forward(self) -> Tensor:
+        """Final hidden states (T, D) of all tokens, computed anew."""
+        buffers = self.buffers
+        position_T, slot_T, limit_T = buffers.tokens_3T.unbind()
+        first_B, _, count_B, _, _ = buffers.facts_5B.unbind()
+        packed = PackedTokens(
+            positions_T=position_T,
+            slots_T=slot_T,
+            limits_T=limit_T,
+            starts_B=first_B,
+            counts_B=count_B,
+            ends_B=count_B,
+            pages_BP=buffers.pages_BP,
+            page_size=PAGE_SIZE,
+            max_count=self.width,
+            max_end=self.width,
+        )
+        return self.model.forward_packed(buffers.ids_T[:-1], packed, self.cache, self.backend)
+
+    def forward_part(self, start_1: Tensor, stop_1: Tensor, num_tokens: int) -> Tensor:
+        """Final hidden states of the positions from start to stop, padded to `num_tokens`.
+
+        Of the only sequence. They see, and overwrite, what earlier forwards cached.
+        """
+        buffers, device = self.buffers, start_1.device
+        count_1, at_T = buffers.facts_5B[2], torch.arange(num_tokens, device=device)
+        position_T = start_1 + at_T
+        inside_T = position_T < stop_1
+        packed = PackedTokens(
+            positions_T=position_T.where(inside_T, 0),
+            slots_T=(position_T + PAGE_SIZE).where(inside_T, 0),
+            limits_T=count_1.where(inside_T, 0),
+            starts_B=buffers.facts_5B[0],
+            counts_B=stop_1 - start_1,
+            ends_B=count_1,
+            pages_BP=buffers.pages_BP,
+            page_size=PAGE_SIZE,
+            max_count=num_tokens,
+            max_end=self.width,
+        )
+        ids_T = buffers.ids_T[position_T.clamp_max(self.num_tokens)]
+        return self.model.forward_packed(ids_T, packed, self.cache, self.backend)
+
+    def block(self, start_B: Tensor, end_B: Tensor, length: int) -> Block:
+        """The positions of the responses from start to end, K = `length` of them or fewer."""
+        first_B, prompt_B = self.buffers.facts_5B[0], self.buffers.facts_5B[1]
+        response_BK = start_B[:, None] + torch.arange(length, device=start_B.device)
+        place_BK = (first_B + prompt_B)[:, None] + response_BK
+        place_BK = place_BK.clamp_max(self.num_tokens)
+        masked_BK = self.buffers.ids_T[place_BK] == self.mask_token_id
+        return Block(
+            response_BK=response_BK,
+            place_BK=place_BK,
+            candidate_BK=masked_BK & (response_BK < end_B[:, None]),
+        )
+
+    def aligned(self, hidden_TD: Tensor, block: Block) -> Tensor:
+        """The hidden states that predict a block's tokens, after a forward of all: (B * K, D)."""
+        place_BK = block.place_BK
+        if self.model.spec.architecture.shifted:
+            place_BK = torch.maximum(place_BK - 1, self.buffers.facts_5B[0][:, None])
+        return hidden_TD[place_BK.flatten().clamp_max(self.num_tokens - 1)]
+
+    def choose(self, aligned_MD: Tensor, block: Block, confidence: int | None = None) -> Choice:
+        """Tokens for a block's candidates with their probability and rank, M = B * K of each.
+
+        `confidence` is the code of what ranks them; None: the probability.
+        """
+        seed_M = self.buffers.facts_5B[4].repeat_interleave(block.response_BK.shape[1])
+        position_M = (self.buffers.facts_5B[1][:, None] + block.response_BK).flatten()
+        step_M = self.buffers.step_1.expand_as(position_M)
+        needed_M = block.candidate_BK.flatten()
+        parts = []
+        for at in range(0, len(aligned_MD), HEAD_ROWS):
+            part = slice(at, at + HEAD_ROWS)
+            seed = seed_M[part]
+            parts.append(
+                self.backend.choose_tokens(
+                    self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD),
+                    mask_token_id=self.mask_token_id,
+                    confidence_M=None if confidence is None else torch.full_like(seed, confidence),
+                    sampling=self.sequences.sampling(seed, position_M[part], step_M[part]),
+                    needed_M=needed_M[part],
+                )
+            )
+        return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+
+    def take(self, block: Block, choice: Choice, kept_BK: Tensor) -> None:
+        """Write the tokens that are kept, and the report; the forward is over."""
+        buffers = self.buffers
+        # What is not kept goes to a place of its own, as a block's end may lie in another's tokens.
+        place_M = block.place_BK.where(kept_BK, self.num_tokens).flatten()
+        buffers.ids_T.index_copy_(0, place_M, choice.token_M)
+        buffers.step_1.add_(1)
+
+        first_B, prompt_B, _, limit_B, _ = buffers.facts_5B.unbind()
+        index_R = torch.arange(self.response_width, device=first_B.device)
+        place_BR = ((first_B + prompt_B)[:, None] + index_R).clamp_max(self.num_tokens)
+        ids_BR = buffers.ids_T[place_BR]
+        inside_BR = index_R < limit_B[:, None]
+        masked_BR = inside_BR & (ids_BR == self.mask_token_id)
+        eos_BR = inside_BR & (ids_BR[..., None] == buffers.eos_E).any(-1)
+        finite_B = choice.probability_M.isfinite().view_as(kept_BK).all(-1)
+        finite_B = finite_B.long() & buffers.report_3B[2]
+        buffers.report_3B.copy_(
+            torch.stack([_first(masked_BR, index_R), _first(eos_BR, index_R), finite_B])
+        )
+
+    # -------------------------------------------------------------------------- on the host
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Run a step made of these parts; `key` tells it from others on canvases of this shape."""
+        self._responses = None
+        self.workspace.run((self.key, key), step)
+
+    def report(self) -> tuple[list[int], list[int], list[bool]]:
+        """By sequence: its first mask and first EOS, if any, and whether all was finite."""
+        gaps, ends, finite = self.buffers.report_3B.tolist()
+        return gaps, ends, [bool(flag) for flag in finite]
+
+    def responses(self) -> Sequence[Sequence[int | None]]:
+        """The responses, None where not decoded."""
+        if self._responses is None:
+            ids_T, ends = self.buffers.ids_T.cpu(), itertools.accumulate(self.counts)
+            self._responses = [
+                [None if t == self.mask_token_id else t for t in ids_T[end - limit : end].tolist()]
+                for end, limit in zip(ends, self.sequences.max_new_tokens, strict=True)
+            ]
+        return self._responses
+
+
+def _first(flag_BR: Tensor, index_R: Tensor) -> Tensor:
+    """Where each row's first flag is set; beyond every position if none is: (B,)."""
+    return index_R.where(flag_BR, _FAR).amin(-1)

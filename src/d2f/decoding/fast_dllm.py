@@ -1,0 +1,223 @@
+"""Fast-dLLM's samplers: several tokens of a block at once, with approximate caches or without.
+
+Shapes: B = 1 sequence, K positions of a block, T tokens of a forward, M = K positions, D hidden
+size.
+
+Block after block is decoded. `parallel` computes the whole sequence in each forward. The others do
+so where a block begins, which already decodes tokens of it; further forwards compute from the
+block's begin to the sequence's end (`prefix-cache`) or the block alone (`dual-cache`), and take the
+keys and values of everything else as that first forward left them. As published, there is at least
+one such forward for each block, even if the first one decoded all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from d2f.decoding.batch import (
+    BlockState,
+    BlockView,
+    GenerationResult,
+    Sequences,
+    check_finite,
+    cut_at_eos,
+    decoded_prefix,
+)
+from d2f.decoding.canvas import Block, Canvas
+from d2f.decoding.transfer import keep_above, keep_by_factor
+from d2f.decoding.workspace import Workspace
+from d2f.errors import ConfigError
+from d2f.models.transformer import Transformer
+
+BLOCK_LENGTH = 32
+THRESHOLD = 0.9
+
+
+def check_options(
+    max_new_tokens: int,
+    *,
+    block_length: int | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> None:
+    """Refuse options that make no sense.
+
+    Raises:
+        ConfigError: Both rules are given, or a value is out of its range.
+
+    Example:
+        >>> check_options(64, block_length=16, factor=1.5)
+    """
+    if block_length is not None and block_length < 1:
+        raise ConfigError(f"block_length is {block_length}; it must be at least 1")
+    if threshold is not None and factor is not None:
+        raise ConfigError(
+            f"threshold is {threshold} and factor is {factor}; they are two rules, give one of them"
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1")
+    if factor is not None and not 0 < factor < float("inf"):
+        raise ConfigError(f"factor is {factor}; it must be a number above 0")
+
+
+class FastBatch:
+    """One sequence decoded in parallel within blocks.
+
+    Args:
+        model: The model; packed.
+        sequences: One sequence.
+        workspace: Where buffers and captured steps are.
+        cache: Which part of the sequence is not computed again: none, "prefix" or "dual".
+        block_length: K; None: 32.
+        threshold: Keep predictions of at least this probability, and the surest; None: 0.9.
+        factor: Keep the n surest predictions where that gives the largest n with
+            (n + 1) (1 - the n-th probability) < factor, at least one; instead of the threshold.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sequences: Sequences,
+        *,
+        workspace: Workspace,
+        cache: str | None = None,
+        block_length: int | None = None,
+        threshold: float | None = None,
+        factor: float | None = None,
+    ) -> None:
+        assert len(sequences) == 1, "it decodes one sequence at a time"
+        self.sequences, self.cache = sequences, cache
+        self.workspace = workspace
+        self.limit = sequences.max_new_tokens[0]
+        self.block_length = min(block_length or BLOCK_LENGTH, self.limit)
+        self.factor = factor
+        self.threshold = THRESHOLD if threshold is None else threshold
+        self.gap = self.start = 0
+        """Places in the response: of its first mask, and where the block that is decoded begins."""
+        self.block_over = True
+        """The next forward begins a block."""
+        self.num_forwards = self.num_query_tokens = 0
+        self.done = False
+        self.shift = int(model.spec.architecture.shifted)
+        with torch.inference_mode():
+            self.canvas = Canvas(model, sequences, workspace, keeps_cache=cache is not None)
+            self.start_1, self.boundary_1D = workspace.buffers(
+                "fast",
+                lambda: (
+                    torch.zeros(1, device=model.device, dtype=torch.long),
+                    torch.zeros(1, model.spec.hidden_size, device=model.device, dtype=model.dtype),
+                ),
+            )
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One forward, and the predictions it makes sure of."""
+        size, length = self.block_length, self.canvas.counts[0]
+        if self.cache is None or self.block_over:
+            self.start = self.gap // size * size
+            self._run("full", self._whole)
+            computed = length
+        elif self.cache == "prefix":
+            computed = self.limit - self.start
+            padded = min(self.workspace.padded(computed), self.canvas.num_tokens)
+            self._run(("prefix", padded), lambda: self._part(padded))
+        else:
+            computed = min(size, self.limit - self.start)
+            self._run("dual", lambda: self._part(size))
+        gaps, ends, _ = self.canvas.report()
+        self.num_forwards += 1
+        self.num_query_tokens += computed
+        [self.gap], [end] = gaps, ends
+        self.block_over = self.gap >= self.start + size and (
+            self.cache is None or not self.block_over
+        )
+        stops = self.sequences.early_stop and end < self.gap
+        self.done = stops or (self.gap >= self.limit and self.block_over)
+
+    def _run(self, kind: object, step: Callable[[], None]) -> None:
+        sequences = self.sequences
+        rule = (self.threshold, self.factor)
+        sampling = (sequences.temperature, sequences.top_k, sequences.top_p)
+        self.canvas.run(("fast", self.cache, kind, self.block_length, rule, sampling), step)
+
+    # --------------------------------------------------------------------- parts of a step
+
+    def _block(self) -> tuple[Block, Tensor, Tensor]:
+        """The block that is decoded, and the absolute positions of its begin and end."""
+        _, prompt_1, _, limit_1, _ = self.canvas.buffers.facts_5B.unbind()
+        end_1 = torch.minimum(self.start_1 + self.block_length, limit_1)
+        block = self.canvas.block(self.start_1, end_1, self.block_length)
+        return block, prompt_1 + self.start_1, prompt_1 + end_1
+
+    def _whole(self) -> None:
+        gap_1, size = self.canvas.buffers.report_3B[0], self.block_length
+        self.start_1.copy_(gap_1 // size * size)
+        block, first_1, _ = self._block()
+        hidden_TD = self.canvas.forward()
+        if self.cache is not None and self.shift:
+            # Further forwards do not compute what predicts the block's first token.
+            self.boundary_1D.copy_(hidden_TD[(first_1 - 1).clamp_min(0)])
+        self._keep(self.canvas.aligned(hidden_TD, block), block)
+
+    def _part(self, num_tokens: int) -> None:
+        block, first_1, end_1 = self._block()
+        stop_1 = end_1 if self.cache == "dual" else self.canvas.buffers.facts_5B[2]
+        hidden_TD = self.canvas.forward_part(first_1, stop_1, num_tokens)
+        index_M = torch.arange(self.block_length, device=hidden_TD.device)
+        aligned_MD = hidden_TD[(index_M - self.shift).clamp(0, num_tokens - 1)]
+        if self.shift:
+            # Position 0 has nothing before it.
+            before_M1 = ((index_M == 0) & (first_1 > 0))[:, None]
+            aligned_MD = torch.where(before_M1, self.boundary_1D, aligned_MD)
+        self._keep(aligned_MD, block)
+
+    def _keep(self, aligned_MD: Tensor, block: Block) -> None:
+        choice = self.canvas.choose(aligned_MD, block)
+        candidate_BK = block.candidate_BK
+        probability_BK = choice.probability_M.view_as(candidate_BK)
+        if self.factor is not None:
+            kept_BK = keep_by_factor(candidate_BK, probability_BK, self.factor)
+        else:
+            kept_BK = keep_above(candidate_BK, probability_BK, self.threshold)
+        self.canvas.take(block, choice, kept_BK)
+
+    # -------------------------------------------------------------------------- on the host
+
+    def finished(self) -> list[bool]:
+        """Whether the sequence is done."""
+        return [self.done]
+
+    def results(self, rows: list[int]) -> list[GenerationResult]:
+        """The response, up to the first mask."""
+        check_finite(self.canvas.report()[2][0])
+        token_ids, reason = cut_at_eos(
+            decoded_prefix(self.canvas.responses()[0]), self.sequences.eos_token_ids
+        )
+        result = GenerationResult(
+            token_ids=token_ids,
+            num_forwards=self.num_forwards,
+            num_prefill_forwards=0,
+            num_query_tokens=self.num_query_tokens,
+            finish_reason=reason,
+        )
+        return [result for _ in rows]
+
+    def view(self, row: int) -> list[BlockView]:
+        """The blocks up to the one that is decoded."""
+        response = self.canvas.responses()[row]
+        size = self.block_length
+        blocks = [response[at : at + size] for at in range(0, self.limit, size)]
+        return [
+            BlockView(
+                state=BlockState.FULLY_ACTIVE if None in block else BlockState.COMPLETE,
+                token_ids=tuple(block),
+            )
+            for number, block in enumerate(blocks)
+            if number * size <= self.gap
+        ]
+
+    def select(self, rows: list[int]) -> None:
+        """There is one sequence only."""

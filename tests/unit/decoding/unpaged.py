@@ -1,0 +1,37 @@
+"""Batches without the engine, for tests that look inside."""
+
+import torch
+
+from d2f import DecodingPolicy
+from d2f.decoding.batch import Sequences
+from d2f.decoding.strategies import start_batch
+from d2f.decoding.workspace import Workspace
+
+
+def sequences(prompts, limits, eos=(), **settings):
+    return Sequences(
+        prompts=prompts,
+        max_new_tokens=limits,
+        seeds=[7] * len(prompts),
+        policy=DecodingPolicy(),
+        eos_token_ids=eos,
+        **settings,
+    )
+
+
+def start(model, strategy, batch, workspace=None, **options):
+    model.pack()
+    workspace = workspace or Workspace(torch.device("cpu"))
+    return start_batch(strategy, model, batch, options, workspace)
+
+
+def run(model, strategy, batch, workspace=None, **options):
+    """The results of a whole run."""
+    running = start(model, strategy, batch, workspace, **options)
+    while not all(running.finished()):
+        running.step()
+    return running.results(list(range(len(batch))))
+
+
+def summary(result):
+    return result.token_ids, result.num_forwards, result.num_query_tokens, result.finish_reason
