@@ -114,9 +114,10 @@ def test_an_adapter_is_loaded_and_hashed(evaluate, recipe):
     assert done.code == 1
     assert "model was" in done.err
     assert "--fresh" in done.err
-    assert evaluate(
-        "--rows", "pipelined", "--set", f"models.student.adapter={folder}", "--fresh"
-    ).code == 0
+    assert (
+        evaluate("--rows", "pipelined", "--set", f"models.student.adapter={folder}", "--fresh").code
+        == 0
+    )
 
 
 def test_an_interrupt_ends_with_a_line_and_the_next_run_goes_on(evaluate, recipe, monkeypatch):

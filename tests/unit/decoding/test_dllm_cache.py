@@ -31,11 +31,15 @@ def sequence(prompt, limit, *, eos=(), **settings):
     )  # fmt: skip
 
 
-def decode(model, sequences, workspace=None, **options):
+def start(model, sequences, workspace=None, **options):
     model.pack()
     # Padded, as where steps are captured.
     workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
-    batch = DLLMCacheBatch(model, sequences, workspace=workspace, **options)
+    return DLLMCacheBatch(model, sequences, workspace=workspace, **options)
+
+
+def decode(model, sequences, workspace=None, **options):
+    batch = start(model, sequences, workspace, **options)
     while not all(batch.finished()):
         batch.step()
     [result] = batch.results([0])
@@ -258,10 +262,10 @@ def poison(batch):
 
 def test_requests_in_turn_leave_nothing_to_each_other(model):
     requests = [(40, 12), (3, 20), (0, 8), (40, 12), (35, 12), (300, 5)]
-    workspace = Workspace(model.device)
+    workspace = Workspace(model.device, pads=True)
     for length, limit in requests:
         sequences = sequence(prompt_of(length), limit, eos=(95,))
-        batch = DLLMCacheBatch(model, sequences, workspace=workspace)
+        batch = start(model, sequences, workspace)
         while not batch.done:
             batch.step()
         [shared] = batch.results([0])
@@ -286,7 +290,7 @@ def test_the_engine_serves_it_beside_others(model):
 
 
 def test_watching_it(model):
-    batch = DLLMCacheBatch(model, sequence(prompt_of(3), 8), num_steps=2)
+    batch = start(model, sequence(prompt_of(3), 8), num_steps=2)
     batch.step()
     [block] = batch.view(0)
     assert len(block.token_ids) == 8
@@ -337,7 +341,7 @@ def test_no_step_waits_for_the_host(family):
     model = tiny_model(family).to("meta")
     options = {"prompt_interval": 4, "response_interval": 3}
     for settings in ({}, {"temperature": 0.5, "top_p": 0.9}):
-        batch = DLLMCacheBatch(
+        batch = start(
             model, sequence(prompt_of(5), 20, eos=(95,), early_stop=False, **settings), **options
         )
         while not batch.done:
@@ -354,5 +358,5 @@ def test_captured_steps_give_the_same(family):
     for length, limit in [(4, 24), (30, 24), (40, 12), (4, 24)]:
         sequences = sequence(prompt_of(length), limit)
         expected = decode(model, sequences, **options)
-        assert decode(model, sequences, workspace=captured, **options) == expected
+        assert decode(model, sequences, captured, **options) == expected
     assert captured.num_graphs >= 4

@@ -58,7 +58,7 @@ def test_the_number_of_problems_is_what_the_rows_need(tmp_path):
         ('family = "tiny"', "", "'family' is missing"),
         ("batch_size = 3", "batch_size = 0", "score.batch_size is 0"),
         ("batch_size = 3", "batchsize = 3", r"\[score\].*did you mean 'batch_size'"),
-        ("max_new_tokens = 24", "max_new_tokens = 'all'", "a number or \"gold\""),
+        ("max_new_tokens = 24", "max_new_tokens = 'all'", 'a number or "gold"'),
         ("max_new_tokens = 24", "max_new_tokens = 2.5", "must be of type int or str"),
         ("max_new_tokens = 24", "max_new_tokens = true", "must be of type int or str"),
         ("[score]\nnum_problems = 7\nbatch_size = 3", "", "it measures nothing|measures nothing"),

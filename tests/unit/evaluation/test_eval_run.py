@@ -258,9 +258,7 @@ def test_results_without_settings_are_refused_and_fresh_forgets_them(tmp_path):
     (tmp_path / "out/pipelined/settings.json").unlink()
     with pytest.raises(ConfigError, match="no settings.json.*--fresh"):
         make_evaluation(tmp_path)
-    [summary] = make_evaluation(
-        tmp_path, "max_new_tokens=8", rows=["pipelined"], fresh=True
-    ).run()
+    [summary] = make_evaluation(tmp_path, "max_new_tokens=8", rows=["pipelined"], fresh=True).run()
     assert summary["max_new_tokens"] == 8
     assert len(read_records(tmp_path)) == 7
     (tmp_path / "out/pipelined/settings.json").write_text("{")
@@ -394,9 +392,7 @@ def test_prompts_follow_the_chat_template(tmp_path):
         ("rows.vanilla.max_new_tokens=512", "row vanilla: .*positions"),
     ],
 )
-def test_rows_that_their_model_cannot_do_are_refused_before_any_answer(
-    tmp_path, override, message
-):
+def test_rows_that_their_model_cannot_do_are_refused_before_any_answer(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         make_evaluation(tmp_path, override)
     assert not (tmp_path / "out").exists()
