@@ -235,9 +235,11 @@ class Canvas:
 
         `confidence` is the code of what ranks them; None: the probability.
         """
-        seed_M = self.buffers.facts_5B[4].repeat_interleave(block.response_BK.shape[1])
+        seed_BK = self.buffers.facts_5B[4][:, None].expand_as(block.response_BK)
         position_M = (self.buffers.facts_5B[1][:, None] + block.response_BK).flatten()
-        step_M = self.buffers.step_1.expand_as(position_M)
+        # Kernels read numbers that lie side by side.
+        seed_M = seed_BK.flatten().contiguous()
+        step_M = self.buffers.step_1.expand_as(position_M).contiguous()
         needed_M = block.candidate_BK.flatten()
         parts = []
         for at in range(0, len(aligned_MD), HEAD_ROWS):

@@ -57,16 +57,15 @@ class Capturing(Workspace):
 
 
 @pytest.mark.parametrize(("strategy", "options"), CASES)
-@pytest.mark.parametrize(("name", "temperature"), [("llada", 0.7), ("Dream", 0.0)])
-def test_steps_need_no_host(monkeypatch, name, strategy, options, temperature):
+def test_steps_need_no_host(monkeypatch, strategy, options):
     # Meta tensors hold nothing: what asks for a value, or for a shape that hangs on one, fails.
-    model = tiny_model(name).to(META)
+    model = tiny_model("Dream").to(META)
     num_rows = 3 if strategy == "vanilla" else 1
     batch = sequences(
         [[1, 2, 3]] * num_rows,
         [40] * num_rows,
         eos=(7,),
-        temperature=temperature,
+        temperature=0.7,
         top_k=5,
         top_p=0.9,
     )
