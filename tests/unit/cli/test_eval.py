@@ -7,10 +7,10 @@ import sys
 from types import ModuleType
 
 import pytest
+from tests.unit.evaluation.eval_stand_ins import RECIPE, SPEED, Letters
 
 from d2f.evaluation import eval_progress
 from d2f.testing import write_adapter, write_checkpoint
-from tests.unit.evaluation.eval_stand_ins import RECIPE, SPEED, Letters
 
 ASKED = []
 
@@ -114,9 +114,10 @@ def test_an_adapter_is_loaded_and_hashed(evaluate, recipe):
     assert done.code == 1
     assert "model was" in done.err
     assert "--fresh" in done.err
-    assert evaluate(
-        "--rows", "pipelined", "--set", f"models.student.adapter={folder}", "--fresh"
-    ).code == 0
+    assert (
+        evaluate("--rows", "pipelined", "--set", f"models.student.adapter={folder}", "--fresh").code
+        == 0
+    )
 
 
 def test_an_interrupt_ends_with_a_line_and_the_next_run_goes_on(evaluate, recipe, monkeypatch):

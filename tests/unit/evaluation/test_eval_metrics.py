@@ -104,7 +104,7 @@ def test_a_speed_by_hand():
 
 
 def test_a_speed_without_decode_steps_and_none_at_all():
-    assert summarise_speed([make_line(0, 0, 8, 1.0)], batch_size=1)[
-        "decode_tokens_per_second"
-    ] is None
+    assert (
+        summarise_speed([make_line(0, 0, 8, 1.0)], batch_size=1)["decode_tokens_per_second"] is None
+    )
     assert summarise_speed([], batch_size=1) is None
