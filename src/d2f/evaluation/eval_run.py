@@ -59,6 +59,8 @@ class Evaluation:
         if not examples:
             raise ConfigError(f"task {recipe.task} has no problems")
         self._num_examples = len(examples)
+        # A task that has a number of its own tells it.
+        self._num_fewshot = getattr(task, "num_fewshot", recipe.num_fewshot)
         selected = recipe.selected(rows)
         loaded: dict[str, LoadedModel] = {}
         for settings in selected.rows:
@@ -85,7 +87,7 @@ class Evaluation:
             "task": recipe.task,
             "split": recipe.split,
             "problem_seed": recipe.seed,
-            "num_fewshot": recipe.num_fewshot,
+            "num_fewshot": self._num_fewshot,
             "device": str(self._environment["device"]).partition(":")[0],
             "dtype": self._environment["dtype"],
             "backend": self._backend,
@@ -188,7 +190,7 @@ class Evaluation:
             "labels": dict(settings.labels),
             "simulated": recipe.models[settings.model].simulated,
             **row.describe(),
-            "num_fewshot": recipe.num_fewshot,
+            "num_fewshot": self._num_fewshot,
             "split": recipe.split,
             "grid": to_table(recipe)["rows"][self._index(row)]["grid"],
             "score": self._score_of(row),

@@ -7,10 +7,10 @@ import sys
 from types import ModuleType
 
 import pytest
+from tests.unit.evaluation.eval_stand_ins import RECIPE, SPEED, Letters
 
 from d2f.evaluation import eval_progress
 from d2f.testing import write_adapter, write_checkpoint
-from tests.unit.evaluation.eval_stand_ins import RECIPE, SPEED, Letters
 
 ASKED = []
 

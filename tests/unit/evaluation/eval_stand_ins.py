@@ -16,7 +16,7 @@ RECIPE = """
 task = "letters"
 output = "{output}"
 family = "tiny"
-max_new_tokens = 24
+max_new_tokens = 12
 
 [score]
 num_problems = 7

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.unit.evaluation.eval_stand_ins import RECIPE, make_recipe
 
 from d2f.errors import ConfigError
 from d2f.evaluation.eval_recipe import EXPERIMENTS, EvalRecipe, load_eval_recipe, to_table
 from d2f.recipe import from_table
-from tests.unit.evaluation.eval_stand_ins import RECIPE, make_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes/eval").glob("**/*.toml"))
 
@@ -58,9 +58,9 @@ def test_the_number_of_problems_is_what_the_rows_need(tmp_path):
         ('family = "tiny"', "", "'family' is missing"),
         ("batch_size = 3", "batch_size = 0", "score.batch_size is 0"),
         ("batch_size = 3", "batchsize = 3", r"\[score\].*did you mean 'batch_size'"),
-        ("max_new_tokens = 24", "max_new_tokens = 'all'", 'a number or "gold"'),
-        ("max_new_tokens = 24", "max_new_tokens = 2.5", "must be of type int or str"),
-        ("max_new_tokens = 24", "max_new_tokens = true", "must be of type int or str"),
+        ("max_new_tokens = 12", "max_new_tokens = 'all'", 'a number or "gold"'),
+        ("max_new_tokens = 12", "max_new_tokens = 2.5", "must be of type int or str"),
+        ("max_new_tokens = 12", "max_new_tokens = true", "must be of type int or str"),
         ("[score]\nnum_problems = 7\nbatch_size = 3", "", "it measures nothing|measures nothing"),
         ("[models.base]\npath = ", "[models.base]\nfile = ", r"\[models.base\].*'file'"),
         ('model = "base"', 'model = "bass"', "row autoregressive: unknown model 'bass'.*'base'"),

@@ -7,13 +7,6 @@ import json
 import random
 
 import pytest
-
-from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.policy import changed_policy
-from d2f.engine.request import Request
-from d2f.errors import ConfigError
-from d2f.evaluation import eval_score, eval_speed
-from d2f.testing import tiny_model
 from tests.unit.evaluation.eval_stand_ins import (
     ENVIRONMENT,
     TEMPLATE,
@@ -21,6 +14,13 @@ from tests.unit.evaluation.eval_stand_ins import (
     Loader,
     make_evaluation,
 )
+
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.policy import changed_policy
+from d2f.engine.request import Request
+from d2f.errors import ConfigError
+from d2f.evaluation import eval_score, eval_speed
+from d2f.testing import tiny_model
 
 KEYS = [
     "index", "id", "prompt_sha256", "num_prompt_tokens", "token_ids", "text", "answer", "correct",
@@ -87,7 +87,7 @@ def test_a_run_writes_a_line_for_each_problem(finished):
     assert first["prompt_sha256"] == hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
     engine = Engine(model, EngineConfig(max_batch_size=1))
     policy = changed_policy(model.spec, {"block_size": 8, "add_threshold": 0.2})
-    [result] = engine.generate([Request(prompt_ids=prompt, max_new_tokens=24, policy=policy)])
+    [result] = engine.generate([Request(prompt_ids=prompt, max_new_tokens=12, policy=policy)])
     assert first["token_ids"] == result.token_ids
     assert first["text"] == loader.tokenizer.decode(result.token_ids)
     assert first["num_tokens"] == len(result.token_ids)
@@ -122,7 +122,7 @@ def test_a_summary_says_all_that_is_needed_to_repeat_it(finished):
     assert {
         "format": 1, "row": "pipelined", "method": "pipelined", "experiment": "methods",
         "family": "tiny", "test_set": "letters", "task": "letters", "simulated": None,
-        "labels": {"add_threshold": 0.2}, "strategy": "pipelined", "max_new_tokens": 24,
+        "labels": {"add_threshold": 0.2}, "strategy": "pipelined", "max_new_tokens": 12,
         "num_fewshot": None, "stop": [], "chat_template": False, "grid": None,
         "recipe_file": "recipe.toml",
     }.items() <= summary.items()  # fmt: skip
@@ -153,7 +153,7 @@ def test_a_finished_run_measures_nothing_again(finished, monkeypatch):
     assert summaries[1]["score"] == returned[1]["score"]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_run_cut_at_any_byte_goes_on(finished, tmp_path, seed):
     folder, returned = finished
     draw = random.Random(seed)
@@ -221,7 +221,7 @@ def test_an_interrupt_while_judging_loses_no_answer(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("max_new_tokens=16", "max_new_tokens was 24, now 16"),
+        ("max_new_tokens=16", "max_new_tokens was 12, now 16"),
         ("rows.pipelined.policy.add_threshold=0.3", "policy was .*0.2.*now .*0.3"),
         ("rows.pipelined.temperature=1.0", "temperature was 0.0, now 1.0"),
         ("rows.vanilla.options.num_steps=7", "options was .*6.*now .*7"),
@@ -240,7 +240,7 @@ def test_results_of_other_prompts_and_models_are_not_mixed(finished):
     folder, _ = finished
     changed = Letters(7)
     changed._examples[4:] = Letters(prompts=["Say something else."] * 3)._examples
-    with pytest.raises(ConfigError, match="another prompt of problem 4 .*--fresh"):
+    with pytest.raises(ConfigError, match=r"another prompt of problem 4 .*--fresh"):
         make_evaluation(folder, task=changed)
 
     class Retrained(Loader):
@@ -249,20 +249,20 @@ def test_results_of_other_prompts_and_models_are_not_mixed(finished):
             loaded.description["sha256"] = "6" * 64
             return loaded
 
-    with pytest.raises(ConfigError, match="model was .*555.*now .*666"):
+    with pytest.raises(ConfigError, match=r"model was .*555.*now .*666"):
         make_evaluation(folder, loader=Retrained(folder / "tokenizer"))
 
 
 def test_results_without_settings_are_refused_and_fresh_forgets_them(tmp_path):
     make_evaluation(tmp_path, rows=["pipelined"]).run()
     (tmp_path / "out/pipelined/settings.json").unlink()
-    with pytest.raises(ConfigError, match="no settings.json.*--fresh"):
+    with pytest.raises(ConfigError, match=r"no settings.json.*--fresh"):
         make_evaluation(tmp_path)
     [summary] = make_evaluation(tmp_path, "max_new_tokens=8", rows=["pipelined"], fresh=True).run()
     assert summary["max_new_tokens"] == 8
     assert len(read_records(tmp_path)) == 7
     (tmp_path / "out/pipelined/settings.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as JSON.*--fresh"):
+    with pytest.raises(ConfigError, match=r"cannot be read as JSON.*--fresh"):
         make_evaluation(tmp_path)
 
 
@@ -351,7 +351,7 @@ def test_what_follows_a_stop_string_is_not_judged(tmp_path):
     records = {record["index"]: record for record in read_records(folder)}
     assert records[0]["text"] == texts[0].split(stop)[0]
     assert records[0]["finish_reason"] == "stop"
-    assert records[0]["num_tokens"] == len(records[0]["token_ids"]) < 24
+    assert records[0]["num_tokens"] == len(records[0]["token_ids"]) < 12
     assert all(stop not in record["text"] for record in records.values())
     assert ("p0", records[0]["text"]) in task.judged
     assert summary["stop"] == [stop]
@@ -363,7 +363,7 @@ def test_gold_is_the_longest_answer_rounded_up_to_a_block(tmp_path):
         tmp_path, "max_new_tokens=gold", task=Letters(40), rows=["pipelined"]
     ).run()
     assert summary["max_new_tokens"] == 64
-    with pytest.raises(ConfigError, match="row pipelined: .*letters has no gold answers"):
+    with pytest.raises(ConfigError, match=r"row pipelined: .*letters has no gold answers"):
         make_evaluation(tmp_path, "max_new_tokens=gold", task=Letters(responses=False))
 
 
@@ -415,7 +415,7 @@ def test_speed_in_batches(tmp_path):
     assert len({line["seconds"] for line in lines}) == 2
     speed = summaries["pipelined"]["speed"]
     assert (speed["batch_size"], speed["num_problems"]) == (4, 5)
-    total = {number: sum(l["seconds"] for l in lines if l["round"] == number) for number in (0, 1)}
+    total = {number: sum(x["seconds"] for x in lines if x["round"] == number) for number in (0, 1)}
     assert speed["seconds_per_problem"]["lowest"] == pytest.approx(min(total.values()) / 5)
 
 
