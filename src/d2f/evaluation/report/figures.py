@@ -332,9 +332,10 @@ def _score_axis(axis: Any, comparison: Comparison) -> None:
     )
     axis.set_yscale(FuncScale(axis, functions))
     low = min(scores)
-    axis.set_ylim(max(low - 0.15 * (edge - low), -5), 100)
-    ticks = [tick for tick in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 100) if tick >= low - 10]
-    axis.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+    floor = max(low - max(0.15 * (edge - low), 3.0), -5.0)
+    ticks = [t for t in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 99, 100) if t >= floor]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.set_ylim(floor, 100.7)
 
 
 def _stretch_around_zero(axis: Any) -> None:
