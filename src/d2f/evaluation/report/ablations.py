@@ -53,7 +53,7 @@ def threshold_table(comparison: Comparison, *, paper: bool) -> Table | None:
         _YIELD,
         _LATENCY,
         _SCORE,
-        Column(key="difference", header="score - first's [95%]", form=show.interval),
+        Column(key="difference", header="score - first's [95%] (n)", form=show.paired),
     ]
     if published:
         columns += [
@@ -287,7 +287,7 @@ def _against_vanilla(
         Column(key="latency_over_vanilla", header="x vanilla's latency", form=show.times),
         Column(key="mean_tokens", header="tokens/answer", form=show.significant),
         _SCORE,
-        Column(key="difference", header="score - vanilla's [95%]", form=show.interval),
+        Column(key="difference", header="score - vanilla's [95%] (n)", form=show.paired),
     ]
     for counterpart in stand:
         key = counterpart.family

@@ -233,7 +233,7 @@ def _noise(value_of: Callable[[Row], float | None], unit: str) -> Callable[[Comp
                     gap = ours - theirs if unit == "points" else 100 * (ours / theirs - 1)
                     by_seed.setdefault(seed, []).append(gap)
         if not by_seed:
-            return _missing(f"monotone and random of the same seed, with {unit}")
+            return _missing("monotone and random of the same seed")
         found = small_sample([sum(gaps) / len(gaps) for gaps in by_seed.values()])
         if found.num_pairs < 2:
             return Finding(NOT_TESTABLE, "only one seed")

@@ -26,7 +26,8 @@ def paired_difference(one: Row, other: Row) -> Difference | None:
     """Score of `one` minus score of `other` on the problems both answered, in points.
 
     Rows may have answered different numbers of problems: the first ones count, if the files of
-    problems show them to be the same. Without these files both need the same number.
+    problems show them to be the same. Without these files both need the same number. Where no
+    answers differ, the interval is that of the rule of three: 3 / n to both sides.
 
     Returns:
         None where the problems of a row are not known or not the same.
@@ -39,7 +40,8 @@ def paired_difference(one: Row, other: Row) -> Difference | None:
         return None
     gaps = [int(a) - int(b) for a, b in zip(one.digits[:count], other.digits[:count], strict=True)]
     mean, error = mean_and_error(gaps)
-    return Difference(100 * mean, 100 * (mean - 1.96 * error), 100 * (mean + 1.96 * error), count)
+    reach = 1.96 * error if any(gaps) else 3 / count
+    return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach), count)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -325,16 +325,17 @@ def _score_axis(axis: Any, comparison: Comparison) -> None:
     import numpy as np
     from matplotlib.scale import FuncScale
 
-    edge = 102.0
+    edge = 103.0
     functions = (
         lambda score: -np.log10(np.maximum(edge - score, 0.1)),
         lambda place: edge - 10.0**-place,
     )
     axis.set_yscale(FuncScale(axis, functions))
     low = min(scores)
-    axis.set_ylim(max(low - 0.15 * (edge - low), -5), 100)
-    ticks = [tick for tick in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 100) if tick >= low - 10]
-    axis.set_yticks(ticks, [str(tick) for tick in ticks], minor=False)
+    floor = max(low - max(0.15 * (edge - low), 3.0), -5.0)
+    ticks = [t for t in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 99, 100) if t >= floor]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.set_ylim(floor, 100.3)
 
 
 def _stretch_around_zero(axis: Any) -> None:

@@ -27,7 +27,7 @@ _MAIN = (
     Column(key="latency_over_vanilla", header="x vanilla's latency", form=show.times),
     Column(key="mean_tokens", header="tokens/answer", form=show.significant),
     Column(key="score_text", header="score ± se, % (n)"),
-    Column(key="difference", header="score - teacher's, points [95%]", form=show.interval),
+    Column(key="difference", header="score - teacher's, points [95%] (n)", form=show.paired),
 )
 _REASONS = (
     _METHOD,

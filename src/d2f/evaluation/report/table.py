@@ -70,6 +70,11 @@ def interval(value: Difference) -> str:
     return f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
 
 
+def paired(value: Difference) -> str:
+    """The same, and the number of pairs."""
+    return f"{interval(value)} ({value.num_pairs})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """One column: where its values are in a line, what stands above, how they look."""

@@ -162,6 +162,10 @@ def test_paired_difference_by_hand(tmp_path):
     assert found == pytest.approx((50, 50 - reach, 50 + reach, 4))
 
 
+def test_answers_that_do_not_differ_leave_a_doubt(tmp_path):
+    assert paired_difference(*pair(tmp_path, "1101", "1101")) == (0, -75, 75, 4)
+
+
 def test_pairs_are_the_first_problems_of_both(tmp_path):
     found = paired_difference(*pair(tmp_path, "110111", "1000"))
     assert (found.mean, found.num_pairs) == (50, 4)

@@ -63,7 +63,7 @@ def test_methods_by_hand(methods):
         "mean_tokens": "50.0",
         "score_text": "100.0 ± 0.0 (4)",
         # Gaps 0, 0, 1, 1.
-        "difference": "+50.0 [-6.6, +106.6]",
+        "difference": "+50.0 [-6.6, +106.6] (4)",
     }
     assert cells(table, line_of(table, method="vanilla"))["difference"] == "–"
 
