@@ -6,10 +6,11 @@ nothing of d2f, so that a fork is cheap and safe. Per program:
     parent ── source, limits ──> server ── fork ──> child: limits, filter, exec(source)
     parent <── passed, reason ── server <── pipe ── child: verdict, with the nonce if it passed
 
-The child may compute, and read files. What it may not is refused by the kernel where that has
-seccomp ("seccomp": a list of the system calls that are allowed, so that unknown ones are refused
-too), and else by an audit hook ("audit"), which stops what a program may plausibly do, but not
-somebody who knows the interpreter's insides.
+The child may compute, and read files, but no devices and nothing of other processes. All else is
+refused by the kernel where that has seccomp ("seccomp": a list of the system calls that are
+allowed, so that unknown ones are refused too; Landlock, where the kernel has it, keeps it from
+devices and doubles the lock on files), and else by an audit hook ("audit"), which stops what a
+program may plausibly do, but not somebody who knows the interpreter's insides.
 
 A program passes when its last statement was reached: only then the child reads the nonce, which the
 server left in a pipe, and sends it back. Neither `sys.exit(0)` nor `os._exit(0)` does that, nor

@@ -245,7 +245,9 @@ def test_recursion_harms_the_program_alone(server, victim):
     deep = (
         "import sys; sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**5): x = [x]\nrepr(x)"
     )
-    assert server.run(deep, AMPLE).reason == "killed by SIGSEGV"
+    execution = server.run(deep, AMPLE)
+    assert not execution.passed
+    assert "SIGSEGV" in execution.reason or "RecursionError" in execution.reason  # by version
     assert not server.run("(" * 100_000, AMPLE).passed
     assert not server.run("-" * 100_000 + "1", AMPLE).passed
 
