@@ -6,10 +6,11 @@ nothing of d2f, so that a fork is cheap and safe. Per program:
     parent ── source, limits ──> server ── fork ──> child: limits, filter, exec(source)
     parent <── passed, reason ── server <── pipe ── child: verdict, with the nonce if it passed
 
-The child may compute, and read files. What it may not is refused by the kernel where that has
-seccomp ("seccomp": a list of the system calls that are allowed, so that unknown ones are refused
-too), and else by an audit hook ("audit"), which stops what a program may plausibly do, but not
-somebody who knows the interpreter's insides.
+The child may compute, and read files, but no devices and nothing of other processes. All else is
+refused by the kernel where that has seccomp ("seccomp": a list of the system calls that are
+allowed, so that unknown ones are refused too; Landlock, where the kernel has it, keeps it from
+devices and doubles the lock on files), and else by an audit hook ("audit"), which stops what a
+program may plausibly do, but not somebody who knows the interpreter's insides.
 
 A program passes when its last statement was reached: only then the child reads the nonce, which the
 server left in a pipe, and sends it back. Neither `sys.exit(0)` nor `os._exit(0)` does that, nor
@@ -69,72 +70,24 @@ _HARMLESS_DEVICES = frozenset(("/dev/null", "/dev/random", "/dev/urandom", "/dev
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 """Name -> number in the kernel's audit interface, column in the table below."""
 
+_CALLS_AND_NUMBERS = (
+    "access 21 -, alarm 37 -, brk 12 214, clock_getres 229 114, clock_gettime 228 113, "
+    "clock_nanosleep 230 115, close 3 57, dup 32 23, dup2 33 -, dup3 292 24, exit 60 93, "
+    "exit_group 231 94, faccessat 269 48, faccessat2 439 439, fstat 5 80, futex 202 98, getcwd "
+    "79 17, getdents64 217 61, getegid 108 177, geteuid 107 175, getgid 104 176, getitimer 36 "
+    "102, getpid 39 172, getppid 110 173, getrandom 318 278, getrlimit 97 163, getrusage 98 "
+    "165, gettid 186 178, gettimeofday 96 169, getuid 102 174, lseek 8 62, lstat 6 -, madvise "
+    "28 233, mmap 9 222, mprotect 10 226, mremap 25 216, munmap 11 215, nanosleep 35 101, "
+    "newfstatat 262 79, poll 7 -, ppoll 271 73, pread64 17 67, pselect6 270 72, read 0 63, "
+    "readlink 89 -, readlinkat 267 78, readv 19 65, restart_syscall 219 128, rseq 334 293, "
+    "rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sched_getaffinity 204 "
+    "123, sched_yield 24 124, select 23 -, setitimer 38 103, sigaltstack 131 132, stat 4 -, "
+    "statx 332 291, sysinfo 99 179, time 201 -, times 100 153, uname 63 160, write 1 64, writev "
+    "20 66"
+)
 _ALLOWED_CALLS = {
-    "access": (21, None),
-    "alarm": (37, None),
-    "brk": (12, 214),
-    "clock_getres": (229, 114),
-    "clock_gettime": (228, 113),
-    "clock_nanosleep": (230, 115),
-    "close": (3, 57),
-    "dup": (32, 23),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "exit": (60, 93),
-    "exit_group": (231, 94),
-    "faccessat": (269, 48),
-    "faccessat2": (439, 439),
-    "fstat": (5, 80),
-    "futex": (202, 98),
-    "getcwd": (79, 17),
-    "getdents64": (217, 61),
-    "getegid": (108, 177),
-    "geteuid": (107, 175),
-    "getgid": (104, 176),
-    "getitimer": (36, 102),
-    "getpid": (39, 172),
-    "getppid": (110, 173),
-    "getrandom": (318, 278),
-    "getrlimit": (97, 163),
-    "getrusage": (98, 165),
-    "gettid": (186, 178),
-    "gettimeofday": (96, 169),
-    "getuid": (102, 174),
-    "lseek": (8, 62),
-    "lstat": (6, None),
-    "madvise": (28, 233),
-    "mmap": (9, 222),
-    "mprotect": (10, 226),
-    "mremap": (25, 216),
-    "munmap": (11, 215),
-    "nanosleep": (35, 101),
-    "newfstatat": (262, 79),
-    "poll": (7, None),
-    "ppoll": (271, 73),
-    "pread64": (17, 67),
-    "pselect6": (270, 72),
-    "read": (0, 63),
-    "readlink": (89, None),
-    "readlinkat": (267, 78),
-    "readv": (19, 65),
-    "restart_syscall": (219, 128),
-    "rseq": (334, 293),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "sched_getaffinity": (204, 123),
-    "sched_yield": (24, 124),
-    "select": (23, None),
-    "setitimer": (38, 103),
-    "sigaltstack": (131, 132),
-    "stat": (4, None),
-    "statx": (332, 291),
-    "sysinfo": (99, 179),
-    "time": (201, None),
-    "times": (100, 153),
-    "uname": (63, 160),
-    "write": (1, 64),
-    "writev": (20, 66),
+    name: (int(x86_64), None if aarch64 == "-" else int(aarch64))
+    for name, x86_64, aarch64 in map(str.split, _CALLS_AND_NUMBERS.split(","))
 }
 """Calls that are harmless with any arguments, by their numbers on x86_64 and aarch64."""
 
@@ -144,7 +97,7 @@ _PRLIMIT64, _CLONE3, _FIRST_UNKNOWN = (302, 261), (435, 435), 463
 _OPEN_FOR_CHANGE = 0o3 | 0o100 | 0o1000 | 0o2000 | 0o20000 | 0o20000000
 """O_WRONLY and O_RDWR, O_CREAT, O_TRUNC, O_APPEND, O_ASYNC, O_TMPFILE: the same on both."""
 
-_DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 1030)
+_FD_COMMANDS = (0, 1, 2, 3, 1030)
 """F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. F_SETOWN would send signals to others."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -179,7 +132,6 @@ def build_filter(architecture: str) -> list[_Instruction]:
     def if_no_change(argument: int) -> tuple[_Instruction, ...]:
         return load(argument), (_ANY_BIT, 1, 0, _OPEN_FOR_CHANGE), allow, refuse
 
-    commands = _DESCRIPTOR_COMMANDS
     simple = [number for row in _ALLOWED_CALLS.values() if (number := row[column]) is not None]
     return [
         (_LOAD, 0, 0, _ARCHITECTURE_OFFSET),
@@ -191,7 +143,7 @@ def build_filter(architecture: str) -> list[_Instruction]:
         *call(
             _FCNTL,
             load(1),
-            *((_EQUAL, len(commands) - row, 0, command) for row, command in enumerate(commands)),
+            *((_EQUAL, len(_FD_COMMANDS) - row, 0, x) for row, x in enumerate(_FD_COMMANDS)),
             refuse,
             allow,
         ),
@@ -307,12 +259,8 @@ def _refuse_by_audit() -> None:
     if sys.platform == "darwin":
         change = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_ASYNC
     modules, error, missing = _REFUSED_MODULES, PermissionError, ImportError
-    real_path, text, system, devices = (
-        os.path.realpath,
-        os.fsdecode,
-        _SYSTEM_FOLDERS,
-        _HARMLESS_DEVICES,
-    )
+    real, plain, text = os.path.realpath, os.path.abspath, os.fsdecode
+    system, devices = _SYSTEM_FOLDERS, _HARMLESS_DEVICES
 
     def refused(*_: Any, **__: Any) -> NoReturn:
         raise error("refused in the sandbox")
@@ -321,8 +269,9 @@ def _refuse_by_audit() -> None:
         if event == "open":
             if arguments[2] & change:
                 raise error("opening files to change them is refused in the sandbox")
-            if not isinstance(arguments[0], int):
-                path = real_path(text(arguments[0]))
+            name = "/" if isinstance(arguments[0], int) else text(arguments[0])
+            for path in (plain(name), real(name)):
+                path = "/" + path.lstrip("/")  # two slashes are as good as one
                 if path.split("/")[1] in system and path not in devices:
                     raise error(f"{path} is refused in the sandbox")
         elif event == "import":

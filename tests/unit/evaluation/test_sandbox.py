@@ -245,7 +245,9 @@ def test_recursion_harms_the_program_alone(server, victim):
     deep = (
         "import sys; sys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**5): x = [x]\nrepr(x)"
     )
-    assert server.run(deep, AMPLE).reason == "killed by SIGSEGV"
+    execution = server.run(deep, AMPLE)
+    assert not execution.passed
+    assert "SIGSEGV" in execution.reason or "RecursionError" in execution.reason  # by version
     assert not server.run("(" * 100_000, AMPLE).passed
     assert not server.run("-" * 100_000 + "1", AMPLE).passed
 
@@ -420,7 +422,7 @@ def test_devices_and_other_processes_cannot_be_looked_into(server, victim):
             open(path, "rb").close()
         for place in ("/dev/full", "/dev/tty", "/proc/uptime", "/sys/kernel/profiling",
                       "/proc/{os.getpid()}/fd/0", f"/proc/{{os.getppid()}}/environ"):
-            for path in (place, place.encode(), "/etc/../" + place):
+            for path in (place, place.encode(), "/etc/../" + place, "/" + place):
                 try:
                     os.open(path, os.O_RDONLY)
                 except PermissionError:
