@@ -1,0 +1,566 @@
+"""The evidence behind a report: trains what its tables compare, chooses settings, measures.
+
+Everything is done by `d2f train`, `d2f eval` and `d2f report`, as a user would run them. The
+recipes that this script writes stay in OUTPUT/recipes, so each number can be made again alone. What
+is finished is skipped when the script runs again. With several GPUs, jobs run side by side, each on
+a GPU of its own.
+
+    python benchmarks/evidence.py --output results/evidence --gpus 1
+
+Parts: `train` (students and control of the ablations, the models of the second family), `grid`
+(settings of each method, on validation problems), `measure` (the tables, on test problems),
+`report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARTS = ("train", "grid", "measure", "report")
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "src" / "d2f" / "shipped"
+SCHEDULES = {
+    "monotone": ("monotone", 0.3, 0.7),
+    "random": ("random", 0.3, 0.7),
+    "monotone-to-1": ("monotone", 0.3, 1.0),
+}
+"""Table 4: the paper's two, and one whose last blocks may be masked whole, as all blocks begin."""
+SEEDS = (1, 2, 3)
+BATCHES = (1, 4, 16, 64, 256)
+POINT = 0.01
+"""A setting qualifies when it scores at most this much below its method's best; of those that do,
+the one with most tokens per forward is taken, then the one that computes least."""
+UNPAGED = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Problems and the models that solve them."""
+
+    name: str
+    task: str
+    title: str
+    autoregressive: str
+    teacher: str
+    student: str
+
+    def models(self) -> dict[str, Row]:
+        """As a recipe names them."""
+        names = ("autoregressive", "teacher", "student")
+        return {name: {"path": getattr(self, name)} for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One command."""
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path
+    """Exists once it is done."""
+    needs: tuple[Path, ...] = ()
+    """Must exist before it starts."""
+    prepare: Callable[[], None] = lambda: None
+    """Called before it starts: writes its recipe, which may depend on what earlier jobs found."""
+
+
+class Plan:
+    """What there is to do, from the options."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.output: Path = options.output
+        runs = str(options.runs)
+        families = (
+            Family(
+                name="words",
+                task="word-problems",
+                title="word problems, 5.8M",
+                autoregressive="shipped:autoregressive",
+                teacher="shipped:teacher",
+                student="shipped:student",
+            ),
+            Family(
+                name="functions",
+                task="functions",
+                title="functions",
+                autoregressive=f"{runs}/functions_autoregressive/final",
+                teacher=f"{runs}/functions_teacher/final",
+                student=f"{runs}/functions_student/final",
+            ),
+        )
+        self.families = [family for family in families if family.name in options.families]
+
+    # ------------------------------------------------------------------------------------ train
+
+    def train(self) -> Iterator[Job]:
+        """Models of the second family, one after the other; nine students and the control."""
+        if "functions" in self.options.families:
+            earlier: tuple[Path, ...] = ()
+            for stage in ("autoregressive", "teacher", "student"):
+                job = self._training(f"functions_{stage}", f"functions_{stage}", [], earlier)
+                earlier = (job.makes,)
+                yield job
+        if "words" not in self.options.families:
+            return
+        steps = [f"steps={self.options.steps}", f"model.init={SHIPPED / 'teacher'}"]
+        yield self._training(
+            "control",
+            "shipped_teacher_any_length",
+            [*steps, "batch_size=256", "seed=3", "data.seed=3"],
+        )
+        for (name, (kind, low, high)), seed in itertools.product(SCHEDULES.items(), SEEDS):
+            noise = [f"noise.kind={kind}", f"noise.low={low}", f"noise.high={high}"]
+            yield self._training(
+                noise_run(name, seed), "shipped_student", [*steps, *noise, f"seed={seed}"]
+            )
+
+    def _training(
+        self, name: str, recipe: str, settings: Sequence[str], needs: tuple[Path, ...] = ()
+    ) -> Job:
+        folder = self.options.runs / name
+        # A folder with a checkpoint is gone on with.
+        sets = [part for setting in settings for part in ("--set", setting)]
+        return Job(
+            name=f"train-{name}",
+            command=(
+                *("d2f", "train", f"recipes/{recipe}.toml", "--output", str(folder)),
+                *("--resume", *sets, *self.options.train_args),
+            ),
+            makes=folder / "final" / "model.safetensors",
+            needs=needs,
+        )
+
+    # ------------------------------------------------------------------------------------- grid
+
+    def grid(self) -> Iterator[Job]:
+        """One recipe per family and method, on validation problems."""
+        for family in self.families:
+            for method, settings in grids().items():
+                rows = [
+                    self._row(family, method, f"{method}-{index}", setting)
+                    for index, setting in enumerate(settings)
+                ]
+                table = self._recipe(family, "methods", rows, score=self.options.grid_problems)
+                table |= {"split": "validation", "seed": 7}
+                paths = [Path(model["path"]) for model in table["models"].values()]
+                weights = tuple(p / "model.safetensors" for p in paths if "shipped:" not in str(p))
+                build = functools.partial(dict, table)
+                yield self._evaluation(f"grid-{family.name}-{method}", build, weights)
+
+    def chosen(self, family: Family) -> dict[str, Row]:
+        """The best setting of each method by its validation score, with a note of the grid."""
+        best: dict[str, Row] = {}
+        for method, settings in grids().items():
+            scores = [
+                (json.loads(self._grid_summary(family, method, i).read_text())["score"], setting)
+                for i, setting in enumerate(settings)
+            ]
+            top = max(score["score"] for score, _ in scores)
+            fit = [(s, setting) for s, setting in scores if s["score"] >= top - POINT]
+            score, setting = max(
+                fit,
+                key=lambda pair: (
+                    pair[0]["tokens_per_forward"],
+                    -pair[0]["query_tokens_per_forward"],
+                ),
+            )
+            note = {
+                "where": f"{score['num_problems']} validation problems",
+                "tried": len(settings),
+                "chosen": {**setting.get("policy", {}), **setting.get("options", {})},
+            }
+            best[method] = {**setting, "grid": note}
+        return best
+
+    def _grid_summary(self, family: Family, method: str, index: int) -> Path:
+        folder = self.output / "grid" / f"grid-{family.name}-{method}"
+        return folder / f"{method}-{index}" / "summary.json"
+
+    # ---------------------------------------------------------------------------------- measure
+
+    def measure(self) -> Iterator[Job]:
+        """The tables."""
+        for family in self.families:
+            tables = {
+                "methods": self._methods,
+                "thresholds": self._thresholds,
+                "steps": self._steps,
+                "block-size": self._block_size,
+            }
+            tables |= {
+                f"batch-{size}": functools.partial(self._batch, size=size) for size in BATCHES
+            }
+            needs = self._grid_files(family)
+            for name, build in tables.items():
+                yield self._evaluation(
+                    f"{family.name}-{name}", functools.partial(build, family), needs
+                )
+            if family.name == "words":
+                control = self.options.runs / "control" / "final" / "model.safetensors"
+                yield self._evaluation(
+                    "words-control", functools.partial(self._control, family), (*needs, control)
+                )
+                students = [noise_run(*pair) for pair in itertools.product(SCHEDULES, SEEDS)]
+                weights = [self.options.runs / s / "final" / "model.safetensors" for s in students]
+                yield self._evaluation(
+                    "words-noise", functools.partial(self._noise, family), tuple(weights)
+                )
+
+    def _methods(self, family: Family) -> Row:
+        chosen = self.chosen(family)
+        names = ("autoregressive", "vanilla", "vanilla-eos-stop", "vanilla-512", "dllm-cache")
+        names += (*UNPAGED, "undistilled", "serial", "pipelined")
+        rows = []
+        for method in names:
+            setting = chosen.get(method, chosen["vanilla"] if "vanilla" in method else {})
+            row = self._row(family, method, method, setting)
+            if method == "vanilla-512":
+                row |= {"max_new_tokens": 512, "num_problems": self.options.slow_problems}
+            rows.append(row)
+        return self._recipe(family, "methods", rows, score=self.options.problems, speed=True)
+
+    def _thresholds(self, family: Family) -> Row:
+        policy = self.chosen(family)["pipelined"]["policy"]
+        levels = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7)
+        rows = []
+        for level, add in itertools.product(levels, ("same", 0.7, 0.5, 0.1)):
+            changed = {
+                "confidence_threshold": level,
+                "activate_threshold": level,
+                "add_threshold": level if add == "same" else add,
+            }
+            setting = {"policy": {**policy, **changed}, "labels": changed}
+            rows.append(self._row(family, "pipelined", f"{level}-add-{add}", setting))
+        return self._recipe(family, "thresholds", rows, score=self.options.problems, speed=True)
+
+    def _steps(self, family: Family) -> Row:
+        vanilla = self.chosen(family)["vanilla"]
+        limit = json.loads(self._grid_summary(family, "vanilla", 0).read_text())["max_new_tokens"]
+        rows = []
+        for share in (1, 2, 4, 8):
+            options = {**vanilla["options"], "num_steps": limit // share}
+            setting = {
+                "options": options,
+                "max_new_tokens": limit,
+                "labels": {"tokens_per_step": share},
+            }
+            rows.append(self._row(family, "vanilla-eos-stop", f"{share}-tokens-a-step", setting))
+        return self._recipe(family, "steps", rows, score=self.options.problems, speed=True)
+
+    def _block_size(self, family: Family) -> Row:
+        policy = self.chosen(family)["pipelined"]["policy"]
+        rows = []
+        for size in (8, 16, 32, 48, 64, 96):
+            setting = {"policy": {**policy, "block_size": size}, "labels": {"block_size": size}}
+            rows.append(self._row(family, "pipelined", f"blocks-of-{size}", setting))
+        return self._recipe(family, "block-size", rows, score=self.options.problems, speed=True)
+
+    def _batch(self, family: Family, size: int) -> Row:
+        chosen = self.chosen(family)
+        rows = []
+        for method in ("autoregressive", "serial", "pipelined"):
+            setting = {**chosen.get(method, {}), "labels": {"batch_size": size}}
+            rows.append(self._row(family, method, f"{method}-at-{size}", setting))
+        table = self._recipe(family, "batch", rows, speed=True)
+        count = max(self.options.speed_problems, 2 * size)
+        table["speed"] |= {"batch_size": size, "num_problems": count}
+        return table
+
+    def _control(self, family: Family) -> Row:
+        chosen = self.chosen(family)
+        changed = {"model": "control"}
+        rows = [
+            self._row(family, "vanilla", "teacher", chosen["vanilla"]),
+            self._row(family, "control", "control", chosen["vanilla"]) | changed,
+            self._row(family, "undistilled", "teacher-pipelined", chosen["pipelined"]),
+            self._row(family, "control", "control-pipelined", chosen["pipelined"])
+            | changed
+            | {"strategy": "pipelined"},
+            self._row(family, "pipelined", "student", chosen["pipelined"]),
+        ]
+        table = self._recipe(family, "control", rows, score=self.options.problems, speed=True)
+        table["models"]["control"] = {"path": str(self.options.runs / "control" / "final")}
+        return table
+
+    def _noise(self, family: Family) -> Row:
+        rows, models = [], {}
+        # The paper's settings, and those that suit the shipped student.
+        levels = [(activate, 0.9) for activate in (0.95, 0.9, 0.85)] + [(0.95, 0.98)]
+        for schedule, seed, (activate, confidence) in itertools.product(SCHEDULES, SEEDS, levels):
+            model = noise_run(schedule, seed)
+            models[model] = {"path": str(self.options.runs / model / "final")}
+            policy = {
+                "block_size": 32,
+                "add_threshold": 0.1,
+                "activate_threshold": activate,
+                "confidence_threshold": confidence,
+            }
+            labels = {
+                "schedule": schedule,
+                "seed": seed,
+                "activate_threshold": activate,
+                "confidence_threshold": confidence,
+            }
+            setting = {"policy": policy, "labels": labels, "model": model}
+            name = f"{model}-{activate}-{confidence}"
+            rows.append(self._row(family, "pipelined", name, setting))
+        table = self._recipe(family, "noise", rows, score=self.options.problems, speed=True)
+        return table | {"models": models}
+
+    # ---------------------------------------------------------------------------------- recipes
+
+    def _row(self, family: Family, method: str, name: str, setting: Row) -> Row:
+        strategy, model = METHODS[method]
+        row: Row = {
+            "name": name,
+            "method": method,
+            "model": model,
+            "strategy": strategy,
+            "max_new_tokens": "gold",
+            **setting,
+        }
+        if method in ("vanilla", "vanilla-512"):
+            row["early_stop"] = False
+        return row
+
+    def _recipe(
+        self,
+        family: Family,
+        experiment: str,
+        rows: Sequence[Row],
+        *,
+        score: int | None = None,
+        speed: bool = False,
+    ) -> dict[str, Any]:
+        used = {row["model"] for row in rows}
+        table: dict[str, Any] = {
+            "task": family.task,
+            "family": family.title,
+            "test_set": family.task,
+            "experiment": experiment,
+            "seed": 1,
+            "models": {n: model for n, model in family.models().items() if n in used},
+            "rows": list(rows),
+        }
+        if score is not None:
+            table["score"] = {"num_problems": score, "batch_size": self.options.score_batch}
+        if speed:
+            table["speed"] = {
+                "num_problems": self.options.speed_problems,
+                "num_runs": 3,
+                "batch_size": 1,
+            }
+        return table
+
+    def _grid_files(self, family: Family) -> tuple[Path, ...]:
+        return tuple(self._done(f"grid-{family.name}-{method}") for method in grids())
+
+    def _done(self, name: str) -> Path:
+        return self.output / "done" / name
+
+    def _evaluation(self, name: str, build: Callable[[], Row], needs: tuple[Path, ...] = ()) -> Job:
+        part = "grid" if name.startswith("grid-") else "measure"
+        recipe = self.output / "recipes" / f"{name}.toml"
+
+        def prepare() -> None:
+            recipe.parent.mkdir(parents=True, exist_ok=True)
+            recipe.write_text(to_toml({**build(), "output": str(self.output / part / name)}))
+
+        return Job(
+            name=name,
+            command=("d2f", "eval", str(recipe), *self.options.eval_args),
+            makes=self._done(name),
+            needs=needs,
+            prepare=prepare,
+        )
+
+
+METHODS = {
+    "autoregressive": ("autoregressive", "autoregressive"),
+    "vanilla": ("vanilla", "teacher"),
+    "vanilla-eos-stop": ("vanilla", "teacher"),
+    "vanilla-512": ("vanilla", "teacher"),
+    "dllm-cache": ("dllm-cache", "teacher"),
+    "fast-dllm-parallel": ("parallel", "teacher"),
+    "fast-dllm-prefix": ("prefix-cache", "teacher"),
+    "fast-dllm-dual": ("dual-cache", "teacher"),
+    "undistilled": ("pipelined", "teacher"),
+    "control": ("vanilla", "teacher"),
+    "serial": ("serial", "student"),
+    "pipelined": ("pipelined", "student"),
+}
+"""Strategy and model of each method."""
+
+
+def grids() -> dict[str, list[Row]]:
+    """The settings of each method that are tried."""
+    lengths = (8, 16, 32)
+    policies = [
+        {
+            "block_size": size,
+            "add_threshold": add,
+            "activate_threshold": 0.95,
+            "confidence_threshold": confidence,
+        }
+        for size, add, confidence in itertools.product(
+            (16, 32, 64), (0.1, 0.5), (0.9, 0.95, 0.98, 0.99)
+        )
+    ]
+    accelerated = [
+        {"options": {"block_length": length, "threshold": threshold}}
+        for length, threshold in itertools.product(lengths, (0.9, 0.95, 0.98))
+    ]
+    # Serial ignores the other two thresholds.
+    serial = [{"policy": policy} for policy in policies if policy["add_threshold"] == 0.1]
+    return {
+        "vanilla": [{"options": {"block_length": length}} for length in lengths],
+        "dllm-cache": [
+            {
+                "options": {
+                    "block_length": 16,
+                    "prompt_interval": 50,
+                    "response_interval": interval,
+                    "refresh_share": 0.25,
+                }
+            }
+            for interval in (2, 4, 7)
+        ],
+        **dict.fromkeys(UNPAGED, accelerated),
+        "undistilled": [{"policy": policy} for policy in policies],
+        "serial": serial,
+        "pipelined": [{"policy": policy} for policy in policies],
+    }
+
+
+def noise_run(schedule: str, seed: int) -> str:
+    """Name of a student of table 4."""
+    return f"noise_{schedule}_{seed}".replace("-", "_")
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """A recipe's text: plain values first, then its tables."""
+    lines = [f"{key} = {_value(v)}" for key, v in table.items() if key not in ("models", "rows")]
+    lines = [line for line in lines if line]
+    for name, model in table["models"].items():
+        lines += ["", f"[models.{json.dumps(name)}]"]
+        lines += [f"{key} = {_value(v)}" for key, v in model.items()]
+    for row in table["rows"]:
+        lines += ["", "[[rows]]"]
+        lines += [f"{key} = {_value(v)}" for key, v in row.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{json.dumps(key)} = {_value(v)}" for key, v in value.items())
+        return "{ " + inner + " }"
+    return json.dumps(value)
+
+
+class Crew:
+    """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it."""
+
+    def __init__(self, gpus: int, logs: Path) -> None:
+        self.free = list(range(max(gpus, 1)))
+        self.on_gpu = gpus > 0
+        self.logs = logs
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.running: list[tuple[Job, int, subprocess.Popen, float]] = []
+        self.failed: list[str] = []
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs whose needs get met."""
+        waiting = [job for job in jobs if not job.makes.exists()]
+        while waiting or self.running:
+            self._collect()
+            ready = [job for job in waiting if all(path.exists() for path in job.needs)]
+            while ready and self.free:
+                job = ready.pop(0)
+                waiting.remove(job)
+                self._start(job, self.free.pop(0))
+            if waiting and not ready and not self.running:
+                missing = ", ".join(job.name for job in waiting)
+                print(f"not run, since what they need is missing: {missing}", flush=True)
+                self.failed += [job.name for job in waiting]
+                return
+            time.sleep(0.5)
+
+    def _start(self, job: Job, gpu: int) -> None:
+        job.prepare()
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if self.on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        command = [sys.executable, "-m", "d2f.cli.main", *job.command[1:]]
+        log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
+        print(f"{clock()} start {job.name} on {gpu}", flush=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
+        self.running.append((job, gpu, process, time.monotonic()))
+
+    def _collect(self) -> None:
+        for entry in list(self.running):
+            job, gpu, process, start = entry
+            if process.poll() is None:
+                continue
+            self.running.remove(entry)
+            self.free.append(gpu)
+            state = "done"
+            if process.returncode == 0:
+                job.makes.parent.mkdir(parents=True, exist_ok=True)
+                job.makes.touch()
+            else:
+                state = f"FAILED ({process.returncode})"
+                self.failed.append(job.name)
+            print(f"{clock()} {state} {job.name}, {time.monotonic() - start:.0f} s", flush=True)
+
+
+def clock() -> str:
+    """Time of day."""
+    return time.strftime("%H:%M:%S")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("results/evidence"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where models are trained")
+    parser.add_argument("--gpus", type=int, default=1, help="0: the CPU")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--families", nargs="*", default=["words", "functions"])
+    parser.add_argument("--steps", type=int, default=3000, help="of each student of an ablation")
+    parser.add_argument("--problems", type=int, default=1024, help="that a score counts")
+    parser.add_argument("--slow-problems", type=int, default=256, help="… of vanilla with 512")
+    parser.add_argument("--grid-problems", type=int, default=256)
+    parser.add_argument("--speed-problems", type=int, default=100)
+    parser.add_argument("--score-batch", type=int, default=512)
+    parser.add_argument("--train-args", nargs="*", default=[], help="more for d2f train")
+    parser.add_argument("--eval-args", nargs="*", default=[], help="more for d2f eval")
+    options = parser.parse_args()
+    plan = Plan(options)
+    crew = Crew(options.gpus, options.output / "logs")
+    # All at once: what needs nothing fills the GPUs that wait for a long training.
+    crew.run([job for part in PARTS[:3] if part in options.parts for job in getattr(plan, part)()])
+    if "report" in options.parts:
+        folder = options.output / "measure"
+        report = ("d2f", "report", str(folder), "--paper")
+        crew.run([Job(name="report", command=report, makes=plan.output / "done" / "report")])
+    if crew.failed:
+        sys.exit(f"failed: {', '.join(crew.failed)}; see {crew.logs}")
+
+
+if __name__ == "__main__":
+    main()
