@@ -17,8 +17,9 @@ from typing import Any
 from d2f.errors import ConfigError
 
 FRESH = "give another --output, or start afresh with --fresh"
-_NEEDED = ("index", "prompt_sha256", "correct", "num_tokens", "num_forwards", "seconds")
-_SPEED_NEEDED = ("round", "index", "num_tokens", "num_forwards", "seconds", "correct")
+_COUNTS = ("index", "correct", "num_tokens", "num_forwards", "num_query_tokens", "seconds")
+_NEEDED = (*_COUNTS, "prompt_sha256", "metrics", "error")
+_SPEED_NEEDED = (*_COUNTS, "round", "decode_tokens", "decode_seconds")
 
 Record = dict[str, Any]
 
