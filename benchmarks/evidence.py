@@ -504,7 +504,7 @@ class Crew:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        command = [sys.executable, "-m", "d2f.cli.main", *job.command[1:]]
+        command = [sys.executable, "-m", "d2f", *job.command[1:]]
         log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
         process = subprocess.Popen(

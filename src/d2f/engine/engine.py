@@ -313,7 +313,7 @@ class Engine:
     @property
     def num_graphs(self) -> int:
         """Shapes of step that are captured."""
-        return self._paged.runner.num_graphs
+        return sum(lane.num_graphs for lane in self._lanes)
 
     # ---------------------------------------------------------------------------------- inside
 

@@ -91,6 +91,11 @@ class PagedLane:
         """Memory ran out once when several requests joined together."""
 
     @property
+    def num_graphs(self) -> int:
+        """Shapes of step that are captured."""
+        return self.runner.num_graphs
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self.waiting or self.running or self._flights)

@@ -46,6 +46,11 @@ class UnpagedLane:
         """Whether a step would do something."""
         return bool(self.waiting) or self._batch is not None
 
+    @property
+    def num_graphs(self) -> int:
+        """Shapes of step that are captured."""
+        return self._workspace.num_graphs
+
     def add(self, task: Task) -> None:
         """Queue a request."""
         self.waiting.append(task)
