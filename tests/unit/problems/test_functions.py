@@ -31,18 +31,19 @@ from d2f.training.tokenizer import train_tokenizer
 
 TAGS = {(operation.takes, operation.tag): operation for operation in OPERATIONS.values()}
 PINNED_PROMPT = (
-    "Write convert(items, limit) to take the last limit of the elements of items, the"
-    "n raise every number to the third power, then return the list.\n"
-    ">>> convert([2, 9, 2], 3)\n"
-    "[8, 729, 8]\n"
-    ">>> convert([9, 8, 4], 4)\n"
-    "[729, 512, 64]"
+    'Write a function char_count_sign(message) that takes the number of times "m" occ'
+    'urs in message, then names the sign of the result by "plus" or "minus" or "zero"'
+    ", then returns the result.\n"
+    ">>> char_count_sign('river6')\n"
+    "'zero'\n"
+    ">>> char_count_sign('Cream MIA')\n"
+    "'plus'"
 )
 PINNED_RESPONSE = (
-    "def convert(items, limit):\n"
-    "    items = items[-limit:]\n"
-    "    items = [x ** 3 for x in items]\n"
-    "    return items"
+    "def char_count_sign(message):\n"
+    '    count = message.count("m")\n'
+    '    word = "plus" if count > 0 else "minus" if count < 0 else "zero"\n'
+    "    return word"
 )
 
 

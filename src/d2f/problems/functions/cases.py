@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 from typing import Any
 
@@ -21,6 +22,8 @@ _MOST_SHOWN = 80
 _TRIES = 10
 _TRIES_SHOWN = 7
 _EXTRA = 2
+_FEW = 3
+_MOST_SAME = 0.75
 _UNDEFINED = (ValueError, IndexError, ZeroDivisionError, OverflowError)
 
 
@@ -74,6 +77,15 @@ def _finish(pipeline: Pipeline, at: int, value: Any, arguments: list[Any]) -> An
     return value
 
 
+def _vary(cases: list[Case]) -> bool:
+    """Whether each step's result varies, and the last one's is not nearly always the same."""
+    for results in zip(*(map(repr, values[1:]) for _, values in cases), strict=True):
+        if len(set(results)) == 1:
+            return False
+    commonest = Counter(results).most_common(1)[0][1]
+    return commonest <= _MOST_SAME * len(cases)
+
+
 class _Rival:
     """The function with one step left out, or with one constant changed by one."""
 
@@ -123,6 +135,7 @@ class CaseSource:
     def __init__(self, rng: Random, pipeline: Pipeline) -> None:
         self._inputs = InputSource(rng, pipeline)
         self._pipeline = pipeline
+        self._rivals = _rivals(pipeline)
         self._seen: list[list[Any]] = []
 
     def shown(self, count: int) -> list[Case] | None:
@@ -156,20 +169,21 @@ class CaseSource:
         """
         edge = self._new(self._inputs.edge())
         cases = [] if edge is None else [edge]
-        while len(cases) < count:
-            case = self._any()
-            if case is None:
-                return None
-            cases.append(case)
-        for rival in _rivals(self._pipeline):
-            if any(rival.differs(case) for case in reversed(cases)):
-                continue
-            case = self._against(rival) if len(cases) < count + _EXTRA else None
-            if case is None:
-                return None
-            cases.append(case)
-        results = {repr(case[1][-1]) for case in cases}
-        return None if len(results) < (2 if self._pipeline.gives == "bool" else 3) else cases
+        # A step without effect shows after a few calls, so that is looked for first.
+        for enough in (_FEW, count):
+            while len(cases) < enough:
+                case = self._any()
+                if case is None:
+                    return None
+                cases.append(case)
+            for rival in self._rivals:
+                if any(rival.differs(case) for case in cases):
+                    continue
+                case = self._against(rival) if len(cases) < count + _EXTRA else None
+                if case is None:
+                    return None
+                cases.append(case)
+        return cases if _vary(cases[edge is not None :]) else None
 
     def _against(self, rival: _Rival) -> Case | None:
         for _ in range(_TRIES):

@@ -17,7 +17,7 @@ from d2f.problems.problem import SPLITS
 __all__ = ["generate_function_problem", "generate_function_problems", "split_of_operations"]
 
 _DEFAULT = FunctionConfig()
-_ATTEMPTS = 3
+_ATTEMPTS = 4
 
 
 def split_of_operations(operations: list[Operation]) -> str:
@@ -91,8 +91,10 @@ def generate_function_problem(
         operations = sample_operations(rng, num_steps)
         if operations is None or split_of_operations(operations) != split:
             continue
-        # Unlucky constants or inputs get another chance, so that demanding operations stay.
-        for _ in range(_ATTEMPTS if num_steps == 1 else 1):
+        # Unlucky constants or inputs get another chance, so that demanding operations stay: a
+        # single one, which nothing makes up for, and questions, most of which say no.
+        demanding = num_steps == 1 or operations[-1].gives == "bool"
+        for _ in range(_ATTEMPTS if demanding else 1):
             pipeline = sample_pipeline(rng, operations, config.parameter_rate)
             problem = None if pipeline is None else _write(rng, pipeline, config)
             if problem is not None:

@@ -16,8 +16,8 @@ EMPTY: dict[str, Any] = {"ints": [], "strs": [], "int": 0, "str": ""}
 _WORDS = (
     "apple lion tree river stone cloud noon level radar Anna kayak Otto Mia Tom Rome Oslo Berlin "
     "balloon coffee summer little letter mirror book moon cat dog sun ice tea area eel ocean music "
-    "Paris Nina Leo Emma NASA USA OK data code list salt corn mint colt rain train plain sale nose "
-    "tone cone line lime slice east lost tail clam real cream roast"
+    "noon level radar kayak Paris Nina Leo Emma NASA USA OK data code list salt corn mint colt "
+    "rain train plain sale nose tone cone line lime slice east lost tail clam real cream roast"
 ).split()
 _NUMBERS = (*"0123456789", "10", "42", "2026", "7", "15", "303")
 

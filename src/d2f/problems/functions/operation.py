@@ -44,7 +44,7 @@ class Argument:
         return self.kind != "sep"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Operation:
     """One step from a value to a value.
 
