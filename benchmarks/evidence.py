@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -547,8 +548,8 @@ def main() -> None:
     parser.add_argument("--grid-problems", type=int, default=256)
     parser.add_argument("--speed-problems", type=int, default=100)
     parser.add_argument("--score-batch", type=int, default=512)
-    parser.add_argument("--train-args", nargs="*", default=[], help="more for d2f train")
-    parser.add_argument("--eval-args", nargs="*", default=[], help="more for d2f eval")
+    parser.add_argument("--train-args", type=shlex.split, default=[], help="more for d2f train")
+    parser.add_argument("--eval-args", type=shlex.split, default=[], help="more for d2f eval")
     options = parser.parse_args()
     plan = Plan(options)
     crew = Crew(options.gpus, options.output / "logs")
