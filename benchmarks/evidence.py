@@ -54,6 +54,8 @@ class Family:
     name: str
     task: str
     title: str
+    teacher_recipe: str
+    """Of the teacher's last stage."""
     autoregressive: str
     teacher: str
     student: str
@@ -89,6 +91,7 @@ class Plan:
             Family(
                 name="words",
                 task="word-problems",
+                teacher_recipe="shipped_teacher_any_length",
                 title="word problems, 5.8M",
                 autoregressive="shipped:autoregressive",
                 teacher="shipped:teacher",
@@ -97,6 +100,7 @@ class Plan:
             Family(
                 name="functions",
                 task="functions",
+                teacher_recipe="functions_teacher",
                 title="functions",
                 autoregressive=f"{runs}/functions_autoregressive/final",
                 teacher=f"{runs}/functions_teacher/final",
@@ -108,13 +112,15 @@ class Plan:
     # ------------------------------------------------------------------------------------ train
 
     def train(self) -> Iterator[Job]:
-        """Models of the second family, one after the other; nine students and the control."""
+        """Models of the second family; teachers of long sequences; nine students; the control."""
         if "functions" in self.options.families:
             earlier: tuple[Path, ...] = ()
             for stage in ("autoregressive", "teacher", "student"):
                 job = self._training(f"functions_{stage}", f"functions_{stage}", [], earlier)
                 earlier = (job.makes,)
                 yield job
+        for family in self.families:
+            yield self._long_teacher(family)
         if "words" not in self.options.families:
             return
         steps = [f"steps={self.options.steps}", f"model.init={SHIPPED / 'teacher'}"]
@@ -128,6 +134,19 @@ class Plan:
             yield self._training(
                 noise_run(name, seed), "shipped_student", [*steps, *noise, f"seed={seed}"]
             )
+
+    def _long_teacher(self, family: Family) -> Job:
+        """The teacher taught positions up to the 512 of the paper's setting, and then some."""
+        init = family.teacher.replace("shipped:", f"{SHIPPED}/")
+        settings = [
+            *(f"model.init={init}", f"steps={self.options.long_steps}", "seed=9", "data.seed=9"),
+            *("batch_size=128", "data.sequence_length=640", "data.num_problems=400000"),
+            *("optimizer.lr=4e-4", "optimizer.warmup_steps=50"),
+        ]
+        weights = Path(init) / "model.safetensors"
+        return self._training(
+            f"{family.name}_teacher_long", family.teacher_recipe, settings, (weights,)
+        )
 
     def _training(
         self, name: str, recipe: str, settings: Sequence[str], needs: tuple[Path, ...] = ()
@@ -206,9 +225,11 @@ class Plan:
                 f"batch-{size}": functools.partial(self._batch, size=size) for size in BATCHES
             }
             needs = self._grid_files(family)
+            long = self._long_folder(family) / "model.safetensors"
             for name, build in tables.items():
+                more = (long,) if name == "methods" else ()
                 yield self._evaluation(
-                    f"{family.name}-{name}", functools.partial(build, family), needs
+                    f"{family.name}-{name}", functools.partial(build, family), needs + more
                 )
             if family.name == "words":
                 control = self.options.runs / "control" / "final" / "model.safetensors"
@@ -231,8 +252,14 @@ class Plan:
             row = self._row(family, method, method, setting)
             if method == "vanilla-512":
                 row |= {"max_new_tokens": 512, "num_problems": self.options.slow_problems}
+                row |= {"model": "teacher-long", "label": "vanilla-512 (teacher of 640 positions)"}
             rows.append(row)
-        return self._recipe(family, "methods", rows, score=self.options.problems, speed=True)
+        table = self._recipe(family, "methods", rows, score=self.options.problems, speed=True)
+        table["models"]["teacher-long"] = {"path": str(self._long_folder(family))}
+        return table
+
+    def _long_folder(self, family: Family) -> Path:
+        return self.options.runs / f"{family.name}_teacher_long" / "final"
 
     def _thresholds(self, family: Family) -> Row:
         policy = self.chosen(family)["pipelined"]["policy"]
@@ -425,8 +452,10 @@ def grids() -> dict[str, list[Row]]:
         {"options": {"block_length": length, "threshold": threshold}}
         for length, threshold in itertools.product(lengths, (0.9, 0.95, 0.98))
     ]
-    # Serial ignores the other two thresholds.
-    serial = [{"policy": policy} for policy in policies if policy["add_threshold"] == 0.1]
+    serial = [
+        {"policy": {"block_size": size, "confidence_threshold": confidence}}
+        for size, confidence in itertools.product((16, 32, 64), (0.9, 0.95, 0.98, 0.99))
+    ]
     return {
         "vanilla": [{"options": {"block_length": length}} for length in lengths],
         "dllm-cache": [
@@ -543,6 +572,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--families", nargs="*", default=["words", "functions"])
     parser.add_argument("--steps", type=int, default=3000, help="of each student of an ablation")
+    parser.add_argument("--long-steps", type=int, default=2000, help="of the long teachers")
     parser.add_argument("--problems", type=int, default=1024, help="that a score counts")
     parser.add_argument("--slow-problems", type=int, default=256, help="… of vanilla with 512")
     parser.add_argument("--grid-problems", type=int, default=256)
