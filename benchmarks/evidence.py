@@ -28,9 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2f.training.checkpoint import list_checkpoints
+
 PARTS = ("train", "grid", "measure", "report")
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ROOT / "src" / "d2f" / "shipped"
+SHIPPED = Path("src/d2f/shipped")
+"""From `ROOT`, where all commands run."""
 SCHEDULES = {
     "monotone": ("monotone", 0.3, 0.7),
     "random": ("random", 0.3, 0.7),
@@ -76,8 +79,9 @@ class Job:
     """Exists once it is done."""
     needs: tuple[Path, ...] = ()
     """Must exist before it starts."""
-    prepare: Callable[[], None] = lambda: None
-    """Called before it starts: writes its recipe, which may depend on what earlier jobs found."""
+    prepare: Callable[[], Sequence[str]] = tuple
+    """Called before it starts: writes its recipe, which may depend on what earlier jobs found, and
+    gives further arguments."""
 
 
 class Plan:
@@ -101,7 +105,7 @@ class Plan:
                 name="functions",
                 task="functions",
                 teacher_recipe="functions_teacher",
-                title="functions",
+                title="functions, 17M",
                 autoregressive=f"{runs}/functions_autoregressive/final",
                 teacher=f"{runs}/functions_teacher/final",
                 student=f"{runs}/functions_student/final",
@@ -152,16 +156,16 @@ class Plan:
         self, name: str, recipe: str, settings: Sequence[str], needs: tuple[Path, ...] = ()
     ) -> Job:
         folder = self.options.runs / name
-        # A folder with a checkpoint is gone on with.
         sets = [part for setting in settings for part in ("--set", setting)]
         return Job(
             name=f"train-{name}",
             command=(
                 *("d2f", "train", f"recipes/{recipe}.toml", "--output", str(folder)),
-                *("--resume", *sets, *self.options.train_args),
+                *(*sets, *self.options.train_args),
             ),
             makes=folder / "final" / "model.safetensors",
             needs=needs,
+            prepare=lambda: ("--resume",) if list_checkpoints(folder) else (),
         )
 
     # ------------------------------------------------------------------------------------- grid
@@ -238,9 +242,10 @@ class Plan:
                 )
                 students = [noise_run(*pair) for pair in itertools.product(SCHEDULES, SEEDS)]
                 weights = [self.options.runs / s / "final" / "model.safetensors" for s in students]
-                yield self._evaluation(
-                    "words-noise", functools.partial(self._noise, family), tuple(weights)
-                )
+                # The paper's settings, and the confidence that suits the shipped student.
+                for name, confidence in (("words-noise", 0.9), ("words-noise-98", 0.98)):
+                    build = functools.partial(self._noise, family, confidence)
+                    yield self._evaluation(name, build, tuple(weights))
 
     def _methods(self, family: Family) -> Row:
         chosen = self.chosen(family)
@@ -324,11 +329,10 @@ class Plan:
         table["models"]["control"] = {"path": str(self.options.runs / "control" / "final")}
         return table
 
-    def _noise(self, family: Family) -> Row:
+    def _noise(self, family: Family, confidence: float) -> Row:
         rows, models = [], {}
-        # The paper's settings, and those that suit the shipped student.
-        levels = [(activate, 0.9) for activate in (0.95, 0.9, 0.85)] + [(0.95, 0.98)]
-        for schedule, seed, (activate, confidence) in itertools.product(SCHEDULES, SEEDS, levels):
+        levels = (0.95, 0.9, 0.85)
+        for schedule, seed, activate in itertools.product(SCHEDULES, SEEDS, levels):
             model = noise_run(schedule, seed)
             models[model] = {"path": str(self.options.runs / model / "final")}
             policy = {
@@ -337,17 +341,13 @@ class Plan:
                 "activate_threshold": activate,
                 "confidence_threshold": confidence,
             }
-            labels = {
-                "schedule": schedule,
-                "seed": seed,
-                "activate_threshold": activate,
-                "confidence_threshold": confidence,
-            }
+            labels = {"schedule": schedule, "seed": seed, "activate_threshold": activate}
             setting = {"policy": policy, "labels": labels, "model": model}
-            name = f"{model}-{activate}-{confidence}"
+            name = f"{model}-{activate}"
             rows.append(self._row(family, "pipelined", name, setting))
         table = self._recipe(family, "noise", rows, score=self.options.problems, speed=True)
-        return table | {"models": models}
+        test_set = f"{family.task}, confidence {confidence}"
+        return table | {"models": models, "test_set": test_set}
 
     # ---------------------------------------------------------------------------------- recipes
 
@@ -404,9 +404,10 @@ class Plan:
         part = "grid" if name.startswith("grid-") else "measure"
         recipe = self.output / "recipes" / f"{name}.toml"
 
-        def prepare() -> None:
+        def prepare() -> tuple[str, ...]:
             recipe.parent.mkdir(parents=True, exist_ok=True)
             recipe.write_text(to_toml({**build(), "output": str(self.output / part / name)}))
+            return ()
 
         return Job(
             name=name,
@@ -417,6 +418,11 @@ class Plan:
         )
 
 
+URGENCY = (
+    *("train-functions", "train-words", "grid-words", "words-methods", "grid-functions"),
+    *("functions-methods", "train-", "words", "functions"),
+)
+"""Beginnings of jobs' names: what others wait for comes first."""
 METHODS = {
     "autoregressive": ("autoregressive", "autoregressive"),
     "vanilla": ("vanilla", "teacher"),
@@ -436,7 +442,7 @@ METHODS = {
 
 def grids() -> dict[str, list[Row]]:
     """The settings of each method that are tried."""
-    lengths = (8, 16, 32)
+    lengths = (8, 16, 32, 64)
     policies = [
         {
             "block_size": size,
@@ -474,6 +480,11 @@ def grids() -> dict[str, list[Row]]:
         "serial": serial,
         "pipelined": [{"policy": policy} for policy in policies],
     }
+
+
+def urgency(job: Job) -> int:
+    """The place of a job among those that could start."""
+    return next(place for place, start in enumerate(URGENCY) if job.name.startswith(start))
 
 
 def noise_run(schedule: str, seed: int) -> str:
@@ -530,11 +541,11 @@ class Crew:
             time.sleep(0.5)
 
     def _start(self, job: Job, gpu: int) -> None:
-        job.prepare()
+        further = job.prepare()
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        command = [sys.executable, "-m", "d2f", *job.command[1:]]
+        command = [sys.executable, "-m", "d2f", *job.command[1:], *further]
         log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
         process = subprocess.Popen(
@@ -571,8 +582,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="0: the CPU")
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--families", nargs="*", default=["words", "functions"])
-    parser.add_argument("--steps", type=int, default=3000, help="of each student of an ablation")
-    parser.add_argument("--long-steps", type=int, default=2000, help="of the long teachers")
+    parser.add_argument("--steps", type=int, default=2000, help="of each student of an ablation")
+    parser.add_argument("--long-steps", type=int, default=1500, help="of the long teachers")
     parser.add_argument("--problems", type=int, default=1024, help="that a score counts")
     parser.add_argument("--slow-problems", type=int, default=256, help="… of vanilla with 512")
     parser.add_argument("--grid-problems", type=int, default=256)
@@ -584,7 +595,8 @@ def main() -> None:
     plan = Plan(options)
     crew = Crew(options.gpus, options.output / "logs")
     # All at once: what needs nothing fills the GPUs that wait for a long training.
-    crew.run([job for part in PARTS[:3] if part in options.parts for job in getattr(plan, part)()])
+    jobs = [job for part in PARTS[:3] if part in options.parts for job in getattr(plan, part)()]
+    crew.run(sorted(jobs, key=urgency))
     if "report" in options.parts:
         folder = options.output / "measure"
         report = ("d2f", "report", str(folder), "--paper")
