@@ -361,7 +361,7 @@ class Plan:
             "max_new_tokens": "gold",
             **setting,
         }
-        if method in ("vanilla", "vanilla-512"):
+        if method in ("vanilla", "vanilla-512", "control"):
             row["early_stop"] = False
         return row
 
@@ -516,7 +516,8 @@ class Crew:
     """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it."""
 
     def __init__(self, gpus: int, logs: Path) -> None:
-        self.free = list(range(max(gpus, 1)))
+        self.size = max(gpus, 1)
+        self.free = list(range(self.size))
         self.on_gpu = gpus > 0
         self.logs = logs
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -545,6 +546,8 @@ class Crew:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        # Processes that each take all cores for their threads slow each other down a hundredfold.
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
         command = [sys.executable, "-m", "d2f", *job.command[1:], *further]
         log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
