@@ -13,7 +13,6 @@ from d2f.evaluation.report.results import Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median
 
 D2F = "D2F, thresholds"
-FEWER_STEPS = "vanilla, fewer steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,10 @@ def score_curves(comparison: Comparison) -> list[Curve]:
     rooms = {row.room for row in steps}
     steps += [row for row in vanilla if row.room in rooms and _num_steps(row) not in known][:1]
     steps.sort(key=lambda row: median(row.seconds_per_problem) or 0.0)
+    method = steps[0].method if steps else "vanilla"
     found = [
         Curve(name=D2F, method="pipelined", rows=threshold_curve(comparison)),
-        Curve(name=FEWER_STEPS, method=steps[0].method if steps else "vanilla", rows=steps),
+        Curve(name=f"{method}, fewer steps", method=method, rows=steps),
     ]
     drawn = [row for curve in found for row in curve.rows]
     others = [row for row in comparison.of("methods") if row not in drawn]
