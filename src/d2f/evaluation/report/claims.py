@@ -266,7 +266,9 @@ def _cache_and_parallel(comparison: Comparison) -> Finding:
     if cache is None or parallel is None:
         return _missing("vanilla, serial and pipelined")
     verdict = _all(cache.reaches(1), parallel.reaches(1))
-    return Finding(verdict, f"serial {cache} of vanilla, then pipelined {parallel} of serial")
+    number = f"serial {cache} of vanilla, then pipelined {parallel} of serial"
+    stopped = _speed(serial, comparison.find("vanilla-eos-stop"))
+    return Finding(verdict, number, f"serial {stopped} of vanilla-eos-stop" if stopped else "")
 
 
 def _noise(

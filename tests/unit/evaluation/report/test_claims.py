@@ -184,7 +184,14 @@ def test_fast_dllm_without_the_papers_rows_decides_nothing(tmp_path):
 def test_cache_gives_a_part(tmp_path, serial, pipelined, verdict):
     rows = {"vanilla": 100, "serial": serial, "pipelined": pipelined}
     line = judge(tmp_path, "cache", *(fake_summary(k, speed=v) for k, v in rows.items()))
-    assert line["verdict"] == verdict
+    assert (line["verdict"], line["beside"]) == (verdict, "")
+
+
+def test_cache_is_told_against_a_vanilla_that_stops(tmp_path):
+    rows = {"vanilla": 100, "vanilla-eos-stop": 150, "serial": 300, "pipelined": 500}
+    summaries = [fake_summary(name, speed=steady(speed)) for name, speed in rows.items()]
+    line = judge(tmp_path, "cache", *summaries)
+    assert line["beside"] == "serial 2.00x (2.00–2.00) of vanilla-eos-stop"
 
 
 def noise(schedule, seed, level=0.9, **values):
