@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import log, out
 
 if TYPE_CHECKING:
     from d2f.evaluation.report.table import Table
@@ -39,21 +39,17 @@ def report_command(
     no_figures: Annotated[
         bool, typer.Option("--no-figures", help="Draw nothing; needs no matplotlib.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the tables to this file.", dir_okay=False)
-    ] = None,
 ) -> None:
     """Make Markdown and plots from the results of d2f eval.
 
     Methods side by side, what makes the ratios, ablations, and curves of score against cost.
+    tables.json beside the page has all numbers unrounded.
 
     Example:  d2f report results/word-problems results/functions --paper
     """
     from d2f.evaluation.report.document import build_report, write_report
     from d2f.evaluation.report.results import load_results
 
-    if json_file is not None:
-        check_writable(json_file)
     found = load_results(results)
     report = build_report(found, paper=paper)
     folder = output or results[0] / "report"
@@ -65,9 +61,6 @@ def report_command(
         _print_table(table)
     for table in report.tables("claims"):
         _print_verdicts(table)
-    if json_file is not None:
-        write_json(json_file, report.to_dict())
-        out.print(f"Tables written to {json_file}")
     out.print(f"Report written to {page}")
 
 
@@ -81,8 +74,15 @@ def _print_table(table: Table) -> None:
     grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     columns = [column for column in table.columns if column.key in SHOWN]
     for column in columns:
+        # Where it gets narrow, names are broken and numbers are not.
         justify: Any = "right" if column.is_number else "left"
-        grid.add_column(SHOWN[column.key], justify=justify, vertical="bottom", no_wrap=True)
+        grid.add_column(
+            SHOWN[column.key],
+            justify=justify,
+            vertical="bottom",
+            no_wrap=column.is_number,
+            overflow="fold",
+        )
     for line in table.lines:
         speed = line["tokens_per_second"]
         cells = [

@@ -78,7 +78,7 @@ def fake_summary(
         },
         "recipe": {"seed": 0, "split": "test"},
         "recipe_file": "fake.toml",
-        "score": None if score is None else _score(row, score, num_problems) | counts,
+        "score": None if score is None else _score(score, num_problems) | counts,
         "speed": None if speed is None else _speed(speed, tokens_per_forward, batch_size) | counts,
     }
     return summary | changes
@@ -182,7 +182,12 @@ def _noise_rows() -> list[dict[str, Any]]:
             speed=speed + 10 * seed - 200 * activate,
             score=score + 0.002 * seed,
             tokens_per_forward=speed / 160,
-            labels={"schedule": schedule, "activate_threshold": activate, "seed": seed},
+            labels={
+                "schedule": schedule,
+                "activate_threshold": activate,
+                "confidence_threshold": 0.9,
+                "seed": seed,
+            },
         )
         for schedule, speed, score in schedules
         for activate in (0.95, 0.9, 0.85)
@@ -227,12 +232,13 @@ def _other_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _score(row: str, score: float | str, num_problems: int) -> dict[str, Any]:
+def _score(score: float | str, num_problems: int) -> dict[str, Any]:
     if isinstance(score, str):
         digits = score
     else:
-        count = round((1 - score) * num_problems)
-        wrong = set(random.Random(row).sample(range(num_problems), count))
+        # Some problems are harder than others, for whoever answers them.
+        hardest = random.Random(0).sample(range(num_problems), num_problems)
+        wrong = set(hardest[: round((1 - score) * num_problems)])
         digits = "".join("0" if index in wrong else "1" for index in range(num_problems))
     share = digits.count("1") / len(digits)
     return {

@@ -17,7 +17,7 @@ def test_report_goes_beside_the_results(d2f, results):
     done = d2f("report", results, "--no-figures")
     assert done.code == 0, done.err
     assert f"Report written to {results / 'report' / 'README.md'}" in done.out
-    assert "Methods: fake family, fake problems" in done.out
+    assert "Methods: fake family on fake problems" in done.out
     [line] = [line for line in done.out.splitlines() if line.startswith("pipelined")]
     assert line.split() == [
         "pipelined", "1000", "3.33x", "12.5x", "0.0500", "50.0", "94.9", "±", "0.7", "(1000)",
@@ -29,13 +29,13 @@ def test_report_goes_beside_the_results(d2f, results):
 
 
 def test_paper_output_figures_and_json(d2f, results, tmp_path):
-    file = tmp_path / "tables.json"
     for name in ("steps", "block-size", "batch"):
         rmtree(results / name)  # fewer figures to wait for
-    done = d2f("report", results, "--paper", "--output", tmp_path / "out", "--json", file)
+    done = d2f("report", results, "--paper", "--output", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "reproduced: faster than Fast-dLLM (fake family, fake problems)" in done.out
-    names = {table["name"] for table in json.loads(file.read_text())["tables"]}
+    assert "reproduced: faster than Fast-dLLM (fake family on fake problems)" in done.out
+    tables = json.loads((tmp_path / "out" / "tables.json").read_text())["tables"]
+    names = {table["name"] for table in tables}
     assert names >= {"methods", "thresholds", "noise", "cache", "control", "claims"}
     assert (tmp_path / "out" / "figure1.png").stat().st_size > 10_000
     text = (tmp_path / "out" / "README.md").read_text()
@@ -58,7 +58,14 @@ def test_names_are_shown_as_they_are(d2f, tmp_path):
     done = d2f("report", tmp_path, "--no-figures")
     assert done.code == 0, done.err
     assert "[/v]" in done.out
-    assert "Methods: [bold] family, fake problems" in done.out
+    assert "Methods: [bold] family on fake problems" in done.out
+
+
+def test_long_names_are_broken_and_numbers_are_not(d2f, tmp_path):
+    write_row(tmp_path, fake_summary("vanilla", label="vanilla " + "of many words " * 4))
+    done = d2f("report", tmp_path, "--no-figures")
+    assert "…" not in done.out
+    assert "90.0 ± 0.9 (1000)" in done.out
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,3 @@ def test_usage(d2f, tmp_path):
     assert d2f("report").code == 2
     done = d2f("report", tmp_path / "nowhere")
     assert (done.code, "is not a folder" in done.err) == (1, True)
-    write_row(tmp_path, fake_summary("vanilla"))
-    done = d2f("report", tmp_path, "--json", tmp_path / "no" / "x.json")
-    assert (done.code, "cannot write" in done.err) == (1, True)
-    assert not (tmp_path / "report").exists()

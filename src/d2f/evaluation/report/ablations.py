@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2f.evaluation.report import table as show
 from d2f.evaluation.report.differences import paired_difference, standard_deviation
@@ -19,10 +19,19 @@ from d2f.evaluation.report.results import METHODS, Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median, minus, ratio
 
 THRESHOLDS = ("activate_threshold", "confidence_threshold", "add_threshold")
+NOISE_LEVEL = THRESHOLDS[:2]
 _SPEED = Column(key="tokens_per_second", header="tokens/s (lowest–highest)", form=show.spread)
 _YIELD = Column(key="tokens_per_forward", header="tokens/forward", form=show.significant)
 _LATENCY = Column(key="seconds_per_problem", header="s/problem", form=show.significant)
 _SCORE = Column(key="score_text", header="score ± se, % (n)")
+
+
+class NoiseGroup(NamedTuple):
+    """What rows of table 4 have in common that differ in the seed alone."""
+
+    activate: float
+    confidence: float
+    schedule: str
 
 
 def threshold_table(comparison: Comparison, *, paper: bool) -> Table | None:
@@ -81,10 +90,14 @@ def threshold_curve(comparison: Comparison) -> list[Row]:
 
     The paper's figure 2 varies activate and confidence together at the smallest add threshold.
     """
-    groups: dict[float, list[Row]] = {}
+    groups: dict[float, dict[tuple[float, ...], Row]] = {}
     for row in by_thresholds(comparison):
-        groups.setdefault(thresholds_of(row)[2], []).append(row)
-    return max(groups.items(), key=lambda item: (len(item[1]), -item[0]))[1] if groups else []
+        *level, add = thresholds_of(row)
+        # Settings that were measured twice are one level.
+        groups.setdefault(add, {}).setdefault(tuple(level), row)
+    if not groups:
+        return []
+    return [*max(groups.items(), key=lambda item: (len(item[1]), -item[0]))[1].values()]
 
 
 def noise_table(comparison: Comparison, *, paper: bool) -> Table | None:
@@ -96,16 +109,18 @@ def noise_table(comparison: Comparison, *, paper: bool) -> Table | None:
     published = counterpart.rows("pipelined", "table4") if counterpart else []
     groups = noise_groups(rows)
     lines = []
-    for (activate, schedule), members in groups.items():
-        base = groups.get((activate, "random"))
-        line: dict[str, Any] = {"activate_threshold": activate, "schedule": schedule}
+    for group, members in groups.items():
+        base = groups.get(group._replace(schedule="random"))
+        level, schedule = [group.activate, group.confidence], group.schedule
+        line: dict[str, Any] = dict(zip(NOISE_LEVEL, level, strict=True))
+        line["schedule"] = schedule
         line["num_seeds"] = len(members)
         for key, value_of in _NOISE_NUMBERS.items():
             line[key] = _mean_and_deviation([value_of(row) for row in members])
         speeds = [median(row.tokens_per_second) for row in members]
         base_speeds = [median(row.tokens_per_second) for row in base or ()]
         line["over_random"] = ratio(_mean(speeds), _mean(base_speeds))
-        same = [p for p in published if float(p.settings["activate_threshold"]) == activate]
+        same = [p for p in published if [float(p.settings[k]) for k in NOISE_LEVEL] == level]
         by_schedule = {p.settings["schedule"]: p for p in same}
         if schedule in by_schedule and "random" in by_schedule:
             ours, theirs = by_schedule[schedule], by_schedule["random"]
@@ -116,7 +131,7 @@ def noise_table(comparison: Comparison, *, paper: bool) -> Table | None:
         )
         lines.append(line)
     columns = [
-        Column(key="activate_threshold", header="activate"),
+        *(Column(key=key, header=key.removesuffix("_threshold")) for key in NOISE_LEVEL),
         Column(key="schedule", header="schedule", is_number=False),
         Column(key="num_seeds", header="seeds"),
         Column(key="tokens_per_second", header="tokens/s, mean ± sd"),
@@ -135,13 +150,19 @@ def noise_table(comparison: Comparison, *, paper: bool) -> Table | None:
     return Table(name="noise", title=title, columns=columns, lines=lines, notes=notes)
 
 
-def noise_groups(rows: Sequence[Row]) -> dict[tuple[float, str], list[Row]]:
-    """Seeds together, by activate threshold (strictest first) and schedule."""
-    groups: dict[tuple[float, str], list[Row]] = {}
+def noise_groups(rows: Sequence[Row]) -> dict[NoiseGroup, list[Row]]:
+    """Seeds together, by confidence and activate threshold (strictest first) and schedule."""
+    groups: dict[NoiseGroup, list[Row]] = {}
     for row in rows:
-        activate = float(row.setting("activate_threshold") or 0)
-        groups.setdefault((activate, str(row.setting("schedule"))), []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1])))
+        activate, confidence = (float(row.setting(key) or 0) for key in NOISE_LEVEL)
+        group = NoiseGroup(activate, confidence, str(row.setting("schedule")))
+        groups.setdefault(group, []).append(row)
+    return dict(
+        sorted(
+            groups.items(),
+            key=lambda item: (-item[0].confidence, -item[0].activate, item[0].schedule),
+        )
+    )
 
 
 def cache_table(comparison: Comparison, *, paper: bool) -> Table | None:
@@ -298,7 +319,7 @@ def _against_vanilla(
         ]
     names = "; ".join(counterpart.name for counterpart in stand)
     notes = [f"{LABEL}: {names}."] if stand else []
-    notes += [*show.simulated(rows), *show.conditions(rows)]
+    notes += [*show.beyond_eos(rows), *show.simulated(rows), *show.conditions(rows)]
     title = f"{heading}: {comparison.title}"
     return Table(name=name, title=title, columns=columns, lines=lines, notes=notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from d2f.evaluation.report import table as show
 from d2f.evaluation.report.ablations import threshold_curve
@@ -12,7 +13,6 @@ from d2f.evaluation.report.results import Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median
 
 D2F = "D2F, thresholds"
-FEWER_STEPS = "vanilla, fewer steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,17 @@ def score_curves(comparison: Comparison) -> list[Curve]:
         `[curve.name for curve in score_curves(comparison)]`
     """
     steps = [row for row in comparison.of("steps") if row.method.startswith("vanilla")]
-    # The full number of steps is the row of `methods`, unless the experiment has it too.
-    vanilla = [row for row in comparison.of("methods") if row.method == "vanilla"]
-    known = {row.setting("num_steps") for row in steps}
-    if steps:
-        steps += [row for row in vanilla if row.setting("num_steps") not in known]
+    # The full number of steps is a row of `methods`, unless the experiment has it too. A row that
+    # goes on after EOS is no point of the line of rows that do not.
+    vanilla = [row for row in comparison.of("methods") if row.method.startswith("vanilla")]
+    known = {_num_steps(row) for row in steps}
+    rooms = {row.room for row in steps}
+    steps += [row for row in vanilla if row.room in rooms and _num_steps(row) not in known][:1]
     steps.sort(key=lambda row: median(row.seconds_per_problem) or 0.0)
+    method = steps[0].method if steps else "vanilla"
     found = [
         Curve(name=D2F, method="pipelined", rows=threshold_curve(comparison)),
-        Curve(name=FEWER_STEPS, method="vanilla", rows=steps),
+        Curve(name=f"{method}, fewer steps", method=method, rows=steps),
     ]
     drawn = [row for curve in found for row in curve.rows]
     others = [row for row in comparison.of("methods") if row not in drawn]
@@ -54,6 +56,11 @@ def score_curves(comparison: Comparison) -> list[Curve]:
         for row in others
     ]
     return [curve for curve in found if curve.rows]
+
+
+def _num_steps(row: Row) -> Any:
+    """By default a token a step."""
+    return row.setting("num_steps") or row.room[0]
 
 
 def parallelism(row: Row) -> float | None:

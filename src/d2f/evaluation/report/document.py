@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,18 @@ from d2f.evaluation.report.claims import CLAIMS_TITLE, claim_table
 from d2f.evaluation.report.curves import curve_table
 from d2f.evaluation.report.figures import Drawing, draw_figures
 from d2f.evaluation.report.methods import method_tables
+from d2f.evaluation.report.repeats import repeat_table
 from d2f.evaluation.report.results import Comparison, Results
 from d2f.evaluation.report.table import Table, commit
 
 FILE = "README.md"
+TABLES_FILE = "tables.json"
 EXPERIMENTS = {
-    "methods": "tables 1 and 2, 5 and 7, figure 1",
-    "thresholds": "table 3, figure 2",
+    "methods": "tables 1, 2, 5, 7",
+    "thresholds": "table 3",
     "noise": "table 4",
     "control": "table 6",
-    "steps": "figure 2, vanilla's curve",
+    "steps": "figure 2",
     "block-size": "figure 5",
     "batch": "batch sizes",
 }
@@ -70,6 +73,7 @@ def build_report(results: Results, *, paper: bool) -> Report:
         "Score against cost (figure 2)": curve_table,
         "Block size (figure 5)": ablations.block_size_table,
         "Batch size": ablations.batch_table,
+        "How well speeds repeat": repeat_table,
     }
     comparisons = results.comparisons
     sections = [
@@ -88,7 +92,7 @@ def build_report(results: Results, *, paper: bool) -> Report:
 
 
 def write_report(report: Report, folder: Path, *, paper: bool, figures: bool, command: str) -> Path:
-    """Write README.md and the pictures.
+    """Write README.md, the pictures, and tables.json with all numbers unrounded.
 
     Args:
         report: What `build_report` made.
@@ -109,18 +113,22 @@ def write_report(report: Report, folder: Path, *, paper: bool, figures: bool, co
     folder.mkdir(parents=True, exist_ok=True)
     comparisons = report.results.comparisons
     drawings = draw_figures(comparisons, folder, paper=paper) if figures else []
-    page = folder / FILE
-    part = page.with_name(page.name + ".part")
-    part.write_text(markdown(report, drawings, command), encoding="utf-8")
-    part.replace(page)
-    return page
+    _write(folder / TABLES_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    _write(folder / FILE, markdown(report, drawings, command))
+    return folder / FILE
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
     """The page as text."""
     results = report.results
-    titles = "; ".join(comparison.title for comparison in results.comparisons)
-    parts = [f"# Results: {titles}"]
+    parts = [f"# Results: {_titles(results.comparisons)}"]
     parts += [f"**Warning:** {warning}" for warning in results.warnings]
     parts += missing_experiments(results)
     for heading, tables in report.sections:
@@ -136,15 +144,33 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
 
 
 def missing_experiments(results: Results) -> list[str]:
-    """A line for each family and test set that lacks experiments."""
+    """A line for each family and test set that has methods side by side and lacks ablations.
+
+    An ablation of the same family and task counts, whatever its test set is called.
+    """
     lines = []
     for comparison in results.comparisons:
-        missing = [
-            f"`{name}` ({fills})" for name, fills in EXPERIMENTS.items() if not comparison.of(name)
+        kin = [
+            other
+            for other in results.comparisons
+            if (other.family, other.task) == (comparison.family, comparison.task)
         ]
-        if missing:
-            lines.append(f"Not found for {comparison.title}: {', '.join(missing)}.")
+        missing = [name for name in EXPERIMENTS if not any(other.of(name) for other in kin)]
+        if comparison.of("methods") and missing:
+            parts = ", ".join(f"{name} ({EXPERIMENTS[name]})" for name in missing)
+            lines.append(f"Not measured of {comparison.title}: {parts}.")
     return lines
+
+
+def _titles(comparisons: Sequence[Comparison]) -> str:
+    """Families and test sets that have methods side by side; all where none has."""
+    shown = [c for c in comparisons if c.of("methods")] or comparisons
+    test_sets: dict[str, list[str]] = {}
+    for comparison in shown:
+        test_sets.setdefault(comparison.family, []).append(comparison.test_set)
+    return "; ".join(
+        f"{family} on {', '.join(dict.fromkeys(names))}" for family, names in test_sets.items()
+    )
 
 
 def _footer(results: Results, command: str) -> list[str]:
@@ -168,5 +194,6 @@ def _footer(results: Results, command: str) -> list[str]:
         "## Where this was measured, and how to repeat it",
         "\n".join(dict.fromkeys(places)),
         "```\n" + "\n".join(commands) + "\n```",
-        "Each row's `summary.json` holds its whole recipe.",
+        f"Each row's `summary.json` holds its whole recipe. `{TABLES_FILE}` holds the numbers of "
+        "all tables, unrounded.",
     ]

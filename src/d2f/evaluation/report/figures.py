@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,18 @@ from d2f.evaluation.report.paper import (
     LABEL,
     PaperRow,
     ablation_counterpart,
+    counterparts,
     load_paper,
     over_autoregressive,
 )
 from d2f.evaluation.report.results import Comparison, Row, Spread
-from d2f.evaluation.report.table import median, significant
+from d2f.evaluation.report.table import median, significant, times
 
 DPI = 110
 NUM_COLORS = 128
 _STRETCH_FROM = 80.0
+_LOG_FROM = 20.0
+"""Longest over shortest bar from which on the axis is logarithmic."""
 _LEGEND_BELOW = ("figure2", "score-seconds", "score-parallelism")
 _FAST_DLLM = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 # Colour (Okabe and Ito's, beside the two of the demo's plot) and marker of a method.
@@ -141,20 +145,34 @@ def _bars(axis: Any, comparison: Comparison, paper: bool) -> bool:
     ]
     colors = [HIGHLIGHT if row.method == "pipelined" else MUTED for row in rows]
     axis.barh(names, values, color=colors, xerr=errors, error_kw={"lw": 1, "capsize": 3})
-    longest = max(speed.highest for speed in speeds)
+    base = next((r.tokens_per_second for r in rows if r.method == "autoregressive"), None)
     for place, speed in enumerate(speeds):
-        axis.text(
-            speed.highest + 0.02 * longest,
-            place - (0.2 if paper else 0),
-            significant(speed.median),
+        share = f" ({times(speed.median / base.median)})" if base else ""
+        axis.annotate(
+            f"{significant(speed.median)}{share}",
+            (speed.highest, place - (0.2 if paper else 0)),
+            xytext=(5, 0),
+            textcoords="offset points",
             va="center",
         )
     axis.invert_yaxis()
-    axis.set_xlabel("tokens per second")
+    axis.set_xlabel("tokens per second" + (" (x autoregression)" if base else ""))
+    shown = [value for speed in speeds for value in (speed.lowest, speed.highest)]
     if paper:
-        longest = max(longest, _paper_bars(axis, comparison, rows))
-    axis.set_xlim(0, 1.18 * longest)
+        shown += _paper_bars(axis, comparison, rows)
+    _bar_axis(axis, min(shown), max(shown))
     return True
+
+
+def _bar_axis(axis: Any, shortest: float, longest: float) -> None:
+    """Room for the numbers at the bars' ends; logarithmic where the shortest would not be seen."""
+    if longest < _LOG_FROM * shortest:
+        axis.set_xlim(0, 1.35 * longest)
+        return
+    axis.set_xscale("log")
+    start = 10 ** math.floor(math.log10(shortest))
+    axis.set_xlim(start, longest * (longest / start) ** 0.35)
+    _plain_ticks(axis.xaxis, per_decade=(1,))
 
 
 def _bar_rows(comparison: Comparison) -> list[Row]:
@@ -168,28 +186,30 @@ def _bar_rows(comparison: Comparison) -> list[Row]:
     return found
 
 
-def _paper_bars(axis: Any, comparison: Comparison, rows: Sequence[Row]) -> float:
-    """The paper's ratios to autoregression, times our autoregression; returns the longest."""
+def _paper_bars(axis: Any, comparison: Comparison, rows: Sequence[Row]) -> list[float]:
+    """The paper's ratios to autoregression, times our autoregression; returns them."""
     base = next((r.tokens_per_second for r in rows if r.method == "autoregressive"), None)
     counterpart = ablation_counterpart(comparison.task)
-    longest = 0.0
     if base is None or counterpart is None:
-        return longest
+        return []
+    families = {found.family for found in counterparts(comparison.task, comparison.family)}
     drawn: dict[str, list[tuple[float, float]]] = {}
     for place, row in enumerate(rows):
         method = "fast-dllm" if row.method in _FAST_DLLM else row.method
         for family, value in over_autoregressive(counterpart.test_set, method).items():
-            drawn.setdefault(family, []).append((value * base.median, place + 0.2))
-            longest = max(longest, value * base.median)
+            if family in families:
+                drawn.setdefault(family, []).append((value * base.median, place + 0.2))
     for family, points in drawn.items():
         axis.plot(
             *zip(*points, strict=True),
-            label=f"{LABEL}, {family}:\nx LLaMA3, times our autoregression",
+            label=f"{LABEL}, {family}: x LLaMA3, times our autoregression",
             **_hollow("black", "o" if family == "LLaDA" else "^"),
         )
     if drawn:
-        axis.legend(loc="best", frameon=False, fontsize=8)
-    return longest
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1, frameon=False, fontsize=8
+        )
+    return [value for points in drawn.values() for value, _ in points]
 
 
 # ----------------------------------------------------------------- figure 2 and its companions
@@ -305,12 +325,12 @@ def _finish(axis: Any, drawn: bool) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Of a logarithmic axis: plain numbers at 1, 2 and 5 of each decade."""
+def _plain_ticks(axis: Any, per_decade: Sequence[int] = (1, 2, 5)) -> None:
+    """Of a logarithmic axis: plain numbers at some places of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_locator(LogLocator(base=10, subs=per_decade))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -33,6 +33,7 @@ _REASONS = (
     _METHOD,
     Column(key="tokens_per_forward", header="tokens/forward, all", form=show.significant),
     Column(key="mean_of_tokens_per_forward", header="mean of problems'", form=show.significant),
+    Column(key="forwards_per_problem", header="forwards/problem", form=show.significant),
     Column(key="query_tokens_per_forward", header="query tokens/forward", form=show.significant),
     Column(key="milliseconds_per_forward", header="ms/forward", form=show.significant),
     Column(key="computed_per_answered", header="computed/answered", form=show.significant),
@@ -67,6 +68,7 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
         "Speed at batch 1, one problem at a time, prompts included, median of the runs. "
         "Latency is seconds per problem; its ratio is vanilla's over the row's.",
         *([f"The teacher is {teacher.label}; differences are paired."] if teacher else []),
+        *show.beyond_eos(rows),
         *show.simulated(rows),
         *_other_batches(rows),
         *show.conditions(rows),
@@ -102,6 +104,7 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         "over_autoregressive": speed_ratio(row, autoregressive),
         "difference": paired_difference(row, teacher) if teacher and row is not teacher else None,
         **{column.key: row.number(column.key) for column in _REASONS[1:-1]},
+        "forwards_per_problem": ratio(row.number("mean_tokens"), row.number("tokens_per_forward")),
         "made_of": _made_of(row, autoregressive),
         "model": (row.summary.get("model") or {}).get("name"),
         "settings": settings_text(row),
@@ -154,6 +157,8 @@ def settings_text(row: Row) -> str:
     if summary.get("max_new_tokens") is not None:
         found["max_new_tokens"] = summary["max_new_tokens"]
     parts += [f"{key}={value}" for key, value in found.items() if value is not None]
+    if summary.get("early_stop") is False:
+        parts.append("no stop at EOS")
     return ", ".join(parts) or show.NOTHING
 
 
@@ -190,14 +195,7 @@ def _beside(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
         return []
     columns = [_METHOD, _OVER, *_ratio_columns("here", "here")]
     for counterpart in stand:
-        columns += [
-            Column(
-                key=f"{counterpart.family}_tokens_per_second",
-                header=f"{counterpart.family}: tokens/s",
-                form=show.significant,
-            ),
-            *_ratio_columns(counterpart.family, counterpart.family),
-        ]
+        columns += _ratio_columns(counterpart.family, counterpart.family)
         if over_autoregressive(counterpart.test_set, "autoregressive"):
             key, name = f"{counterpart.family}_figure1", counterpart.family
             columns.append(Column(key=key, header=f"{name}: x LLaMA3", form=show.times))
@@ -245,7 +243,6 @@ def paper_ratios(counterpart: Counterpart, method: str) -> dict[str, float | Non
         return {}
     name = counterpart.family
     return {
-        f"{name}_tokens_per_second": row.tokens_per_second,
         f"{name}_tps": ratio(row.tokens_per_second, base.tokens_per_second),
         f"{name}_latency": ratio(base.seconds_per_problem, row.seconds_per_problem),
         f"{name}_score": minus(row.score, base.score),

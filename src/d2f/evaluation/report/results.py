@@ -101,6 +101,11 @@ class Row:
         return self._spread("decode_tokens_per_second")
 
     @property
+    def room(self) -> tuple[Any, Any]:
+        """Most tokens of an answer, and whether EOS ends it sooner; None where not told."""
+        return self.summary.get("max_new_tokens"), self.summary.get("early_stop")
+
+    @property
     def speed_batch_size(self) -> int | None:
         """Problems decoded together while the speed was measured."""
         return (self.summary.get("speed") or {}).get("batch_size")
@@ -175,7 +180,7 @@ class Comparison:
     def title(self) -> str:
         """For headings."""
         where = f" ({self.machine})" if self.machine else ""
-        return f"{self.family}, {self.test_set}{where}"
+        return f"{self.family} on {self.test_set}{where}"
 
     @property
     def task(self) -> str:

@@ -182,6 +182,14 @@ def simulated(rows: Sequence[Row]) -> list[str]:
     return [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
 
 
+def beyond_eos(rows: Sequence[Row]) -> list[str]:
+    """Which rows compute positions after the end of the answer, where not all do."""
+    names = [row.label for row in rows if row.summary.get("early_stop") is False]
+    if not names or len(names) == len(rows):
+        return []
+    return [f"EOS does not end a problem of {', '.join(names)}; it does of all other rows."]
+
+
 def commit(environment: Mapping[str, Any]) -> str:
     """The commit that made a result, and whether the tree was as committed."""
     name = str(environment.get("git_commit") or "unknown")[:12]

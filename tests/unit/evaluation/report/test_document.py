@@ -1,5 +1,6 @@
 """The page and its pictures."""
 
+import json
 import re
 import sys
 
@@ -31,7 +32,9 @@ def test_page_and_pictures_of_everything(tmp_path):
     out = tmp_path / "out" / "report"
     file = write_report(report, out, paper=True, figures=True, command="d2f report x")
     text = file.read_text()
-    assert {path.name for path in out.iterdir()} == PICTURES | {"README.md"}
+    assert {path.name for path in out.iterdir()} == PICTURES | {"README.md", "tables.json"}
+    assert json.loads((out / "tables.json").read_text()) == report.to_dict() | {"missing": []}
+    assert text.startswith("# Results: fake family on fake problems, other fakes\n")
     for name in PICTURES:
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG\r\n")
@@ -42,18 +45,18 @@ def test_page_and_pictures_of_everything(tmp_path):
         "Methods (tables 1 and 2)", "Thresholds (table 3)", "Noise schedule (table 4)",
         "The cache and parallelism (tables 5 and 7)", "Fine-tuning alone (table 6)",
         "Score against cost (figure 2)", "Block size (figure 5)", "Batch size",
-        "The paper's claims, one by one", "Figures",
+        "How well speeds repeat", "The paper's claims, one by one", "Figures",
         "Where this was measured, and how to repeat it",
     ]  # fmt: skip
     assert text.count("### Methods: ") == 2
-    assert "Not found" not in text
+    assert "Not measured" not in text
 
 
 def test_every_table_is_rectangular(tmp_path):
     lines = page(write_results(tmp_path), paper=True).splitlines()
     blocks = "\n".join(line if line.startswith("|") else "" for line in lines).split("\n\n")
     tables = [block.strip().splitlines() for block in blocks if block.strip()]
-    assert len(tables) == 12
+    assert len(tables) == 13
     for table in tables:
         assert len({len(line) for line in table}) == 1
         assert len({line.count(" | ") for line in table}) == 1
@@ -70,11 +73,30 @@ def test_missing_experiments_are_told(tmp_path):
     write_row(tmp_path, fake_summary("vanilla"))
     text = page(tmp_path)
     assert (
-        "Not found for fake family, fake problems: `thresholds` (table 3, figure 2), "
-        "`noise` (table 4), `control` (table 6), `steps` (figure 2, vanilla's curve), "
-        "`block-size` (figure 5), `batch` (batch sizes)."
+        "Not measured of fake family on fake problems: thresholds (table 3), noise (table 4), "
+        "control (table 6), steps (figure 2), block-size (figure 5), batch (batch sizes)."
     ) in text
     assert "## Thresholds" not in text
+
+
+def test_ablations_need_no_test_set_of_the_same_name(tmp_path):
+    """One alone lacks nothing, and the methods of its family do not lack it."""
+    labels = {"schedule": "random", "seed": 1}
+    noise = fake_summary("n", experiment="noise", labels=labels, test_set="fake problems, 0.9")
+    write_row(tmp_path / "noise", noise)
+    write_row(tmp_path / "other", fake_summary("vanilla", family="other family"))
+    text = page(tmp_path)
+    assert text.startswith("# Results: other family on fake problems\n")
+    assert text.count("Not measured") == text.count("Not measured of other family") == 1
+    assert "noise (table 4)" in text.splitlines()[2]
+    write_row(tmp_path / "methods", fake_summary("vanilla"))
+    [line] = [x for x in page(tmp_path).splitlines() if "Not measured of fake family" in x]
+    assert "noise" not in line
+
+
+def test_results_of_ablations_alone_have_a_title(tmp_path):
+    write_row(tmp_path, fake_summary("control", experiment="control"))
+    assert page(tmp_path).startswith("# Results: fake family on fake problems\n")
 
 
 def test_warnings_stand_at_the_top_and_below_tables(tmp_path):
@@ -135,6 +157,8 @@ def test_what_figures_show(tmp_path, monkeypatch):
     found = drawn(monkeypatch, load_results([tmp_path]).comparisons, tmp_path, True)
     bars = found["Tokens per second at batch 1"].axes[0]
     assert [bar.get_width() for bar in bars.patches] == [80, 330, 300, 1000]
+    assert bars.get_xscale() == "log"
+    assert "1000 (3.33x)" in [text.get_text() for text in bars.texts]
     hollow = [point for line in bars.lines for point in line.get_xdata()]
     assert 300 * 119.9 / 48 in hollow
     curves = found["Score against tokens per second"].axes[0]
@@ -142,6 +166,15 @@ def test_what_figures_show(tmp_path, monkeypatch):
     assert {"D2F, thresholds", "autoregressive", "pipelined (paper, A100, 8B)"} <= set(labels)
     areas = found["Score against tokens per forward"].axes[0].get_legend_handles_labels()[1]
     assert "autoregressive, AUP 94.5" in areas
+
+
+def test_bars_that_can_all_be_seen_keep_an_even_axis(tmp_path, monkeypatch):
+    write_row(tmp_path, fake_summary("vanilla", speed=100))
+    write_row(tmp_path, fake_summary("pipelined", speed=1000))
+    found = drawn(monkeypatch, load_results([tmp_path]).comparisons, tmp_path, False)
+    bars = found["Tokens per second at batch 1"].axes[0]
+    assert (bars.get_xscale(), bars.get_xlim()[0]) == ("linear", 0)
+    assert [text.get_text() for text in bars.texts] == ["100", "1000"]
 
 
 def test_low_scores_keep_an_even_axis(tmp_path, monkeypatch):

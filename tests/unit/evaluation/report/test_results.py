@@ -65,7 +65,7 @@ def test_machines_that_repeat_each_other_are_compared_apart(tmp_path):
     found = load_results([tmp_path]).comparisons
     assert [c.machine for c in found] == ["CPU", "GPU"]
     assert [len(c.rows) for c in found] == [2, 2]
-    assert found[1].title == "fake family, fake problems (GPU)"
+    assert found[1].title == "fake family on fake problems (GPU)"
 
 
 def test_rows_of_different_conditions_are_told(tmp_path):

@@ -6,6 +6,7 @@ from d2f.evaluation.report import ablations
 from d2f.evaluation.report.curves import areas, curve_table, score_curves
 from d2f.evaluation.report.methods import method_tables
 from d2f.evaluation.report.paper import ablation_counterpart, counterparts, load_paper
+from d2f.evaluation.report.repeats import repeat_table
 from d2f.evaluation.report.results import load_results
 from d2f.evaluation.report.table import Column, Table
 from d2f.testing.results import fake_summary, write_results, write_row
@@ -72,6 +73,7 @@ def test_reasons_multiply_to_the_ratio(methods):
     line = line_of(methods["reasons"], method="pipelined")
     assert line["milliseconds_per_forward"] == 10
     assert line["computed_per_answered"] == 3
+    assert line["forwards_per_problem"] == 50 / 8
     # 8 times the tokens per forward; 10 ms per forward against 5.
     assert line["made_of"] == "8.00 × 0.500"
 
@@ -91,7 +93,6 @@ def test_paper_stands_beside(methods):
     table = methods["paper"]
     line = line_of(table, method="pipelined")
     assert line["here_tps"] == 16
-    assert line["LLaDA_tokens_per_second"] == 52.5
     assert line["LLaDA_tps"] == pytest.approx(52.5 / 7.2)
     assert line["Dream_latency"] == pytest.approx(26.8 / 2.8)
     assert line["Dream_score"] == pytest.approx(2.6)
@@ -106,6 +107,17 @@ def test_other_batch_sizes_are_told(tmp_path):
     comparison = compare(tmp_path, fake_summary("vanilla", batch_size=4))
     [note] = [n for n in method_tables(comparison, paper=False)[0].notes if "batch 4" in n]
     assert "Warning" in note
+
+
+def test_rows_that_go_on_after_eos_are_told(tmp_path):
+    rows = [fake_summary("vanilla", early_stop=False), fake_summary("pipelined", early_stop=True)]
+    tables = method_tables(compare(tmp_path, *rows), paper=False)
+    [note] = [note for note in tables[0].notes if "EOS" in note]
+    assert note == "EOS does not end a problem of vanilla; it does of all other rows."
+    settings = [line["settings"] for line in tables[2].lines]
+    assert settings == [
+        "vanilla, max_new_tokens=64, no stop at EOS", "pipelined, max_new_tokens=64",
+    ]  # fmt: skip
 
 
 def test_no_methods_no_tables(tmp_path):
@@ -124,6 +136,32 @@ def test_thresholds(everything):
     assert loose["paper_tps"] == pytest.approx(135.4 / 105.2)
     assert loose["paper_score"] == pytest.approx(75.0 - 76.9)
     assert loose["difference"].mean == pytest.approx(-3)
+
+
+def test_a_level_measured_twice_is_one_of_the_curve(tmp_path):
+    def row(name, level, add):
+        labels = {"activate_threshold": level, "confidence_threshold": level, "add_threshold": add}
+        return fake_summary(name, experiment="thresholds", labels=labels)
+
+    rows = [row("a", 0.9, 0.1), row("b", 0.8, 0.1), row("c", 0.9, 0.8), row("d", 0.8, 0.8)]
+    curve = ablations.threshold_curve(compare(tmp_path, *rows, row("e", 0.8, 0.8)))
+    assert [row.name for row in curve] == ["a", "b"]
+
+
+def test_noise_has_levels_of_both_thresholds(tmp_path):
+    def row(schedule, confidence):
+        labels = {"schedule": schedule, "seed": 1, "activate_threshold": 0.95}
+        labels["confidence_threshold"] = confidence
+        return fake_summary(f"{schedule}-{confidence}", experiment="noise", labels=labels)
+
+    rows = [row(s, c) for s in ("monotone", "random") for c in (0.9, 0.98)]
+    table = ablations.noise_table(compare(tmp_path, *rows), paper=True)
+    found = [(x["confidence_threshold"], x["schedule"], x.get("paper_tps")) for x in table.lines]
+    gain = pytest.approx(119.9 / 114.5)
+    assert found == [
+        (0.98, "monotone", None), (0.98, "random", None), (0.9, "monotone", gain),
+        (0.9, "random", 1.0),
+    ]  # fmt: skip
 
 
 def test_noise_over_seeds(everything):
@@ -222,6 +260,55 @@ def test_curves_and_their_areas(everything):
     assert [x["aup"] for x in table.lines if x["curve"] == "D2F, thresholds"] == [
         found["D2F, thresholds"], None, None,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stops", "last"), [(True, "stopped"), (False, "vanilla")])
+def test_curve_of_steps_ends_in_the_row_that_stops_like_it(tmp_path, stops, last):
+    comparison = compare(
+        tmp_path,
+        fake_summary("vanilla", early_stop=False, speed=10),
+        fake_summary("stopped", method="vanilla-eos-stop", early_stop=True, speed=20),
+        fake_summary("half", method="vanilla-eos-stop", experiment="steps", speed=30,
+                     early_stop=stops, options={"num_steps": 32}),
+    )  # fmt: skip
+    curves = {curve.name: [row.name for row in curve.rows] for curve in score_curves(comparison)}
+    [line] = [rows for name, rows in curves.items() if name.endswith(", fewer steps")]
+    assert line == ["half", last]
+
+
+def test_full_number_of_steps_is_no_second_point(tmp_path):
+    comparison = compare(
+        tmp_path,
+        fake_summary("vanilla"),
+        fake_summary("all", method="vanilla", experiment="steps", options={"num_steps": 64}),
+    )
+    curves = {curve.name: [row.name for row in curve.rows] for curve in score_curves(comparison)}
+    assert curves == {"vanilla, fewer steps": ["all"], "vanilla": ["vanilla"]}
+
+
+@pytest.mark.parametrize(("speed", "warned"), [(108, False), (140, True)])
+def test_repeats_tell_how_far_speeds_lie_apart(tmp_path, speed, warned):
+    policy = {"block_size": 8}
+    comparison = compare(
+        tmp_path,
+        fake_summary("pipelined", policy=policy),
+        fake_summary("b-8", method="pipelined", experiment="block-size", policy=policy,
+                     speed=speed),
+        fake_summary("b-4", method="pipelined", experiment="block-size",
+                     policy={"block_size": 4}, speed=900),
+        fake_summary("untimed", method="pipelined", experiment="control", policy=policy,
+                     speed=None),
+    )  # fmt: skip
+    table = repeat_table(comparison)
+    [line] = table.lines
+    assert line["apart"] == pytest.approx(speed / 100)
+    assert line["speeds"] == f"{speed} (block-size, b-8); 100 (methods, pipelined)"
+    assert ("Warning" in table.notes[-1]) == warned
+
+
+def test_nothing_measured_twice_has_no_table(tmp_path):
+    twice_in_one = [fake_summary(name, experiment="noise") for name in "ab"]
+    assert repeat_table(compare(tmp_path, *twice_in_one)) is None
 
 
 def test_curves_of_the_same_label_stay_apart(tmp_path):
