@@ -18,22 +18,19 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crew import Crew, Job
+
 from d2f.training.checkpoint import list_checkpoints
 
 PARTS = ("train", "grid", "measure", "report")
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = Path("src/d2f/shipped")
-"""From `ROOT`, where all commands run."""
 SCHEDULES = {
     "monotone": ("monotone", 0.3, 0.7),
     "random": ("random", 0.3, 0.7),
@@ -47,8 +44,7 @@ confidence."""
 BATCHES = (1, 4, 16, 64, 256)
 ALLOWANCE = 0.005
 """A setting qualifies when it scores at most half a point below its method's best; of those that
-do, the one with most tokens per forward (to two digits) is taken, then the one that computes least.
-"""
+do, the one that is fastest one problem at a time is taken."""
 UNPAGED = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 
 Row = dict[str, Any]
@@ -71,21 +67,6 @@ class Family:
         """As a recipe names them."""
         names = ("autoregressive", "teacher", "student")
         return {name: {"path": getattr(self, name)} for name in names}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One command."""
-
-    name: str
-    command: tuple[str, ...]
-    makes: Path
-    """Exists once it is done."""
-    needs: tuple[Path, ...] = ()
-    """Must exist before it starts."""
-    prepare: Callable[[], Sequence[str]] = tuple
-    """Called before it starts: writes its recipe, which may depend on what earlier jobs found, and
-    gives further arguments."""
 
 
 class Plan:
@@ -182,7 +163,10 @@ class Plan:
                     self._row(family, method, f"{method}-{index}", setting)
                     for index, setting in enumerate(settings)
                 ]
-                table = self._recipe(family, "methods", rows, score=self.options.grid_problems)
+                table = self._recipe(
+                    family, "methods", rows, score=self.options.grid_problems, speed=True
+                )
+                table["speed"]["num_problems"] = min(20, self.options.speed_problems)
                 table |= {"split": "validation", "seed": 7}
                 if method == "dllm-cache":
                     # One problem at a time, one token a step.
@@ -196,21 +180,17 @@ class Plan:
         """The best setting of each method by its validation score, with a note of the grid."""
         best: dict[str, Row] = {}
         for method, settings in grids().items():
-            scores = [
-                (json.loads(self._grid_summary(family, method, i).read_text())["score"], setting)
+            results = [
+                (json.loads(self._grid_summary(family, method, i).read_text()), setting)
                 for i, setting in enumerate(settings)
             ]
-            top = max(score["score"] for score, _ in scores)
-            fit = [(s, setting) for s, setting in scores if s["score"] >= top - ALLOWANCE]
-            score, setting = max(
-                fit,
-                key=lambda pair: (
-                    float(f"{pair[0]['tokens_per_forward']:.2g}"),
-                    -pair[0]["query_tokens_per_forward"],
-                ),
+            top = max(result["score"]["score"] for result, _ in results)
+            result, setting = max(
+                (pair for pair in results if pair[0]["score"]["score"] >= top - ALLOWANCE),
+                key=lambda pair: pair[0]["speed"]["tokens_per_second"]["median"],
             )
             note = {
-                "where": f"{score['num_problems']} validation problems",
+                "where": f"{result['score']['num_problems']} validation problems",
                 "tried": len(settings),
                 "chosen": {**setting.get("policy", {}), **setting.get("options", {})},
             }
@@ -235,23 +215,13 @@ class Plan:
             tables |= {
                 f"batch-{size}": functools.partial(self._batch, size=size) for size in BATCHES
             }
-            # Nothing that is timed shares the host with a training.
-            needs = self._grid_files(family) + tuple(job.makes for job in self.train())
-            long = self._long_folder(family) / "model.safetensors"
-            for name, build in tables.items():
-                more = (long,) if name == "methods" else ()
-                yield self._evaluation(
-                    f"{family.name}-{name}", functools.partial(build, family), needs + more
-                )
             if family.name == "words":
-                control = self.options.runs / "control" / "final" / "model.safetensors"
+                tables |= {"control": self._control, "noise": self._noise}
+            needs = self._grid_files(family)
+            for name, build in tables.items():
                 yield self._evaluation(
-                    "words-control", functools.partial(self._control, family), (*needs, control)
+                    f"{family.name}-{name}", functools.partial(build, family), needs
                 )
-                students = [noise_run(*pair) for pair in itertools.product(SCHEDULES, SEEDS)]
-                weights = [self.options.runs / s / "final" / "model.safetensors" for s in students]
-                build = functools.partial(self._noise, family)
-                yield self._evaluation("words-noise", build, tuple(weights))
 
     def _methods(self, family: Family) -> Row:
         chosen = self.chosen(family)
@@ -514,72 +484,6 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
-class Crew:
-    """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it."""
-
-    def __init__(self, gpus: int, logs: Path) -> None:
-        self.size = max(gpus, 1)
-        self.free = list(range(self.size))
-        self.on_gpu = gpus > 0
-        self.logs = logs
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.running: list[tuple[Job, int, subprocess.Popen, float]] = []
-        self.failed: list[str] = []
-
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs whose needs get met."""
-        waiting = [job for job in jobs if not job.makes.exists()]
-        while waiting or self.running:
-            self._collect()
-            ready = [job for job in waiting if all(path.exists() for path in job.needs)]
-            while ready and self.free:
-                job = ready.pop(0)
-                waiting.remove(job)
-                self._start(job, self.free.pop(0))
-            if waiting and not ready and not self.running:
-                missing = ", ".join(job.name for job in waiting)
-                print(f"not run, since what they need is missing: {missing}", flush=True)
-                self.failed += [job.name for job in waiting]
-                return
-            time.sleep(0.5)
-
-    def _start(self, job: Job, gpu: int) -> None:
-        further = job.prepare()
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        if self.on_gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        # Processes that each take all cores for their threads slow each other down a hundredfold.
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
-        command = [sys.executable, "-m", "d2f", *job.command[1:], *further]
-        log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
-        print(f"{clock()} start {job.name} on {gpu}", flush=True)
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-        )
-        self.running.append((job, gpu, process, time.monotonic()))
-
-    def _collect(self) -> None:
-        for entry in list(self.running):
-            job, gpu, process, start = entry
-            if process.poll() is None:
-                continue
-            self.running.remove(entry)
-            self.free.append(gpu)
-            state = "done"
-            if process.returncode == 0:
-                job.makes.parent.mkdir(parents=True, exist_ok=True)
-                job.makes.touch()
-            else:
-                state = f"FAILED ({process.returncode})"
-                self.failed.append(job.name)
-            print(f"{clock()} {state} {job.name}, {time.monotonic() - start:.0f} s", flush=True)
-
-
-def clock() -> str:
-    """Time of day."""
-    return time.strftime("%H:%M:%S")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/evidence"))
@@ -599,9 +503,10 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan(options)
     crew = Crew(options.gpus, options.output / "logs")
-    # All at once: what needs nothing fills the GPUs that wait for a long training.
-    jobs = [job for part in PARTS[:3] if part in options.parts for job in getattr(plan, part)()]
-    crew.run(sorted(jobs, key=urgency))
+    # Nothing that a table times shares the host with a training.
+    for parts in (("train", "grid"), ("measure",)):
+        jobs = [job for part in parts if part in options.parts for job in getattr(plan, part)()]
+        crew.run(sorted(jobs, key=urgency))
     if "report" in options.parts:
         folder = options.output / "measure"
         report = ("d2f", "report", str(folder), "--paper")
