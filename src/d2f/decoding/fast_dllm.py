@@ -93,7 +93,7 @@ class FastBatch:
         self.workspace = workspace
         self.limit = sequences.max_new_tokens[0]
         self.block_length = min(block_length or BLOCK_LENGTH, self.limit)
-        self.factor = factor
+        self.factor = None if factor is None else float(factor)
         self.threshold = THRESHOLD if threshold is None else threshold
         self.gap = self.start = 0
         """Places in the response: of its first mask, and where the block that is decoded begins."""

@@ -38,6 +38,8 @@ ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origi
 _RANKED_BY = {"topk_margin": MARGIN, "entropy": NEG_ENTROPY}
 BLOCK_LENGTH = 32
 EPS = 1e-3
+MOST_STEPS = 2**16
+"""Beyond so many, far above what any response has tokens, a plan would only take memory."""
 Step = tuple[int, int, float]
 """First position of the block, its end, and how many tokens are kept (`origin`: with which
 probability each is)."""
@@ -74,6 +76,7 @@ def vanilla_plan(
         raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
     if num_steps is not None and num_steps < 1:
         raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
+    _check_most(num_steps)
     useless = {"eps": eps} if algorithm == "low_confidence" else {"block_length": block_length}
     for name, value in useless.items():
         if value is not None:
@@ -98,7 +101,7 @@ def transfer_plan(
     ones taking the remainder. `num_steps` None: one token a step. `block_length` None: 32.
 
     Raises:
-        ConfigError: Fewer steps than blocks, or a value below 1.
+        ConfigError: Fewer steps than blocks, too many of them, or a value below 1.
 
     Example:
         >>> transfer_plan(5, num_steps=3, block_length=4)
@@ -116,6 +119,7 @@ def transfer_plan(
             f"num_steps is {num_steps}; {max_new_tokens} tokens in blocks of {block_length} "
             f"need at least {len(spans)}"
         )
+    _check_most(num_steps)
     plan = []
     for index, (start, end) in enumerate(spans):
         size = end - start
@@ -124,6 +128,11 @@ def transfer_plan(
             steps = num_steps // len(spans) + (index < num_steps % len(spans))
         plan += [(start, end, size // steps + (step < size % steps)) for step in range(steps)]
     return plan
+
+
+def _check_most(num_steps: int | None) -> None:
+    if num_steps is not None and num_steps > MOST_STEPS:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at most {MOST_STEPS}")
 
 
 @functools.lru_cache(maxsize=256)

@@ -94,7 +94,8 @@ def generate_ids(
         True
     """
     given: Any = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else prompt_ids
-    several = len(given) > 0 and (isinstance(given[0], Sequence) or hasattr(given[0], "tolist"))
+    several = isinstance(given, Sequence) and len(given) > 0
+    several = several and (isinstance(given[0], Sequence) or hasattr(given[0], "tolist"))
     several = several and not hasattr(given[0], "__index__")
     prompts = given if several else [given]
     settings = {
