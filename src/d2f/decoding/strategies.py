@@ -115,6 +115,26 @@ def _check_option(strategy: str, name: str, value: object) -> None:
         raise ConfigError(f"strategy {strategy}: {name} is {value!r}; it must be {words}")
 
 
+def check_options(strategy: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that fit no response, however short, of any model.
+
+    Raises:
+        ConfigError: An unknown strategy or option, or a bad value.
+
+    Example:
+        >>> check_options("vanilla", {"num_steps": 8})
+    """
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options is {options!r}; it must be a table of names and values")
+    for name, value in options.items():
+        _check_option(strategy, name, value)
+    check = STRATEGIES[strategy].check
+    if check is not None:
+        check(1, **options)
+
+
 def check_strategy(
     strategy: str,
     options: Mapping[str, Any],
@@ -128,12 +148,7 @@ def check_strategy(
         ConfigError: An unknown strategy or option, or a bad value.
         RequestError: The strategy does not fit the model or the prompt.
     """
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"options is {options!r}; it must be a table of names and values")
-    for name, value in options.items():
-        _check_option(strategy, name, value)
+    check_options(strategy, options)
     architecture = spec.architecture
     if strategy == "autoregressive":
         if not architecture.causal:
