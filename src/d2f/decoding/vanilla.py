@@ -23,9 +23,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    check_finite,
-    cut_at_eos,
-    decoded_prefix,
+    result_of,
 )
 from d2f.decoding.canvas import Canvas
 from d2f.decoding.transfer import keep_best
@@ -239,22 +237,16 @@ class VanillaBatch:
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of sequences, up to the first mask."""
         responses, finite = self.canvas.responses(), self.canvas.report()[2]
-        results = []
-        for row in rows:
-            check_finite(finite[row])
-            token_ids, reason = cut_at_eos(
-                decoded_prefix(responses[row]), self.sequences.eos_token_ids
+        return [
+            result_of(
+                responses[row],
+                self.sequences.eos_token_ids,
+                finite=finite[row],
+                num_forwards=self.steps[row],
+                num_query_tokens=self.steps[row] * self.canvas.counts[row],
             )
-            results.append(
-                GenerationResult(
-                    token_ids=token_ids,
-                    num_forwards=self.steps[row],
-                    num_prefill_forwards=0,
-                    num_query_tokens=self.steps[row] * self.canvas.counts[row],
-                    finish_reason=reason,
-                )
-            )
-        return results
+            for row in rows
+        ]
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""

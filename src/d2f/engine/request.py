@@ -147,10 +147,12 @@ def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
     numbers = []
     for token in ids:
         try:
-            # True is 1 to Python, but a mask is no list of tokens.
-            number = operator.index(None if isinstance(token, bool) else token)
+            number = operator.index(token)
         except TypeError:
-            raise RequestError(f"{kind} token {token!r} is not a whole number") from None
+            number = None
+        # True is 1 to Python, but a mask is no list of tokens.
+        if number is None or isinstance(token, bool):
+            raise RequestError(f"{kind} token {token!r} is not a whole number")
         if not 0 <= number < spec.vocab_size:
             raise RequestError(
                 f"{kind} token {number} is outside the vocabulary of {spec.vocab_size}"
