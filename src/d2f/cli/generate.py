@@ -144,7 +144,18 @@ def generate_command(
         confidence=confidence,
         max_live_blocks=max_live_blocks,
     )
-    _check_values(changed)
+    options = _given(
+        num_steps=num_steps,
+        block_length=block_length,
+        algorithm=algorithm,
+        eps=eps,
+        threshold=threshold,
+        factor=factor,
+        prompt_interval=prompt_interval,
+        response_interval=response_interval,
+        refresh_share=refresh_share,
+    )
+    _check_values(strategy, changed, options)
     loaded, tokenizer = _load(model, adapter, device, dtype)
     from d2f.engine.request import Request
 
@@ -159,17 +170,7 @@ def generate_command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        options=_given(
-            num_steps=num_steps,
-            block_length=block_length,
-            algorithm=algorithm,
-            eps=eps,
-            threshold=threshold,
-            factor=factor,
-            prompt_interval=prompt_interval,
-            response_interval=response_interval,
-            refresh_share=refresh_share,
-        ),
+        options=options,
     )
     start = time.perf_counter()
     result = _answer(loaded, tokenizer, request, stream)
@@ -185,11 +186,14 @@ def _read(prompt: str) -> str:
     return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
 
 
-def _check_values(changed: dict[str, Any]) -> None:
-    """Refuse values out of range before any model is loaded."""
+def _check_values(strategy: str | None, changed: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse what no model could be asked for before any is loaded, which may take minutes."""
     from d2f.diffusion.policy import DecodingPolicy
+    from d2f.engine.policy import check_decoding
 
     DecodingPolicy.from_dict(changed)
+    if strategy is not None:
+        check_decoding(strategy, {}, options)
 
 
 def _load(

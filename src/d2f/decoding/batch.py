@@ -150,14 +150,33 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
     return token_ids, "length"
 
 
-def check_finite(finite: bool) -> None:
-    """Refuse to hand out what was decoded from logits that are not finite.
+def result_of(
+    response: Iterable[int | None],
+    eos_token_ids: tuple[int, ...],
+    *,
+    finite: bool,
+    num_forwards: int,
+    num_query_tokens: int,
+) -> GenerationResult:
+    """What a response comes to that stands whole, None where not decoded; up to its first gap.
 
     Raises:
-        RequestError: `finite` is false.
+        RequestError: It was decoded from logits that are not finite.
+
+    Example:
+        >>> result_of([5, 9, None], (9,), finite=True, num_forwards=2, num_query_tokens=8).token_ids
+        [5, 9]
     """
     if not finite:
         raise RequestError(
             "the model's logits are not finite, so there is no answer; its weights may be broken, "
             "or the temperature too close to 0"
         )
+    token_ids, reason = cut_at_eos(decoded_prefix(response), eos_token_ids)
+    return GenerationResult(
+        token_ids=token_ids,
+        num_forwards=num_forwards,
+        num_prefill_forwards=0,
+        num_query_tokens=num_query_tokens,
+        finish_reason=reason,
+    )

@@ -32,9 +32,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    check_finite,
-    cut_at_eos,
-    decoded_prefix,
+    result_of,
 )
 from d2f.decoding.vanilla import transfer_plan
 from d2f.decoding.workspace import Workspace
@@ -272,17 +270,13 @@ class DLLMCacheBatch:
         """The response, if it is asked for."""
         if not rows:
             return []
-        check_finite(bool(self.state.finite))
-        token_ids, reason = cut_at_eos(
-            decoded_prefix(self._response()), self.sequences.eos_token_ids
-        )
         return [
-            GenerationResult(
-                token_ids=token_ids,
+            result_of(
+                self._response(),
+                self.sequences.eos_token_ids,
+                finite=bool(self.state.finite),
                 num_forwards=self.steps,
-                num_prefill_forwards=0,
                 num_query_tokens=self.num_query_tokens,
-                finish_reason=reason,
             )
         ]
 

@@ -22,9 +22,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    check_finite,
-    cut_at_eos,
-    decoded_prefix,
+    result_of,
 )
 from d2f.decoding.canvas import Block, Canvas
 from d2f.decoding.transfer import keep_above, keep_by_factor
@@ -93,7 +91,7 @@ class FastBatch:
         self.workspace = workspace
         self.limit = sequences.max_new_tokens[0]
         self.block_length = min(block_length or BLOCK_LENGTH, self.limit)
-        self.factor = factor
+        self.factor = None if factor is None else float(factor)
         self.threshold = THRESHOLD if threshold is None else threshold
         self.gap = self.start = 0
         """Places in the response: of its first mask, and where the block that is decoded begins."""
@@ -192,16 +190,12 @@ class FastBatch:
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The response, up to the first mask."""
-        check_finite(self.canvas.report()[2][0])
-        token_ids, reason = cut_at_eos(
-            decoded_prefix(self.canvas.responses()[0]), self.sequences.eos_token_ids
-        )
-        result = GenerationResult(
-            token_ids=token_ids,
+        result = result_of(
+            self.canvas.responses()[0],
+            self.sequences.eos_token_ids,
+            finite=self.canvas.report()[2][0],
             num_forwards=self.num_forwards,
-            num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
-            finish_reason=reason,
         )
         return [result for _ in rows]
 

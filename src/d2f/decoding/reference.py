@@ -7,6 +7,7 @@ the choice of a token, its probability and rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    cut_at_eos,
+    result_of,
 )
 from d2f.diffusion.layout import BlockLayout
 from d2f.models.transformer import Transformer
@@ -82,6 +83,8 @@ class ReferenceSequence:
         self.blocks: list[Block] = []
         self.eos_seen = False
         self.done = False
+        self.finite = True
+        """All probabilities were."""
         self.num_forwards = 0
         self.num_query_tokens = 0
 
@@ -127,12 +130,13 @@ class ReferenceSequence:
         with torch.inference_mode():
             ids_1L = torch.tensor([ids], device=self.model.device)
             logits_LV = self.model.logits(ids_1L, layout)[0]
-        candidates = {}
+        candidates: dict[tuple[int, int], Candidate] = {}
         for number, block in enumerate(self.blocks):
             for offset, token in enumerate(block.tokens):
                 if token is None:
                     position = len(self.prompt) + number * self.policy.block_size + offset
                     candidates[number, offset] = self._choose(logits_LV[position], position)
+        self.finite &= all(math.isfinite(found.probability) for found in candidates.values())
         live = sum(len(b.tokens) for b in self.blocks if b.state is not BlockState.CACHED)
         self.num_query_tokens += live + (len(self.prompt) if self.num_forwards == 0 else 0)
         return candidates
@@ -187,21 +191,11 @@ class ReferenceSequence:
         return all_decoded and (self.eos_seen or self._num_opened_tokens() >= self.limit)
 
     def result(self) -> GenerationResult:
-        """The finished response."""
-        tokens: list[int] = []
-        for block in self.blocks:
-            for token in block.tokens:
-                if token is None:
-                    break
-                tokens.append(token)
-            else:
-                continue
-            break
-        token_ids, reason = cut_at_eos(tokens, self.sequences.eos_token_ids)
-        return GenerationResult(
-            token_ids=token_ids,
+        """The finished response; refused if the logits were not finite."""
+        return result_of(
+            (token for block in self.blocks for token in block.tokens),
+            self.sequences.eos_token_ids,
+            finite=self.finite,
             num_forwards=self.num_forwards,
-            num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
-            finish_reason=reason,
         )

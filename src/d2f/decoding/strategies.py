@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,9 +107,32 @@ def _check_option(strategy: str, name: str, value: object) -> None:
     if name not in known:
         raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
     kind, words = OPTION_KINDS[name]
-    fits = isinstance(value, int if kind is int else str if kind is str else (int, float))
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if kind is float and isinstance(value, int):
+        # What is beyond the largest number compares, but does not compute.
+        fits = abs(value) <= sys.float_info.max
     if value is not None and (isinstance(value, bool) or not fits):
         raise ConfigError(f"strategy {strategy}: {name} is {value!r}; it must be {words}")
+
+
+def check_options(strategy: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that fit no response, however short, of any model.
+
+    Raises:
+        ConfigError: An unknown strategy or option, or a bad value.
+
+    Example:
+        >>> check_options("vanilla", {"num_steps": 8})
+    """
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options is {options!r}; it must be a table of names and values")
+    for name, value in options.items():
+        _check_option(strategy, name, value)
+    check = STRATEGIES[strategy].check
+    if check is not None:
+        check(1, **options)
 
 
 def check_strategy(
@@ -124,10 +148,7 @@ def check_strategy(
         ConfigError: An unknown strategy or option, or a bad value.
         RequestError: The strategy does not fit the model or the prompt.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
-    for name, value in options.items():
-        _check_option(strategy, name, value)
+    check_options(strategy, options)
     architecture = spec.architecture
     if strategy == "autoregressive":
         if not architecture.causal:

@@ -23,9 +23,7 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    check_finite,
-    cut_at_eos,
-    decoded_prefix,
+    result_of,
 )
 from d2f.decoding.canvas import Canvas
 from d2f.decoding.transfer import keep_best
@@ -38,6 +36,8 @@ ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origi
 _RANKED_BY = {"topk_margin": MARGIN, "entropy": NEG_ENTROPY}
 BLOCK_LENGTH = 32
 EPS = 1e-3
+MOST_STEPS = 2**16
+"""Beyond so many, far above what any response has tokens, a plan would only take memory."""
 Step = tuple[int, int, float]
 """First position of the block, its end, and how many tokens are kept (`origin`: with which
 probability each is)."""
@@ -74,6 +74,7 @@ def vanilla_plan(
         raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
     if num_steps is not None and num_steps < 1:
         raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
+    _check_most(num_steps)
     useless = {"eps": eps} if algorithm == "low_confidence" else {"block_length": block_length}
     for name, value in useless.items():
         if value is not None:
@@ -98,7 +99,7 @@ def transfer_plan(
     ones taking the remainder. `num_steps` None: one token a step. `block_length` None: 32.
 
     Raises:
-        ConfigError: Fewer steps than blocks, or a value below 1.
+        ConfigError: Fewer steps than blocks, too many of them, or a value below 1.
 
     Example:
         >>> transfer_plan(5, num_steps=3, block_length=4)
@@ -116,6 +117,7 @@ def transfer_plan(
             f"num_steps is {num_steps}; {max_new_tokens} tokens in blocks of {block_length} "
             f"need at least {len(spans)}"
         )
+    _check_most(num_steps)
     plan = []
     for index, (start, end) in enumerate(spans):
         size = end - start
@@ -124,6 +126,11 @@ def transfer_plan(
             steps = num_steps // len(spans) + (index < num_steps % len(spans))
         plan += [(start, end, size // steps + (step < size % steps)) for step in range(steps)]
     return plan
+
+
+def _check_most(num_steps: int | None) -> None:
+    if num_steps is not None and num_steps > MOST_STEPS:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at most {MOST_STEPS}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -230,22 +237,16 @@ class VanillaBatch:
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of sequences, up to the first mask."""
         responses, finite = self.canvas.responses(), self.canvas.report()[2]
-        results = []
-        for row in rows:
-            check_finite(finite[row])
-            token_ids, reason = cut_at_eos(
-                decoded_prefix(responses[row]), self.sequences.eos_token_ids
+        return [
+            result_of(
+                responses[row],
+                self.sequences.eos_token_ids,
+                finite=finite[row],
+                num_forwards=self.steps[row],
+                num_query_tokens=self.steps[row] * self.canvas.counts[row],
             )
-            results.append(
-                GenerationResult(
-                    token_ids=token_ids,
-                    num_forwards=self.steps[row],
-                    num_prefill_forwards=0,
-                    num_query_tokens=self.steps[row] * self.canvas.counts[row],
-                    finish_reason=reason,
-                )
-            )
-        return results
+            for row in rows
+        ]
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""

@@ -10,8 +10,8 @@ import torch
 from d2f.ops.backend import Backend, select_backend
 
 _Buffers = TypeVar("_Buffers")
-MOST_GRAPHS = 512
-"""Beyond so many the graph unused for longest is given up."""
+MOST_STEPS, MOST_BUFFERS = 512, 256
+"""Beyond so many the steps and the buffers unused for longest are given up."""
 LEAST_MULTIPLE, PADDED_SHARE = 32, 16
 """Captured lengths are multiples of the first, long ones of a sixteenth of the next power of two:
 few shapes occur, and padding stays below an eighth."""
@@ -22,6 +22,9 @@ class Workspace:
 
     A step that is a pure function over fixed buffers is captured once as a CUDA graph and replayed
     from then on, which is what makes a small model's step fast. On a CPU it is simply called.
+
+    One batch uses it at a time: it asks for all its buffers, then runs its steps. Buffers of shapes
+    that do not occur any more are given up, and with them the graphs that use them.
 
     Args:
         device: Where the model is.
@@ -51,15 +54,18 @@ class Workspace:
         self.backend = backend or select_backend("auto", device)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._pads = self._use_graphs if pads is None else pads
-        self._buffers: dict[Hashable, Any] = {}
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        """The one used last comes last."""
+        self._turn, self._running = 0, False
+        """A turn is what lies between two requests for buffers with steps in between."""
+        self._buffers: dict[Hashable, tuple[int, Any]] = {}
+        """With the turn of their last use; those used last come last."""
+        self._steps: dict[Hashable, tuple[int, torch.cuda.CUDAGraph | None]] = {}
+        """Likewise; None where not captured yet."""
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
     @property
     def num_graphs(self) -> int:
         """Steps captured so far."""
-        return len(self._graphs)
+        return sum(graph is not None for _, graph in self._steps.values())
 
     def padded(self, length: int) -> int:
         """The length of the buffers and steps for so many tokens.
@@ -75,10 +81,28 @@ class Workspace:
         return -(-length // multiple) * multiple
 
     def buffers(self, key: Hashable, make: Callable[[], _Buffers]) -> _Buffers:
-        """What `make` returned when it was first called for `key`."""
-        if key not in self._buffers:
-            self._buffers[key] = make()
-        return self._buffers[key]
+        """What `make` returned for `key` when it was called last, now unless it is still kept."""
+        if self._running:
+            self._turn, self._running = self._turn + 1, False
+        value = self._buffers[key][1] if key in self._buffers else make()
+        self._buffers.pop(key, None)
+        self._buffers[key] = self._turn, value
+        self._give_up_buffers()
+        return value
+
+    def _give_up_buffers(self) -> None:
+        while len(self._buffers) > MOST_BUFFERS:
+            oldest = next(iter(self._buffers))
+            turn = self._buffers[oldest][0]
+            if turn == self._turn:
+                # The batch that asks now has them all.
+                return
+            del self._buffers[oldest]
+            # A graph holds the addresses of its buffers, none of which was used before it was.
+            self._steps = {k: step for k, step in self._steps.items() if step[0] > turn}
+        if self._use_graphs and self.num_graphs == 0:
+            # A pool that no graph uses any more cannot be captured into again.
+            self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run `step`, which reads and writes the buffers of `key` only and waits for no host.
@@ -86,19 +110,23 @@ class Workspace:
         The first time on a GPU it runs as it is, which compiles what it needs; the second time it
         is captured.
         """
+        self._running = True
         if not self._use_graphs:
             step()
             return
-        if key not in self._graphs:
-            if (key, "seen") not in self._buffers:
-                self._buffers[key, "seen"] = True
-                step()
-                return
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                step()
-            self._graphs[key] = graph
-            if len(self._graphs) > MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-        graph = self._graphs[key] = self._graphs.pop(key)
-        graph.replay()
+        known, (_, graph) = key in self._steps, self._steps.get(key, (0, None))
+        if not known:
+            step()
+        else:
+            graph = graph or self._captured(step)
+            graph.replay()
+        self._steps.pop(key, None)
+        self._steps[key] = self._turn, graph
+        if len(self._steps) > MOST_STEPS:
+            del self._steps[next(iter(self._steps))]
+
+    def _captured(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            step()
+        return graph

@@ -111,6 +111,7 @@ class Engine:
         self._watched: set[int] = set()
         """Requests whose blocks somebody looks at."""
         self._closed = False
+        self._clock: StepClock | None = None
         self._lanes: list[PagedLane | UnpagedLane] = []
         self._on_done = _weakly(self)
 
@@ -156,8 +157,9 @@ class Engine:
             prefill_tokens=config.prefill_tokens,
             use_graphs=on_gpu and config.cuda_graphs,
             overlap=on_gpu if config.overlap is None else config.overlap,
-            on_done=lambda task: on_done(task, None if task.error else task.result()),
+            on_done=lambda task: on_done(task, _result(task)),
         )
+        lane.runner.clock = self._clock
         self._lanes.append(lane)
         return lane
 
@@ -207,9 +209,8 @@ class Engine:
 
         For measuring what a request costs whose prompt is new.
         """
-        for lane in self._lanes:
-            if isinstance(lane, PagedLane):
-                lane.prompts.clear()
+        for lane in self._paged_lanes():
+            lane.prompts.clear()
 
     def close(self) -> None:
         """Abort all requests and give the cache's memory back. May be called twice."""
@@ -289,6 +290,10 @@ class Engine:
         """Note when each step on the paged cache runs, within the block.
 
         On a GPU, steps whose graph is captured within the block hold the others up; warm up first.
+        Steps of strategies without that cache are not noted.
+
+        Raises:
+            RequestError: The engine is closed.
 
         Example:
             >>> from d2f.testing import tiny_model
@@ -298,17 +303,18 @@ class Engine:
             >>> len(clock.times()) == result.num_forwards
             True
         """
-        runner, clock = self._paged.runner, StepClock(self.model.device)
-        runner.clock = clock
+        self._require_open()
+        clock = StepClock(self.model.device)
+        self._note_steps(clock)
         try:
             yield clock
         finally:
-            runner.clock = None
+            self._note_steps(None)
 
     @property
     def num_preemptions(self) -> int:
         """How often a running request had to give way to an older one."""
-        return self._paged.num_preemptions
+        return sum(lane.num_preemptions for lane in self._paged_lanes())
 
     @property
     def num_graphs(self) -> int:
@@ -339,6 +345,15 @@ class Engine:
     def _lane_of(self, task: Task) -> PagedLane | UnpagedLane:
         return self._paged if STRATEGIES[task.request.strategy].paged else self._unpaged
 
+    def _paged_lanes(self) -> list[PagedLane]:
+        """The paged lane, if a request has needed it yet: asking for it would make its cache."""
+        return [lane for lane in self._lanes if isinstance(lane, PagedLane)]
+
+    def _note_steps(self, clock: StepClock | None) -> None:
+        self._clock = clock
+        for lane in self._paged_lanes():
+            lane.runner.clock = clock
+
     def _advance(self) -> None:
         for lane in self._lanes:
             if lane.busy:
@@ -362,6 +377,16 @@ class Engine:
         eos = self._tasks[number].request.eos_token_id
         assert isinstance(eos, tuple)
         return eos
+
+
+def _result(task: Task) -> GenerationResult | None:
+    """Of a finished task; None if it failed, at the latest here."""
+    if task.error is None:
+        try:
+            return task.result()
+        except RequestError as error:
+            task.error = error
+    return None
 
 
 def _weakly(engine: Engine) -> Callable[[Task, GenerationResult | None], None]:

@@ -94,8 +94,7 @@ def generate_ids(
         True
     """
     given: Any = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else prompt_ids
-    several = len(given) > 0 and (isinstance(given[0], Sequence) or hasattr(given[0], "tolist"))
-    several = several and not hasattr(given[0], "__index__")
+    several = _holds_lists(given)
     prompts = given if several else [given]
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -113,6 +112,16 @@ def generate_ids(
         # An error's traceback keeps the engine, which must not keep the cache.
         engine.close()
     return results if several else results[0]
+
+
+def _holds_lists(given: object) -> bool:
+    """Whether it is several prompts rather than one."""
+    if not isinstance(given, Sequence) or len(given) == 0:
+        return False
+    first = given[0]
+    return not hasattr(first, "__index__") and (
+        isinstance(first, Sequence) or hasattr(first, "tolist")
+    )
 
 
 def _engine_for(model: Transformer, requests: Sequence[Request]) -> Engine:

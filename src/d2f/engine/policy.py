@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from d2f.decoding.strategies import STRATEGIES
+from d2f.decoding.strategies import STRATEGIES, check_options
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError
 from d2f.models.spec import ModelSpec
 
 # `serial` fixes the two thresholds of blocks.
@@ -46,21 +46,16 @@ def check_decoding(strategy: str, policy: Mapping[str, Any], options: Mapping[st
 
     Raises:
         ConfigError: An unknown strategy, option or field of the policy, a field without effect on
-            the strategy, or one out of its range.
+            the strategy, or a bad value.
 
     Example:
         >>> check_decoding("serial", {"block_size": 16}, {})
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
+    check_options(strategy, options)
     DecodingPolicy.from_dict(policy)
     useless = unheeded(strategy, policy)
     if useless:
         raise ConfigError(f"policy: {', '.join(useless)}: without effect on strategy {strategy}")
-    known = STRATEGIES[strategy].options
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
 
 
 def heeds_policy(strategy: str) -> bool:

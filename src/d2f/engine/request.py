@@ -14,6 +14,9 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
 from d2f.models.spec import ModelSpec
 
+MOST_TEMPERATURE = 1e30
+"""All tokens are as probable long before, and a little beyond it fp32 ends."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -95,16 +98,21 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
     fixed: dict[str, Any] = dict(STRATEGIES[request.strategy].policy)
-    policy = dataclasses.replace(policy, **fixed)
-    return Request(
-        **(
-            vars(request)
-            | {"prompt_ids": prompt, "eos_token_id": eos_ids, "policy": policy, "stop": stop}
-        )
+    return dataclasses.replace(
+        request,
+        prompt_ids=prompt,
+        eos_token_id=eos_ids,
+        policy=dataclasses.replace(policy, **fixed),
+        stop=stop,
+        # Whole numbers of any size are none to torch.
+        temperature=float(request.temperature),
+        top_p=float(request.top_p),
     )
 
 
 def _stop_strings(request: Request) -> tuple[str, ...]:
+    if not isinstance(request.stop, Sequence):
+        raise RequestError(f"stop is {request.stop!r}; it must be a list of texts, () for none")
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     for text in stop:
         if not isinstance(text, str) or not text:
@@ -114,13 +122,18 @@ def _stop_strings(request: Request) -> tuple[str, ...]:
 
 def _check_sampling(request: Request) -> None:
     temperature, seed = request.temperature, request.seed
-    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
-        raise RequestError(f"temperature is {temperature!r}; it must be a number of 0 or more")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature <= MOST_TEMPERATURE:
+        raise RequestError(
+            f"temperature is {temperature!r}; it must be a number from 0 to {MOST_TEMPERATURE:g}"
+        )
     top_k, top_p = request.top_k, request.top_p
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 2**63:
         raise RequestError(f"top_k is {top_k!r}; it must be a whole number of 0 (all) or more")
     if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
         raise RequestError(f"top_p is {top_p!r}; it must be a number above 0 and at most 1")
+    if not isinstance(request.early_stop, bool):
+        raise RequestError(f"early_stop is {request.early_stop!r}; it must be True or False")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise RequestError(f"seed is {seed!r}; it must be a whole number of at most 63 bits")
 
@@ -136,7 +149,10 @@ def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
         try:
             number = operator.index(token)
         except TypeError:
-            raise RequestError(f"{kind} token {token!r} is not a whole number") from None
+            number = None
+        # True is 1 to Python, but a mask is no list of tokens.
+        if number is None or isinstance(token, bool):
+            raise RequestError(f"{kind} token {token!r} is not a whole number")
         if not 0 <= number < spec.vocab_size:
             raise RequestError(
                 f"{kind} token {number} is outside the vocabulary of {spec.vocab_size}"

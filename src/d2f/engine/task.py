@@ -134,21 +134,23 @@ class Task:
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        if not self.request.stop:
-            return False
-        try:
-            return self._has_stop(self.decoded())
-        except Exception as error:
-            # The tokenizer is the caller's; other requests have nothing to do with it.
-            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
+        return bool(self.request.stop) and self._has_stop(self.decoded())
 
     def _has_stop(self, token_ids: Sequence[int]) -> bool:
         assert self.decode is not None
-        text = self.decode(token_ids)
+        try:
+            text = self.decode(token_ids)
+        except Exception as error:
+            # The tokenizer is the caller's; other requests have nothing to do with it.
+            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
         return any(stop in text for stop in self.request.stop)
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
-        """A response up to the token that completes a stop string, if there is one."""
+        """A response up to the token that completes a stop string, if there is one.
+
+        Raises:
+            RequestError: The tokenizer cannot decode it.
+        """
         token_ids = result.token_ids
         if not self.request.stop or not self._has_stop(token_ids):
             return result

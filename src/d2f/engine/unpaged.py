@@ -71,10 +71,18 @@ class UnpagedLane:
         return self._batch.view(self._rows.index(task))
 
     def step(self) -> None:
-        """One model call for the running batch."""
-        batch = self._select()
-        self._run(batch)
-        self._apply(batch)
+        """One model call for the running batch.
+
+        If it breaks off, the requests of the batch start again with the next step.
+        """
+        try:
+            batch = self._select()
+            if batch is not None:
+                batch.step()
+                self._apply(batch)
+        except BaseException:
+            self._start_again()
+            raise
 
     def _select(self) -> DecodingBatch | None:
         """The running batch, or a new one of compatible waiting requests."""
@@ -93,22 +101,16 @@ class UnpagedLane:
                 task.tokens = []
         return self._batch
 
-    def _run(self, batch: DecodingBatch | None) -> None:
-        if batch is None:
-            return
-        try:
-            batch.step()
-        except BaseException:
-            # A batch that broke off between two states must not be gone on with; its requests start
-            # again.
-            self.waiting.extendleft(task for task in reversed(self._rows) if task is not None)
-            self._batch, self._rows = None, []
-            raise
+    def _start_again(self) -> None:
+        """Put the running requests back: their batch may be between two states, or be done."""
+        for task in reversed(self._rows):
+            if task is not None and not task.finished and task not in self.waiting:
+                task.blocks, task.error = [], None
+                self.waiting.appendleft(task)
+        self._batch, self._rows = None, []
 
-    def _apply(self, batch: DecodingBatch | None) -> None:
+    def _apply(self, batch: DecodingBatch) -> None:
         """Hand out what is done; drop finished sequences once they are half of the batch."""
-        if batch is None:
-            return
         for row, done in enumerate(batch.finished()):
             task = self._rows[row]
             if task is None:
@@ -121,9 +123,9 @@ class UnpagedLane:
             except RequestError as error:
                 task.error = error
             task.blocks = batch.view(row)
+            self._on_done(task, result)
             task.finished = True
             self._rows[row] = None
-            self._on_done(task, result)
         left = [row for row, task in enumerate(self._rows) if task is not None]
         if not left:
             self._batch, self._rows = None, []

@@ -164,6 +164,20 @@ def test_refused_in_one_clear_line(generate, options, message):
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strategy", "vanila"], "did you mean 'vanilla'"),
+        (["--strategy", "vanilla", "--threshold", 0.5], "unknown option 'threshold'"),
+        (["--strategy", "vanilla", "--num-steps", 0], "num_steps is 0"),
+        (["--strategy", "parallel", "--factor", "nan"], "factor is nan"),
+        (["--strategy", "dllm-cache", "--refresh-share", 2], "refresh_share is 2.0"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_read(generate, options, message):
+    assert message in generate(*options, model="/no/such/model").err
+
+
 def test_policy_options_are_refused_for_an_autoregressive_model(generate, causal):
     done = generate("--add-threshold", 0.5, model=causal)
     assert done.code == 1

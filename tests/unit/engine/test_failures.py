@@ -13,7 +13,7 @@ from tests.unit.engine.workload import (
     random_cases,
 )
 
-from d2f import DecodingPolicy, Engine, EngineConfig, Request
+from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
 from d2f.errors import ConfigError, RequestError
 from d2f.testing import tiny_model
 
@@ -38,6 +38,25 @@ GOOD = Request(prompt_ids=[1, 2, 3], max_new_tokens=6, eos_token_id=())
         ({"stop": [5]}, RequestError, "stop string 5"),
         ({"stop": ["x"], "strategy": "vanilla"}, RequestError, "need the engine's tokenizer"),
         ({"prompt_ids": [96]}, RequestError, "outside the vocabulary"),
+        ({"prompt_ids": [True, False]}, RequestError, "True is not a whole number"),
+        ({"strategy": ["vanilla"]}, ConfigError, "unknown strategy"),
+        ({"options": None}, ConfigError, "options is None"),
+        ({"stop": 5}, RequestError, "stop is 5"),
+        ({"stop": None}, RequestError, "stop is None"),
+        ({"early_stop": float("nan")}, RequestError, "early_stop is nan"),
+        ({"temperature": True}, RequestError, "temperature is True"),
+        ({"temperature": 1e300}, RequestError, "temperature is 1e.300"),
+        ({"temperature": 10**400}, RequestError, "temperature is 1000"),
+        ({"strategy": "parallel", "options": {"factor": 10**400}}, ConfigError, "factor is 1000"),
+        *(
+            ({"strategy": strategy, "options": {"num_steps": 10**7}}, ConfigError, "at most 65536")
+            for strategy in ("vanilla", "dllm-cache")
+        ),
+        (
+            {"strategy": "vanilla", "options": {"num_steps": 2**70, "algorithm": "origin"}},
+            ConfigError,
+            "at most 65536",
+        ),
     ],
 )
 def test_bad_requests_are_refused_and_the_others_go_on(values, error, message, overlap):
@@ -53,6 +72,27 @@ def test_bad_requests_are_refused_and_the_others_go_on(values, error, message, o
     assert results[first].token_ids == results[second].token_ids
     assert len(results[first].token_ids) == 6
     check_idle(engine)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 2**70, "strategy": "vanilla"},
+        {"temperature": 2**70},
+        {"strategy": "dual-cache", "options": {"factor": 2**70}},
+        {"strategy": "prefix-cache", "options": {"block_length": 2**70}},
+        {"strategy": "dllm-cache", "options": {"prompt_interval": 2**70, "refresh_share": 1}},
+    ],
+)
+def test_large_numbers_are_numbers(values):
+    [result] = Engine(tiny_model("llada")).generate([Request(**(vars(GOOD) | values))])
+    assert len(result.token_ids) == 6
+
+
+@pytest.mark.parametrize("prompt", [None, 5, torch.tensor(3)])
+def test_what_is_no_prompt_is_refused_in_words(prompt):
+    with pytest.raises(RequestError, match="is no list of token ids"):
+        generate_ids(tiny_model("llada"), prompt, max_new_tokens=4)
 
 
 def test_a_request_may_fill_the_cache_to_the_last_slot():

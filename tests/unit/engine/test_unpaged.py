@@ -1,12 +1,18 @@
 """Strategies without pages through the engine: one at a time, in turn, broken off, stopped."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from d2f import Engine, EngineConfig, Request, generate_ids
+from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
+from d2f.decoding.canvas import Canvas
+from d2f.decoding.dllm_cache import DLLMCacheBatch
+from d2f.decoding.fast_dllm import FastBatch
 from d2f.decoding.strategies import STRATEGIES
+from d2f.decoding.vanilla import VanillaBatch
 from d2f.decoding.workspace import Workspace
 from d2f.errors import RequestError
 from d2f.testing import tiny_model
@@ -79,7 +85,7 @@ def test_a_stream_only_grows(model, strategy):
     assert len(outputs) == outputs[-1].result.num_forwards
 
 
-@pytest.mark.parametrize("strategy", ALONE)
+@pytest.mark.parametrize("strategy", UNPAGED)
 def test_logits_that_are_not_finite_give_an_error(strategy):
     model = tiny_model("llada")
     model.norm.weight.data.fill_(torch.nan)
@@ -165,3 +171,99 @@ def test_a_batch_that_finds_no_memory_stays_queued(monkeypatch):
         outputs = engine.step()
     assert outputs[0].request_id == number
     assert len(outputs[0].result.token_ids) == 6
+
+
+def broken_once(monkeypatch, owner, name):
+    """The method does its work, then fails; the first time only."""
+    works, failures = getattr(owner, name), []
+
+    def fails(*arguments, **options):
+        result = works(*arguments, **options)
+        if not failures:
+            failures.append(name)
+            raise torch.OutOfMemoryError
+        return result
+
+    monkeypatch.setattr(owner, name, fails)
+    return failures
+
+
+BREAKS = [
+    (VanillaBatch, "select", "vanilla"),
+    (Canvas, "_write", "vanilla"),
+    (Canvas, "report", "dual-cache"),
+    *((FastBatch, name, "dual-cache") for name in ("finished", "results", "view")),
+    *((DLLMCacheBatch, name, "dllm-cache") for name in ("finished", "results", "view")),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "strategy"), BREAKS)
+def test_whatever_breaks_off_starts_again(monkeypatch, owner, name, strategy):
+    engine = Engine(tiny_model("Dream"))
+    requests = [request_of([n + 1, 5], 3 + 4 * n, strategy, seed=n) for n in range(4)]
+    expected = [engine.generate([request])[0] for request in requests]
+    numbers = [engine.add(request) for request in requests]
+    failures = broken_once(monkeypatch, owner, name)
+    outputs = {}
+    while len(outputs) < 4:
+        try:
+            outputs |= {output.request_id: output.result for output in engine.step()}
+        except torch.OutOfMemoryError:
+            assert failures
+    assert failures
+    assert [outputs[number] for number in numbers] == expected
+
+
+def test_no_page_cache_is_made_for_those_that_need_none(monkeypatch):
+    model = tiny_model("llada")
+
+    def refused(*arguments, **options):
+        raise AssertionError("it made a cache")
+
+    monkeypatch.setattr("d2f.engine.engine.PagedCache", refused)
+    request = request_of([1, 2], 5, "vanilla")
+    engine = Engine(model)
+    with engine.timed() as clock:
+        [result] = engine.generate([request])
+    engine.forget_prompts()
+    assert (clock.times(), engine.num_preemptions, engine.num_graphs) == ([], 0, 0)
+    assert alone(model, request) == result
+    engine.close()
+    assert (engine.num_preemptions, engine.num_graphs) == (0, 0)
+    with pytest.raises(RequestError, match="closed"), engine.timed():
+        pass
+
+
+def test_steps_are_noted_from_the_first_request_on():
+    engine = Engine(tiny_model("llada"))
+    with engine.timed() as clock:
+        [result] = engine.generate([request_of([1, 2], 5, "pipelined")])
+    engine.generate([request_of([1, 2], 5, "pipelined")])
+    assert len(clock.times()) == result.num_forwards
+
+
+@pytest.mark.parametrize("strategy", ["vanilla", "pipelined"])
+def test_an_answer_whose_end_cannot_be_decoded_fails_alone(strategy):
+    at_once = {"num_steps": 1} if strategy == "vanilla" else {}
+    model, tokenizer = tiny_model("llada"), Letters()
+    request = request_of(
+        [1, 2], 6, strategy, options=at_once, policy=DecodingPolicy(confidence_threshold=0.0)
+    )
+    [whole] = Engine(model).generate([request])
+    assert whole.num_forwards == 1
+    end = next(t for t in whole.token_ids if t != whole.token_ids[0])
+    cut = whole.token_ids[: whole.token_ids.index(end) + 1]
+
+    def decode(token_ids):
+        if token_ids == cut:
+            raise ValueError("cannot be decoded")
+        return tokenizer.decode(token_ids)
+
+    engine = Engine(model, tokenizer=SimpleNamespace(decode=decode))
+    ends = dataclasses.replace(request, eos_token_id=end, stop="??")
+    numbers = [engine.add(ends), engine.add(dataclasses.replace(request, stop="??"))]
+    outputs = {}
+    while len(outputs) < 2:
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert "could not decode" in str(outputs[numbers[0]].error)
+    assert outputs[numbers[1]].result.token_ids == whole.token_ids
