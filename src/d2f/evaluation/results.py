@@ -199,9 +199,10 @@ def append_lines(path: Path, records: Iterable[Record]) -> None:
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 file.truncate(start)
+            _name_file(error, path)
             raise
 
 
@@ -243,9 +244,16 @@ def _replace(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)  # it takes room that a full disk needs
+        _name_file(error, path)
         raise
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Let an error of the disk say which file it met; writing itself does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _short(value: Any) -> str:
