@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 import types
 import typing
@@ -94,8 +95,21 @@ def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
     elif origin is not None and origin is not tuple and isinstance(value, Mapping):
         if is_dataclass(inner[-1]):
             return {k: _convert(v, inner[-1], where, f"{name}.{k}") for k, v in value.items()}
+        _refuse_dates(value, where, name)
         return dict(value)
     raise ConfigError(f"{where}: '{name}' is {value!r}; it must be of type {_named(hint)}")
+
+
+def _refuse_dates(value: Any, where: str, name: str) -> None:
+    """Of a table with free keys: TOML has dates and times, result files have none."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_dates(item, where, f"{name}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_dates(item, where, name)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ConfigError(f"{where}: '{name}' is the date or time {value}; write it in quotes")
 
 
 def _convert_to_one_of(value: Any, hints: Sequence[Any], where: str, name: str) -> Any:
@@ -156,5 +170,5 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def at_least(name: str, value: float | None, least: float) -> None:
     """Raise `ConfigError` for a number that is too small; None passes."""
-    if value is not None and value < least:
+    if value is not None and not value >= least:  # nan is refused too
         raise ConfigError(f"{name} is {value}; it must be at least {least}")

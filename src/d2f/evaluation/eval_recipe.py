@@ -27,7 +27,9 @@ METHODS = (
 """What a table calls a row's method."""
 GOLD = "gold"
 """As many tokens as the longest gold answer has."""
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+MOST_TOGETHER = 4096
+"""Problems in a batch; an engine makes room for all of them."""
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         for name in ("num_problems", "batch_size"):
             at_least(f"score.{name}", getattr(self, name), 1)
+        check_batch_size("score.batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class SpeedSettings:
     def __post_init__(self) -> None:
         for name in ("num_problems", "num_runs", "batch_size"):
             at_least(f"speed.{name}", getattr(self, name), 1)
+        check_batch_size("speed.batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,7 @@ class RowSettings:
     def __post_init__(self) -> None:
         if not _FOLDER_NAME.fullmatch(self.name):
             raise ConfigError(
-                f"name is {self.name!r}; it names a folder: letters, digits, - _ . + ="
+                f"name is {self.name!r}; it names a folder: at most 100 letters, digits, - _ . + ="
             )
         object.__setattr__(self, "method", self.method or self.name)
         object.__setattr__(self, "label", self.label or self.name)
@@ -136,6 +140,7 @@ class RowSettings:
         check_limit(self.max_new_tokens)
         for name in ("num_problems", "speed_problems", "speed_batch_size"):
             at_least(name, getattr(self, name), 1)
+        check_batch_size("speed_batch_size", self.speed_batch_size)
         at_least("temperature", self.temperature, 0)
         check_decoding(self.strategy, self.policy, self.options)
 
@@ -184,6 +189,8 @@ class EvalRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "test_set", self.test_set or self.task)
+        if not self.output.strip():
+            raise ConfigError("output is empty; name the folder to write to")
         one_of("experiment", self.experiment, EXPERIMENTS)
         check_limit(self.max_new_tokens)
         at_least("num_fewshot", self.num_fewshot, 0)
@@ -261,6 +268,16 @@ class EvalRecipe:
                 raise ConfigError(unknown_name("row", name, known))
         rows = tuple(row for row in self.rows if row.name in names)
         return replace(self, rows=rows or self.rows)
+
+
+def check_batch_size(name: str, value: int | None) -> None:
+    """Refuse more problems at a time than any machine has memory for.
+
+    Raises:
+        ConfigError: There are.
+    """
+    if value is not None and value > MOST_TOGETHER:
+        raise ConfigError(f"{name} is {value}; it must be at most {MOST_TOGETHER}")
 
 
 def check_limit(limit: int | str | None) -> None:

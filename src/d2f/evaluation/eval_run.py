@@ -12,8 +12,8 @@ from d2f.evaluation.eval_progress import Reporter, Silent
 from d2f.evaluation.eval_recipe import EvalRecipe, to_table
 from d2f.evaluation.eval_row import EvalRow, LoadedModel, LoadModel
 from d2f.evaluation.eval_score import known_problems, score_row, summarise_score
-from d2f.evaluation.eval_speed import Racer, SpeedGroup, summarise_speed
-from d2f.evaluation.results import Record, RowFolder
+from d2f.evaluation.eval_speed import Racer, SpeedGroup, summarise_speed, whole_rounds
+from d2f.evaluation.results import Record, RowFolder, check_writable
 from d2f.evaluation.task import Task
 
 # Of the environment, what a time depends on.
@@ -62,6 +62,9 @@ class Evaluation:
         # A task that has a number of its own tells it.
         self._num_fewshot = getattr(task, "num_fewshot", recipe.num_fewshot)
         selected = recipe.selected(rows)
+        # Before the weights, which may take minutes.
+        output = Path(recipe.output).expanduser()
+        check_writable(output)
         loaded: dict[str, LoadedModel] = {}
         for settings in selected.rows:
             if settings.model not in loaded:
@@ -70,7 +73,6 @@ class Evaluation:
             EvalRow(settings, recipe, task, examples, loaded[settings.model])
             for settings in selected.rows
         ]
-        output = Path(recipe.output).expanduser()
         self._folders = {row.name: RowFolder(output / row.name) for row in self._rows}
         for row in self._rows:
             self._open(row, fresh)
@@ -216,4 +218,7 @@ class Evaluation:
         known = folder.settings("speed")
         if self._recipe.speed is None or not row.settings.speed or known is None:
             return None
-        return summarise_speed(folder.speed(), batch_size=known["batch_size"])
+        lines = folder.speed()
+        rounds = whole_rounds(lines, known.get("indices", ()))
+        whole = [line for line in lines if line["round"] in rounds]
+        return summarise_speed(whole, batch_size=known["batch_size"])

@@ -63,8 +63,9 @@ class SpeedGroup:
             beside = names <= set(known.get("rows", ()))
             enough = known.get("num_problems", 0) >= racer.num_problems
             indices = known.get("indices", ())
-            rounds = _whole_rounds(racer.folder.speed(), indices)
-            if not (beside and enough and (len(rounds) >= self._num_runs or not indices)):
+            rounds = whole_rounds(racer.folder.speed(), indices)
+            alike = known.get("batch_size") == self._batch_size
+            if not (alike and beside and enough and (len(rounds) >= self._num_runs or not indices)):
                 return False
         return True
 
@@ -108,7 +109,7 @@ class SpeedGroup:
             if racer.folder.settings("speed") != self._described(racer, indices):
                 return 0
             some = indices[racer.row.name]
-            rounds = _whole_rounds(racer.folder.speed(), some)
+            rounds = whole_rounds(racer.folder.speed(), some)
             if some:
                 counts.append(next(n for n in range(len(rounds) + 1) if n not in rounds))
         return min(counts, default=0)
@@ -199,7 +200,7 @@ def _judge(row: EvalRow, lines: Sequence[Record]) -> None:
         line["correct"] = verdict.correct
 
 
-def _whole_rounds(lines: Sequence[Record], indices: Sequence[int]) -> set[int]:
+def whole_rounds(lines: Sequence[Record], indices: Sequence[int]) -> set[int]:
     """Rounds in which all of these problems were timed."""
     found: dict[int, set[int]] = {}
     for line in lines:

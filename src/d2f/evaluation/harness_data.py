@@ -154,6 +154,12 @@ def _check(where: str, row: object, files: Files, task: str) -> bool:
     for name in files.texts:
         if not isinstance(row.get(name), str):
             raise ConfigError(f"{where}: expected a text in the column '{name}'{_has(row)}")
+    for name in (*files.texts, *files.optional):
+        value = row.get(name)
+        if value is not None and not _storable(value):
+            raise ConfigError(
+                f"{where}: the column '{name}' holds {_shown(value)}, which is no text of Unicode"
+            )
     if task != "mbpp":
         return True
     number, tests = row.get("task_id"), row.get("test_list")
@@ -165,6 +171,19 @@ def _check(where: str, row: object, files: Files, task: str) -> bool:
             f"{where}: expected a list of at least 3 texts in the column 'test_list'{_has(row)}"
         )
     return True
+
+
+def _storable(value: object) -> bool:
+    """Whether it is a text without half a surrogate pair, which JSON can hold and UTF-8 not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _has(row: Mapping[str, Any]) -> str:

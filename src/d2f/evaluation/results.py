@@ -7,9 +7,12 @@ whether it may add to them; `summary.json` comes last.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,11 @@ class RowFolder:
     """Where a row's results lie.
 
     Args:
-        path: The folder; it is made.
+        path: The folder; it is made. It belongs to this process until the object is gone.
+
+    Raises:
+        ConfigError: Another process writes there.
+        OSError: The folder cannot be made or written.
 
     Example:
         >>> import tempfile
@@ -40,6 +47,24 @@ class RowFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+
+    def _lock(self) -> None:
+        """Keep other processes out, which would append the same problems again."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"another d2f eval writes to {self.path}; wait for it, or give another --output"
+                ) from None
+            # A file system that knows no locks.
 
     def clear(self) -> None:
         """Forget all results."""
@@ -135,6 +160,19 @@ class RowFolder:
         return content
 
 
+def check_writable(path: Path) -> None:
+    """See whether a folder can be made or written, and leave it as it is.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ConfigError(f"the output {path} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"the output {path} cannot be written: {there} is read-only for you")
+
+
 def read_lines(path: Path, needed: Iterable[str]) -> list[Record]:
     """The whole lines of a JSONL file that have the needed keys; a torn one is left out."""
     if not path.exists():
@@ -152,11 +190,20 @@ def read_lines(path: Path, needed: Iterable[str]) -> list[Record]:
 
 def append_lines(path: Path, records: Iterable[Record]) -> None:
     """Append records to a JSONL file in one piece; they are on the disk on return."""
-    text = "".join(_line(record) for record in records)
+    data = memoryview("".join(_line(record) for record in records).encode())
     # Unbuffered: an interrupt comes before or after, not amid a line.
     with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
-        os.fsync(file.fileno())
+        start = os.fstat(file.fileno()).st_size
+        try:
+            # A disk that runs full takes a part first and raises at the next call.
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+            _name_file(error, path)
+            raise
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
@@ -191,11 +238,22 @@ def _line(record: Record) -> str:
 
 def _replace(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)  # it takes room that a full disk needs
+        _name_file(error, path)
+        raise
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Let an error of the disk say which file it met; writing itself does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _short(value: Any) -> str:

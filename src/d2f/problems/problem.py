@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from d2f.errors import ConfigError
+
 __all__ = ["SPLITS", "Problem", "ProblemConfig"]
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -61,14 +63,14 @@ class ProblemConfig:
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
-            raise ValueError(
+            raise ConfigError(
                 f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
                 f" got {self.min_steps} and {self.max_steps}"
             )
         for name in ("distractor_rate", "shuffle_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 100 <= self.max_value <= 999:
-            raise ValueError(f"max_value must be in [100, 999], got {self.max_value}")
+            raise ConfigError(f"max_value must be in [100, 999], got {self.max_value}")
         if self.max_words < 60:
-            raise ValueError(f"max_words must be at least 60, got {self.max_words}")
+            raise ConfigError(f"max_words must be at least 60, got {self.max_words}")

@@ -75,6 +75,12 @@ def test_the_number_of_problems_is_what_the_rows_need(tmp_path):
         ("task =", 'experiment = "method"\ntask =', "did you mean 'methods'"),
         ("task =", "num_fewshot = -1\ntask =", "num_fewshot is -1"),
         ("early_stop = false", "temperature = -1.0", "temperature is -1"),
+        ("early_stop = false", "temperature = nan", r"\[rows 2\]: temperature is nan"),
+        ("early_stop = false", "speed_batch_size = 9999", "speed_batch_size is 9999.*at most 4096"),
+        ("early_stop = false", "labels = {{a = [{{b = 2026-01-01}}]}}", "'labels.a.b' is the date"),
+        ("batch_size = 3", "batch_size = 1000000000000", "score.batch_size is 1000000000000"),
+        ('"{output}"', '" "', "output is empty"),
+        ('name = "vanilla"', f"name = '{'v' * 101}'", "at most 100 letters"),
     ],
 )
 def test_wrong_recipes_are_refused_by_name(tmp_path, old, new, message):

@@ -426,3 +426,26 @@ def test_sampling_is_by_problem(tmp_path):
     records = read_records(tmp_path)
     assert len({record["text"] for record in records}) == 4
     assert [record["index"] for record in records] == [0, 1, 2, 3]
+
+
+def test_an_output_in_a_files_place_is_refused_before_a_model_is_loaded(tmp_path):
+    loader = Loader(tmp_path / "tokenizer")
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match="out cannot be a folder"):
+        make_evaluation(tmp_path, loader=loader)
+    assert loader.loaded == []
+
+
+def test_another_batch_size_of_the_speed_is_measured(tmp_path):
+    make_evaluation(tmp_path, speed=True).run()
+    make_evaluation(tmp_path, "speed.batch_size=2", speed=True).run()
+    assert read_summary(tmp_path)["speed"]["batch_size"] == 2
+
+
+def test_a_round_that_was_cut_short_does_not_count(tmp_path):
+    make_evaluation(tmp_path, speed=True).run()
+    file = tmp_path / "out" / "pipelined" / "speed.jsonl"
+    cut = file.read_bytes().splitlines(keepends=True)[:-1]
+    file.write_bytes(b"".join(cut))
+    [summary, *_] = make_evaluation(tmp_path, "speed.num_runs=1", speed=True).run()
+    assert summary["speed"]["num_runs"] == 1

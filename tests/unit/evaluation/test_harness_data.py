@@ -99,6 +99,7 @@ def test_no_folder(tmp_path):
         (b'["a", "b"]', ":2: expected a JSON object, not list"),
         (b'{"question": "a"}', ":2: expected a text in the column 'answer'; the row has question"),
         (b'{"question": 5, "answer": "5"}', ":2: expected a text in the column 'question'"),
+        (b'{"question": "\\ud800", "answer": "5"}', ":2: the column 'question' holds '"),
         (b"{}", ":2: expected a text in the column 'question'; the row has no columns"),
     ],
 )

@@ -92,3 +92,9 @@ def test_answers_to_functions_are_run_together():
     verdicts = task.judge(task.examples(), ["", "", ""])
     assert [len(batch) for batch in batches] == [3]
     assert [verdict.correct for verdict in verdicts] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["word-problems", "functions"])
+def test_more_problems_than_anyone_waits_for_are_refused(name):
+    with pytest.raises(ConfigError, match="at most 1000000"):
+        load_task(name, num_examples=10**12)

@@ -31,6 +31,7 @@ from d2f.problems import extract_answer, generate_problems
         ("#### 1_000", None),
         ("#### \u0663", None),
         ("#### --3", None),
+        ("#### " + "9" * 5000, None),
     ],
 )
 def test_extract_answer(text: str, answer: int | None) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from d2f.errors import ConfigError
 from d2f.problems import (
     QUESTIONS,
     RELATIONS,
@@ -216,7 +217,7 @@ def test_items_of_a_group_never_repeat() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings)).split("_")[0]):
+    with pytest.raises(ConfigError, match=next(iter(settings)).split("_")[0]):
         ProblemConfig(**settings)  # type: ignore[arg-type]
 
 
