@@ -72,7 +72,9 @@ def eval_command(
         loaded = loaded.limited(num_problems)
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
     loaded.selected(names)
-    summaries = _evaluate(loaded, names, recipe.name, device, dtype, backend, fresh)
+    # As it was typed, so that it can be typed again, but nobody's home directory.
+    file = recipe.name if recipe.is_absolute() else recipe.as_posix()
+    summaries = _evaluate(loaded, names, file, device, dtype, backend, fresh)
     if as_json:
         typer.echo(json.dumps({"output": loaded.output, "rows": summaries}))
         return
@@ -92,7 +94,8 @@ def _evaluate(
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.eval_progress import Terminal
     from d2f.evaluation.eval_run import Evaluation
-    from d2f.evaluation.tasks import load_task
+    from d2f.evaluation.sandbox import sandbox_kind
+    from d2f.evaluation.tasks import CODE_TASKS, load_task
 
     device = choose_device(device)
     dtype = dtype or fastest_dtype(device)
@@ -105,11 +108,14 @@ def _evaluate(
         offline=recipe.offline,
         num_fewshot=recipe.num_fewshot,
     )
+    environment = describe_environment(device=device, dtype=dtype)
+    if recipe.task in CODE_TASKS:
+        environment["sandbox"] = sandbox_kind()
     evaluation = Evaluation(
         recipe,
         task,
         _loader(recipe, device, dtype),
-        describe_environment(device=device, dtype=dtype),
+        environment,
         rows=rows,
         backend=backend,
         recipe_file=recipe_file,

@@ -11,6 +11,8 @@ from d2f.evaluation.task import Task
 
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS)
 """The names that a recipe may give."""
+CODE_TASKS = ("functions", "humaneval", "mbpp")
+"""Those whose answers are programs that are run."""
 _SPLITS = ("test", "validation")
 
 

@@ -24,7 +24,7 @@ def recipe(tmp_path, monkeypatch):
         return Letters(settings["num_examples"])
 
     module = ModuleType("d2f.evaluation.tasks")
-    module.load_task = load_task
+    module.load_task, module.CODE_TASKS = load_task, ()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for name, kind in (("student", "llada"), ("base", "qwen2")):
         write_checkpoint(tmp_path / name, kind, seed=3, tokenizer=True)
@@ -77,6 +77,20 @@ def test_json_has_the_summaries(evaluate, recipe):
     assert {row["model"]["sha256"] for row in report["rows"]} != {
         report["rows"][0]["model"]["sha256"]
     }
+
+
+def test_a_summary_says_what_to_type_and_what_programs_ran_in(d2f, recipe, monkeypatch):
+    monkeypatch.setattr(sys.modules["d2f.evaluation.tasks"], "CODE_TASKS", ("letters",))
+    (recipe.parent / "sub").mkdir()
+    recipe.rename(recipe.parent / "sub" / recipe.name)
+    done = d2f(
+        "eval", "sub/letters.toml", "--device", "cpu", "--dtype", "float32", "--json",
+        "--rows", "pipelined", "--num-problems", 1,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    [row] = json.loads(done.out)["rows"]
+    assert row["recipe_file"] == "sub/letters.toml"
+    assert row["environment"]["sandbox"] in ("seccomp", "audit")
 
 
 def test_the_task_is_asked_for_what_the_options_say(evaluate):
