@@ -388,7 +388,7 @@ def test_prompts_follow_the_chat_template(tmp_path):
     ("override", "message"),
     [
         ("rows.autoregressive.strategy=serial", "row autoregressive: .* is autoregressive"),
-        ("rows.vanilla.options.num_steps=0", "row vanilla: .*num_steps"),
+        ("rows.vanilla.options={num_steps=1, block_length=4}", "row vanilla: .*num_steps"),
         ("rows.vanilla.max_new_tokens=512", "row vanilla: .*positions"),
     ],
 )
