@@ -144,6 +144,12 @@ class EvalRow:
             text = json.dumps(prompt)
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
+    def gold_sha256(self, index: int) -> str:
+        """Of the right answer, and of what else the task judges by."""
+        example = self.examples[index]
+        text = repr((example.response, example.source))
+        return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
     @property
     def longest(self) -> int:
         """Positions of the longest prompt that the model can serve, and its answer."""

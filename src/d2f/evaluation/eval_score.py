@@ -39,16 +39,22 @@ def known_problems(row: EvalRow, folder: RowFolder) -> dict[int, Record]:
     """What an earlier run has scored of this row's problems.
 
     Raises:
-        ConfigError: It put another prompt.
+        ConfigError: It put another prompt, or judged by another right answer.
     """
     known = folder.mend_problems()
     for index, record in known.items():
-        there = 0 <= index < len(row.examples)
-        if there and record["prompt_sha256"] != row.prompt_sha256(index):
+        if not 0 <= index < len(row.examples):
+            continue
+        problem = f"problem {index} ({record.get('id')})"
+        if record["prompt_sha256"] != row.prompt_sha256(index):
             raise ConfigError(
-                f"{folder.path} has an answer to another prompt of problem {index} "
-                f"({record.get('id')}): the task's files, its examples or the tokenizer have "
-                f"changed; {FRESH}"
+                f"{folder.path} has an answer to another prompt of {problem}: the task's files, "
+                f"its examples or the tokenizer have changed; {FRESH}"
+            )
+        if record["gold_sha256"] != row.gold_sha256(index):
+            raise ConfigError(
+                f"{folder.path} has a verdict by another right answer to {problem}: the task's "
+                f"files have changed; {FRESH}"
             )
     return {index: record for index, record in known.items() if index < len(row.examples)}
 
@@ -117,6 +123,7 @@ def make_records(row: EvalRow, answered: Sequence[Answered], seconds: float) -> 
                 "index": answer.index,
                 "id": row.examples[answer.index].id,
                 "prompt_sha256": row.prompt_sha256(answer.index),
+                "gold_sha256": row.gold_sha256(answer.index),
                 "num_prompt_tokens": row.num_prompt_tokens(answer.index),
                 "token_ids": list(answer.token_ids),
                 "text": texts.get(answer.index, ""),

@@ -21,7 +21,7 @@ from d2f.errors import ConfigError
 
 FRESH = "give another --output, or start afresh with --fresh"
 _COUNTS = ("index", "correct", "num_tokens", "num_forwards", "num_query_tokens", "seconds")
-_NEEDED = (*_COUNTS, "prompt_sha256", "metrics", "error")
+_NEEDED = (*_COUNTS, "prompt_sha256", "gold_sha256", "metrics", "error")
 _SPEED_NEEDED = (*_COUNTS, "round", "decode_tokens", "decode_seconds")
 
 Record = dict[str, Any]

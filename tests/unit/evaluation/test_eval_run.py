@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from tests.unit.evaluation.eval_stand_ins import (
@@ -23,9 +24,9 @@ from d2f.evaluation import eval_score, eval_speed
 from d2f.testing import tiny_model
 
 KEYS = [
-    "index", "id", "prompt_sha256", "num_prompt_tokens", "token_ids", "text", "answer", "correct",
-    "reason", "metrics", "num_tokens", "num_forwards", "num_prefill_forwards", "num_query_tokens",
-    "seconds", "finish_reason", "error",
+    "index", "id", "prompt_sha256", "gold_sha256", "num_prompt_tokens", "token_ids", "text",
+    "answer", "correct", "reason", "metrics", "num_tokens", "num_forwards",
+    "num_prefill_forwards", "num_query_tokens", "seconds", "finish_reason", "error",
 ]  # fmt: skip
 ROWS = ("pipelined", "vanilla", "autoregressive")
 
@@ -241,6 +242,10 @@ def test_results_of_other_prompts_and_models_are_not_mixed(finished):
     changed = Letters(7)
     changed._examples[4:] = Letters(prompts=["Say something else."] * 3)._examples
     with pytest.raises(ConfigError, match=r"another prompt of problem 4 .*--fresh"):
+        make_evaluation(folder, task=changed)
+    changed = Letters(7)
+    changed._examples[4] = replace(changed._examples[4], response="another")
+    with pytest.raises(ConfigError, match=r"another right answer to problem 4 .*--fresh"):
         make_evaluation(folder, task=changed)
 
     class Retrained(Loader):
