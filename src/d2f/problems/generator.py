@@ -7,10 +7,10 @@ from random import Random
 
 from d2f.problems.distractors import distract, draw_fact
 from d2f.problems.frames import Subject, Wording, word_quantity
-from d2f.problems.mixing import mix
+from d2f.problems.mixing import problem_stream
 from d2f.problems.numbers import Filled, fill_numbers
 from d2f.problems.plan import Plan, sample_plan, split_of
-from d2f.problems.problem import SPLITS, Problem, ProblemConfig
+from d2f.problems.problem import Problem, ProblemConfig
 from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
 
 __all__ = ["generate_problem", "generate_problems"]
@@ -201,11 +201,7 @@ def generate_problem(
         >>> problem.response.endswith(f"#### {problem.answer}")
         True
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if index < 0:
-        raise ValueError(f"index must not be negative, got {index}")
-    rng = Random(mix(seed, index, SPLITS.index(split)))
+    rng = problem_stream(seed, index, split)
     span = config.max_steps - config.min_steps + 1
     # Drawn once, so that what is turned down below does not bend the distribution of steps.
     num_steps = config.min_steps + int(rng.random() * span)

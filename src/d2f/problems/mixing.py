@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["mix"]
+from random import Random
+
+from d2f.problems.problem import SPLITS
+
+__all__ = ["mix", "problem_stream"]
 
 _MASK = (1 << 64) - 1
 
@@ -18,3 +22,20 @@ def mix(seed: int, index: int, part: int) -> int:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = ((x ^ (x >> shift)) * factor) & _MASK
     return x ^ (x >> 31)
+
+
+def problem_stream(seed: int, index: int, split: str) -> Random:
+    """The random stream of one problem, which depends on these three alone.
+
+    Raises:
+        ValueError: The split is unknown or the index negative.
+
+    Example:
+        >>> problem_stream(0, 5, "test").random() == problem_stream(0, 5, "test").random()
+        True
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}")
+    return Random(mix(seed, index, SPLITS.index(split)))

@@ -10,9 +10,8 @@ from d2f.problems.functions.operation import Operation
 from d2f.problems.functions.pipeline import Pipeline, sample_operations, sample_pipeline
 from d2f.problems.functions.problem import FunctionConfig, FunctionProblem
 from d2f.problems.functions.wording import describe
-from d2f.problems.mixing import mix
+from d2f.problems.mixing import problem_stream
 from d2f.problems.plan import split_of
-from d2f.problems.problem import SPLITS
 
 __all__ = ["generate_function_problem", "generate_function_problems", "split_of_operations"]
 
@@ -79,11 +78,7 @@ def generate_function_problem(
         >>> problem.response.startswith(f"def {problem.entry_point}(")
         True
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if index < 0:
-        raise ValueError(f"index must not be negative, got {index}")
-    rng = Random(mix(seed, index, SPLITS.index(split)))
+    rng = problem_stream(seed, index, split)
     span = config.max_steps - config.min_steps + 1
     # Drawn once, so that what is turned down below does not bend the distribution of steps.
     num_steps = config.min_steps + int(rng.random() * span)
