@@ -11,8 +11,6 @@ tokens; other methods may overwrite or refresh any slot.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -43,11 +41,16 @@ class PagedCache:
         self.num_pages, self.page_size = num_pages, page_size
         # Not cleared: a slot is read only after it was written.
         self.kv_N2SKH = torch.empty(
-            (spec.num_layers, 2, num_pages * page_size, spec.num_kv_heads, spec.head_dim),
+            (self.stored_layers(spec), 2, num_pages * page_size, spec.num_kv_heads, spec.head_dim),
             device=device,
             dtype=dtype,
         )
         self.kv_N2SKH[:, :, :page_size] = 0
+
+    @staticmethod
+    def stored_layers(spec: ModelSpec) -> int:
+        """Layers that have room of their own."""
+        return spec.num_layers
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in all layers."""
@@ -76,22 +79,10 @@ class ScratchCache(PagedCache):
         torch.Size([1, 2, 32, 4, 8])
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        num_pages: int,
-        page_size: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(
-            dataclasses.replace(spec, num_layers=1),
-            num_pages=num_pages,
-            page_size=page_size,
-            device=device,
-            dtype=dtype,
-        )
+    @staticmethod
+    def stored_layers(spec: ModelSpec) -> int:
+        """One."""
+        return 1
 
     def layer(self, index: int) -> Tensor:
         """The same of all layers: (2, S, K, H)."""
