@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class Evaluation:
             **row.describe(),
             "num_fewshot": self._num_fewshot,
             "split": recipe.split,
-            "grid": to_table(recipe)["rows"][self._index(row)]["grid"],
+            "grid": settings.grid and asdict(settings.grid),
             "score": self._score_of(row),
             "speed": self._speed_of(row),
             "environment": folder.settings("environment"),
@@ -202,9 +203,6 @@ class Evaluation:
             "recipe_file": self._file,
         }
         return folder.write_summary(summary)
-
-    def _index(self, row: EvalRow) -> int:
-        return [settings.name for settings in self._recipe.rows].index(row.name)
 
     def _score_of(self, row: EvalRow) -> Record | None:
         known = self._folders[row.name].problems()

@@ -17,6 +17,7 @@ from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError
 from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
+from d2f.evaluation.statistics import mean_and_error
 from d2f.problems import Problem, extract_answer
 from d2f.text import Tokenizer
 
@@ -81,9 +82,7 @@ def paired_difference(one: Row, other: Row) -> tuple[float, float]:
     ]
     if len(gaps) < 2:
         return float(sum(gaps)), 0.0
-    mean = sum(gaps) / len(gaps)
-    variance = sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return mean, math.sqrt(variance / len(gaps))
+    return mean_and_error(gaps)
 
 
 def response_limit(problems: Sequence[Problem], tokenizer: Tokenizer, block_size: int) -> int:

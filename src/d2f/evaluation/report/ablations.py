@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.differences import paired_difference, standard_deviation
+from d2f.evaluation.report.differences import paired_difference
 from d2f.evaluation.report.methods import base_line, paper_ratios, speed_ratio
 from d2f.evaluation.report.paper import (
     LABEL,
@@ -17,6 +17,7 @@ from d2f.evaluation.report.paper import (
 )
 from d2f.evaluation.report.results import METHODS, Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median, minus, ratio
+from d2f.evaluation.statistics import standard_deviation
 
 THRESHOLDS = ("activate_threshold", "confidence_threshold", "add_threshold")
 NOISE_LEVEL = THRESHOLDS[:2]

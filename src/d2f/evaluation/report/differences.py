@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from d2f.evaluation.report.results import Row
+from d2f.evaluation.statistics import mean_and_error
 
 # Student's t: 95% of the distribution lie within, by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -42,29 +43,6 @@ def paired_difference(one: Row, other: Row) -> Difference | None:
     mean, error = mean_and_error(gaps)
     reach = 1.96 * error if any(gaps) else 3 / count
     return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach), count)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the latter needs two values.
-
-    Example:
-        >>> mean_and_error([1, 3])
-        (2.0, 1.0)
-    """
-    return sum(values) / len(values), standard_deviation(values) / math.sqrt(len(values))
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """Of the population that the values were drawn from; nan of a single value.
-
-    Example:
-        >>> standard_deviation([1, 3, 5])
-        2.0
-    """
-    if len(values) < 2:
-        return math.nan
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def small_sample(values: Sequence[float]) -> Difference:
