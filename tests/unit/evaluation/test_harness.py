@@ -28,8 +28,6 @@ from d2f.evaluation.harness_definitions import (
 )
 from d2f.evaluation.tasks import load_task
 
-pytest.importorskip("lm_eval")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
