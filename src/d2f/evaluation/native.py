@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from d2f.errors import ConfigError
+from d2f.evaluation.code_answer import extract_code
 from d2f.evaluation.code_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Example, Verdict
@@ -94,7 +95,8 @@ class Functions:
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Run each answer with the problem's tests."""
         programs = [
-            program(example.source, text) for example, text in zip(examples, texts, strict=True)
+            program(example.source, extract_code(text))
+            for example, text in zip(examples, texts, strict=True)
         ]
         return [
             Verdict(

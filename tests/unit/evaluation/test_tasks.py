@@ -81,6 +81,14 @@ def test_functions_are_judged_by_running_them():
     assert broken.metrics == {"pass@1": 0.0}
 
 
+def test_an_answer_to_a_function_may_stand_in_a_fence():
+    task = Functions(1)
+    [example] = task.examples()
+    text = f"Here it is:\n```python\n{example.response}\n```\nDone."
+    [verdict] = task.judge([example], [text])
+    assert verdict.correct, verdict.reason
+
+
 def test_answers_to_functions_are_run_together():
     batches = []
 
