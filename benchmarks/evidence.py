@@ -8,8 +8,9 @@ a GPU of its own.
     python benchmarks/evidence.py --output results/evidence --gpus 1
 
 Parts: `train` (students and control of the ablations, the models of the second family), `grid`
-(settings of each method, on validation problems), `measure` (the tables, on test problems),
-`report`.
+(settings of each method, on validation problems), `score` and `speed` (the tables, on test
+problems), `report`. The first three run together; nothing shares the host with what is timed but
+other timings, each on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from crew import Crew, Job
 
 from d2f.training.checkpoint import list_checkpoints
 
-PARTS = ("train", "grid", "measure", "report")
+PARTS = ("train", "grid", "score", "speed", "report")
 SHIPPED = Path("src/d2f/shipped")
 SCHEDULES = {
     "monotone": ("monotone", 0.3, 0.7),
@@ -44,7 +45,7 @@ confidence."""
 BATCHES = (1, 4, 16, 64, 256)
 ALLOWANCE = 0.005
 """A setting qualifies when it scores at most half a point below its method's best; of those that
-do, the one that is fastest one problem at a time is taken."""
+do, the one of most tokens per forward is taken, of equals the one that computes least."""
 UNPAGED = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 
 Row = dict[str, Any]
@@ -163,10 +164,7 @@ class Plan:
                     self._row(family, method, f"{method}-{index}", setting)
                     for index, setting in enumerate(settings)
                 ]
-                table = self._recipe(
-                    family, "methods", rows, score=self.options.grid_problems, speed=True
-                )
-                table["speed"]["num_problems"] = min(20, self.options.speed_problems)
+                table = self._recipe(family, "methods", rows, score=self.options.grid_problems)
                 table |= {"split": "validation", "seed": 7}
                 if method == "dllm-cache":
                     # One problem at a time, one token a step.
@@ -174,7 +172,7 @@ class Plan:
                 paths = [Path(model["path"]) for model in table["models"].values()]
                 weights = tuple(p / "model.safetensors" for p in paths if "shipped:" not in str(p))
                 build = functools.partial(dict, table)
-                yield self._evaluation(f"grid-{family.name}-{method}", build, weights)
+                yield self._evaluation(f"grid-{family.name}-{method}", "grid", build, weights)
 
     def chosen(self, family: Family) -> dict[str, Row]:
         """The best setting of each method by its validation score, with a note of the grid."""
@@ -187,7 +185,10 @@ class Plan:
             top = max(result["score"]["score"] for result, _ in results)
             result, setting = max(
                 (pair for pair in results if pair[0]["score"]["score"] >= top - ALLOWANCE),
-                key=lambda pair: pair[0]["speed"]["tokens_per_second"]["median"],
+                key=lambda pair: (
+                    pair[0]["score"]["tokens_per_forward"],
+                    -pair[0]["score"]["query_tokens_per_forward"],
+                ),
             )
             note = {
                 "where": f"{result['score']['num_problems']} validation problems",
@@ -203,25 +204,47 @@ class Plan:
 
     # ---------------------------------------------------------------------------------- measure
 
-    def measure(self) -> Iterator[Job]:
-        """The tables."""
+    def score(self) -> Iterator[Job]:
+        """What the tables say of answers."""
         for family in self.families:
-            tables = {
-                "methods": self._methods,
-                "thresholds": self._thresholds,
-                "steps": self._steps,
-                "block-size": self._block_size,
-            }
-            tables |= {
-                f"batch-{size}": functools.partial(self._batch, size=size) for size in BATCHES
-            }
-            if family.name == "words":
-                tables |= {"control": self._control, "noise": self._noise}
             needs = self._grid_files(family)
-            for name, build in tables.items():
-                yield self._evaluation(
-                    f"{family.name}-{name}", functools.partial(build, family), needs
-                )
+            for name, build in self._tables(family).items():
+                if not name.startswith("batch-"):
+                    models = self._trained(family, name)
+                    scores = functools.partial(_without_speed, functools.partial(build, family))
+                    yield self._evaluation(
+                        f"{family.name}-{name}", "score", scores, (*needs, *models)
+                    )
+
+    def speed(self) -> Iterator[Job]:
+        """What they say of time; the answers are there already."""
+        for family in self.families:
+            for name, build in self._tables(family).items():
+                full = f"{family.name}-{name}"
+                scored = () if name.startswith("batch-") else (self._done(f"score-{full}"),)
+                yield self._evaluation(full, "speed", functools.partial(build, family), scored)
+
+    def _tables(self, family: Family) -> dict[str, Callable[[Family], Row]]:
+        tables: dict[str, Callable[[Family], Row]] = {
+            "methods": self._methods,
+            "thresholds": self._thresholds,
+            "steps": self._steps,
+            "block-size": self._block_size,
+        }
+        tables |= {f"batch-{size}": functools.partial(self._batch, size=size) for size in BATCHES}
+        if family.name == "words":
+            tables |= {"control": self._control, "noise": self._noise}
+        return tables
+
+    def _trained(self, family: Family, table: str) -> tuple[Path, ...]:
+        """Weights that a table needs beside the family's own."""
+        runs = {
+            "methods": [f"{family.name}_teacher_long"],
+            "control": ["control"],
+            "noise": [noise_run(name, seed) for name in SCHEDULES for seed in SEEDS],
+        }
+        names = runs.get(table, [])
+        return tuple(self.options.runs / name / "final" / "model.safetensors" for name in names)
 
     def _methods(self, family: Family) -> Row:
         chosen = self.chosen(family)
@@ -375,25 +398,31 @@ class Plan:
     def _done(self, name: str) -> Path:
         return self.output / "done" / name
 
-    def _evaluation(self, name: str, build: Callable[[], Row], needs: tuple[Path, ...] = ()) -> Job:
-        part = "grid" if name.startswith("grid-") else "measure"
+    def _evaluation(
+        self, name: str, part: str, build: Callable[[], Row], needs: tuple[Path, ...] = ()
+    ) -> Job:
         recipe = self.output / "recipes" / f"{name}.toml"
+        folder = self.output / ("grid" if part == "grid" else "measure") / name
 
         def prepare() -> tuple[str, ...]:
             recipe.parent.mkdir(parents=True, exist_ok=True)
-            recipe.write_text(to_toml({**build(), "output": str(self.output / part / name)}))
+            recipe.write_text(to_toml({**build(), "output": str(folder)}))
             return ()
 
+        job = f"score-{name}" if part == "score" else name
         return Job(
-            name=name,
+            name=job,
             command=("d2f", "eval", str(recipe), *self.options.eval_args),
-            makes=self._done(name),
+            makes=self._done(job),
             needs=needs,
             prepare=prepare,
         )
 
 
-URGENCY = ("train-functions", "train-", "grid-", "words-methods", "functions-methods", "")
+URGENCY = (
+    *("train-functions", "train-", "grid-", "score-functions-methods", "score-"),
+    *("functions-methods", "words-methods", ""),
+)
 """Beginnings of jobs' names: what others wait for comes first."""
 METHODS = {
     "autoregressive": ("autoregressive", "autoregressive"),
@@ -454,6 +483,10 @@ def grids() -> dict[str, list[Row]]:
     }
 
 
+def _without_speed(build: Callable[[], Row]) -> Row:
+    return {key: value for key, value in build().items() if key != "speed"}
+
+
 def urgency(job: Job) -> int:
     """The place of a job among those that could start."""
     return next(place for place, start in enumerate(URGENCY) if job.name.startswith(start))
@@ -503,8 +536,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = Plan(options)
     crew = Crew(options.gpus, options.output / "logs")
-    # Nothing that a table times shares the host with a training.
-    for parts in (("train", "grid"), ("measure",)):
+    for parts in (("train", "grid", "score"), ("speed",)):
         jobs = [job for part in parts if part in options.parts for job in getattr(plan, part)()]
         crew.run(sorted(jobs, key=urgency))
     if "report" in options.parts:
