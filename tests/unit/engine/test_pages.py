@@ -93,6 +93,8 @@ class Pages(RuleBasedStateMachine):
             return
         assert self.pool.num_free == len(self.all - set(self.held()))
         assert len(self.prompts) == len(self.kept)
+        used = set(itertools.chain(*self.sequences))
+        assert self.pool.num_available == len(self.all - used)
         assert self.pool.num_held_once(sorted(self.held())) == sum(
             self.held().count(page) == 1 for page in self.held()
         )
