@@ -99,7 +99,17 @@ def parse_json(content: bytes) -> dict[str, Any]:
         raise _malformed(str(error).partition(":")[0]) from None
     if not isinstance(value, dict):
         raise _malformed("not an object { … }")
+    if b"\\u" in content:
+        _check_unicode(value)
     return value
+
+
+def _check_unicode(value: dict[str, Any]) -> None:
+    r"""Refuse halves of a surrogate pair, which an escape such as \ud800 can write."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _malformed("half of a surrogate pair is no character") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
