@@ -27,9 +27,9 @@ class JsonFormatter(logging.Formatter):
     """A log record as one line of JSON.
 
     Example:
-        >>> record = logging.makeLogRecord({"msg": "hello", "created": 0.0})
+        >>> record = logging.makeLogRecord({"msg": "hi", "created": 0, "levelno": 20})
         >>> JsonFormatter().format(record)
-        '{"time": "1970-01-01T00:00:00.000+00:00", "level": "info", "message": "hello"}'
+        '{"time": "1970-01-01T00:00:00.000+00:00", "level": "info", "message": "hi"}'
     """
 
     def format(self, record: logging.LogRecord) -> str:
