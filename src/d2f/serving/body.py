@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, NoReturn
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
 
 from starlette.types import Receive, Scope
 
@@ -14,6 +15,9 @@ from d2f.serving.settings import ServeSettings
 _DISCARDED_BODIES = 16
 """So many times the limit is read and thrown away: a client that is cut off while it sends does not
 get to see the answer."""
+
+
+T = TypeVar("T")
 
 
 class Disconnected(Exception):
@@ -118,3 +122,33 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _malformed(what: str) -> ApiError:
     return ApiError(400, f"the body is no valid JSON: {what}", code="invalid_json")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work for a client as long as it is there.
+
+    Args:
+        receive: Of a request whose body was read.
+        work: Cancelled when the client goes, or when this is cancelled.
+
+    Raises:
+        Disconnected: The client went away first.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_wait_for_end(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            # It must not send any more once this has ended.
+            await asyncio.wait((task,))
+
+
+async def _wait_for_end(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -55,23 +55,27 @@ class Gateway:
             self._guard.check(scope["path"], scope["headers"])
             await self._app(scope, receive, send_marked)
         except Disconnected:
-            pass
+            fields["finish_reason"] = "disconnected"
         except Exception as error:
-            await self._tell(as_api_error(error, request_id), request_id, status, send_marked)
+            answer = as_api_error(error, request_id)
+            note_error(answer, request_id, self._metrics)
+            if status == _CLIENT_GONE:  # nothing was sent yet
+                await send_error(answer, send_marked)
         finally:
-            route = getattr(scope.get("route"), "path", None)
-            self._metrics.count_request(fields.get("model"), route or "other", status)
+            # Routes are named as they are counted.
+            route = getattr(scope.get("route"), "name", "other")
+            self._metrics.count_request(fields.get("model"), route, status)
             taken = round(time.perf_counter() - began, 6)
-            head = {"id": request_id, "method": scope["method"], "path": scope["path"]}
+            head = {"id": request_id, "method": scope["method"], "endpoint": scope["path"]}
             log_request({**head, "status": status, "duration": taken, **fields})
 
-    async def _tell(self, error: ApiError, request_id: str, status: int, send: Send) -> None:
-        if error.status >= 500:
-            self._metrics.count_error(_KINDS.get(error.status, "unavailable"))
-        if error.status == 500:
-            LOGGER.error("internal error in %s", request_id, exc_info=True)
-        if status == _CLIENT_GONE:  # nothing was sent yet
-            await send_error(error, send)
+
+def note_error(error: ApiError, request_id: str, metrics: Metrics) -> None:
+    """Count and log, while it is handled, what a client is told to be the server's fault."""
+    if error.status >= 500:
+        metrics.count_error(_KINDS.get(error.status, "unavailable"))
+    if error.status == 500:
+        LOGGER.error("internal error in %s", request_id, exc_info=True)
 
 
 async def send_error(error: ApiError, send: Send) -> None:
