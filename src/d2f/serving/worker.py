@@ -56,7 +56,8 @@ class Worker:
             model.name: Station(model, mailbox=mailbox, metrics=metrics, pace=self.pace)
             for model in models
         }
-        self._turns = deque(self._stations.values())
+        self._turns = list(self._stations.values())
+        """The one that stepped last comes last."""
         self._news = threading.Condition()
         self._commands: deque[Command] = deque()
         self._closed = False
@@ -127,12 +128,11 @@ class Worker:
 
     def _work(self) -> None:
         while self._report() and self._carry_out():
-            for _ in self._turns:
-                station = self._turns[0]
-                self._turns.rotate(-1)
-                if station.busy:
-                    station.step()
-                    break
+            busy = [station for station in self._turns if station.busy]
+            if busy:
+                self._turns.remove(busy[0])
+                self._turns.append(busy[0])
+                busy[0].step()
 
     def _carry_out(self) -> bool:
         """Do what was told, waiting for it if there is nothing else to do; False: end."""
@@ -147,21 +147,24 @@ class Worker:
         return any(station.busy for station in self._stations.values())
 
     def _admit(self, station: Station, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
-        error: Exception | None = self._refusal
-        if error is None:
-            try:
-                station.admit(jobs)
-            except D2FError as refused:
-                error = refused
-            except Exception as unexpected:
-                # If it is the engine that is broken and not the request, the next step shows it.
-                log.exception("a request could not be added")
-                self._metrics.count_error("internal")
-                error = unexpected
+        error = self._refusal or self._failure_to_admit(station, jobs)
         self._mailbox.call(functools.partial(_answer, answer, error))
         if error is not None:
             # A refusal does not wait for the next step; that a request was taken may.
             self._mailbox.send()
+
+    def _failure_to_admit(self, station: Station, jobs: Sequence[Job]) -> Exception | None:
+        # A function of its own: an exception must not be kept by a frame of its own traceback.
+        try:
+            station.admit(jobs)
+        except D2FError as refused:
+            return refused
+        except Exception as unexpected:
+            # If it is the engine that is broken and not the request, the next step shows it.
+            log.exception("a request could not be added")
+            self._metrics.count_error("internal")
+            return unexpected
+        return None
 
     def _report(self) -> bool:
         """Bring the gauges up to date and send the news; False: nobody reads them any more."""
