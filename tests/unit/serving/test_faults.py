@@ -9,6 +9,7 @@ from tests.unit.serving.running import (
     Metrics,
     all_free,
     break_steps,
+    eventually,
     request,
     running,
     served,
@@ -66,7 +67,7 @@ def test_requests_on_their_way_to_an_engine_that_breaks_do_not_hang():
             break_steps(model.engine, 0, RuntimeError("broken"))
             gate = Gate(model.engine)
             first = asyncio.ensure_future(service.submit("tiny", [request()]))
-            await asyncio.sleep(0.02)
+            await eventually(lambda: gate.num_arrived == 1)
             second = asyncio.ensure_future(service.submit("tiny", [request()]))
             await asyncio.sleep(0)
             gate.open()

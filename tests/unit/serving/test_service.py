@@ -286,6 +286,26 @@ def test_a_client_that_leaves_while_it_waits_makes_room():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("way", ["cancel", "drop"])
+def test_pages_of_a_client_that_leaves_are_free_within_one_step(way):
+    model = served()
+
+    async def run():
+        async with running(model) as service:
+            gate = Gate(model.engine)
+            submission = asyncio.ensure_future(service.submit("tiny", [request(length=200)]))
+            gate.let(1)
+            [ticket] = await submission
+            assert not all_free(model)
+            if way == "cancel":
+                ticket.cancel()
+            del ticket, submission
+            gate.let(1)
+            await eventually(lambda: all_free(model))
+
+    asyncio.run(run())
+
+
 def test_a_drain_lets_requests_end_and_takes_no_more():
     model = served()
 
