@@ -183,8 +183,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------ requests
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, *, watch: bool = False) -> int:
         """Queue a request; returns its id.
+
+        Args:
+            request: What to answer, and how.
+            watch: The output that `step` hands out at the end has the response's blocks.
 
         Raises:
             RequestError: It cannot be served, or the engine is closed; others are not affected.
@@ -193,6 +197,8 @@ class Engine:
         """
         task = self._checked(request)
         self._tasks[task.number] = task
+        if watch:
+            self._watched.add(task.number)
         self._lane_of(task).add(task)
         return task.number
 
@@ -278,8 +284,7 @@ class Engine:
         Raises:
             RequestError: The request cannot be served, or its result was handed out by `step`.
         """
-        number = self.add(request)
-        self._watched.add(number)
+        number = self.add(request, watch=True)
         try:
             while number not in self._ready:
                 if number not in self._tasks:
