@@ -2,7 +2,7 @@
 
 import { ApiError, streamAnswer } from "./api.js";
 import { announce, byId, errorBox, h } from "./dom.js";
-import { Run, clock, figure } from "./run.js";
+import { Run, clock } from "./run.js";
 
 /**
  * @typedef {import("./api.js").Model} Model
@@ -88,7 +88,7 @@ export class Chat {
     this.messages.append(question, bubble);
     this.page.onAsk(prompt);
     await this.stream([...earlier, { role: "user", content: prompt }], answer, notes);
-    notes.scrollIntoView({ block: "nearest" });
+    this.messages.scrollTop = this.messages.scrollHeight;
   }
 
   /**
@@ -119,7 +119,7 @@ export class Chat {
           },
           onStep: (step) => {
             run.add(step);
-            if (run.last === 1) this.pipeline.watch(run);
+            if (this.pipeline.run !== run) this.pipeline.watch(run);
             this.pipeline.grown();
           },
           onEnd: (why) => (reason = why),
@@ -154,13 +154,9 @@ export class Chat {
    * @param {string} prompt
    */
   conclude(run, reason, notes, prompt) {
-    const { seconds, numTokens, numForwards, tokensPerForward } = run.counters(run.last);
+    const { seconds, numTokens, numForwards } = run.counters(run.last);
     const ends = { length: "cut at the most tokens allowed", stopped: "stopped" };
-    const parts = [
-      `${numTokens} tokens in ${numForwards} forwards`,
-      `${figure(tokensPerForward)} tokens/forward`,
-      clock(seconds),
-    ];
+    const parts = [`${numTokens} tokens`, `${numForwards} forwards`, clock(seconds)];
     if (ends[reason]) parts.push(ends[reason]);
     const watch = () => this.pipeline.watch(run);
     notes.replaceChildren(

@@ -22,6 +22,7 @@ export class Pipeline {
     /** @type {Row[]} */
     this.rows = [];
     this.step = 0;
+    this.shown = "";
     this.home = byId("blocks");
     this.scrubber = byId("scrubber");
     this.speed = byId("speed");
@@ -30,7 +31,7 @@ export class Pipeline {
       advance: (position, seconds) => this.advance(position, seconds),
       end: () => this.run?.last ?? 0,
       growing: () => this.run !== null && !this.run.finished,
-      show: (position) => this.show(Math.floor(position)),
+      show: (position) => this.showOnce(Math.floor(position)),
       playing: (playing) => showPlaying(byId("play"), playing),
     });
     this.listen();
@@ -65,6 +66,7 @@ export class Pipeline {
     this.player.pause();
     this.run = run;
     this.rows = [];
+    this.shown = "";
     this.home.replaceChildren();
     byId("pipeline-empty").hidden = true;
     byId("pipeline-show").hidden = false;
@@ -113,9 +115,21 @@ export class Pipeline {
     return Math.min(LONGEST_FORWARD, FOLLOWED_REPLAY / numSteps);
   }
 
+  /**
+   * Show a step, unless it is shown already and no later one has come since.
+   *
+   * @param {number} step
+   */
+  showOnce(step) {
+    if (this.run === null) return;
+    const shown = `${step} of ${this.run.last}`;
+    if (shown === this.shown) return;
+    this.shown = shown;
+    this.show(step);
+  }
+
   /** @param {number} step */
   show(step) {
-    if (this.run === null) return;
     const tokens = this.run.tokensAt(step);
     const { blocks, numForwards, seconds } = this.run.steps[step];
     while (this.rows.length > blocks.length) this.rows.pop()?.element.remove();
@@ -168,7 +182,6 @@ export class Pipeline {
     element.textContent = token ? visible(token.text) : "·";
     element.classList.toggle("masked", token === undefined);
     element.classList.toggle("spaced", known !== undefined && /^ ./.test(known.text));
-    element.classList.toggle("blank", token?.text === " ");
     element.classList.toggle("forced", token !== undefined && isForced(token, run.threshold));
     element.setAttribute("aria-label", describe(run, token, position).join(", "));
   }
@@ -255,10 +268,10 @@ function addTile(home) {
 /** Before there is anything to show: blocks as they look on their way. */
 function drawPicture() {
   const rows = [
-    ["cached", "●●●●●●●●●●●●"],
-    ["complete", "●●●●●●●●●●●●"],
-    ["fully-active", "●●●●·●●··●●·"],
-    ["semi-active", "●··●·●······"],
+    ["cached", "●●●●●●●●●●●●●●●●●●●●●●●●"],
+    ["complete", "●●●●●●●●●●●●●●●●●●●●●●●●"],
+    ["fully-active", "●●●●●●·●●·●●··●●●·●··●··"],
+    ["semi-active", "●●··●·●···●·············"],
   ];
   for (const [state, places] of rows) {
     const tiles = [...places].map((sign) =>

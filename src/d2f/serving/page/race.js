@@ -137,7 +137,7 @@ export class Race {
         },
         onEnd: () => (run.finished = true),
       };
-      const max_tokens = Number(byId("race-tokens").value) || 128;
+      const max_tokens = Number(byId("race-tokens").value);
       await streamAnswer({ ...body, max_tokens }, listener, signal);
       lane.run = run;
       parts.element.dataset.phase = "measured";

@@ -43,7 +43,7 @@ export class Run {
   /** @param {StepEvent} event */
   add(event) {
     // An event that only says how it ended belongs to the forward before it.
-    const again = this.last > 0 && this.steps[this.last].numForwards === event.num_forwards;
+    const again = this.steps[this.last].numForwards === event.num_forwards;
     const index = again ? this.last : this.last + 1;
     for (const token of event.tokens) {
       const dated = { ...token, step: index };

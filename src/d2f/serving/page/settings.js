@@ -86,7 +86,7 @@ export class Settings {
     const { policy, strategy } = this.model.d2f;
     for (const [name, input] of this.inputs) input.value = policy[name];
     this.strategy.value = strategy;
-    this.maxTokens.value = 192;
+    this.maxTokens.value = Math.min(192, Math.floor(this.model.d2f.max_positions / 2));
     this.temperature.value = 0;
     this.refresh();
   }
@@ -108,27 +108,24 @@ export class Settings {
   }
 
   /**
-   * The policy in force for a strategy; null where there is none.
+   * The fields of the policy that a strategy heeds (the server refuses others); null for none.
    *
    * @param {string} strategy
    */
   policy(strategy) {
-    if (!(strategy in OPEN)) return null;
-    return Object.fromEntries([...this.inputs].map(([name, input]) => [name, Number(input.value)]));
+    const names = OPEN[strategy];
+    return names ? Object.fromEntries(names.map((name) => [name, Number(this.inputs.get(name).value)])) : null;
   }
 
   /** The part of a request that these settings decide. */
   request() {
     const strategy = this.strategy.value;
     const policy = this.policy(strategy);
-    const temperature = Number(this.temperature.value);
     return {
       strategy,
       ...(policy && { policy }),
-      max_tokens: Number(this.maxTokens.value) || 192,
-      temperature,
-      // Asked again, a sampled answer should be another one.
-      ...(temperature > 0 && { seed: Math.floor(Math.random() * 2 ** 31) }),
+      max_tokens: Number(this.maxTokens.value),
+      temperature: Number(this.temperature.value),
     };
   }
 }
