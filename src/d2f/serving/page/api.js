@@ -61,12 +61,13 @@ export async function streamAnswer(body, listener, signal) {
     }),
     signal,
   });
-  let reason = null;
+  let whole = false;
+  let reason = "";
   let usage = null;
   for await (const data of readEvents(response.body)) {
     if (data === "[DONE]") {
-      if (reason !== null) return listener.onEnd(reason, usage);
-      break;
+      whole = true;
+      continue;
     }
     const chunk = JSON.parse(data);
     if (chunk.error) {
@@ -78,6 +79,7 @@ export async function streamAnswer(body, listener, signal) {
     if (choice?.delta?.content) listener.onText(choice.delta.content);
     reason = choice?.finish_reason ?? reason;
   }
+  if (whole && reason) return listener.onEnd(reason, usage);
   throw new ApiError("stream", "The connection ended before the answer was whole.");
 }
 
@@ -97,7 +99,7 @@ export async function* readEvents(stream) {
       const { done, value } = await read(reader);
       rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
       // A line may end in \r\n; one that ends in \r so far may be going to.
-      const parts = rest.split(/\r\n|\n|\r(?!$)/);
+      const parts = rest.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
       rest = parts.pop() ?? "";
       for (const line of parts) {
         if (line.startsWith("data:")) lines.push(line.slice(5).replace(/^ /, ""));

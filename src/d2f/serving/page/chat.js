@@ -2,7 +2,7 @@
 
 import { ApiError, streamAnswer } from "./api.js";
 import { announce, byId, errorBox, h } from "./dom.js";
-import { Run, clock } from "./run.js";
+import { Run, clock, counted } from "./run.js";
 
 /**
  * @typedef {import("./api.js").Model} Model
@@ -48,6 +48,7 @@ export class Chat {
   /** @param {Model} model */
   choose(model) {
     const { chat_template: template, examples } = model.d2f;
+    this.running?.abort();
     this.model = model;
     this.history = [];
     byId("keep-label").hidden = !template;
@@ -97,11 +98,12 @@ export class Chat {
    * @param {HTMLElement} notes
    */
   async stream(messages, answer, notes) {
+    const model = this.model;
     const request = this.settings.request();
     const prompt = messages[messages.length - 1].content;
     const run = new Run({
       prompt,
-      model: this.model.id,
+      model: model.id,
       strategy: request.strategy,
       threshold: request.policy ? request.policy.confidence_threshold : null,
     });
@@ -110,7 +112,7 @@ export class Chat {
     let reason = "stopped";
     try {
       await streamAnswer(
-        { model: this.model.id, messages, ...request },
+        { model: model.id, messages, ...request },
         {
           onText: (text) => {
             run.text += text;
@@ -126,7 +128,9 @@ export class Chat {
         },
         this.running.signal,
       );
-      this.history = [...messages, { role: "assistant", content: run.text }];
+      if (model === this.model) {
+        this.history = [...messages, { role: "assistant", content: run.text }];
+      }
       this.conclude(run, reason, notes, prompt);
       announce(`Answer: ${run.text}`);
     } catch (error) {
@@ -156,7 +160,8 @@ export class Chat {
   conclude(run, reason, notes, prompt) {
     const { seconds, numTokens, numForwards } = run.counters(run.last);
     const ends = { length: "cut at the most tokens allowed", stopped: "stopped" };
-    const parts = [`${numTokens} tokens`, `${numForwards} forwards`, clock(seconds)];
+    const parts = [counted(numTokens, "token"), counted(numForwards, "forward"), clock(seconds)];
+    if (!run.text) parts.unshift("It ended without a text");
     if (ends[reason]) parts.push(ends[reason]);
     const watch = () => this.pipeline.watch(run);
     notes.replaceChildren(

@@ -20,6 +20,7 @@ let afterKey = () => {};
 function askKey(then) {
   afterKey = then;
   byId("key-input").value = key.get();
+  byId("key-dialog").returnValue = ""; // else Escape would repeat the last choice
   byId("key-dialog").showModal();
 }
 

@@ -4,7 +4,7 @@ import { ApiError, streamAnswer } from "./api.js";
 import { announce, byId, h } from "./dom.js";
 import { showPlaying } from "./pipeline.js";
 import { Player } from "./player.js";
-import { END, Run, clock, figure, visible } from "./run.js";
+import { END, Run, clock, counted, figure, visible } from "./run.js";
 
 /**
  * @typedef {import("./api.js").Model} Model
@@ -133,7 +133,7 @@ export class Race {
         onText: (text) => (run.text += text),
         onStep: (step) => {
           run.add(step);
-          parts.result.textContent = `${step.num_committed} tokens in ${step.num_forwards} forwards`;
+          parts.result.textContent = `${counted(step.num_committed, "token")} in ${counted(step.num_forwards, "forward")}`;
         },
         onEnd: () => (run.finished = true),
       };
@@ -170,7 +170,8 @@ export class Race {
   summary(lane) {
     const run = /** @type {Run} */ (lane.run);
     const { seconds, numTokens, numForwards } = run.counters(run.last);
-    return `${lane.strategy}: ${numTokens} tokens in ${numForwards} forwards, ${clock(seconds)}`;
+    const tokens = counted(numTokens, "token");
+    return `${lane.strategy}: ${tokens} in ${counted(numForwards, "forward")}, ${clock(seconds)}`;
   }
 
   /** Wall seconds for each second of the race. */
@@ -251,7 +252,12 @@ function showLane(lane, run, first, seconds) {
   const now = run.counters(step);
   const perForward = `${figure(now.tokensPerForward)} tokens/forward`;
   parts.result.textContent = now.numForwards
-    ? `${now.numTokens} tokens · ${now.numForwards} forwards · ${perForward} · ${figure(now.tokensPerSecond)} tokens/s`
+    ? [
+        counted(now.numTokens, "token"),
+        counted(now.numForwards, "forward"),
+        perForward,
+        `${figure(now.tokensPerSecond)} tokens/s`,
+      ].join(" · ")
     : "";
   const ratio = run.seconds / first.seconds;
   parts.ratio.textContent = !finished ? "" : run === first ? "1×" : `${figure(ratio)}× the time`;

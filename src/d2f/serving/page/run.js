@@ -145,3 +145,13 @@ export function figure(value) {
 export function clock(value) {
   return value < 10 ? `${value.toFixed(3)} s` : `${value.toFixed(1)} s`;
 }
+
+/**
+ * A number of things in words.
+ *
+ * @param {number} number
+ * @param {string} thing
+ */
+export function counted(number, thing) {
+  return `${number} ${thing}${number === 1 ? "" : "s"}`;
+}
