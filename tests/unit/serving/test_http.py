@@ -104,15 +104,21 @@ def test_streamed_chat(client):
 
 def test_choices_of_several_prompts_are_sampled_apart(client):
     done = client.completions.create(
-        model="tiny", prompt=["1+1=", [1, 2, 3]], n=3, max_tokens=8, temperature=1.0, seed=7
+        model="tiny",
+        prompt=[[18, 12, 18, 30], [1, 2, 3]],
+        n=3,
+        max_tokens=8,
+        temperature=1.0,
+        seed=7,
     )
     assert [choice.index for choice in done.choices] == list(range(6))
     texts = [choice.text for choice in done.choices]
     settings = {"max_new_tokens": 8, "temperature": 1.0}
-    assert texts[:3] == [text_of(**settings, seed=7 + index) for index in range(3)]
     model = cached_model("llada")
-    last = generate_ids(model, [1, 2, 3], **settings, seed=9)
-    assert texts[5] == tokenizer().decode(last.token_ids)
+    for number, prompt in enumerate([[18, 12, 18, 30], [1, 2, 3]]):
+        for index in range(3):
+            alone = generate_ids(model, prompt, **settings, seed=7 + index)
+            assert texts[3 * number + index] == tokenizer().decode(alone.token_ids)
     assert done.usage.prompt_tokens == 7
 
 
@@ -260,7 +266,7 @@ def test_models(client, server):
         ({"extra_body": {"strategy": "pipelind"}}, openai.BadRequestError, "strategy"),
         ({"extra_body": {"options": {"num_steps": 4}}}, openai.BadRequestError, "options"),
         ({"extra_body": {"max_completion_tokens": 3}}, openai.BadRequestError, "max_tokens"),
-        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
+        ({"stop": ["a"] * 17}, openai.BadRequestError, "stop"),
         (
             {"extra_body": {"strategy": "serial", "policy": {"add_threshold": 0.5}}},
             openai.BadRequestError,
@@ -277,6 +283,12 @@ def test_errors_reach_the_client_by_name(client, wrong, error, param, stream):
     assert raised.value.param == param
     assert raised.value.body["message"]
     assert raised.value.response.headers["x-request-id"].startswith("req-")
+
+
+def test_options_of_a_stream_need_one(client):
+    asked = {"model": "tiny", "prompt": "a", "stream_options": {"include_usage": True}}
+    with pytest.raises(openai.BadRequestError, match="add stream: true"):
+        client.completions.create(**asked)
 
 
 def test_a_conversation_needs_a_template(client):
