@@ -69,7 +69,7 @@ def test_a_port_in_use(refused):
 def test_models_that_cannot_be_loaded(refused, tmp_path):
     assert "nothing" in refused(model=tmp_path / "nothing")
     assert "race" in refused("--race-model", f"teacher={tmp_path / 'race'}")
-    assert "--adapter" in refused("--adapter", tmp_path)
+    assert "adapter_config.json" in refused("--adapter", tmp_path)
 
 
 @pytest.mark.parametrize("given", ["teacher", "=x", "teacher="])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any, NamedTuple
 
-from tests.unit.serving.running import Metrics, Service, ServedModel
+from tests.unit.serving.running import Metrics, ServedModel, Service
 
 from d2f.serving.app import create_app
 from d2f.serving.server import Server, open_socket, url_of
