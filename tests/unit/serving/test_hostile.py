@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import socket
 import threading
 import time
@@ -383,6 +384,25 @@ def test_running_requests_end_before_the_server():
         gate.open()
         asked.join(20)
     assert sum(len(chunk["choices"][0]["text"]) for chunk in events(answers[0].body)) == 24
+
+
+def test_told_twice_it_does_not_wait_for_requests():
+    model = served()
+    answers = []
+    with live_server(model) as server:
+        server.server._drain_seconds = 1000
+        body = {"prompt": "a", "max_tokens": 400, "policy": {"confidence_threshold": 1.0}}
+        gate = Gate(model.engine)
+        asked = threading.Thread(target=lambda: answers.append(server.post(body)))
+        asked.start()
+        gate.let(1)
+        eventually(lambda: model.engine.status().num_running == 1)
+        for _ in range(2):
+            server.server.handle_exit(signal.SIGTERM, None)
+        eventually(lambda: server.service.state is ServiceState.DRAINING)
+        gate.let(1)
+        asked.join(20)
+    assert answers[0].status == 503
 
 
 def test_an_error_nobody_expected_has_an_id_and_no_words(server, monkeypatch, caplog):
