@@ -70,7 +70,7 @@ def url_of(bound: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn that drains the service when it is told to stop, and serves `/health` meanwhile.
 
-    A second signal ends it at once.
+    A second signal ends what runs after its step.
 
     Args:
         app: From `create_app`.
@@ -101,8 +101,7 @@ class Server(uvicorn.Server):
         self._drain_seconds = settings.drain_seconds
         self._on_ready = on_ready
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending: asyncio.Task[None] | None = None
-        self._told = False
+        self._endings: list[asyncio.Task[None]] = []
         self.fault: str | None = None
         """Why it ended before it was ready."""
 
@@ -116,20 +115,16 @@ class Server(uvicorn.Server):
             welcome.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End after draining; at once when told again. Called by the signal."""
-        if self._told or self._loop is None:
-            self.should_exit = self.force_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self.drain)
-        self._told = True
+        """End after draining; told again, do not wait for requests. Called by the signal."""
+        assert self._loop is not None, "signals are caught while it serves"
+        self._loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Take no more requests, and end once those that run have ended."""
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
+        """Take no more requests, and end once those that run have ended; told again, end them."""
+        self._endings.append(asyncio.create_task(self._end(0 if self._endings else None)))
 
-    async def _end(self) -> None:
-        await self._service.stop(self._drain_seconds)
+    async def _end(self, seconds: float | None) -> None:
+        await self._service.stop(self._drain_seconds if seconds is None else seconds)
         self.should_exit = True
 
     async def _welcome(self) -> None:
@@ -138,7 +133,7 @@ class Server(uvicorn.Server):
         try:
             await self._service.ready()
         except Unavailable as error:
-            if not self._told:
+            if not self._endings:
                 self.fault = str(error)
                 self.should_exit = True
             return
