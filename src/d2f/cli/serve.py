@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from d2f.models.transformer import Transformer
+    from d2f.problems import Problem
     from d2f.serving.served_model import ServedModel
     from d2f.serving.service import Service
     from d2f.serving.settings import ServeSettings
@@ -105,8 +106,6 @@ def serve_command(
         drain_seconds=drain_seconds,
         log_prompts=log_prompts,
     )
-    if adapter is not None and model is None:
-        raise ConfigError("--adapter needs --model: the model that it was trained on")
     sources = _race_sources(race_model, shipped=model is None)
     # What fails in milliseconds comes before the weights, which may take minutes.
     with open_socket(host, port) as bound, LogWriter(sys.stderr):
@@ -170,7 +169,7 @@ def _main_model(
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
         strategy="autoregressive" if causal else "pipelined",
-        examples=shipped_examples() if source is None else (),
+        examples=_prompts() if source is None else (),
     )
 
 
@@ -222,17 +221,20 @@ def _load(
     return load_model(source, adapter=adapter, device=device, dtype=dtype)
 
 
-def shipped_examples() -> tuple[str, ...]:
-    """Problems of different structure that the shipped student was not trained on."""
+def example_problems() -> list[Problem]:
+    """Problems of different structure that the shipped student was not trained on and solves."""
     from d2f.problems import ProblemConfig, generate_problems
 
-    prompts: dict[str, str] = {}
+    found: dict[str, Problem] = {}
     config = ProblemConfig(min_steps=6, shuffle_rate=1.0)
-    problems = generate_problems(50, seed=EXAMPLES_SEED, split="validation", config=config)
-    for problem in problems:
-        if len(prompts) < NUM_EXAMPLES:
-            prompts.setdefault(problem.structure, problem.prompt)
-    return tuple(prompts.values())
+    for problem in generate_problems(50, seed=EXAMPLES_SEED, split="validation", config=config):
+        if len(found) < NUM_EXAMPLES:
+            found.setdefault(problem.structure, problem)
+    return list(found.values())
+
+
+def _prompts() -> tuple[str, ...]:
+    return tuple(problem.prompt for problem in example_problems())
 
 
 def _build(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:
