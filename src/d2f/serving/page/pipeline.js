@@ -310,7 +310,7 @@ function describe(run, token, position) {
   const { numForwards, seconds } = run.steps[step];
   const text = visible(token.text);
   const name = text === END ? "end of text" : `“${text}”`;
-  return [`${name} ${sure}`, ...forced, `position ${position}, forward ${numForwards}, ${clock(seconds)}`];
+  return [`${name}, ${sure}`, ...forced, `position ${position}, forward ${numForwards}, ${clock(seconds)}`];
 }
 
 /** @param {number} probability */
