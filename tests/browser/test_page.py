@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 import urllib.request
 from contextlib import closing
 
@@ -52,6 +53,13 @@ def sign(text):
         if text.isspace() and "\n" not in text
         else text.replace("\n", "⏎").removeprefix(" ")
     )
+
+
+def num_running(address):
+    """Requests that the server's engines work on."""
+    with closing(urllib.request.urlopen(f"{address}metrics")) as answer:
+        text = answer.read().decode()
+    return sum(map(float, re.findall(r"^d2f_requests_running(?:{.*})? (\S+)$", text, re.M)))
 
 
 def fulfil(page, status=200, body="", **headers):
@@ -119,13 +127,14 @@ def test_stop_ends_the_request_on_the_server_too(open_page, address):
     page.fill("#max-tokens", "512")
     page.locator(".chip").first.click()
     page.wait_for_selector("#pipeline-show:visible")
+    assert num_running(address) == 1
     page.click("#stop")
     assert "stopped" in page.locator(".notes").inner_text()
     page.wait_for_selector("#send:visible")
-    page.wait_for_function(
-        "fetch('metrics').then(answer => answer.text())"
-        ".then(text => /^d2f_requests_running(\\{.*\\})? 0(\\.0)?$/m.test(text))"
-    )
+    deadline = time.monotonic() + 10
+    while num_running(address) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert num_running(address) == 0
 
 
 # ----------------------------------------------------------------------------------- replay
@@ -137,13 +146,16 @@ def test_replay_by_scrubber_and_keyboard_shows_each_step(open_page, address):
     page.focus("#scrubber")
     page.keyboard.press("Home")
     assert tiles(page) == {}
+    # A page that reads slowly is told of several forwards at once.
     last = int(page.get_attribute("#scrubber", "max"))
-    assert page.locator("#where").inner_text() == f"forward 0 of {last}"
-    steps = [{}]
-    for step in range(1, last + 1):
+    steps, forwards = [{}], [0]
+    for _ in range(last):
         page.keyboard.press("ArrowRight")
-        assert page.locator("#where").inner_text() == f"forward {step} of {last}"
         steps.append(tiles(page))
+        here, total = re.findall(r"\d+", page.locator("#where").inner_text())
+        forwards.append(int(here))
+    assert forwards == sorted(set(forwards))
+    assert forwards[-1] == int(total) >= last
     for before, after in itertools.pairwise(steps):
         assert before.items() <= after.items(), "a token that was decoded never changes"
     assert len(steps[-1]) > len(steps[1]) > 0

@@ -132,8 +132,7 @@ export class Pipeline {
   show(step) {
     const tokens = this.run.tokensAt(step);
     const { blocks, numForwards, seconds } = this.run.steps[step];
-    const ends = [...tokens.values()].filter((token) => visible(token.text) === END);
-    const end = Math.min(...ends.map((token) => token.position));
+    const end = this.run.endAt(step);
     while (this.rows.length > blocks.length) this.rows.pop()?.element.remove();
     while (this.rows.length < blocks.length) this.rows.push(this.addRow(this.rows.length + 1));
     blocks.forEach((block, index) => {
@@ -311,7 +310,7 @@ function describe(run, token, position) {
   const { numForwards, seconds } = run.steps[step];
   const text = visible(token.text);
   const name = text === END ? "end of text" : `“${text}”`;
-  return [`${name} ${sure}`, ...forced, `position ${position}, forward ${numForwards}, ${clock(seconds)}`];
+  return [`${name}, ${sure}`, ...forced, `position ${position}, forward ${numForwards}, ${clock(seconds)}`];
 }
 
 /** @param {number} probability */

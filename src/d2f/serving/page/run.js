@@ -87,17 +87,32 @@ export class Run {
   }
 
   /**
+   * Where the text ends after a step, as far as it is known then.
+   *
+   * @param {number} step
+   */
+  endAt(step) {
+    const ends = [...this.tokensAt(step).values()].filter((token) => visible(token.text) === END);
+    return Math.min(...ends.map((token) => token.position));
+  }
+
+  /**
+   * What was decoded by a step and belongs to the text, what is ahead of the first gap included.
+   *
    * @param {number} step
    * @returns {Counters}
    */
   counters(step) {
     const { seconds, numForwards, numCommitted } = this.steps[step];
+    const end = this.endAt(step);
+    const decoded = [...this.tokensAt(step).keys()].filter((position) => position <= end).length;
+    const numTokens = Math.max(decoded, numCommitted);
     return {
       seconds,
       numForwards,
-      numTokens: numCommitted,
-      tokensPerSecond: numCommitted / seconds,
-      tokensPerForward: numCommitted / numForwards,
+      numTokens,
+      tokensPerSecond: numTokens / seconds,
+      tokensPerForward: numTokens / numForwards,
       millisecondsPerForward: (1000 * seconds) / numForwards,
     };
   }
@@ -123,7 +138,7 @@ export const END = "■";
  * @param {string} text
  */
 export function visible(text) {
-  if (/^<\|.*\|>$/.test(text) || text === "") return END;
+  if (/^<\|.*\|>$|^<\/s>$|^<eos>$|^$/.test(text)) return END;
   if (/^ +$/.test(text)) return "␣".repeat(text.length);
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "");
 }
