@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from d2f.evaluation.answer_check import Expected
@@ -35,9 +36,16 @@ STREAMED_ONLY = {"gap", "endless", "error event", "second end", "other's part", 
 
 
 class FakeServer:
-    """Answers the prompts of a pool; every n-th request goes wrong in the given way."""
+    """Answers the prompts of a pool; every n-th request goes wrong in the given way.
 
-    def __init__(self, pool=POOL, fault=None, every=1, key=None):
+    `delay` is slept before each event of a stream; `refusal`, a status and a text, is the answer to
+    all requests; of its 8 pages `free_pages` are free.
+    """
+
+    def __init__(
+        self, pool=POOL, fault=None, every=1, key=None, delay=0, refusal=None, free_pages=8
+    ):
+        self.delay, self.refusal, self.free_pages = delay, refusal, free_pages
         self.texts = {expected.prompt: expected for expected in pool}
         self.pool, self.fault, self.every, self.key = pool, fault, every, key
         self.num_requests = self.num_tokens = 0
@@ -48,7 +56,8 @@ class FakeServer:
             server_state = outer
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        # Clients of these tests go away as they like.
+        self._server.handle_error = lambda *_: None
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
     @property
@@ -77,6 +86,8 @@ class FakeServer:
             f"d2f_engine_cpu_seconds_total {self.num_tokens * 0.004}\n"
             f"process_cpu_seconds_total {1 + self.num_tokens * 0.005}\n"
             "process_resident_memory_bytes 5e+08\n"
+            "d2f_requests_running 0.0\nd2f_requests_waiting 0.0\n"
+            f"d2f_kv_pages 8.0\nd2f_kv_pages_free {self.free_pages}.0\n"
         )
 
 
@@ -96,8 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, json.dumps({"object": "list", "data": [{"id": "fake"}]}))
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         state = self.server_state
+        if state.refusal is not None:
+            self.reply(*state.refusal)
+            self.close_connection = True
+            return
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         expected = state.texts[body["prompt"]]
         other = state.pool[(state.pool.index(expected) + 1) % len(state.pool)]
         fault = state.next_fault(expected.num_tokens)
@@ -143,6 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for line in lines[: 2 if fault == "lose" else None]:
+            time.sleep(self.server_state.delay)
             data = f"data: {line}\n\n".encode()
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         if fault == "lose":
