@@ -228,21 +228,21 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def _cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     cpu, first = row["cpu"], row["first_text_ms"]
-    spread = " / ".join
+    spread = "/".join
     return [
         ("seconds, turns", f"{row['seconds']:.1f}, {row['num_turns']}"),
         ("requests", str(row["num_requests"])),
         ("… answered and right", str(row["num_right"])),
         (
-            "… lost / doubled / mixed / wrong",
+            "… lost/doubled/mixed/wrong",
             spread(str(row[f"num_{kind}"]) for kind in ("lost", "doubled", "mixed", "wrong")),
         ),
-        ("… 429 / other errors", f"{row['num_refused']} / {row['num_failed']}"),
+        ("… 429/other errors", f"{row['num_refused']}/{row['num_failed']}"),
         ("tokens/s", f"{row['tokens_per_second']:.0f}"),
         ("requests/s", f"{row['requests_per_second']:.1f}"),
         ("tokens/forward", _number(row["tokens_per_forward"], ".2f")),
-        ("ms to first text, p50 / p95 / p99", _three(first)),
-        ("ms of a request, p50 / p95 / p99", _three(row["request_ms"])),
+        ("ms to first text, p50/p95/p99", _three(first)),
+        ("ms of a request, p50/p95/p99", _three(row["request_ms"])),
         ("CPU ms/token, engine", _number(cpu and cpu["engine_ms_per_token"], ".3f")),
         ("CPU ms/token, all else", _number(cpu and cpu["other_ms_per_token"], ".3f")),
         ("… share of the engine's", _number(cpu and cpu["other_over_engine"], ".1%")),
@@ -253,7 +253,7 @@ def _cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _three(milliseconds: Mapping[str, float] | None) -> str:
     if milliseconds is None:
         return "–"
-    return " / ".join(f"{value:.0f}" for value in milliseconds.values())
+    return "/".join(f"{value:.0f}" for value in milliseconds.values())
 
 
 def _number(value: float | None, form: str) -> str:

@@ -27,7 +27,7 @@ from d2f.evaluation.server_reading import CpuShare, ServerReading, fetch, read_s
 from d2f.evaluation.statistics import percentile
 
 MODES = ("streamed", "plain")
-TURN_SECONDS = 10.0
+TURN_SECONDS = 15.0
 REQUEST_SECONDS = 120.0
 """Of one request at most; what takes longer counts as lost."""
 _PERCENTS = (50, 95, 99)
@@ -159,11 +159,11 @@ def _run_worker(task: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def plan_turns(mode: str, seconds: float) -> Iterator[tuple[str, float]]:
-    """Mode and seconds of each turn: for `both` the two take turns of about ten seconds.
+    """Mode and seconds of each turn: for `both` the two take turns of about 15 seconds.
 
     Example:
-        >>> list(plan_turns("both", 40))
-        [('streamed', 10.0), ('plain', 10.0), ('streamed', 10.0), ('plain', 10.0)]
+        >>> list(plan_turns("both", 60))
+        [('streamed', 15.0), ('plain', 15.0), ('streamed', 15.0), ('plain', 15.0)]
         >>> list(plan_turns("plain", 60))
         [('plain', 60.0)]
     """

@@ -105,9 +105,7 @@ def build_openapi(models: Mapping[str, ServedModel], settings: ServeSettings) ->
     return document
 
 
-def _add_neutral(
-    properties: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]
-) -> None:
+def _add_neutral(properties: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
     for name, accepted in neutral.items():
         properties[name] = {"enum": list(accepted), "description": "Not supported; accepted so."}
 

@@ -219,7 +219,7 @@ def test_first_block_ends_before_the_answer():
 
 
 def test_modes_take_turns():
-    assert [mode for mode, _ in plan_turns("both", 60)] == ["streamed", "plain"] * 3
+    assert [mode for mode, _ in plan_turns("both", 90)] == ["streamed", "plain"] * 3
     assert sum(seconds for _, seconds in plan_turns("both", 50)) == pytest.approx(50)
     with pytest.raises(ConfigError, match="--mode is 'bth'"):
         run_load(None, POOL, mode="bth", num_clients=1, seconds=1)
