@@ -37,12 +37,14 @@ class ServerProcess:
         self._log = tempfile.TemporaryFile("a+")  # noqa: SIM115  closed with the process
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
+        # A key in the environment is for another server.
+        environment = {name: os.environ[name] for name in os.environ if name != "D2F_API_KEY"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "d2f", "serve", "--port", str(port), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
+            env=environment | {"OMP_NUM_THREADS": str(num_threads)},
             start_new_session=True,  # an interrupt at the terminal is for the one that measures
         )
         try:
