@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 NUM_IDLE = 20
 """Prompts that one client asks of the idle server."""
-WARM_UP_SECONDS = 2.0
 SEED = 2026
 DTYPE = "float32"
 """In which a batch changes no answer."""
@@ -75,7 +74,8 @@ def serve_command(
         log.print("an idle server …", style="dim")
         idle = run_turn(target, pool.idle, mode="streamed", num_clients=1, seconds=None)
         log.print("warm-up …", style="dim")
-        run_load(target, pool.busy, mode=mode, num_clients=clients, seconds=WARM_UP_SECONDS)
+        # All prompts, so that the pages that they fill are not taken for a leak.
+        run_turn(target, pool.busy, mode="plain", num_clients=clients, seconds=None)
         turns = run_load(
             target, pool.busy, mode=mode, num_clients=clients, seconds=seconds, on_turn=_say
         )
@@ -208,7 +208,8 @@ def _print_report(report: Mapping[str, Any]) -> None:
         out.print(f"Server's memory: {memory['before']:.0f} MB, then {memory['after']:.0f} MB")
     out.print(
         "\nEvery answer is compared with generate_ids: text, tokens, end. Percentiles are of "
-        "answered requests; a turn ends with its last answer. CPU: the server's, by its metrics.",
+        "answered requests; a turn ends with its last answer. CPU: the server's, by its metrics. "
+        "All prompts were asked once before.",
         style="dim",
     )
 

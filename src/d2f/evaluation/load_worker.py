@@ -36,6 +36,8 @@ class Task:
     headers: dict[str, str]
     bodies: list[dict[str, Any]]
     """One for each prompt; the clients take them in turn, together."""
+    first: int
+    """Number of the prompt that is asked first."""
     streamed: bool
     num_clients: int
     seconds: float | None
@@ -60,11 +62,11 @@ async def load(task: Task) -> list[tuple[int, Exchange]]:
     """Each request's prompt and exchange, in the order of their ends."""
     found: list[tuple[int, Exchange]] = []
     requests = [task.request(prompt) for prompt in range(len(task.bodies))]
-    prompts: Iterator[int] = (
-        iter(range(len(requests)))
-        if task.seconds is None
-        else itertools.cycle(range(len(requests)))
+    prompts: Iterator[int] = itertools.cycle(
+        [*range(task.first, len(requests)), *range(task.first)]
     )
+    if task.seconds is None:
+        prompts = itertools.islice(prompts, len(requests))
     until = float("inf") if task.seconds is None else time.perf_counter() + task.seconds
 
     async def client() -> None:

@@ -86,6 +86,7 @@ def run_turn(
     mode: str,
     num_clients: int,
     seconds: float | None,
+    first: int = 0,
 ) -> Turn:
     """Let clients ask the pool's prompts in turn, each the next one when it has its answer.
 
@@ -95,6 +96,7 @@ def run_turn(
         mode: `streamed` or `plain`.
         num_clients: Requests at a time.
         seconds: Until when requests are begun; None: until each prompt was asked once.
+        first: Number of the prompt that is asked first.
 
     Raises:
         D2FError: The server's metrics cannot be read, or there is no load generator.
@@ -118,6 +120,7 @@ def run_turn(
         "path": "/v1/completions",
         "headers": {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {},
         "bodies": bodies,
+        "first": first % len(pool),
         "streamed": streamed,
         "num_clients": num_clients,
         "seconds": seconds,
@@ -193,9 +196,17 @@ def run_load(
     """
     if mode not in (*MODES, "both"):
         raise ConfigError(f"--mode is {mode!r}; it must be streamed, plain or both")
-    turns = []
+    turns: list[Turn] = []
     for each, length in plan_turns(mode, seconds):
-        turn = run_turn(target, pool, mode=each, num_clients=num_clients, seconds=length)
+        turn = run_turn(
+            target,
+            pool,
+            mode=each,
+            num_clients=num_clients,
+            seconds=length,
+            # Where the last turn stopped, so that no prompt is asked more often than it must be.
+            first=sum(len(turn.answers) for turn in turns),
+        )
         on_turn(turn)
         turns.append(turn)
     return turns

@@ -27,6 +27,8 @@ class ServerReading:
     num_waiting: float | None
     num_pages: float | None
     num_free_pages: float | None
+    num_steps: float | None
+    """Of the engines so far."""
 
     @classmethod
     def parse(cls, text: str) -> ServerReading:
@@ -51,6 +53,7 @@ class ServerReading:
             num_waiting=sums.get("d2f_requests_waiting"),
             num_pages=sums.get("d2f_kv_pages"),
             num_free_pages=sums.get("d2f_kv_pages_free"),
+            num_steps=sums.get("d2f_step_seconds_count"),
         )
 
 

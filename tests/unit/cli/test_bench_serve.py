@@ -21,7 +21,6 @@ LOAD = ("bench", "serve", "--clients", 3, "--seconds", 0.3, "--max-tokens", 16, 
 def small_pool(monkeypatch):
     pool = Pool(busy=POOL, idle=POOL, block_seconds=[0.01] * len(POOL))
     monkeypatch.setattr(bench_serve, "make_pool", lambda *_: pool)
-    monkeypatch.setattr(bench_serve, "WARM_UP_SECONDS", 0.1)
 
 
 def test_a_right_server_is_reported(d2f, tmp_path, small_pool):

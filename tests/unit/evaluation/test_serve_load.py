@@ -48,6 +48,7 @@ def ask_all(server, *, streamed=True, num_clients=1, seconds=None, timeout=5.0):
         path="/v1/completions",
         headers={},
         bodies=[{"prompt": expected.prompt, "stream": streamed} for expected in POOL],
+        first=0,
         streamed=streamed,
         num_clients=num_clients,
         seconds=seconds,
@@ -164,6 +165,13 @@ def test_turns_are_counted_with_the_server_s_own_counters():
         assert row["load_cpu_share"] > 0
     assert rows[0]["first_text_ms"]["p50"] <= rows[0]["request_ms"]["p99"]
     assert rows[1]["first_text_ms"] is None
+
+
+def test_a_turn_goes_on_where_the_last_one_stopped():
+    with FakeServer() as server:
+        settings = {"mode": "plain", "num_clients": 1, "seconds": None}
+        turn = run_turn(target(server), POOL, first=5, **settings)
+    assert [answer.prompt for answer in turn.answers] == [2, 0, 1]
 
 
 def test_refusals_are_counted_apart_and_clients_go_on():
