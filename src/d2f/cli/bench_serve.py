@@ -68,9 +68,10 @@ def serve_command(
     from d2f.evaluation.serve_load import count_wrong, idle_report, run_load, run_turn, summarize
 
     device = choose_device(device)
-    pool = make_pool(num_prompts, max_tokens, device, threads)
+    # The server first: it may not start, and it costs nothing while it has nothing to do.
     with _server(url, device, threads) as address:
         target = _target(address, max_tokens, api_key)
+        pool = make_pool(num_prompts, max_tokens, device, threads)
         log.print("an idle server …", style="dim")
         idle = run_turn(target, pool.idle, mode="streamed", num_clients=1, seconds=None)
         log.print("warm-up …", style="dim")
