@@ -41,9 +41,7 @@ def serve_command(
     mode: Annotated[str, typer.Option(help="streamed, plain or both, in turns.")] = "both",
     num_prompts: Annotated[int, typer.Option(help="Different problems.", min=1)] = 128,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 160,
-    threads: Annotated[
-        int, typer.Option(help="Of the server's matrix products; see below.", min=1)
-    ] = 1,
+    threads: Annotated[int, typer.Option(help="Of the server's matrix products.", min=1)] = 1,
     url: Annotated[
         str | None, typer.Option(help="A running `d2f serve --dtype float32`. Default: its own.")
     ] = None,
@@ -76,7 +74,7 @@ def serve_command(
         idle = run_turn(target, pool.idle, mode="streamed", num_clients=1, seconds=None)
         log.print("warm-up …", style="dim")
         # All prompts, so that the pages that they fill are not taken for a leak.
-        run_turn(target, pool.busy, mode="plain", num_clients=clients, seconds=None)
+        warm_up = run_turn(target, pool.busy, mode="plain", num_clients=clients, seconds=None)
         turns = run_load(
             target, pool.busy, mode=mode, num_clients=clients, seconds=seconds, on_turn=_say
         )
@@ -96,10 +94,11 @@ def serve_command(
     if json_file is not None:
         write_json(json_file, report)
         out.print(f"Numbers written to {json_file}")
-    wrong = count_wrong(rows)
+    asked = [idle, warm_up, *turns]
+    wrong = count_wrong(asked)
     if wrong:
-        total = sum(row["num_requests"] for row in rows)
-        raise D2FError(f"{wrong} of {total} answers are not the engine's own; the table says how")
+        total = sum(len(turn.verdicts) for turn in asked)
+        raise D2FError(f"{wrong} of {total} answers are not the engine's own (warm-up included)")
 
 
 def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> Pool:

@@ -276,10 +276,10 @@ def _cpu(turns: Sequence[Turn]) -> dict[str, float] | None:
     }
 
 
-def count_wrong(rows: Sequence[dict[str, Any]]) -> int:
+def count_wrong(turns: Sequence[Turn]) -> int:
     """Answers that are not the engine's own, though no error was said."""
     kinds = ("lost", "doubled", "mixed", "wrong")
-    return sum(row[f"num_{kind}"] for row in rows for kind in kinds)
+    return sum(verdict in kinds for turn in turns for verdict in turn.verdicts)
 
 
 # ---------------------------------------------------------------------------------- an idle server

@@ -154,7 +154,7 @@ def test_turns_are_counted_with_the_server_s_own_counters():
     rows = summarize(turns)
     assert [row["name"] for row in rows] == ["streamed", "plain"]
     assert sum(row["num_requests"] for row in rows) == requests
-    assert sum(row["num_wrong"] for row in rows) == count_wrong(rows) == requests // 5
+    assert sum(row["num_wrong"] for row in rows) == count_wrong(turns) == requests // 5
     for row in rows:
         assert row["num_requests"] == row["num_right"] + row["num_wrong"]
         assert row["tokens_per_forward"] == pytest.approx(4, abs=0.5)
@@ -181,7 +181,7 @@ def test_refusals_are_counted_apart_and_clients_go_on():
     assert row["num_refused"] == pytest.approx(row["num_requests"] / 2, abs=1)
     assert row["num_right"] == row["num_requests"] - row["num_refused"] > 1
     assert row["faults"] == {"not now": row["num_refused"]}
-    assert count_wrong([row]) == 0
+    assert count_wrong([turn]) == 0
 
 
 def test_nothing_answered_gives_no_numbers_but_a_report():
