@@ -24,6 +24,7 @@ def test_a_real_server_answers_as_the_engine_does(monkeypatch, tmp_path, capsys)
     report = json.loads((tmp_path / "load.json").read_text())
     assert report["settings"]["model"] == "d2f-student"
     assert report["idle"]["num_right"] == 2
+    assert 0 < report["idle"]["outside_engine_ms"]["p99"] < report["idle"]["first_text_ms"]["p99"]
     assert report["resident_mb"]["after"] > 100
     for row in report["rows"]:
         assert row["num_right"] == row["num_requests"] >= 6

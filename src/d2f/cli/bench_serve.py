@@ -71,7 +71,9 @@ def serve_command(
         target = _target(address, max_tokens, api_key)
         pool = make_pool(num_prompts, max_tokens, device, threads)
         log.print("an idle server …", style="dim")
-        idle = run_turn(target, pool.idle, mode="streamed", num_clients=1, seconds=None)
+        idle = run_turn(
+            target, pool.idle, mode="streamed", num_clients=1, seconds=None, provisional=True
+        )
         log.print("warm-up …", style="dim")
         # All prompts, so that the pages that they fill are not taken for a leak.
         warm_up = run_turn(target, pool.busy, mode="plain", num_clients=clients, seconds=None)
@@ -197,12 +199,19 @@ def _print_report(report: Mapping[str, Any]) -> None:
     for row in report["rows"]:
         for fault, count in row["faults"].items():
             out.print(f"{row['name']}, {count}x: {fault}", markup=False)
-    first, block = idle["first_text_ms"], idle["block_ms"]
+    first, block, outside = (
+        idle[f"{name}_ms"] for name in ("first_text", "block", "outside_engine")
+    )
     if first is not None:
         out.print(
             f"Idle server, one client: first text after {first['p50']:.0f} ms (p99 "
             f"{first['p99']:.0f}); the first block's forwards take the engine alone "
             f"{block['p50']:.0f} ms; at most {idle['most_beyond_block_ms']:+.0f} ms beyond them"
+        )
+    if outside is not None:
+        out.print(
+            f"… of it outside of the engine's steps: {outside['p50']:.1f} ms (p99 "
+            f"{outside['p99']:.1f})"
         )
     if memory["before"] is not None and memory["after"] is not None:
         out.print(f"Server's memory: {memory['before']:.0f} MB, then {memory['after']:.0f} MB")

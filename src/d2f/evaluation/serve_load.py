@@ -87,6 +87,7 @@ def run_turn(
     num_clients: int,
     seconds: float | None,
     first: int = 0,
+    provisional: bool = False,
 ) -> Turn:
     """Let clients ask the pool's prompts in turn, each the next one when it has its answer.
 
@@ -97,12 +98,14 @@ def run_turn(
         num_clients: Requests at a time.
         seconds: Until when requests are begun; None: until each prompt was asked once.
         first: Number of the prompt that is asked first.
+        provisional: Ask streams for what the engine itself knows, its clock among it.
 
     Raises:
         D2FError: The server's metrics cannot be read, or there is no load generator.
     """
     streamed = mode == "streamed"
     parts = urllib.parse.urlsplit(target.url)
+    options = {"include_usage": True} | ({"include_provisional": True} if provisional else {})
     bodies: list[dict[str, Any]] = [
         {
             "model": target.model,
@@ -111,7 +114,7 @@ def run_turn(
             "temperature": 0,
             "stream": streamed,
         }
-        | ({"stream_options": {"include_usage": True}} if streamed else {})
+        | ({"stream_options": options} if streamed else {})
         for expected in pool
     ]
     task = {
@@ -305,7 +308,7 @@ def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
     """Time to the first committed text with one client, against one block's forwards.
 
     Args:
-        turn: Streamed, one client, each prompt once.
+        turn: Streamed with `provisional`, one client, each prompt once.
         block_seconds: Of each prompt, by `first_block_seconds`.
     """
     pairs = [
@@ -313,10 +316,16 @@ def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
         for answer in turn.answers
         if answer.first_text is not None
     ]
+    outside = [
+        answer.first_text - answer.first_text_engine
+        for answer in turn.answers
+        if answer.first_text is not None and answer.first_text_engine is not None
+    ]
     return {
         "num_requests": len(turn.answers),
         "num_right": turn.verdicts.count("right"),
         "first_text_ms": _milliseconds([first for first, _ in pairs]),
+        "outside_engine_ms": _milliseconds(outside),
         "block_ms": _milliseconds([block for _, block in pairs]),
         "most_beyond_block_ms": max((1000 * (f - b) for f, b in pairs), default=None),
     }

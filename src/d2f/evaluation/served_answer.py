@@ -33,6 +33,8 @@ class ServedAnswer:
     """Seconds that a refusal asks to wait."""
     first_text: float | None = None
     """Seconds until the first committed text."""
+    first_text_engine: float | None = None
+    """… by the engine's own clock, from the request's first step; where it was asked to say."""
     pieces: list[str] = field(default_factory=list)
     """The texts of the events in their order; of an answer in one piece, that."""
     ids: list[str] = field(default_factory=list)
@@ -130,6 +132,7 @@ def _take(answer: ServedAnswer, chunk: dict[str, Any], seconds: float) -> None:
             answer.pieces.append(text)
             if answer.first_text is None:
                 answer.first_text = seconds
+                answer.first_text_engine = chunk.get("d2f", {}).get("seconds")
         if reason is not None:
             answer.finish_reasons.append(reason)
         if (text or reason) and choice["index"] not in answer.choices:

@@ -113,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.watched = "include_provisional" in body.get("stream_options", ())
         expected = state.texts[body["prompt"]]
         other = state.pool[(state.pool.index(expected) + 1) % len(state.pool)]
         fault = state.next_fault(expected.num_tokens)
@@ -174,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
         tokens = expected.num_tokens + (fault == "count")
         usage = {"completion_tokens": tokens, "num_forwards": 2} if end else None
-        return {"id": f"id-{id(self)}", "choices": [choice], "usage": usage}
+        chunk = {"id": f"id-{id(self)}", "choices": [choice], "usage": usage}
+        return chunk | ({"d2f": {"seconds": 0.0}} if self.watched else {})
 
     def reply(self, status, text, headers=None, cut=False):
         data = text.encode()

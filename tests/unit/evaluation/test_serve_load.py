@@ -196,8 +196,10 @@ def test_nothing_answered_gives_no_numbers_but_a_report():
 
 def test_idle_report_holds_first_text_against_the_block():
     with FakeServer() as server:
-        turn = run_turn(target(server), POOL, mode="streamed", num_clients=1, seconds=None)
+        settings = {"mode": "streamed", "num_clients": 1, "seconds": None}
+        turn = run_turn(target(server), POOL, provisional=True, **settings)
     report = idle_report(turn, [0.0, 0.0, 10.0])
+    assert report["outside_engine_ms"] == report["first_text_ms"]
     assert report["num_right"] == report["num_requests"] == 3
     slowest = max(answer.first_text for answer in turn.answers[:2])
     assert report["most_beyond_block_ms"] == pytest.approx(1000 * slowest)
