@@ -15,7 +15,8 @@ from d2f.errors import ConfigError, D2FError
 
 if TYPE_CHECKING:
     from d2f.evaluation.answer_check import Expected
-    from d2f.evaluation.serve_load import Target, Turn
+    from d2f.evaluation.serve_load import Turn
+    from d2f.evaluation.server_target import Target
 
 NUM_IDLE = 20
 """Prompts that one client asks of the idle server."""
@@ -63,7 +64,8 @@ def serve_command(
         raise ConfigError("--api-key is for the server of --url")
     from d2f.cli.device import choose_device
     from d2f.evaluation.environment import describe_environment
-    from d2f.evaluation.serve_load import count_wrong, idle_report, run_load, run_turn, summarize
+    from d2f.evaluation.idle_server import idle_report
+    from d2f.evaluation.serve_load import count_wrong, run_load, run_turn, summarize
 
     device = choose_device(device)
     # The server first: it may not start, and it costs nothing while it has nothing to do.
@@ -115,7 +117,7 @@ def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> P
     from d2f.engine.generate import generate_ids
     from d2f.engine.request import Request
     from d2f.evaluation.answer_check import Expected
-    from d2f.evaluation.serve_load import first_block_seconds
+    from d2f.evaluation.idle_server import first_block_seconds
     from d2f.models.checkpoint import load_model
     from d2f.problems import generate_problems
     from d2f.shipped import shipped_model
@@ -165,7 +167,7 @@ def _server(url: str | None, device: str, threads: int) -> Iterator[str]:
 
 
 def _target(url: str, max_tokens: int, api_key: str | None) -> Target:
-    from d2f.evaluation.serve_load import Target
+    from d2f.evaluation.server_target import Target
 
     return Target.find(url, max_tokens=max_tokens, api_key=api_key)
 

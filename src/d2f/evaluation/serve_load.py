@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2f.engine.engine import Engine
-from d2f.engine.request import Request
 from d2f.errors import ConfigError, D2FError
 from d2f.evaluation.answer_check import VERDICTS, Expected, judge
 from d2f.evaluation.metrics import ratio
 from d2f.evaluation.served_answer import ServedAnswer
-from d2f.evaluation.server_reading import CpuShare, ServerReading, fetch, read_server
+from d2f.evaluation.server_reading import CpuShare, ServerReading, read_server
+from d2f.evaluation.server_target import Target
 from d2f.evaluation.statistics import percentile
 
 MODES = ("streamed", "plain")
@@ -31,35 +29,6 @@ TURN_SECONDS = 15.0
 REQUEST_SECONDS = 120.0
 """Of one request at most; what takes longer counts as lost."""
 _PERCENTS = (50, 95, 99)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Which server is asked, and what of it."""
-
-    url: str
-    """As `http://127.0.0.1:8000`."""
-    model: str
-    max_tokens: int
-    api_key: str | None = None
-
-    @classmethod
-    def find(cls, url: str, *, max_tokens: int, api_key: str | None = None) -> Target:
-        """The first model that a server has.
-
-        Raises:
-            ConfigError: The URL is not that of a server's root.
-            D2FError: The server cannot be asked.
-        """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise ConfigError(f"--url is {url!r}; it must be like http://127.0.0.1:8000")
-        url = url.rstrip("/")
-        try:
-            model = json.loads(fetch(f"{url}/v1/models", api_key))["data"][0]["id"]
-        except (ValueError, LookupError, TypeError):
-            raise D2FError(f"{url}/v1/models lists no model in OpenAI's form") from None
-        return cls(url=url, model=model, max_tokens=max_tokens, api_key=api_key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +215,8 @@ def _row(mode: str, turns: Sequence[Turn]) -> dict[str, Any]:
         "tokens_per_second": ratio(tokens, seconds),
         "requests_per_second": ratio(len(answers), seconds),
         "tokens_per_forward": ratio(tokens, forwards) if forwards else None,
-        "first_text_ms": _milliseconds(first_texts) if mode == "streamed" else None,
-        "request_ms": _milliseconds([answer.seconds for answer in answers]),
+        "first_text_ms": milliseconds(first_texts) if mode == "streamed" else None,
+        "request_ms": milliseconds([answer.seconds for answer in answers]),
         "cpu": _cpu(turns),
         "load_cpu_share": ratio(sum(turn.load_cpu_seconds for turn in turns), seconds),
         "resident_mb": [
@@ -257,7 +226,8 @@ def _row(mode: str, turns: Sequence[Turn]) -> dict[str, Any]:
     }
 
 
-def _milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
+def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Median and the two percentiles that clients feel; None of none."""
     if not seconds:
         return None
     return {f"p{percent}": 1000 * percentile(seconds, percent) for percent in _PERCENTS}
@@ -283,49 +253,3 @@ def count_wrong(turns: Sequence[Turn]) -> int:
     """Answers that are not the engine's own, though no error was said."""
     kinds = ("lost", "doubled", "mixed", "wrong")
     return sum(verdict in kinds for turn in turns for verdict in turn.verdicts)
-
-
-# ---------------------------------------------------------------------------------- an idle server
-
-
-def first_block_seconds(engine: Engine, requests: Sequence[Request]) -> list[float]:
-    """How long the engine itself takes for all forwards of each answer's first block.
-
-    One request at a time, its prompt new to the engine; one run before that does not count.
-    """
-    found = []
-    for request in [*requests[:1], *requests]:
-        engine.forget_prompts()
-        start = time.perf_counter()
-        for output in engine.stream(request):
-            if output.result is not None or None not in output.blocks[0].token_ids:
-                break
-        found.append(time.perf_counter() - start)
-    return found[1:]
-
-
-def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
-    """Time to the first committed text with one client, against one block's forwards.
-
-    Args:
-        turn: Streamed with `provisional`, one client, each prompt once.
-        block_seconds: Of each prompt, by `first_block_seconds`.
-    """
-    pairs = [
-        (answer.first_text, block_seconds[answer.prompt])
-        for answer in turn.answers
-        if answer.first_text is not None
-    ]
-    outside = [
-        answer.first_text - answer.first_text_engine
-        for answer in turn.answers
-        if answer.first_text is not None and answer.first_text_engine is not None
-    ]
-    return {
-        "num_requests": len(turn.answers),
-        "num_right": turn.verdicts.count("right"),
-        "first_text_ms": _milliseconds([first for first, _ in pairs]),
-        "outside_engine_ms": _milliseconds(outside),
-        "block_ms": _milliseconds([block for _, block in pairs]),
-        "most_beyond_block_ms": max((1000 * (f - b) for f, b in pairs), default=None),
-    }

@@ -17,12 +17,10 @@ from d2f.errors import ConfigError, D2FError
 from d2f.evaluation import load_worker, server_process
 from d2f.evaluation.answer_check import VERDICTS, judge
 from d2f.evaluation.http_exchange import Connection
+from d2f.evaluation.idle_server import first_block_seconds, idle_report
 from d2f.evaluation.load_worker import Task, run
 from d2f.evaluation.serve_load import (
-    Target,
     count_wrong,
-    first_block_seconds,
-    idle_report,
     plan_turns,
     run_load,
     run_turn,
@@ -31,6 +29,7 @@ from d2f.evaluation.serve_load import (
 from d2f.evaluation.served_answer import ServedAnswer
 from d2f.evaluation.server_process import ServerProcess
 from d2f.evaluation.server_reading import fetch
+from d2f.evaluation.server_target import Target
 from d2f.testing import tiny_model
 
 
