@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,8 @@ def harmless(text: str) -> str:
     """A model's text without what would steer the terminal.
 
     Example:
-        >>> harmless("a\\x1b[2Jb")
-        'a\ufffd[2Jb'
+        >>> harmless("a" + chr(27) + "[2Jb")
+        'a�[2Jb'
     """
     return text.translate(_CONTROLS)
 
@@ -92,8 +93,8 @@ def watch_answer(
     from rich.live import Live
 
     forwards, seconds, output = 0, 0.0, None
-    stream = engine.stream(request)
-    with Live(console=console, auto_refresh=False, transient=console.is_terminal) as screen:
+    screen = Live(console=console, auto_refresh=False, transient=console.is_terminal)
+    with screen, closing(engine.stream(request)) as stream:
         while not stopped():
             start = time.perf_counter()
             step = next(stream, None)
@@ -110,7 +111,6 @@ def watch_answer(
             shown = last_lines(blocks, console, console.height - 2)
             screen.update(Group(shown, status), refresh=True)
             _wait_until(start + slow, stopped)
-    stream.close()
     return Watched(output=output, num_forwards=forwards, seconds=seconds)
 
 
