@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "d2f"
 LAYERS = (
     ("testing",),
     ("cli",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "serving"),
     ("engine",),
     ("decoding",),
     ("models",),
@@ -31,6 +31,7 @@ LAYERS = (
 FORBIDDEN = {
     "training": {"engine", "decoding"},
     "evaluation": {"decoding", "models", "diffusion"},
+    "serving": {"decoding", "models", "diffusion"},
 }
 """What a package may not import although it stands below."""
 

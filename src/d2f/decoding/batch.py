@@ -5,11 +5,10 @@ Shapes: M positions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +34,8 @@ class BlockView:
     state: BlockState
     token_ids: tuple[int | None, ...]
     """None where not decoded yet."""
+    probabilities: tuple[float | None, ...]
+    """With which each of them was accepted; None where not decoded yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class GenerationResult:
 
     token_ids: list[int]
     """The response up to and including its first EOS, or the token that completes a stop string."""
+    probabilities: list[float] = field(compare=False)
+    """Of each token, with which it was accepted: what a policy's confidence threshold is compared
+    with. Rounding may differ from batch to batch, so they do not tell two results apart."""
     num_forwards: int
     """Model calls that refine blocks, or in autoregression yield a token."""
     num_prefill_forwards: int
@@ -122,6 +126,9 @@ class DecodingBatch(Protocol):
     def view(self, row: int) -> list[BlockView]:
         """The blocks of a sequence as they stand."""
 
+    def forwards(self, row: int) -> int:
+        """Model calls so far that refined a sequence."""
+
     def select(self, rows: list[int]) -> None:
         """Go on with these sequences only, in this order."""
 
@@ -133,8 +140,23 @@ def decoded_prefix(tokens: Iterable[int | None]) -> list[int]:
         >>> decoded_prefix([4, 5, None, 6])
         [4, 5]
     """
-    known = itertools.takewhile(lambda token: token is not None, tokens)
-    return [token for token in known if token is not None]
+    known = list(tokens)
+    # Serving asks for this at every step of every request, so no loop of Python's own.
+    if None in known:
+        del known[known.index(None) :]
+    return cast("list[int]", known)
+
+
+def known_prefix(probabilities: Sequence[float | None], length: int) -> list[float]:
+    """The probabilities of the first `length` tokens, all of which are decoded.
+
+    Example:
+        >>> known_prefix([0.5, 0.25, None], 2)
+        [0.5, 0.25]
+    """
+    known = [probability for probability in probabilities[:length] if probability is not None]
+    assert len(known) == length, "a decoded token has a probability"
+    return known
 
 
 def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[list[int], str]:
@@ -144,14 +166,13 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
         >>> cut_at_eos([5, 9, 7], (9,))
         ([5, 9], 'eos')
     """
-    for index, token in enumerate(token_ids):
-        if token in eos_token_ids:
-            return token_ids[: index + 1], "eos"
-    return token_ids, "length"
+    ends = [token_ids.index(token) for token in eos_token_ids if token in token_ids]
+    return (token_ids[: min(ends) + 1], "eos") if ends else (token_ids, "length")
 
 
 def result_of(
     response: Iterable[int | None],
+    probabilities: Sequence[float | None],
     eos_token_ids: tuple[int, ...],
     *,
     finite: bool,
@@ -164,8 +185,16 @@ def result_of(
         RequestError: It was decoded from logits that are not finite.
 
     Example:
-        >>> result_of([5, 9, None], (9,), finite=True, num_forwards=2, num_query_tokens=8).token_ids
-        [5, 9]
+        >>> result = result_of(
+        ...     [5, 9, None],
+        ...     [0.8, 0.7, None],
+        ...     (9,),
+        ...     finite=True,
+        ...     num_forwards=2,
+        ...     num_query_tokens=8,
+        ... )
+        >>> result.token_ids, result.probabilities
+        ([5, 9], [0.8, 0.7])
     """
     if not finite:
         raise RequestError(
@@ -175,6 +204,7 @@ def result_of(
     token_ids, reason = cut_at_eos(decoded_prefix(response), eos_token_ids)
     return GenerationResult(
         token_ids=token_ids,
+        probabilities=known_prefix(probabilities, len(token_ids)),
         num_forwards=num_forwards,
         num_prefill_forwards=0,
         num_query_tokens=num_query_tokens,

@@ -35,6 +35,8 @@ class CanvasBuffers:
 
     ids_T: Tensor
     """Token ids; behind the last a place for what is not to be kept."""
+    probability_T: Tensor
+    """With which each token was accepted, fp32; 0 where none was."""
     tokens_3T: Tensor
     """Position, slot and limit of each token, as `PackedTokens` has them."""
     facts_5B: Tensor
@@ -68,6 +70,7 @@ class Canvas:
         workspace: Where its buffers are.
         keeps_cache: Each layer keeps the keys and values of its last forward.
         responses: What is decoded already, None where it is not; None: nothing.
+        probabilities: Those of `responses`.
         finite: Which sequences met finite logits only; None: all.
     """
 
@@ -79,6 +82,7 @@ class Canvas:
         *,
         keeps_cache: bool = False,
         responses: Sequence[Sequence[int | None]] | None = None,
+        probabilities: Sequence[Sequence[float | None]] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> None:
         assert model.spec.mask_token_id is not None
@@ -107,6 +111,7 @@ class Canvas:
             batch = len(sequences)
             return CanvasBuffers(
                 ids_T=zeros(self.num_tokens + 1),
+                probability_T=zeros(self.num_tokens + 1, dtype=torch.float32),
                 tokens_3T=zeros(3, self.num_tokens),
                 facts_5B=zeros(5, batch),
                 pages_BP=zeros(batch, num_pages, dtype=torch.int32),
@@ -129,18 +134,27 @@ class Canvas:
                 dtype=model.dtype,
             ),
         )
-        self._responses: Sequence[Sequence[int | None]] | None = responses or [
-            [None] * limit for limit in sequences.max_new_tokens
-        ]
+        nothing = [[None] * limit for limit in sequences.max_new_tokens]
+        self._responses: Sequence[Sequence[int | None]] | None = responses or nothing
         """None where they must be read first."""
-        self._write(self._responses, finite or [True] * len(sequences))
+        self._probabilities: Sequence[Sequence[float | None]] | None = probabilities or nothing
+        """Likewise."""
+        self._write(self._responses, self._probabilities, finite or [True] * len(sequences))
 
-    def _write(self, responses: Sequence[Sequence[int | None]], finite: Sequence[bool]) -> None:
+    def _write(
+        self,
+        responses: Sequence[Sequence[int | None]],
+        probabilities: Sequence[Sequence[float | None]],
+        finite: Sequence[bool],
+    ) -> None:
         """Fill the buffers."""
         sequences, buffers = self.sequences, self.buffers
         ids: list[int] = []
         for prompt, response in zip(sequences.prompts, responses, strict=True):
             ids += [*prompt, *(self.mask_token_id if t is None else t for t in response)]
+        accepted: list[float] = []
+        for prompt, known in zip(sequences.prompts, probabilities, strict=True):
+            accepted += [*[0.0] * len(prompt), *(p or 0.0 for p in known)]
         count_B = torch.tensor(self.counts)
         first_B = count_B.cumsum(0) - count_B
         prompt_B = torch.tensor([len(prompt) for prompt in sequences.prompts])
@@ -155,8 +169,11 @@ class Canvas:
         tokens_3T[:, : len(ids)] = torch.stack([position_U, slot_U, count_B[row_U]])
         ids_T = torch.zeros(self.num_tokens + 1, dtype=torch.long)
         ids_T[: len(ids)] = torch.tensor(ids)
+        probability_T = torch.zeros(self.num_tokens + 1)
+        probability_T[: len(ids)] = torch.tensor(accepted)
         limit_B = count_B - prompt_B
         buffers.ids_T.copy_(ids_T)
+        buffers.probability_T.copy_(probability_T)
         buffers.tokens_3T.copy_(tokens_3T)
         buffers.facts_5B.copy_(torch.stack([first_B, prompt_B, count_B, limit_B, seed_B]))
         buffers.pages_BP.copy_(pages_BP)
@@ -262,6 +279,7 @@ class Canvas:
         # What is not kept goes to a place of its own, as a block's end may lie in another's tokens.
         place_M = block.place_BK.where(kept_BK, self.num_tokens).flatten()
         buffers.ids_T.index_copy_(0, place_M, choice.token_M)
+        buffers.probability_T.index_copy_(0, place_M, choice.probability_M)
         buffers.step_1.add_(1)
 
         first_B, prompt_B, _, limit_B, _ = buffers.facts_5B.unbind()
@@ -281,7 +299,7 @@ class Canvas:
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run a step made of these parts; `key` tells it from others on canvases of this shape."""
-        self._responses = None
+        self._responses = self._probabilities = None
         self.workspace.run((self.key, key), step)
 
     def report(self) -> tuple[list[int], list[int], list[bool]]:
@@ -292,12 +310,29 @@ class Canvas:
     def responses(self) -> Sequence[Sequence[int | None]]:
         """The responses, None where not decoded."""
         if self._responses is None:
-            ids_T, ends = self.buffers.ids_T.cpu(), itertools.accumulate(self.counts)
             self._responses = [
-                [None if t == self.mask_token_id else t for t in ids_T[end - limit : end].tolist()]
-                for end, limit in zip(ends, self.sequences.max_new_tokens, strict=True)
+                [None if token == self.mask_token_id else token for token in ids]
+                for ids in self._read(self.buffers.ids_T)
             ]
         return self._responses
+
+    def probabilities(self) -> Sequence[Sequence[float | None]]:
+        """With which each token of the responses was accepted, None where not decoded."""
+        if self._probabilities is None:
+            accepted = self._read(self.buffers.probability_T)
+            self._probabilities = [
+                [None if token is None else p for token, p in zip(response, known, strict=True)]
+                for response, known in zip(self.responses(), accepted, strict=True)
+            ]
+        return self._probabilities
+
+    def _read(self, values_T: Tensor) -> list[list]:
+        """A buffer's values at the responses' places, on the host."""
+        values_T, ends = values_T.cpu(), itertools.accumulate(self.counts)
+        return [
+            values_T[end - limit : end].tolist()
+            for end, limit in zip(ends, self.sequences.max_new_tokens, strict=True)
+        ]
 
 
 def _first(flag_BR: Tensor, index_R: Tensor) -> Tensor:

@@ -101,6 +101,8 @@ class _State:
 
     ids_L: Tensor
     """Response, prompt, padding."""
+    probability_R: Tensor
+    """With which each token of the response was accepted, fp32; 0 where none was."""
     positions_L: Tensor
     count_1: Tensor
     """Slots that are no padding."""
@@ -114,12 +116,15 @@ class _State:
     """An EOS has no mask before it."""
 
     @staticmethod
-    def maker(num_slots: int, num_eos: int, device: torch.device) -> Callable[[], _State]:
+    def maker(
+        num_slots: int, limit: int, num_eos: int, device: torch.device
+    ) -> Callable[[], _State]:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return lambda: _State(
             ids_L=zeros(num_slots),
+            probability_R=zeros(limit, dtype=torch.float32),
             positions_L=zeros(num_slots),
             count_1=zeros(1),
             plan_4=zeros(4),
@@ -181,7 +186,9 @@ class DLLMCacheBatch:
             lambda: FeatureCache(model.spec, num_slots=num_slots, device=device, dtype=model.dtype),
         )
         shape = ("dllm-cache", self.limit, self.length, num_eos)
-        self.state = self.workspace.buffers(shape, _State.maker(self.length, num_eos, device))
+        self.state = self.workspace.buffers(
+            shape, _State.maker(self.length, self.limit, num_eos, device)
+        )
         self._key = (
             *shape, self.width, settings.temperature, settings.top_k, settings.top_p,
         )  # fmt: skip
@@ -194,6 +201,7 @@ class DLLMCacheBatch:
         response = range(len(prompt), len(prompt) + self.limit)
         positions = [*response, *range(len(prompt)), *[0] * padding]
         state.ids_L.copy_(torch.tensor(ids, device=device))
+        state.probability_R.zero_()
         state.positions_L.copy_(torch.tensor(positions, device=device))
         state.count_1.fill_(self.limit + len(prompt))
         state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
@@ -244,7 +252,10 @@ class DLLMCacheBatch:
         order_W = confidence_W.sort(descending=True, stable=True).indices
         rank_W = torch.empty_like(order_W)
         rank_W[order_W] = torch.arange(self.width, device=order_W.device)
-        ids_R[offset_W] = choice.token_M.where(candidate_W & (rank_W < keep), old_W)
+        kept_W = candidate_W & (rank_W < keep)
+        ids_R[offset_W] = choice.token_M.where(kept_W, old_W)
+        old_W = state.probability_R[offset_W]
+        state.probability_R[offset_W] = choice.probability_M.where(kept_W, old_W)
         is_eos_R = (ids_R[:, None] == state.eos_E).any(-1)
         state.stopped.copy_(((ids_R != mask).long().cumprod(0).bool() & is_eos_R).any())
 
@@ -262,6 +273,11 @@ class DLLMCacheBatch:
         ids = self.state.ids_L[: self.limit].tolist()
         return [None if token == self.mask_token_id else token for token in ids]
 
+    def _probabilities(self, response: Sequence[int | None]) -> list[float | None]:
+        """Those of its tokens."""
+        known = self.state.probability_R.tolist()
+        return [None if token is None else p for token, p in zip(response, known, strict=True)]
+
     def finished(self) -> list[bool]:
         """Whether the sequence is done."""
         return [self.done]
@@ -270,9 +286,11 @@ class DLLMCacheBatch:
         """The response, if it is asked for."""
         if not rows:
             return []
+        response = self._response()
         return [
             result_of(
-                self._response(),
+                response,
+                self._probabilities(response),
                 self.sequences.eos_token_ids,
                 finite=bool(self.state.finite),
                 num_forwards=self.steps,
@@ -282,7 +300,18 @@ class DLLMCacheBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tuple(self._response()))]
+        response = self._response()
+        return [
+            BlockView(
+                state=BlockState.FULLY_ACTIVE,
+                token_ids=tuple(response),
+                probabilities=tuple(self._probabilities(response)),
+            )
+        ]
+
+    def forwards(self, row: int) -> int:
+        """Model calls so far that refined the sequence."""
+        return self.steps
 
     def select(self, rows: list[int]) -> None:
         """Go on with the one sequence."""

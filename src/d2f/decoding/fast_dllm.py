@@ -192,6 +192,7 @@ class FastBatch:
         """The response, up to the first mask."""
         result = result_of(
             self.canvas.responses()[0],
+            self.canvas.probabilities()[0],
             self.sequences.eos_token_ids,
             finite=self.canvas.report()[2][0],
             num_forwards=self.num_forwards,
@@ -201,17 +202,23 @@ class FastBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The blocks up to the one that is decoded."""
-        response = self.canvas.responses()[row]
-        size = self.block_length
-        blocks = [response[at : at + size] for at in range(0, self.limit, size)]
-        return [
-            BlockView(
-                state=BlockState.FULLY_ACTIVE if None in block else BlockState.COMPLETE,
-                token_ids=tuple(block),
+        response, probabilities = self.canvas.responses()[row], self.canvas.probabilities()[row]
+        views = []
+        for start in range(0, min(self.gap + 1, self.limit), self.block_length):
+            block = slice(start, start + self.block_length)
+            active = None in response[block]
+            views.append(
+                BlockView(
+                    state=BlockState.FULLY_ACTIVE if active else BlockState.COMPLETE,
+                    token_ids=tuple(response[block]),
+                    probabilities=tuple(probabilities[block]),
+                )
             )
-            for number, block in enumerate(blocks)
-            if number * size <= self.gap
-        ]
+        return views
+
+    def forwards(self, row: int) -> int:
+        """Model calls so far that refined the sequence."""
+        return self.num_forwards
 
     def select(self, rows: list[int]) -> None:
         """There is one sequence only."""

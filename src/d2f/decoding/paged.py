@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +54,19 @@ class StepShape:
 
 RECORD_ROWS = tuple(name.removesuffix("_B") for name in STATE)
 """What a step reports of each row, for the next forward; before it stands whether the row ran."""
-RECORD_TOKENS = ("row", "index", "token", "probability")
+RECORD_TOKENS = ("row", "place", "token", "probability")
 """What a step reports of each candidate: its row, its place in the response, its token (-1: not
 accepted) and the bits of its probability."""
 
 
-@dataclass(frozen=True)
-class TokenRecord:
+class TokenRecord(NamedTuple):
     """One accepted token."""
 
     row: int
-    index: int
+    place: int
+    """In the response."""
     token: int
+    probability: float
 
 
 class PagedDecoder(ABC):
@@ -163,5 +165,8 @@ def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], li
     probability_M = tokens_FM[3].int().view(torch.float32)
     for row in tokens_FM[0, ~probability_M.isfinite()].tolist():
         tables[row]["finite"] = 0
-    accepted_3M = tokens_FM[:3, tokens_FM[2] >= 0].tolist()
-    return tables, [TokenRecord(*values) for values in zip(*accepted_3M, strict=True)]
+    accepted_M = tokens_FM[2] >= 0
+    rows, places, tokens = tokens_FM[:3, accepted_M].tolist()
+    probabilities = probability_M[accepted_M].tolist()
+    accepted = zip(rows, places, tokens, probabilities, strict=True)
+    return tables, list(map(TokenRecord._make, accepted))

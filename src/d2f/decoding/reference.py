@@ -8,7 +8,7 @@ the choice of a token, its probability and rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Block:
 
     tokens: list[int | None]
     state: BlockState = BlockState.SEMI_ACTIVE
+    probabilities: list[float | None] = field(init=False)
+    """With which each token was accepted."""
+
+    def __post_init__(self) -> None:
+        self.probabilities = [None] * len(self.tokens)
 
     @property
     def share(self) -> float:
@@ -66,7 +71,18 @@ class ReferenceBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The open blocks of a sequence as they stand."""
-        return [BlockView(state=b.state, token_ids=tuple(b.tokens)) for b in self.rows[row].blocks]
+        return [
+            BlockView(
+                state=block.state,
+                token_ids=tuple(block.tokens),
+                probabilities=tuple(block.probabilities),
+            )
+            for block in self.rows[row].blocks
+        ]
+
+    def forwards(self, row: int) -> int:
+        """Model calls so far that refined a sequence."""
+        return self.rows[row].num_forwards
 
     def select(self, rows: list[int]) -> None:
         """Go on with these sequences only."""
@@ -170,6 +186,7 @@ class ReferenceSequence:
                 chosen = [max(mine, key=lambda o: mine[o].rank)]
             for offset in chosen:
                 block.tokens[offset] = mine[offset].token
+                block.probabilities[offset] = mine[offset].probability
                 self.eos_seen |= mine[offset].token in self.sequences.eos_token_ids
 
     def _retire_blocks(self) -> None:
@@ -194,6 +211,7 @@ class ReferenceSequence:
         """The finished response; refused if the logits were not finite."""
         return result_of(
             (token for block in self.blocks for token in block.tokens),
+            [probability for block in self.blocks for probability in block.probabilities],
             self.sequences.eos_token_ids,
             finite=self.finite,
             num_forwards=self.num_forwards,

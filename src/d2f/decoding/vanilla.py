@@ -174,10 +174,16 @@ class VanillaBatch:
     def _lay_out(
         self,
         responses: Sequence[Sequence[int | None]] | None = None,
+        probabilities: Sequence[Sequence[float | None]] | None = None,
         finite: Sequence[bool] | None = None,
     ) -> None:
         self.canvas = Canvas(
-            self.model, self.sequences, self.workspace, responses=responses, finite=finite
+            self.model,
+            self.sequences,
+            self.workspace,
+            responses=responses,
+            probabilities=probabilities,
+            finite=finite,
         )
         self.canvas.buffers.step_1.fill_(max(self.steps))
         longest = max(len(plan) for plan in self.plans)
@@ -237,9 +243,11 @@ class VanillaBatch:
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of sequences, up to the first mask."""
         responses, finite = self.canvas.responses(), self.canvas.report()[2]
+        probabilities = self.canvas.probabilities()
         return [
             result_of(
                 responses[row],
+                probabilities[row],
                 self.sequences.eos_token_ids,
                 finite=finite[row],
                 num_forwards=self.steps[row],
@@ -250,13 +258,22 @@ class VanillaBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        tokens = tuple(self.canvas.responses()[row])
-        return [BlockView(state=BlockState.FULLY_ACTIVE, token_ids=tokens)]
+        return [
+            BlockView(
+                state=BlockState.FULLY_ACTIVE,
+                token_ids=tuple(self.canvas.responses()[row]),
+                probabilities=tuple(self.canvas.probabilities()[row]),
+            )
+        ]
+
+    def forwards(self, row: int) -> int:
+        """Model calls so far that refined a sequence."""
+        return self.steps[row]
 
     def select(self, rows: list[int]) -> None:
         """Go on with these sequences only."""
         sequences, responses = self.sequences, self.canvas.responses()
-        finite = self.canvas.report()[2]
+        probabilities, finite = self.canvas.probabilities(), self.canvas.report()[2]
         self.sequences = dataclasses.replace(
             sequences,
             prompts=[sequences.prompts[row] for row in rows],
@@ -266,4 +283,8 @@ class VanillaBatch:
         for name in ("plans", "steps", "done"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
-        self._lay_out([responses[row] for row in rows], [finite[row] for row in rows])
+        self._lay_out(
+            [responses[row] for row in rows],
+            [probabilities[row] for row in rows],
+            [finite[row] for row in rows],
+        )

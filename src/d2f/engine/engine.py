@@ -15,7 +15,7 @@ from d2f.decoding.strategies import STRATEGIES, paged_decoder
 from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
-from d2f.engine.request import Output, Request, resolve
+from d2f.engine.request import Output, Progress, Request, resolve
 from d2f.engine.sizing import cache_pages
 from d2f.engine.task import Task
 from d2f.engine.unpaged import UnpagedLane
@@ -74,6 +74,24 @@ class EngineConfig:
             raise ConfigError(
                 f"imposed_acceptance is {imposed!r}; it must be numbers of at least 0, one or more"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    """How busy an engine is.
+
+    Example:
+        >>> EngineStatus(num_waiting=0, num_running=1, num_pages=8, num_free_pages=6).num_running
+        1
+    """
+
+    num_waiting: int
+    """Requests that are queued, those that had to give way among them."""
+    num_running: int
+    num_pages: int
+    """Of the key/value cache; 0 before a request needs it."""
+    num_free_pages: int
+    """Pages that no request holds. Of prompts kept for later there may be some; they make room."""
 
 
 class Engine:
@@ -165,8 +183,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------ requests
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, *, watch: bool = False) -> int:
         """Queue a request; returns its id.
+
+        Args:
+            request: What to answer, and how.
+            watch: The output that `step` hands out at the end has the response's blocks.
 
         Raises:
             RequestError: It cannot be served, or the engine is closed; others are not affected.
@@ -175,6 +197,8 @@ class Engine:
         """
         task = self._checked(request)
         self._tasks[task.number] = task
+        if watch:
+            self._watched.add(task.number)
         self._lane_of(task).add(task)
         return task.number
 
@@ -252,8 +276,7 @@ class Engine:
         Raises:
             RequestError: The request cannot be served, or its result was handed out by `step`.
         """
-        number = self.add(request)
-        self._watched.add(number)
+        number = self.add(request, watch=True)
         try:
             while number not in self._ready:
                 if number not in self._tasks:
@@ -263,7 +286,9 @@ class Engine:
                     blocks = self.view(number)
                     if blocks:
                         yield Output(
-                            request_id=number, blocks=blocks, eos_token_ids=self._eos(number)
+                            request_id=number,
+                            blocks=blocks,
+                            eos_token_ids=self._tasks[number].eos_token_ids,
                         )
             output = self._ready[number]
             if output.error is not None:
@@ -278,12 +303,50 @@ class Engine:
         Raises:
             RequestError: There is no such request.
         """
-        task = self._tasks.get(request_id)
-        if task is None:
-            raise RequestError(f"there is no request {request_id}, or its result was handed out")
+        task = self._task(request_id)
         if STRATEGIES[task.request.strategy].paged:
             return task.view()
         return task.blocks or self._unpaged.view(task)
+
+    def progress(self, request_id: int) -> Progress:
+        """How far a request is, for less than the price of a `view`.
+
+        Of strategies that keep no pages it is read from the device.
+
+        Raises:
+            RequestError: There is no such request.
+
+        Example:
+            >>> from d2f.testing import tiny_model
+            >>> engine = Engine(tiny_model("llada"))
+            >>> number = engine.add(Request(prompt_ids=[1, 2], max_new_tokens=4))
+            >>> engine.progress(number)
+            Progress(token_ids=[], num_forwards=0)
+        """
+        task = self._task(request_id)
+        if request_id in self._ready:
+            result = self._ready[request_id].result
+            if result is not None:
+                return Progress(token_ids=result.token_ids, num_forwards=result.num_forwards)
+        if STRATEGIES[task.request.strategy].paged:
+            return task.progress()
+        return self._unpaged.progress(task)
+
+    def status(self) -> EngineStatus:
+        """How many requests wait and run, and how many pages are free.
+
+        Example:
+            >>> from d2f.testing import tiny_model
+            >>> Engine(tiny_model("llada")).status()
+            EngineStatus(num_waiting=0, num_running=0, num_pages=0, num_free_pages=0)
+        """
+        pools = [lane.pool for lane in self._paged_lanes()]
+        return EngineStatus(
+            num_waiting=sum(len(lane.waiting) for lane in self._lanes),
+            num_running=sum(lane.num_running for lane in self._lanes),
+            num_pages=sum(pool.num_pages for pool in pools),
+            num_free_pages=sum(pool.num_available for pool in pools),
+        )
 
     @contextmanager
     def timed(self) -> Iterator[StepClock]:
@@ -338,6 +401,12 @@ class Engine:
             self._paged.check(task)
         return task
 
+    def _task(self, request_id: int) -> Task:
+        task = self._tasks.get(request_id)
+        if task is None:
+            raise RequestError(f"there is no request {request_id}, or its result was handed out")
+        return task
+
     def _require_open(self) -> None:
         if self._closed:
             raise RequestError("the engine is closed; make a new one")
@@ -363,7 +432,7 @@ class Engine:
         self._ready[task.number] = Output(
             request_id=task.number,
             blocks=self.view(task.number) if task.number in self._watched else [],
-            eos_token_ids=self._eos(task.number),
+            eos_token_ids=task.eos_token_ids,
             result=result,
             error=task.error,
         )
@@ -372,11 +441,6 @@ class Engine:
         self._tasks.pop(number, None)
         self._watched.discard(number)
         self._ready.pop(number, None)
-
-    def _eos(self, number: int) -> tuple[int, ...]:
-        eos = self._tasks[number].request.eos_token_id
-        assert isinstance(eos, tuple)
-        return eos
 
 
 def _result(task: Task) -> GenerationResult | None:

@@ -96,6 +96,11 @@ class PagedLane:
         return self.runner.num_graphs
 
     @property
+    def num_running(self) -> int:
+        """Requests in a row."""
+        return len(self.running)
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self.waiting or self.running or self._flights)
@@ -118,6 +123,7 @@ class PagedLane:
     def add(self, task: Task) -> None:
         """Queue a request."""
         task.tokens = [None] * task.request.max_new_tokens
+        task.probabilities = [None] * task.request.max_new_tokens
         self.waiting.append(task)
 
     def remove(self, task: Task) -> None:
@@ -383,7 +389,7 @@ class PagedLane:
             time = flight.pending.time
             for row, task in enumerate(flight.tasks):
                 if time is not None and tables[row]["ran"]:
-                    time.accepted[task.number] = [token.index for token in tokens.get(row, [])]
+                    time.accepted[task.number] = [token.place for token in tokens.get(row, [])]
                 if not task.finished:
                     self._report(task, tables[row], tokens.get(row, []))
             self._flights.popleft()

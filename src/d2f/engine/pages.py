@@ -32,11 +32,20 @@ class PagePool:
         self._free = list(pages)[::-1]
         self.num_pages = len(self._free)
         self._holders: dict[int, int] = {}
+        self._kept: dict[int, int] = {}
+        """How often of these prompts that are kept for later."""
+        self._num_idle = 0
+        """Pages that only such prompts hold."""
 
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that no sequence holds: free, or a prompt's that is kept for later."""
+        return len(self._free) + self._num_idle
 
     def take(self, count: int) -> list[int]:
         """Pages for a sequence; there must be as many."""
@@ -49,6 +58,7 @@ class PagePool:
     def share(self, pages: Sequence[int]) -> None:
         """Hold pages once more that somebody holds."""
         for page in pages:
+            self._num_idle -= self._is_idle(page)
             self._holders[page] += 1
 
     def num_held_once(self, pages: Sequence[int]) -> int:
@@ -63,6 +73,26 @@ class PagePool:
             if self._holders[page] == 0:
                 del self._holders[page]
                 self._free.append(page)
+            else:
+                self._num_idle += self._is_idle(page)
+
+    def keep(self, pages: Sequence[int]) -> None:
+        """Hold pages once more that a sequence holds, for a prompt that is kept for later."""
+        self.share(pages)
+        for page in pages:
+            self._kept[page] = self._kept.get(page, 0) + 1
+
+    def give_up(self, pages: Sequence[int]) -> None:
+        """Let go of the pages of such a prompt."""
+        for page in pages:
+            self._num_idle -= self._is_idle(page)
+            self._kept[page] -= 1
+            if self._kept[page] == 0:
+                del self._kept[page]
+        self.release(pages)
+
+    def _is_idle(self, page: int) -> bool:
+        return self._holders[page] == self._kept.get(page)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,17 +128,17 @@ class PromptCache:
 
     def keep(self, prompt: Sequence[int], pages: Sequence[int], boundary_D: Tensor | None) -> None:
         """Hold a prompt's pages beyond the life of the sequence that computed them."""
-        self._pool.share(pages)
+        self._pool.keep(pages)
         former = self._entries.pop(tuple(prompt), None)
         if former is not None:
-            self._pool.release(former.pages)
+            self._pool.give_up(former.pages)
         entry = CachedPrompt(pages=list(pages), boundary_D=boundary_D)
         self._entries[tuple(prompt)] = entry
 
     def clear(self) -> None:
         """Give up all prompts."""
         for entry in self._entries.values():
-            self._pool.release(entry.pages)
+            self._pool.give_up(entry.pages)
         self._entries.clear()
 
     def make_room(self, count: int, spared: CachedPrompt | None = None) -> bool:
@@ -129,5 +159,5 @@ class PromptCache:
         if missing > 0:
             return False
         for key in given_up:
-            self._pool.release(self._entries.pop(key).pages)
+            self._pool.give_up(self._entries.pop(key).pages)
         return True

@@ -66,3 +66,18 @@ def heeds_policy(strategy: str) -> bool:
         (True, False)
     """
     return strategy in _HEEDED
+
+
+def useful_strategies(spec: ModelSpec) -> list[str]:
+    """The strategies that make sense on a model; the slow reference is for comparisons only.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> useful_strategies(tiny_spec("qwen2"))
+        ['autoregressive']
+        >>> useful_strategies(tiny_spec("llada"))[:3]
+        ['pipelined', 'serial', 'vanilla']
+    """
+    if spec.architecture.causal:
+        return ["autoregressive"]
+    return [name for name in STRATEGIES if name not in ("autoregressive", "reference")]

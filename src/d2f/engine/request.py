@@ -73,6 +73,21 @@ class Output:
         return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a request is, as far as the host knows.
+
+    Example:
+        >>> len(Progress(token_ids=[5, 6], num_forwards=1).token_ids)
+        2
+    """
+
+    token_ids: list[int]
+    """The response so far, up to its first gap or EOS; it only grows."""
+    num_forwards: int
+    """Model calls so far that refined it."""
+
+
 def resolve(request: Request, spec: ModelSpec) -> Request:
     """Fill in what the request leaves to the model, and check it against the model.
 

@@ -19,10 +19,11 @@ from d2f.decoding.batch import (
     GenerationResult,
     cut_at_eos,
     decoded_prefix,
+    known_prefix,
 )
 from d2f.decoding.paged import TokenRecord
 from d2f.decoding.rows import RowStart
-from d2f.engine.request import Request
+from d2f.engine.request import Progress, Request
 from d2f.errors import RequestError
 
 
@@ -36,6 +37,8 @@ class Task:
     """From token ids to text, where the request has stop strings."""
     tokens: list[int | None] = field(default_factory=list)
     """The response, None where not decoded."""
+    probabilities: list[float | None] = field(default_factory=list)
+    """With which each token was accepted, None where not decoded."""
     num_opened: int = 0
     num_complete: int = 0
     start: int = 0
@@ -67,10 +70,17 @@ class Task:
         """Positions of prompt and longest response."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Those that end it."""
+        eos = self.request.eos_token_id
+        assert isinstance(eos, tuple)
+        return eos
+
     def row_start(self, num_cached: int) -> RowStart:
         """What its row starts from."""
         request = self.request
-        assert request.policy is not None and isinstance(request.eos_token_id, tuple)
+        assert request.policy is not None
         tokens = self.tokens
         if self.is_autoregressive:
             tokens = [token for token in tokens if token is not None]
@@ -78,7 +88,7 @@ class Task:
             prompt=request.prompt_ids,
             max_new_tokens=request.max_new_tokens,
             policy=request.policy,
-            eos_token_ids=request.eos_token_id,
+            eos_token_ids=self.eos_token_ids,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
@@ -117,7 +127,8 @@ class Task:
         self.start, self.end = table["start"], table["end"]
         self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
         for record in tokens:
-            self.tokens[record.index] = record.token
+            self.tokens[record.place] = record.token
+            self.probabilities[record.place] = record.probability
 
     def num_masked(self) -> int:
         """Positions of its open blocks that need a token."""
@@ -127,6 +138,11 @@ class Task:
     def decoded(self) -> list[int]:
         """The response up to its first gap."""
         return decoded_prefix(self.tokens)
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        token_ids, _ = cut_at_eos(self.decoded(), self.eos_token_ids)
+        return Progress(token_ids=token_ids, num_forwards=self.num_forwards)
 
     def reaches_stop(self) -> bool:
         """Whether the response up to its first gap holds a stop string.
@@ -157,15 +173,19 @@ class Task:
         fewest = bisect.bisect_left(
             range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
         )
-        return dataclasses.replace(result, token_ids=token_ids[:fewest], finish_reason="stop")
+        return dataclasses.replace(
+            result,
+            token_ids=token_ids[:fewest],
+            probabilities=result.probabilities[:fewest],
+            finish_reason="stop",
+        )
 
     def result(self) -> GenerationResult:
         """The finished response, up to the first EOS or the token that completes a stop string."""
-        eos = self.request.eos_token_id
-        assert isinstance(eos, tuple)
-        token_ids, reason = cut_at_eos(self.decoded(), eos)
+        token_ids, reason = cut_at_eos(self.decoded(), self.eos_token_ids)
         result = GenerationResult(
             token_ids=token_ids,
+            probabilities=known_prefix(self.probabilities, len(token_ids)),
             num_forwards=self.num_forwards,
             num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
@@ -176,7 +196,11 @@ class Task:
     def view(self) -> list[BlockView]:
         """Its blocks as they stand."""
         if self.is_autoregressive:
-            return [BlockView(state=BlockState.CACHED, token_ids=tuple(self.decoded()))]
+            decoded = tuple(self.decoded())
+            probabilities = tuple(self.probabilities[: len(decoded)])
+            return [
+                BlockView(state=BlockState.CACHED, token_ids=decoded, probabilities=probabilities)
+            ]
         policy = self.request.policy
         assert policy is not None
         size, prompt = policy.block_size, len(self.request.prompt_ids)
@@ -201,5 +225,8 @@ class Task:
                 state = BlockState.COMPLETE
             elif fully_N[index] or share >= 1:
                 state = BlockState.FULLY_ACTIVE
-            views.append(BlockView(state=state, token_ids=tuple(block)))
+            probabilities = tuple(self.probabilities[index * size : (index + 1) * size])
+            views.append(
+                BlockView(state=state, token_ids=tuple(block), probabilities=probabilities)
+            )
         return views

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult, Sequences
+from d2f.decoding.batch import (
+    BlockView,
+    DecodingBatch,
+    GenerationResult,
+    Sequences,
+    cut_at_eos,
+    decoded_prefix,
+)
 from d2f.decoding.strategies import STRATEGIES, start_batch
 from d2f.decoding.workspace import Workspace
-from d2f.engine.request import Request
+from d2f.engine.request import Progress, Request
 from d2f.engine.task import Task
 from d2f.errors import RequestError
 from d2f.models.transformer import Transformer
@@ -42,6 +49,11 @@ class UnpagedLane:
         self._rows: list[Task | None] = []
 
     @property
+    def num_running(self) -> int:
+        """Requests of the running batch."""
+        return sum(task is not None for task in self._rows)
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self.waiting) or self._batch is not None
@@ -69,6 +81,15 @@ class UnpagedLane:
         if self._batch is None or task not in self._rows:
             return []
         return self._batch.view(self._rows.index(task))
+
+    def progress(self, task: Task) -> Progress:
+        """How far a request is; a finished one as far as it came."""
+        if self._batch is None or task not in self._rows:
+            return Progress(token_ids=[], num_forwards=0)
+        row = self._rows.index(task)
+        tokens = [token for block in self._batch.view(row) for token in block.token_ids]
+        token_ids, _ = cut_at_eos(decoded_prefix(tokens), task.eos_token_ids)
+        return Progress(token_ids=token_ids, num_forwards=self._batch.forwards(row))
 
     def step(self) -> None:
         """One model call for the running batch.

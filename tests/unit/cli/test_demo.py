@@ -97,8 +97,12 @@ def test_blocks_have_the_colours_of_their_states(tmp_path):
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
     a, b = tokenizer.encode("ab")
     views = [
-        BlockView(state=BlockState.CACHED, token_ids=(a, b)),
-        BlockView(state=BlockState.SEMI_ACTIVE, token_ids=(None, b, 95)),
+        BlockView(state=BlockState.CACHED, token_ids=(a, b), probabilities=(1.0, 0.9)),
+        BlockView(
+            state=BlockState.SEMI_ACTIVE,
+            token_ids=(None, b, 95),
+            probabilities=(None, 0.9, 1.0),
+        ),
     ]
     text = render_blocks(views, tokenizer)
     assert text.plain == "ab ·b■ "

@@ -48,6 +48,7 @@ def golden_cases(name: str) -> list[Case]:
         token_ids, reason = cut_at_eos(trace["output"], (trace["eos_token_id"],))
         result = GenerationResult(
             token_ids=token_ids,
+            probabilities=[],
             num_forwards=trace["forwards"],
             num_prefill_forwards=0,
             num_query_tokens=trace["forwarded_tokens"],

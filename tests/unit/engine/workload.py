@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import random
 
+import pytest
 import torch
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request
@@ -139,6 +140,7 @@ def answer_of_oracle(model, request: Request) -> Case:
 @torch.inference_mode()
 def autoregressive_oracle(model, request: Request, full: Request) -> Case:
     tokens: list[int] = []
+    probabilities: list[float] = []
     margin, num_prompt = 1.0, len(full.prompt_ids)
     while len(tokens) < full.max_new_tokens and not set(tokens) & set(full.eos_token_id):
         # One token more, as logits are aligned to the token that they predict.
@@ -158,9 +160,11 @@ def autoregressive_oracle(model, request: Request, full: Request) -> Case:
         margin = min(margin, gap(logits_V, full.temperature, full.seed, position, step))
         choice = choose_tokens(logits_V[None], mask_token_id=None, sampling=sampling)
         tokens.append(int(choice.token_M))
+        probabilities.append(float(choice.probability_M))
     token_ids, reason = cut_at_eos(tokens, full.eos_token_id)
     result = GenerationResult(
         token_ids=token_ids,
+        probabilities=probabilities,
         num_forwards=len(tokens),
         num_prefill_forwards=0,
         num_query_tokens=num_prompt + len(tokens) - 1,
@@ -237,6 +241,7 @@ def check_answers(outputs: dict[int, Output], cases, *, query_tokens: bool = Fal
     for index, output in outputs.items():
         case = cases[index]
         assert output.error is None, output.error
+        check_probabilities(output.result.token_ids, output.result.probabilities)
         if not case.clear:
             unclear += 1
             continue
@@ -244,21 +249,35 @@ def check_answers(outputs: dict[int, Output], cases, *, query_tokens: bool = Fal
         assert got.token_ids == expected.token_ids, case
         assert got.num_forwards == expected.num_forwards, case
         assert got.finish_reason == expected.finish_reason, case
+        # The golden traces have none.
+        if expected.probabilities:
+            assert got.probabilities == pytest.approx(expected.probabilities, abs=1e-4), case
         if query_tokens:
             assert got.num_query_tokens == expected.num_query_tokens, case
     return unclear
+
+
+def check_probabilities(token_ids, probabilities) -> None:
+    """What is decoded has a probability, and nothing else has."""
+    assert len(probabilities) == len(token_ids)
+    for token, probability in zip(token_ids, probabilities, strict=True):
+        assert (token is None) == (probability is None)
+        assert probability is None or 0 < probability <= 1
 
 
 def check_pages(engine: Engine) -> None:
     """Every page is free or held by exactly those that are known to hold it."""
     lane = engine._paged
     held: dict[int, int] = {}
+    status = engine.status()
+    assert (status.num_waiting, status.num_running) == (len(lane.waiting), len(lane.running))
     for task in lane.running:
         assert len(set(task.pages)) == len(task.pages)
         for page in task.pages:
             held[page] = held.get(page, 0) + 1
     for task in lane.waiting:
         assert task.pages == []
+    assert status.num_free_pages == status.num_pages - len(held)
     for entry in lane.prompts._entries.values():
         for page in entry.pages:
             held[page] = held.get(page, 0) + 1
@@ -278,5 +297,8 @@ def check_idle(engine: Engine) -> None:
     assert engine._tasks == {}
     assert engine._ready == {}
     assert engine._watched == set()
+    status = engine.status()
+    assert (status.num_waiting, status.num_running) == (0, 0)
+    assert status.num_free_pages == status.num_pages == lane.pool.num_pages
     engine.forget_prompts()
     assert lane.pool.num_free == lane.pool.num_pages

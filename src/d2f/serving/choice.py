@@ -1,0 +1,185 @@
+"""One response as it grows: text that is certain, cut at stop strings."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from d2f.text import Tokenizer
+
+_LEAST_LOGPROB = -9999.0
+"""Of a probability of 0, whose logarithm JSON cannot say."""
+_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of the text with the probability with which it was accepted."""
+
+    text: str
+    logprob: float
+    offset: int
+    """Where its text begins in the response, in characters."""
+
+
+def logprob_of(probability: float | None) -> float:
+    """The logarithm that the protocol reports.
+
+    Example:
+        >>> logprob_of(1.0), logprob_of(0.0)
+        (0.0, -9999.0)
+    """
+    return max(math.log(probability), _LEAST_LOGPROB) if probability else _LEAST_LOGPROB
+
+
+class TokenTexts:
+    """The text of single tokens, remembered.
+
+    Example:
+        >>> from d2f.testing import write_tokenizer
+        >>> import tempfile
+        >>> TokenTexts(Tokenizer.load(write_tokenizer(tempfile.mkdtemp())))[66]
+        'a'
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # Special tokens are shown by name: a person who watches wants to see where the end is.
+        self._text = functools.lru_cache(maxsize=65536)(
+            lambda token: tokenizer.decode([token], skip_special_tokens=False)
+        )
+
+    def __getitem__(self, token_id: int) -> str:
+        return self._text(token_id)
+
+
+class Choice:
+    """Turns committed tokens into text that no later token changes.
+
+    What may be the beginning of a stop string is held back. Text from a stop string on is cut; of
+    several the one that is complete first counts. What comes out does not depend on the portions
+    in which tokens come in.
+
+    Args:
+        tokenizer: The model's.
+        eos_token_ids: Tokens that are not part of the text.
+        stop: Texts that end the response.
+        texts: Texts of tokens, if `logprobs` are wanted.
+
+    Example:
+        >>> from d2f.testing import write_tokenizer
+        >>> import tempfile
+        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+        >>> choice = Choice(tokenizer, stop=["cd"])
+        >>> choice.grow([66, 67, 68]), choice.grow([66, 67, 68, 69]), choice.end([66, 67, 68, 69])
+        ('ab', '', '')
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        texts: TokenTexts | None = None,
+    ) -> None:
+        self._stream = tokenizer.stream()
+        self._eos = frozenset(eos_token_ids)
+        self._stop = tuple(stop)
+        self._texts = texts
+        self._num_seen = 0
+        self._held = ""
+        """Text that is certain but not given out."""
+        self._num_given = 0
+        self._stopped = False
+        self._starts: list[tuple[int, int]] = []
+        """Tokens that were not reported: id, and where their text begins."""
+        self._num_reported = 0
+
+    def grow(self, token_ids: Sequence[int]) -> str:
+        """Take the tokens committed so far, all of them; returns the text that is new."""
+        self._take(token_ids)
+        keep = 0 if self._stopped else self._held_back()
+        return self._give(len(self._held) - keep)
+
+    def end(self, token_ids: Sequence[int]) -> str:
+        """Take the whole response; returns the rest of the text."""
+        self._take(token_ids)
+        if not self._stopped:
+            self._add(self._stream.close())
+        return self._give(len(self._held))
+
+    def logprobs(
+        self, probabilities: Sequence[float | None], *, ended: bool = False
+    ) -> list[TokenLogprob]:
+        """The tokens whose text began to be given out since the last call.
+
+        Args:
+            probabilities: Of the response's tokens from the first on.
+            ended: Also tokens without text at the end of a response that no stop string cut.
+        """
+        assert self._texts is not None
+        shown = []
+        while self._starts:
+            token, offset = self._starts[0]
+            if offset >= self._num_given and not (ended and not self._stopped):
+                break
+            del self._starts[0]
+            logprob = logprob_of(probabilities[self._num_reported])
+            shown.append(TokenLogprob(self._texts[token], logprob, offset))
+            self._num_reported += 1
+        return shown
+
+    def _take(self, token_ids: Sequence[int]) -> None:
+        fresh = [token for token in token_ids[self._num_seen :] if token not in self._eos]
+        self._num_seen = max(self._num_seen, len(token_ids))
+        if self._stopped or not fresh:
+            return
+        if self._texts is None:
+            self._add(self._stream.push(fresh))
+            return
+        for token in fresh:
+            if self._stopped:
+                return
+            self._starts.append((token, self._num_given + len(self._held)))
+            self._add(self._stream.push([token]))
+
+    def _add(self, text: str) -> None:
+        """Hold a text, cut at the stop string that is complete first."""
+        before, self._held = len(self._held), self._held + text
+        ends = []
+        for stop in self._stop:
+            start = self._held.find(stop, max(before - len(stop) + 1, 0))
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        if ends:
+            self._held = self._held[: min(ends)[1]]
+            self._stopped = True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may turn out to begin a stop string."""
+        return max(
+            (
+                length
+                for stop in self._stop
+                for length in range(1, min(len(stop), len(self._held) + 1))
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
+        )
+
+    def _give(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        self._num_given += length
+        return text
+
+
+def finish_reason(engine_reason: str) -> str:
+    """The protocol's word for the engine's.
+
+    Example:
+        >>> finish_reason("eos")
+        'stop'
+    """
+    return _FINISH_REASONS[engine_reason]

@@ -1,0 +1,102 @@
+"""Errors as HTTP answers, in OpenAI's format."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from d2f.errors import ConfigError, RequestError
+from d2f.serving.refusal import QueueFull, Unavailable
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_LONGEST_VALUE = 80
+
+
+class ApiError(Exception):
+    """A request's end with an error that the client is told.
+
+    Args:
+        status: Of HTTP.
+        message: In words: the offending value and the remedy.
+        param: The field of the request that is wrong.
+        code: A name that programs may look at.
+        headers: Further headers of the answer.
+
+    Example:
+        >>> ApiError(404, "no such model", param="model", code="model_not_found").status
+        404
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """The error as JSON. Escaped to ASCII, so that a message may quote any text."""
+        error = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return json.dumps({"error": error}).encode()
+
+
+def show_value(value: object) -> str:
+    """A client's value for a message, cut where it is long.
+
+    Example:
+        >>> show_value("a" * 100)[-8:]
+        'aaaaaaa…'
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number with thousands of digits; a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def as_api_error(error: Exception, request_id: str) -> ApiError:
+    """What the client is told of an exception; of unexpected ones only the id that the log has.
+
+    Example:
+        >>> as_api_error(RequestError("the prompt is empty"), "req-1").status
+        400
+        >>> as_api_error(KeyError("/secret/path"), "req-1").message
+        'internal error; the log of the server has more under req-1'
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        seconds = max(1, math.ceil(error.retry_after))
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
+    if isinstance(error, Unavailable):
+        return ApiError(503, str(error), code="unavailable")
+    if isinstance(error, RequestError | ConfigError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the request took longer than the server allows", code="timeout")
+    # Other errors of ours too: that of a broken chat template may name files of the server.
+    message = f"internal error; the log of the server has more under {request_id}"
+    return ApiError(500, message, code="internal_error")

@@ -1,0 +1,239 @@
+"""A checked body as what the engine is asked: one request for each choice."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f.engine.policy import changed_policy, check_decoding
+from d2f.engine.request import Request
+from d2f.errors import ConfigError, unknown_name
+from d2f.serving.errors import ApiError
+from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody
+from d2f.serving.served_model import ServedModel
+from d2f.serving.settings import ServeSettings
+from d2f.text import Tokenizer
+
+_MOST_CHARACTERS_PER_TOKEN = 64
+"""No text of a language has so many on average; more are not even cut into tokens."""
+_LONG_TEXT = 20_000
+"""Characters from which encoding would hold up the event loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One POST: the requests to the engine, and how their answer is to look.
+
+    Choice i of prompt p is `requests[p * n + i]`.
+    """
+
+    model: ServedModel
+    requests: list[Request]
+    chat: bool
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    top_logprobs: bool = False
+    """Of completions: repeat the accepted token as the top one."""
+    stream: bool = False
+    include_usage: bool = False
+    include_provisional: bool = False
+    num_prompt_tokens: int = 0
+    """Of all prompts, each once."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def make_plan(
+    body: GenerationBody, models: dict[str, ServedModel], settings: ServeSettings
+) -> Plan:
+    """Encode the prompts and fill in what the body leaves to the server.
+
+    Raises:
+        ApiError: An unknown model, or numbers beyond what model and settings allow.
+        RequestError: The prompt cannot be encoded.
+    """
+    model = _choose_model(body.model, models)
+    n = body.n or 1
+    if isinstance(body, CompletionBody):
+        _check_choices(len(body.prompt) * n, settings)
+    else:
+        _check_choices(n, settings)
+    prompts = await _encode(body, model, settings)
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise _refused("stream_options", "only a stream has them; add stream: true")
+    decoding = _decoding(body, model)
+    seed = body.seed
+    if seed is None:
+        seed = secrets.randbits(31) if body.temperature else 0
+    requests = [
+        Request(
+            prompt_ids=ids,
+            max_new_tokens=_limit(body, len(ids), model, settings),
+            seed=_next_seed(seed, index),
+            temperature=body.temperature or 0.0,
+            top_k=body.top_k or 0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            stop=body.stop,
+            early_stop=body.early_stop is not False,
+            **decoding,
+        )
+        for ids in prompts
+        for index in range(n)
+    ]
+    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
+    return Plan(
+        model=model,
+        requests=requests,
+        chat=isinstance(body, ChatBody),
+        stop=body.stop,
+        logprobs=wanted is not None and wanted is not False,
+        top_logprobs=isinstance(body, CompletionBody) and wanted == 1,
+        stream=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        include_provisional=options is not None and bool(options.include_provisional),
+        num_prompt_tokens=sum(map(len, prompts)),
+    )
+
+
+def _refused(param: str, words: str) -> ApiError:
+    return ApiError(400, f"{param}: {words}", param=param, code="invalid_value")
+
+
+def _choose_model(name: str | None, models: dict[str, ServedModel]) -> ServedModel:
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        message = unknown_name("model", name, models)
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return models[name]
+
+
+def _check_choices(number: int, settings: ServeSettings) -> None:
+    if number > settings.max_choices:
+        most = settings.max_choices
+        raise _refused("n", f"{number} responses to one request; at most {most} are allowed")
+
+
+def _next_seed(seed: int, index: int) -> int:
+    """`seed + index` within 64 bits."""
+    return (seed + index + 2**63) % 2**64 - 2**63
+
+
+def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
+    strategy = body.strategy or model.strategy
+    changes = body.policy.changes() if body.policy is not None else {}
+    options = {name: value for name, value in (body.options or {}).items() if value is not None}
+    try:
+        check_decoding(strategy, changes, options)
+        policy = changed_policy(model.engine.model.spec, changes) if changes else None
+    except ConfigError as error:
+        param = "options" if options else "policy" if changes else "strategy"
+        raise ApiError(400, str(error), param=param, code="invalid_value") from None
+    return {"strategy": strategy, "policy": policy, "options": options}
+
+
+def most_prompt_tokens(model: ServedModel, settings: ServeSettings) -> int:
+    """The longest prompt that leaves room for a token."""
+    room = model.engine.model.spec.max_positions - 1
+    return room if settings.max_prompt_tokens is None else min(room, settings.max_prompt_tokens)
+
+
+def most_tokens(model: ServedModel, settings: ServeSettings) -> int:
+    """The longest response that may be asked for, whatever the prompt."""
+    room = model.engine.model.spec.max_positions
+    return room if settings.max_tokens is None else min(room, settings.max_tokens)
+
+
+def _limit(
+    body: GenerationBody, prompt_length: int, model: ServedModel, settings: ServeSettings
+) -> int:
+    """Most tokens of a response."""
+    given, other = body.max_tokens, body.max_completion_tokens
+    if given is not None and other is not None and given != other:
+        raise _refused("max_tokens", f"{given}, but max_completion_tokens is {other}; give one")
+    wanted = other if given is None else given
+    name = "max_completion_tokens" if given is None else "max_tokens"
+    positions = model.engine.model.spec.max_positions
+    room, most = positions - prompt_length, most_tokens(model, settings)
+    if wanted is None:
+        return min(settings.default_max_tokens, room, most)
+    if wanted > most:
+        raise _refused(name, f"{wanted} is more than the {most} that this server allows")
+    if wanted > room:
+        raise ApiError(
+            400,
+            f"the prompt's {prompt_length} tokens and {name} {wanted} exceed the model's "
+            f"{positions} positions; shorten the prompt or lower {name}",
+            param=name,
+            code="context_length_exceeded",
+        )
+    return wanted
+
+
+async def _encode(
+    body: GenerationBody, model: ServedModel, settings: ServeSettings
+) -> list[list[int]]:
+    most = most_prompt_tokens(model, settings)
+    if isinstance(body, ChatBody):
+        _check_length(sum(len(one.text) for one in body.messages), most, "messages")
+        prompts = [await _aside(_encode_chat, body, model.tokenizer)]
+        param = "messages"
+    else:
+        assert isinstance(body, CompletionBody)
+        param = "prompt"
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                _check_length(len(prompt), most, param)
+        prompts = await _aside(_encode_prompts, body, model.tokenizer)
+    for ids in prompts:
+        if len(ids) > most:
+            raise _too_long(f"{len(ids)} tokens", most, param)
+    return prompts
+
+
+async def _aside(function: Any, body: Any, tokenizer: Tokenizer) -> Any:
+    """Run it, in a thread where the text is long."""
+    texts = body.prompt if isinstance(body, CompletionBody) else [m.text for m in body.messages]
+    if sum(map(len, texts)) > _LONG_TEXT:
+        return await asyncio.to_thread(function, body, tokenizer)
+    return function(body, tokenizer)
+
+
+def _encode_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts: Sequence[str | list[int]] = body.prompt
+    return [
+        tokenizer.encode_prompt(prompt, chat=False) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
+def _encode_chat(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
+    messages = body.messages
+    if tokenizer.chat_template is not None:
+        return tokenizer.encode_chat([{"role": m.role, "content": m.text} for m in messages])
+    if len(messages) > 1 or messages[0].role != "user":
+        raise _refused(
+            "messages",
+            "this model has no chat template, so it takes one message of the user only; send that, "
+            "or write the conversation as one prompt for /v1/completions",
+        )
+    return tokenizer.encode_prompt(messages[0].text, chat=False)
+
+
+def _check_length(characters: int, most: int, param: str) -> None:
+    if characters > most * _MOST_CHARACTERS_PER_TOKEN:
+        raise _too_long(f"{characters} characters", most, param)
+
+
+def _too_long(length: str, most: int, param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"the prompt has {length}; at most {most} tokens are taken",
+        param=param,
+        code="context_length_exceeded",
+    )

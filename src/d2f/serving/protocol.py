@@ -1,0 +1,312 @@
+"""What clients may ask: the bodies of the two POST endpoints, checked.
+
+Fields of OpenAI's that this server has no use for are accepted at the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from d2f.engine.request import MOST_TEMPERATURE
+from d2f.errors import unknown_name
+from d2f.serving.errors import ApiError, show_value
+
+_MOST_TOKEN_ID = 2**31 - 1
+_MOST_STOPS = 16
+_LONGEST_STOP = 256
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MOST_TOKEN_ID}}
+_PROMPT_SCHEMA = {
+    "description": "A text, or its token ids, or several of either.",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        {**_IDS, "minItems": 1},
+        {"type": "array", "minItems": 1, "items": _IDS},
+    ],
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item <= _MOST_TOKEN_ID for item in value
+    )
+
+
+def _check_prompt(value: Any) -> list[str] | list[list[int]]:
+    """A prompt as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+            return value
+        if _is_ids(value):
+            return [value]
+    raise ValueError(
+        "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
+    )
+
+
+def _check_stop(value: list[str] | str | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+Stop = Annotated[
+    StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None,
+    AfterValidator(_check_stop),
+]
+Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)] | None
+Count = Annotated[int, Field(ge=1, lt=2**31)] | None
+
+
+class Policy(_Body):
+    """Fields of the decoding policy that differ from what the checkpoint recommends."""
+
+    block_size: Count = None
+    add_threshold: Share = None
+    activate_threshold: Share = None
+    confidence_threshold: Share = None
+    max_live_blocks: Count = None
+    confidence: Literal["probability", "margin", "neg_entropy"] | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that were given. A null is a value of `max_live_blocks` only: no bound."""
+        given = self.model_fields_set
+        return {
+            name: value
+            for name, value in self
+            if name in given and (value is not None or name == "max_live_blocks")
+        }
+
+
+class StreamOptions(_Body):
+    """What a stream has beside text."""
+
+    include_usage: bool | None = None
+    """A last chunk with the usage."""
+    include_provisional: bool | None = None
+    """The field `d2f` in each chunk, with what is decoded ahead; a chunk for every step."""
+
+
+class TextPart(_Body):
+    """A part of a message; there are none but texts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = dict.fromkeys(
+        ("refusal", "audio", "function_call", "tool_calls", "annotations"), (None, [])
+    )
+
+    @property
+    def text(self) -> str:
+        """The content in one piece."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class GenerationBody(_Body):
+    """What both endpoints take."""
+
+    model: str | None = None
+    """None: the server's first."""
+    max_tokens: Count = None
+    max_completion_tokens: Count = None
+    """The same as `max_tokens`."""
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=MOST_TEMPERATURE)] | None = None
+    """None: 0, the most probable tokens."""
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Of the first choice, the next has one more; None: drawn for each request."""
+    stop: Stop = ()
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Ignored."""
+    strategy: str | None = None
+    """How to decode; None: the model's default."""
+    policy: Policy | None = None
+    options: dict[str, int | FiniteFloat | str | None] | None = None
+    """What only the strategy takes, such as `num_steps`."""
+    early_stop: bool | None = None
+    """False decodes every block that was opened."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "frequency_penalty": (None, 0),
+        "presence_penalty": (None, 0),
+        "logit_bias": (None, {}),
+    }
+    """Fields of OpenAI's that are not supported -> values that change nothing."""
+
+
+class CompletionBody(GenerationBody):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
+    """0 or 1: the logarithm of the probability with which each token was accepted."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationBody.neutral,
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "suffix": (None, ""),
+    }
+
+
+class ChatBody(GenerationBody):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool | None = None
+    """The logarithm of the probability with which each token was accepted."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationBody.neutral,
+        "top_logprobs": (None, 0),
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "parallel_tool_calls": (None, True, False),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None, "none"),
+        "service_tier": (None, "auto", "default"),
+        "store": (None, False),
+        "metadata": (None, {}),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    }
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+_TABLES: dict[str, type[BaseModel]] = {
+    "policy": Policy, "stream_options": StreamOptions, "messages": Message,
+}  # fmt: skip
+
+
+def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
+    """Check a body.
+
+    Raises:
+        ApiError: A field is unknown, not supported, missing or has a bad value; the first found.
+
+    Example:
+        >>> parse_body(CompletionBody, {"prompt": "1+1=", "echo": False}).prompt
+        ['1+1=']
+        >>> parse_body(CompletionBody, {"prompt": "1+1=", "max_tokns": 4})
+        Traceback (most recent call last):
+        ...
+        d2f.serving.errors.ApiError: unknown parameter 'max_tokns'; did you mean 'max_tokens'?
+    """
+    value = _without_neutral(value, kind.neutral, "")
+    messages = value.get("messages")
+    if isinstance(messages, list):
+        value["messages"] = [
+            _without_neutral(message, Message.neutral, f"messages.{index}.")
+            if isinstance(message, dict)
+            else message
+            for index, message in enumerate(messages)
+        ]
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _refusal(kind, error, value) from None
+
+
+def is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
+    """Whether a value is one of those that change nothing; 0 is not False here.
+
+    Example:
+        >>> is_neutral(0.0, (None, 0)), is_neutral(False, (None, 0))
+        (True, False)
+    """
+    return any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted
+    )
+
+
+def _without_neutral(
+    table: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str
+) -> dict[str, Any]:
+    """The table without fields of OpenAI's that ask for nothing."""
+    rest = {}
+    for name, value in table.items():
+        accepted = neutral.get(name)
+        if accepted is None:
+            rest[name] = value
+        elif not is_neutral(value, accepted):
+            words = " or ".join("null" if one is None else repr(one) for one in accepted)
+            raise ApiError(
+                400,
+                f"{where}{name} is not supported here; leave it out (or say {words})",
+                param=where + name,
+                code="unsupported_parameter",
+            )
+    return rest
+
+
+def _refusal(kind: type[GenerationBody], error: ValidationError, value: Any) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [part for part in first["loc"] if not _is_branch(part)]
+    param = ".".join(map(str, where))
+    if first["type"] == "extra_forbidden":
+        table = kind if len(where) == 1 else _TABLES.get(str(where[0]))
+        known = [] if table is None else list(table.model_fields)
+        text = unknown_name("parameter", where[-1], known)
+        # The whole list would drown the hint.
+        short = text.partition(" Known:")[0] if "did you mean" in text else text
+        return ApiError(400, short, param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
+    words = first["msg"].removeprefix("Value error, ")
+    words = words[:1].lower() + words[1:]
+    shown = show_value(_at(value, where))
+    return ApiError(400, f"{param} is {shown}: {words}", param=param, code="invalid_value")
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of a location names an alternative of a type, not a field."""
+    return isinstance(part, str) and (
+        "[" in part or part in ("str", "int", "float", "finite-float", "constrained-str")
+    )
+
+
+def _at(value: Any, where: list[int | str]) -> Any:
+    for part in where:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return value
+    return value

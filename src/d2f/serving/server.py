@@ -1,0 +1,163 @@
+"""Listening, and ending well: uvicorn around the application."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from d2f.errors import ConfigError
+from d2f.serving.refusal import Unavailable
+from d2f.serving.service import Service
+from d2f.serving.settings import ServeSettings
+
+_KEEP_ALIVE_SECONDS = 30
+_FAREWELL_SECONDS = 5
+"""How long connections may take to close once no request runs any more."""
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; nobody can connect before the server listens.
+
+    Raises:
+        ConfigError: There is no such host, or the port is in use or not allowed.
+
+    Example:
+        >>> with open_socket("127.0.0.1", 0) as bound:
+        ...     bound.getsockname()[0]
+        '127.0.0.1'
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise ConfigError(f"host {host!r} cannot be listened on: {reason}") from None
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        # Connections of an earlier server that are about to end must not keep the port.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        # Another server may have bound the port without listening yet.
+        bound.listen(0)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {(error.strerror or str(error)).lower()}; "
+            "choose another with --host and --port (0: any that is free)"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address under which this machine reaches a server.
+
+    Example:
+        >>> with open_socket("127.0.0.1", 0) as bound:
+        ...     url_of(bound).startswith("http://127.0.0.1:")
+        True
+    """
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains the service when it is told to stop, and serves `/health` meanwhile.
+
+    A second signal ends it at once.
+
+    Args:
+        app: From `create_app`.
+        service: The app's.
+        settings: The app's.
+        on_ready: Called once, when requests are served.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        service: Service,
+        settings: ServeSettings,
+        on_ready: Callable[[], None],
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_FAREWELL_SECONDS,
+        )
+        super().__init__(config)
+        self._service = service
+        self._drain_seconds = settings.drain_seconds
+        self._on_ready = on_ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._told = False
+        self.fault: str | None = None
+        """Why it ended before it was ready."""
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop."""
+        self._loop = asyncio.get_running_loop()
+        welcome = asyncio.create_task(self._welcome())
+        try:
+            await super().serve(sockets)
+        finally:
+            welcome.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End after draining; at once when told again. Called by the signal."""
+        if self._told or self._loop is None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.drain)
+        self._told = True
+
+    def drain(self) -> None:
+        """Take no more requests, and end once those that run have ended."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        await self._service.stop(self._drain_seconds)
+        self.should_exit = True
+
+    async def _welcome(self) -> None:
+        while not self.started:
+            await asyncio.sleep(0.01)
+        try:
+            await self._service.ready()
+        except Unavailable as error:
+            if not self._told:
+                self.fault = str(error)
+                self.should_exit = True
+            return
+        self._on_ready()
+
+
+def run_server(
+    app: FastAPI,
+    service: Service,
+    settings: ServeSettings,
+    bound: socket.socket,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serve until a signal says stop.
+
+    Raises:
+        ConfigError: The engines could not be made ready.
+    """
+    server = Server(app, service, settings, on_ready)
+    server.run(sockets=[bound])
+    if server.fault is not None:
+        raise ConfigError(server.fault)

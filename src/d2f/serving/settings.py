@@ -1,0 +1,103 @@
+"""Settings of the HTTP side of the server."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+from d2f.errors import ConfigError
+
+_WHOLE = (
+    "max_waiting", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_max_tokens",
+    "max_choices",
+)  # fmt: skip
+_OPTIONAL = ("max_prompt_tokens", "max_tokens")
+_SECONDS = ("request_timeout", "body_timeout", "drain_seconds")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the server listens on, demands and refuses.
+
+    Raises:
+        ConfigError: A value is out of its range, or others could reach the server without a key.
+
+    Example:
+        >>> ServeSettings(port=0).host
+        '127.0.0.1'
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free."""
+    api_key: str | None = None
+    """What clients must send as bearer token; None: nothing, on a loopback address only."""
+    max_waiting: int = 256
+    """Most requests that wait for their first step."""
+    request_timeout: float = 600.0
+    """Seconds that a request may take, its time in the queue included."""
+    body_timeout: float = 30.0
+    """Seconds that a client may take to send a request's body."""
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int | None = None
+    """None: what the model has room for."""
+    max_tokens: int | None = None
+    """Most tokens that a response may be asked to have; None: what the model has room for."""
+    default_max_tokens: int = 256
+    """Of requests that do not say; fewer where the prompt leaves no more room."""
+    max_choices: int = 64
+    """Most responses to one request: its prompts times `n`."""
+    drain_seconds: float = 30.0
+    """Seconds that running requests have to end once the server is told to stop."""
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in _SECONDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0")
+            if not math.isfinite(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number of seconds")
+        if isinstance(self.port, bool) or not isinstance(self.port, int):
+            raise ConfigError(f"port is {self.port!r}; it must be a whole number")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port}; it must be a number from 0 to 65535")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if not self.host:
+            raise ConfigError("host is empty; give an address, such as 127.0.0.1")
+        key = self.api_key
+        # Visible ASCII: what a header can carry unchanged. The key itself is never shown.
+        if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+            raise ConfigError(
+                "the API key is empty or has characters other than letters, digits and "
+                "punctuation; give one such as the output of: openssl rand -hex 24"
+            )
+        if key is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host!r} can be reached from other machines, so an API key is "
+                "required: --api-key or the environment variable D2F_API_KEY"
+            )
