@@ -289,7 +289,7 @@ class Chat:
             result = output.result if output is not None else None
             if result is None:
                 self._print_text(output.token_ids if output is not None else [])
-                log.print("stopped; not kept. Ctrl-C again leaves", style="dim")
+                log.print("stopped; not kept", style="dim")
                 raise KeyboardInterrupt
         else:
             start = time.perf_counter()
