@@ -17,6 +17,7 @@ from d2f.cli.eval import eval_command
 from d2f.cli.generate import generate_command
 from d2f.cli.inspect import inspect_command
 from d2f.cli.report import report_command
+from d2f.cli.serve import serve_command
 from d2f.cli.train import train_command
 from d2f.errors import D2FError
 
@@ -31,6 +32,7 @@ app.command("demo")(demo_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("train")(train_command)
+app.command("serve")(serve_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.add_typer(bench_app, name="bench")

@@ -100,9 +100,7 @@ class _Endpoints:
         self._settings = settings
         self._metrics = metrics
         self._catalogue = Catalogue(service.models.values())
-        self._texts = {
-            name: TokenTexts(model.tokenizer) for name, model in service.models.items()
-        }
+        self._texts = {name: TokenTexts(model.tokenizer) for name, model in service.models.items()}
         self._page = Page()
 
     async def completions(self, request: Request) -> Response:

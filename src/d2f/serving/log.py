@@ -51,10 +51,10 @@ class JsonFormatter(logging.Formatter):
 class _LossyHandler(QueueHandler):
     """Hands records to the thread that writes; drops them where that cannot keep up."""
 
-    def prepare(self, record: logging.LogRecord) -> str:  # type: ignore[override]
+    def prepare(self, record: logging.LogRecord) -> str:
         return self.format(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], queue.Full):
             super().handleError(record)
 

@@ -43,16 +43,18 @@ _ERROR = {
         }
     },
 }
+_COUNT = {"type": "integer", "minimum": 0}
+_NUMBER = {"type": "number", "minimum": 0}
 _USAGE = {
     "type": "object",
     "properties": {
-        **dict.fromkeys(
-            ("prompt_tokens", "completion_tokens", "total_tokens", "num_forwards"),
-            {"type": "integer", "minimum": 0},
-        ),
-        **dict.fromkeys(
-            ("tokens_per_forward", "seconds", "waited"), {"type": "number", "minimum": 0}
-        ),
+        "prompt_tokens": _COUNT,
+        "completion_tokens": _COUNT,
+        "total_tokens": _COUNT,
+        "num_forwards": _COUNT,
+        "tokens_per_forward": _NUMBER,
+        "seconds": _NUMBER,
+        "waited": _NUMBER,
     },
 }
 _ANSWER = {
@@ -105,9 +107,7 @@ def build_openapi(models: Mapping[str, ServedModel], settings: ServeSettings) ->
     return document
 
 
-def _add_neutral(
-    properties: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]
-) -> None:
+def _add_neutral(properties: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
     for name, accepted in neutral.items():
         properties[name] = {"enum": list(accepted), "description": "Not supported; accepted so."}
 

@@ -78,7 +78,7 @@ async def make_plan(
             temperature=body.temperature or 0.0,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            stop=body.stop,
+            stop=body.stops,
             early_stop=body.early_stop is not False,
             **decoding,
         )
@@ -90,7 +90,7 @@ async def make_plan(
         model=model,
         requests=requests,
         chat=isinstance(body, ChatBody),
-        stop=body.stop,
+        stop=body.stops,
         logprobs=wanted is not None and wanted is not False,
         top_logprobs=isinstance(body, CompletionBody) and wanted == 1,
         stream=bool(body.stream),

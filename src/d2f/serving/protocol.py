@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -63,15 +62,8 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
     )
 
 
-def _check_stop(value: list[str] | str | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
-Stop = Annotated[
-    StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None,
-    AfterValidator(_check_stop),
-]
+Stop = StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None
 Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)] | None
 Count = Annotated[int, Field(ge=1, lt=2**31)] | None
@@ -145,7 +137,7 @@ class GenerationBody(_Body):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Of the first choice, the next has one more; None: drawn for each request."""
-    stop: Stop = ()
+    stop: Stop = None
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -158,6 +150,12 @@ class GenerationBody(_Body):
     """What only the strategy takes, such as `num_steps`."""
     early_stop: bool | None = None
     """False decodes every block that was opened."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        stop = self.stop or ()
+        return (stop,) if isinstance(stop, str) else tuple(stop)
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "frequency_penalty": (None, 0),

@@ -176,9 +176,9 @@ async def merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Update]]
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=waiting.__getitem__):
-                index, update = waiting.pop(task), task.result()
-                if update is not None:
-                    yield index, update
+                index, news = waiting.pop(task), task.result()
+                if news is not None:
+                    yield index, news
                     waiting[asyncio.create_task(_next(tickets[index]))] = index
     finally:
         for task in waiting:

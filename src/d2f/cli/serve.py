@@ -1,0 +1,244 @@
+"""`d2f serve`: an OpenAI-compatible server with a page to watch it decode."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from d2f.models.transformer import Transformer
+    from d2f.serving.served_model import ServedModel
+    from d2f.serving.service import Service
+    from d2f.serving.settings import ServeSettings
+
+SHIPPED_NAME = "d2f-student"
+RACE_MODELS = ("autoregressive", "teacher")
+"""Shipped models that the page races the shipped student against."""
+RACE_BATCH_SIZE = 4
+"""Most sequences of a race's model: people look on, one row after the other."""
+NUM_EXAMPLES = 6
+EXAMPLES_SEED = 0
+
+
+def serve_command(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None,
+    host: Annotated[str, typer.Option(help="Address; one that others reach needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="What clients must send as bearer token.",
+            envvar="D2F_API_KEY",
+            show_envvar=True,
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: its folder's name.")
+    ] = None,
+    max_batch_size: Annotated[
+        int, typer.Option(help="Most sequences that are decoded together.", min=1)
+    ] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(help="Most requests that wait; others are refused.", min=1)
+    ] = 256,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds a request may take, waiting included.", min=0)
+    ] = 600.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a response. Default: all positions.", min=1)
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt. Default: all positions.", min=1)
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(help="Seconds that running requests have when it ends.", min=0)
+    ] = 30.0,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log what clients send.")
+    ] = False,
+    race_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIR: another model, for the page's race; repeatable. Rows: autoregressive, "
+            "teacher. Default: the shipped ones beside the shipped student."
+        ),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, in OpenAI's protocol, with a page where one sees it decode.
+
+    Prints one line once requests are answered; SIGTERM or Ctrl-C lets running requests end. The
+    log goes to stderr, one JSON object for each request.
+
+    Example:  d2f serve --port 8000
+    """
+    _require_packages()
+    from d2f.serving.log import LogWriter
+    from d2f.serving.server import open_socket, run_server, url_of
+    from d2f.serving.settings import ServeSettings
+
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_waiting=max_waiting,
+        request_timeout=request_timeout,
+        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        drain_seconds=drain_seconds,
+        log_prompts=log_prompts,
+    )
+    if adapter is not None and model is None:
+        raise ConfigError("--adapter needs --model: the model that it was trained on")
+    sources = _race_sources(race_model, shipped=model is None)
+    # What fails in milliseconds comes before the weights, which may take minutes.
+    with open_socket(host, port) as bound, LogWriter(sys.stderr):
+        served = [_main_model(model, adapter, name, device, dtype, max_batch_size)]
+        served += [_race_model(*source, device, dtype) for source in sources.items()]
+        url = url_of(bound)
+
+        def welcome() -> None:
+            names = ", ".join(one.name for one in served)
+            typer.echo(f"serving {names} at {url}/v1; the page is at {url}/")
+            sys.stdout.flush()
+
+        app, service = _build(served, settings)
+        run_server(app, service, settings, bound, welcome)
+
+
+def _require_packages() -> None:
+    needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"d2f serve needs {', '.join(missing)}: pip install 'd2f[serve]'")
+
+
+def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str | Path]:
+    """Name -> folder or hub id of the race's models."""
+    from d2f.shipped import shipped_model
+
+    if not given:
+        return {name: shipped_model(name) for name in RACE_MODELS} if shipped else {}
+    sources: dict[str, str | Path] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise ConfigError(f"--race-model {text!r} is not of the form NAME=DIR")
+        if name in sources:
+            raise ConfigError(f"--race-model {name} is given twice")
+        sources[name] = source
+    return sources
+
+
+def _main_model(
+    source: str | None,
+    adapter: str | None,
+    name: str | None,
+    device: str | None,
+    dtype: str | None,
+    max_batch_size: int,
+) -> ServedModel:
+    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.serving.served_model import ServedModel
+    from d2f.shipped import shipped_model
+    from d2f.text import Tokenizer
+
+    folder: str | Path = shipped_model() if source is None else source
+    # What fails in milliseconds comes before the weights, which may take minutes.
+    tokenizer = Tokenizer.load(folder)
+    loaded = _load(folder, adapter, device, dtype, shipped=source is None)
+    causal = loaded.spec.architecture.causal
+    return ServedModel(
+        name=name or (SHIPPED_NAME if source is None else Path(folder).resolve().name),
+        engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
+        tokenizer=tokenizer,
+        strategy="autoregressive" if causal else "pipelined",
+        examples=shipped_examples() if source is None else (),
+    )
+
+
+def _race_model(
+    name: str, source: str | Path, device: str | None, dtype: str | None
+) -> ServedModel:
+    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.engine.sizing import enough_bytes
+    from d2f.serving.served_model import ServedModel
+    from d2f.text import Tokenizer
+
+    tokenizer = Tokenizer.load(source)
+    loaded = _load(source, None, device, dtype, shipped=isinstance(source, Path))
+    config = EngineConfig(max_batch_size=RACE_BATCH_SIZE)
+    spec = loaded.spec
+    # Said in bytes, so that on a GPU it does not take the memory that is free.
+    size = enough_bytes(
+        spec,
+        [spec.max_positions] * RACE_BATCH_SIZE,
+        page_size=config.page_size,
+        max_batch_size=RACE_BATCH_SIZE,
+        dtype=loaded.dtype,
+    )
+    strategy = "pipelined" if spec.recommended_policy is not None else "vanilla"
+    return ServedModel(
+        name=name,
+        engine=Engine(
+            loaded, EngineConfig(max_batch_size=RACE_BATCH_SIZE, kv_cache_bytes=size), tokenizer
+        ),
+        tokenizer=tokenizer,
+        strategy="autoregressive" if spec.architecture.causal else strategy,
+    )
+
+
+def _load(
+    source: str | Path,
+    adapter: str | None,
+    device: str | None,
+    dtype: str | None,
+    *,
+    shipped: bool,
+) -> Transformer:
+    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.models.checkpoint import load_model
+
+    device = choose_device(device)
+    if dtype is None and shipped:
+        dtype = fastest_dtype(device)
+    return load_model(source, adapter=adapter, device=device, dtype=dtype)
+
+
+def shipped_examples() -> tuple[str, ...]:
+    """Problems of different structure that the shipped student was not trained on."""
+    from d2f.problems import ProblemConfig, generate_problems
+
+    prompts: dict[str, str] = {}
+    config = ProblemConfig(min_steps=2, max_steps=5)
+    problems = generate_problems(50, seed=EXAMPLES_SEED, split="validation", config=config)
+    for problem in problems:
+        if len(prompts) < NUM_EXAMPLES:
+            prompts.setdefault(problem.structure, problem.prompt)
+    return tuple(prompts.values())
+
+
+def _build(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:
+    from d2f.serving.app import create_app
+    from d2f.serving.metrics import Metrics
+    from d2f.serving.service import Service
+
+    metrics = Metrics(model.name for model in served)
+    service = Service(served, max_waiting=settings.max_waiting, metrics=metrics)
+    return create_app(service, settings, metrics), service
