@@ -158,7 +158,9 @@ class _Endpoints:
             scope["d2f.log"]["stream"] = plan.stream
             # Probabilities of a response that is not finished stand in its blocks only.
             watch = plan.stream and (plan.include_provisional or plan.logprobs)
-            tickets = await self._service.submit(plan.model.name, plan.requests, watch=watch)
+            tickets = await self._service.submit(
+                plan.model.name, plan.requests, follow=plan.stream, watch=watch
+            )
             texts = self._texts[plan.model.name]
             if plan.stream:
                 return EventStream(plan, tickets, texts, deadline, self._metrics)

@@ -17,6 +17,8 @@ class Job:
     """What the two threads share of a request. Each field is written by one of them only."""
 
     request: Request
+    follow: bool
+    """It is reported step by step, not only at its end."""
     watch: bool
     """Its updates have the blocks."""
     submitted: float
@@ -25,8 +27,6 @@ class Job:
     # Written by the event loop.
     ticket: weakref.ref[Ticket] | None = None
     """Weak: a client that drops its ticket drops the request."""
-    followed: bool = True
-    """It is reported step by step: until its client says that the end will do."""
     cancelled: bool = False
 
     # Written by the engines' thread.

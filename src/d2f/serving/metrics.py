@@ -31,7 +31,8 @@ ENDPOINTS = (
 """Those that requests are counted by."""
 ERRORS = ("request", "queue_full", "unavailable", "timeout", "internal", "engine")
 """Kinds of errors: a request that failed alone, one that was refused because the queue was full or
-the service not available, one that took too long, an exception nobody expected, a broken engine."""
+the service not available, one that took too long, an exception nobody expected, a broken engine.
+The service counts the first two and the last, who answers clients the others."""
 OTHER = "other"
 
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -125,7 +125,7 @@ def _next_seed(seed: int, index: int) -> int:
 
 
 def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
-    strategy = body.strategy or model.strategy
+    strategy = model.strategy if body.strategy is None else body.strategy
     changes = body.policy.changes() if body.policy is not None else {}
     options = {name: value for name, value in (body.options or {}).items() if value is not None}
     try:

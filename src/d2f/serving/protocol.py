@@ -276,7 +276,10 @@ def _without_neutral(
 
 
 def _refusal(kind: type[GenerationBody], error: ValidationError, value: Any) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    # Of a field's alternatives the one whose type fits has more to say.
+    same = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((one for one in same if not one["type"].endswith("_type")), errors[0])
     where = [part for part in first["loc"] if not _is_branch(part)]
     param = ".".join(map(str, where))
     if first["type"] == "extra_forbidden":

@@ -98,13 +98,19 @@ class Service:
         return self._num_submitted - self._worker.pace.num_left
 
     async def submit(
-        self, model_name: str, requests: Sequence[Request], *, watch: bool = False
+        self,
+        model_name: str,
+        requests: Sequence[Request],
+        *,
+        follow: bool = True,
+        watch: bool = False,
     ) -> list[Ticket]:
         """Queue requests, all or none; returns once the engine has taken or refused them.
 
         Args:
             model_name: One of the served models.
             requests: Of one client; in the order of the tickets.
+            follow: There are updates before the end, which cost some time each.
             watch: Updates have the blocks.
 
         Raises:
@@ -118,7 +124,7 @@ class Service:
             raise RequestError(unknown_name("model", model_name, self.models))
         self._require_room(len(requests), worker)
         now = time.perf_counter()
-        jobs = [Job(request, watch, now) for request in requests]
+        jobs = [Job(request, follow, watch, now) for request in requests]
         tickets = [Ticket(job, functools.partial(worker.cancel, model_name)) for job in jobs]
         self._num_submitted += len(jobs)
         try:

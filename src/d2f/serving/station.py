@@ -10,6 +10,7 @@ from d2f.serving.job import Job
 from d2f.serving.mailbox import Mailbox
 from d2f.serving.metrics import Metrics
 from d2f.serving.pace import Pace
+from d2f.serving.refusal import Unavailable
 from d2f.serving.served_model import ServedModel
 from d2f.serving.update import Update
 
@@ -95,11 +96,13 @@ class Station:
             self._engine.abort(job.number)
             self._forget(job)
 
-    def end_all(self, error: Exception) -> None:
-        """End all requests with an error, without a word to the engine, which may be broken."""
+    def end_all(self, reason: str) -> None:
+        """End all requests as unavailable, without a word to the engine, which may be broken."""
         now = time.perf_counter()
         for job in list(self._jobs.values()):
             self._forget(job)
+            # Each has its own: a raised exception carries what the one who raised it was doing.
+            error = Unavailable(reason)
             self._mailbox.post(
                 job, Update(seconds=job.seconds(now), waited=job.waited, error=error)
             )
@@ -118,7 +121,7 @@ class Station:
         for output in outputs:
             self._end(output, begin, now)
         for number, job in self._jobs.items():
-            if job.followed or job.started is None:
+            if job.follow or job.started is None:
                 self._report(number, job, begin, now)
         self._previous_begin = begin
 
@@ -130,7 +133,7 @@ class Station:
         self._start(job, begin)
         num_committed = len(progress.token_ids)
         new_text = num_committed > job.num_committed
-        if not job.followed or not (
+        if not job.follow or not (
             new_text or (job.watch and progress.num_forwards > job.num_forwards)
         ):
             return
@@ -165,7 +168,7 @@ class Station:
         if result is None:
             metrics.count_error("request")
         else:
-            if job.followed and job.num_committed == 0:
+            if job.follow and job.num_committed == 0:
                 metrics.first_text_seconds.observe(now - job.submitted)
             metrics.count_result(result, now - job.submitted)
         self._mailbox.post(

@@ -35,7 +35,7 @@ class Ticket:
         job.ticket = weakref.ref(self)
 
     def __aiter__(self) -> Ticket:
-        """Each step that commits text has an update; of a watched request each step."""
+        """What a step commits comes as an update; of a watched request each step does."""
         return self
 
     async def __anext__(self) -> Update:
@@ -51,13 +51,10 @@ class Ticket:
     async def last(self) -> Update:
         """Wait for the end and return the last update, which has the result.
 
-        From now on nothing is reported before the end, so this costs least.
-
         Raises:
             RequestError: The request failed, or was cancelled.
             Unavailable: The service ended or failed before.
         """
-        self._job.followed = False
         while not self._over:
             await self._news()
         if self._newest is None or not self._newest.done:

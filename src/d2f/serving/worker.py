@@ -62,7 +62,7 @@ class Worker:
         self._commands: deque[Command] = deque()
         self._closed = False
         """No command is taken any more."""
-        self._refusal: Unavailable | None = None
+        self._ended: str | None = None
         """What is said to those who still come."""
         self._draining = False
         self._ending = False
@@ -85,7 +85,7 @@ class Worker:
         answer = asyncio.get_running_loop().create_future()
         station = self._stations[model_name]
         if not self._tell(functools.partial(self._admit, station, jobs, answer)):
-            answer.set_exception(self._refusal or Unavailable(STOPPING))
+            answer.set_exception(Unavailable(self._ended or STOPPING))
         return answer
 
     def cancel(self, model_name: str, job: Job) -> None:
@@ -147,7 +147,8 @@ class Worker:
         return any(station.busy for station in self._stations.values())
 
     def _admit(self, station: Station, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
-        error = self._refusal or self._failure_to_admit(station, jobs)
+        ended = self._ended
+        error = Unavailable(ended) if ended else self._failure_to_admit(station, jobs)
         self._mailbox.call(functools.partial(_answer, answer, error))
         if error is not None:
             # A refusal does not wait for the next step; that a request was taken may.
@@ -162,7 +163,6 @@ class Worker:
         except Exception as unexpected:
             # If it is the engine that is broken and not the request, the next step shows it.
             log.exception("a request could not be added")
-            self._metrics.count_error("internal")
             return unexpected
         return None
 
@@ -180,11 +180,11 @@ class Worker:
 
     def _close(self, fault: str | None) -> None:
         """End all requests and answer all that was told meanwhile."""
-        self._refusal = Unavailable(fault or STOPPING)
+        self._ended = fault or STOPPING
         with self._news:
             self._closed = True
         for station in self._stations.values():
-            station.end_all(self._refusal)
+            station.end_all(self._ended)
         while self._commands:
             self._commands.popleft()()
         self._metrics.set_load(running=0, pages=[])

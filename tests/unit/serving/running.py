@@ -53,9 +53,11 @@ class Gate:
     def __init__(self, engine: Engine) -> None:
         self._permits = threading.Semaphore(0)
         self._step, self._open = engine.step, False
+        self.num_arrived = 0
         engine.step = self.step
 
     def step(self):
+        self.num_arrived += 1
         if not self._open:
             self._permits.acquire()
         return self._step()

@@ -13,7 +13,9 @@ from d2f.serving.update import Update
 
 def make():
     cancelled = []
-    return Ticket(Job(request(), False, 0.0), cancelled.append), cancelled
+    return Ticket(
+        Job(request(), follow=True, watch=False, submitted=0.0), cancelled.append
+    ), cancelled
 
 
 def test_a_ticket_that_is_dropped_cancels_its_request_once():

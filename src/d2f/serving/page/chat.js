@@ -1,0 +1,189 @@
+/** The conversation on the left: prompts, answers, and what went wrong with them. */
+
+import { ApiError, streamAnswer } from "./api.js";
+import { announce, byId, errorBox, h } from "./dom.js";
+import { Run, clock, counted } from "./run.js";
+
+/**
+ * @typedef {import("./api.js").Model} Model
+ * @typedef {import("./settings.js").Settings} Settings
+ * @typedef {import("./pipeline.js").Pipeline} Pipeline
+ * @typedef {{role: string, content: string}} Message
+ */
+
+export class Chat {
+  /**
+   * @param {Settings} settings
+   * @param {Pipeline} pipeline
+   * @param {{askKey: (then: () => void) => void, onAsk: (prompt: string) => void}} page
+   */
+  constructor(settings, pipeline, page) {
+    this.settings = settings;
+    this.pipeline = pipeline;
+    this.page = page;
+    /** @type {Model | null} */
+    this.model = null;
+    /** @type {Message[]} whole turns only */
+    this.history = [];
+    this.asked = "";
+    /** @type {AbortController | null} */
+    this.running = null;
+    this.input = byId("prompt");
+    this.keep = byId("keep");
+    this.messages = byId("messages");
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
+    this.input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      this.send();
+    });
+    byId("stop").addEventListener("click", () => this.running?.abort());
+    byId("again").addEventListener("click", () => this.ask(this.asked));
+    byId("try").addEventListener("click", () => this.ask(this.model.d2f.examples[0]));
+  }
+
+  /** @param {Model} model */
+  choose(model) {
+    const { chat_template: template, examples } = model.d2f;
+    this.running?.abort();
+    this.model = model;
+    this.history = [];
+    byId("keep-label").hidden = !template;
+    byId("alone").hidden = template;
+    // A model that comes with examples was made for questions like them, each on its own.
+    this.keep.checked = template && examples.length === 0;
+    const chips = examples.map((text) => h("li", {}, this.chip(text)));
+    byId("chips").replaceChildren(...chips);
+    byId("examples").hidden = chips.length === 0;
+    byId("send").disabled = false;
+    byId("try").disabled = false;
+    byId("try").hidden = chips.length === 0;
+  }
+
+  /** @param {string} text */
+  chip(text) {
+    const ask = () => this.ask(text);
+    return h("button", { type: "button", class: "chip", title: text, onclick: ask }, h("span", {}, text));
+  }
+
+  send() {
+    const text = this.input.value.trim();
+    if (!text || this.running || !this.model) return;
+    this.input.value = "";
+    this.ask(text);
+  }
+
+  /** @param {string} prompt */
+  async ask(prompt) {
+    if (this.running || !this.model) return;
+    this.asked = prompt;
+    byId("welcome").hidden = true;
+    const earlier = this.keep.checked ? this.history : [];
+    const answer = h("p", { class: "text" });
+    const notes = h("div", { class: "notes" }, "answering …");
+    const bubble = h("article", { class: "answer", "aria-label": "Answer" }, answer, notes);
+    const question = h("article", { class: "question", "aria-label": "You" }, h("p", {}, prompt));
+    this.messages.append(question, bubble);
+    this.page.onAsk(prompt);
+    await this.stream([...earlier, { role: "user", content: prompt }], answer, notes);
+    this.messages.scrollTop = this.messages.scrollHeight;
+  }
+
+  /**
+   * @param {Message[]} messages
+   * @param {HTMLElement} answer
+   * @param {HTMLElement} notes
+   */
+  async stream(messages, answer, notes) {
+    const model = this.model;
+    const request = this.settings.request();
+    const prompt = messages[messages.length - 1].content;
+    const run = new Run({
+      prompt,
+      model: model.id,
+      strategy: request.strategy,
+      threshold: request.policy ? request.policy.confidence_threshold : null,
+    });
+    this.running = new AbortController();
+    this.busy(true);
+    let reason = "stopped";
+    try {
+      await streamAnswer(
+        { model: model.id, messages, ...request },
+        {
+          onText: (text) => {
+            run.text += text;
+            answer.textContent = run.text;
+            this.messages.scrollTop = this.messages.scrollHeight;
+          },
+          onStep: (step) => {
+            run.add(step);
+            if (this.pipeline.run !== run) this.pipeline.watch(run);
+            this.pipeline.grown();
+          },
+          onEnd: (why) => (reason = why),
+        },
+        this.running.signal,
+      );
+      if (model === this.model) {
+        this.history = [...messages, { role: "assistant", content: run.text }];
+      }
+      this.conclude(run, reason, notes, prompt);
+      announce(`Answer: ${run.text}`);
+    } catch (error) {
+      if (error.name === "AbortError") this.conclude(run, "stopped", notes, prompt);
+      else this.fail(error, notes, prompt);
+    } finally {
+      run.finished = true;
+      this.running = null;
+      this.busy(false);
+    }
+  }
+
+  /** @param {boolean} busy */
+  busy(busy) {
+    byId("send").hidden = busy;
+    byId("stop").hidden = !busy;
+    byId("again").disabled = busy;
+    for (const chip of byId("chips").querySelectorAll("button")) chip.disabled = busy;
+  }
+
+  /**
+   * @param {Run} run
+   * @param {string} reason
+   * @param {HTMLElement} notes
+   * @param {string} prompt
+   */
+  conclude(run, reason, notes, prompt) {
+    const { seconds, numTokens, numForwards } = run.counters(run.last);
+    const ends = { length: "cut at the most tokens allowed", stopped: "stopped" };
+    const parts = [counted(numTokens, "token"), counted(numForwards, "forward"), clock(seconds)];
+    if (!run.text) parts.unshift("It ended without a text");
+    if (ends[reason]) parts.push(ends[reason]);
+    const watch = () => this.pipeline.watch(run);
+    notes.replaceChildren(
+      h("span", {}, parts.join(" · ")),
+      h("button", { type: "button", class: "link", onclick: watch }, "Replay"),
+      h("button", { type: "button", class: "link", onclick: () => this.ask(prompt) }, "Ask again"),
+    );
+  }
+
+  /**
+   * @param {Error} error
+   * @param {HTMLElement} notes
+   * @param {string} prompt
+   */
+  fail(error, notes, prompt) {
+    const again = () => this.ask(prompt);
+    /** @type {Array<[string, () => void]>} */
+    const ways = [["Try again", again]];
+    if (error instanceof ApiError && error.kind === "key") {
+      ways.unshift(["Enter the key", () => this.page.askKey(again)]);
+    }
+    if (!(error instanceof ApiError)) console.error(error);
+    notes.replaceChildren(errorBox(error, ways));
+  }
+}

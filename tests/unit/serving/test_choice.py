@@ -1,0 +1,88 @@
+"""Text that is certain, whatever the portions in which its tokens are committed."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit.serving.running import tokenizer
+
+from d2f.serving.choice import Choice, TokenTexts, logprob_of
+from d2f.shipped import shipped_model
+from d2f.testing.tiny import EOS_TOKEN_ID
+from d2f.text import Tokenizer
+
+LETTERS = st.text("abc", max_size=12)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
+
+
+def portions(ids, cuts):
+    """What is committed at each step: more and more."""
+    return [ids[:cut] for cut in sorted({min(cut, len(ids)) for cut in cuts})]
+
+
+def cut_slowly(text, stops):
+    """Letter by letter: the text before the stop string that is complete first."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 12), max_size=5))
+def test_text_does_not_depend_on_the_portions(text, stops, cuts):
+    ids = tokenizer().encode(text)
+    choice, shown = Choice(tokenizer(), stop=stops), ""
+    expected = cut_slowly(text, stops)
+    for committed in portions(ids, cuts):
+        shown += choice.grow(committed)
+        assert expected.startswith(shown)
+    assert shown + choice.end(ids) == expected
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 12), max_size=5))
+def test_logprobs_do_not_depend_on_the_portions(text, stops, cuts):
+    ids = tokenizer().encode(text)
+    probabilities = [1 / (index + 2) for index in range(len(ids))]
+
+    def tokens_of(cuts):
+        choice = Choice(tokenizer(), stop=stops, texts=TokenTexts(tokenizer()))
+        found = []
+        for committed in portions(ids, cuts):
+            choice.grow(committed)
+            found += choice.logprobs(probabilities)
+        choice.end(ids)
+        return found + choice.logprobs(probabilities, ended=True)
+
+    found = tokens_of(cuts)
+    assert found == tokens_of([])
+    assert "".join(token.text for token in found) == cut_slowly(text, stops)
+    assert [token.offset for token in found] == list(range(len(found)))
+    assert [token.logprob for token in found] == [
+        math.log(value) for value in probabilities[: len(found)]
+    ]
+
+
+def test_eos_is_no_text():
+    ids = [*tokenizer().encode("ab"), EOS_TOKEN_ID]
+    choice = Choice(tokenizer(), eos_token_ids=[EOS_TOKEN_ID], texts=TokenTexts(tokenizer()))
+    assert choice.end(ids) == "ab"
+    assert [token.text for token in choice.logprobs([1.0, 1.0, 1.0], ended=True)] == ["a", "b"]
+
+
+def test_no_half_character():
+    shipped = Tokenizer.load(shipped_model())
+    ids = shipped.encode("5 € for 2")
+    choice = Choice(shipped)
+    shown = [choice.grow(ids[:count]) for count in range(len(ids))] + [choice.end(ids)]
+    assert "".join(shown) == "5 € for 2"
+    assert not any("\ufffd" in text for text in shown)
+    cut = shipped.encode("€")[:-1]
+    choice = Choice(shipped)
+    assert (choice.grow(cut), "\ufffd" in choice.end(cut)) == ("", True)
+
+
+@pytest.mark.parametrize(("probability", "logprob"), [(1.0, 0.0), (0.0, -9999.0), (None, -9999.0)])
+def test_logprob_is_a_number_in_json(probability, logprob):
+    assert logprob_of(probability) == logprob
