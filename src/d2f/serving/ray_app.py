@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "d2f"
 KEY_VARIABLE = "D2F_API_KEY"
-_HEALTH_SECONDS = 5.0
+_HEALTH_SECONDS = 2.0
 _FAREWELL_SECONDS = 10.0
 """Added to the time for draining, before Ray ends a replica by force."""
 
