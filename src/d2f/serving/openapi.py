@@ -69,6 +69,11 @@ _ANSWER = {
         "usage": _USAGE,
     },
 }
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 _MODEL = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by", "d2f"],
@@ -121,12 +126,8 @@ def _narrow(
     for name in ("max_tokens", "max_completion_tokens"):
         properties[name]["anyOf"][0] = {"type": "integer", "minimum": 1, "maximum": most}
     properties["n"]["anyOf"][0]["maximum"] = settings.max_choices
-    strategies = {
-        name: None
-        for model in models.values()
-        for name in useful_strategies(model.engine.model.spec)
-    }
-    properties["strategy"] = {"type": ["string", "null"], "examples": list(strategies)}
+    strategies = useful_strategies(next(iter(models.values())).engine.model.spec)
+    properties["strategy"] = {"type": ["string", "null"], "examples": strategies}
 
 
 def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def _responses(schema: Mapping[str, Any], *statuses: int) -> dict[str, Any]:
 
 def _generation(operation: str, summary: str, body: str) -> dict[str, Any]:
     responses = _responses(_ANSWER, 400, 404, 408, 413, 415, 429, 503, 504)
-    responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    # Of each event; its data is a chunk in JSON.
+    responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
     schema = {"$ref": f"#/components/schemas/{body}"}
     return {
         "post": {

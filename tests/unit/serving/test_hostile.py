@@ -21,7 +21,13 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 from tests.unit.serving.live import events, live_server
-from tests.unit.serving.running import Gate, all_free, served
+from tests.unit.serving.running import Gate, Metrics, all_free, served
+
+from d2f.errors import ConfigError
+from d2f.serving.app import create_app
+from d2f.serving.server import open_socket, run_server
+from d2f.serving.service import Service, ServiceState
+from d2f.serving.settings import ServeSettings
 
 LIMIT = 4096
 CHECKS = [
@@ -295,13 +301,12 @@ def test_a_full_queue_says_when_to_come_again():
     model = served(max_batch_size=1)
     with live_server(model, max_waiting=1) as server:
         gate = Gate(model.engine)
-        asked = [
-            threading.Thread(target=server.post, args=({"prompt": "a", "max_tokens": 2},))
-            for _ in range(2)
-        ]
-        for thread in asked:
-            thread.start()
-            gate.let(1)
+        body = {"prompt": "a", "max_tokens": 24, "policy": {"confidence_threshold": 1.0}}
+        asked = [threading.Thread(target=server.post, args=(body,)) for _ in range(2)]
+        asked[0].start()
+        gate.let(1)
+        eventually(lambda: model.engine.status().num_running == 1)
+        asked[1].start()
         eventually(lambda: server.service.num_waiting == 1)
         refused = server.post({"prompt": "a", "max_tokens": 2, "stream": True})
         gate.open()
@@ -390,3 +395,27 @@ def test_an_error_nobody_expected_has_an_id_and_no_words(server, monkeypatch, ca
     assert answer.headers["x-request-id"] in answer.error["message"]
     assert b"secret" not in answer.body
     assert any(answer.headers["x-request-id"] in record.getMessage() for record in caplog.records)
+
+
+def test_engines_that_cannot_be_made_ready_end_the_server():
+    model = served(kv_cache_bytes=1)
+    chosen, metrics = ServeSettings(port=0), Metrics()
+    service = Service([model], metrics=metrics)
+    with open_socket("127.0.0.1", 0) as bound, pytest.raises(ConfigError, match="cache"):
+        run_server(create_app(service, chosen, metrics), service, chosen, bound, pytest.fail)
+    assert service.state is ServiceState.STOPPED
+
+
+def test_a_client_that_does_not_read_is_given_up():
+    model = served()
+    with live_server(model, request_timeout=0.5) as server:
+        body = {"prompt": "a", "max_tokens": 500, "n": 64, "stream": True}
+        body |= {"stream_options": {"include_provisional": True}, "strategy": "serial"}
+        content = json.dumps(body).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(head(len(content)) + content)
+            eventually(lambda: model.engine.status().num_running > 0)
+            eventually(lambda: all_free(model))
+        assert alive(server)

@@ -334,6 +334,8 @@ def test_log_has_no_prompts_unless_asked(caplog):
             server.post({"prompt": "1+1=2", "max_tokens": 3})
             server.post({"prompt": "1+1=2", "zebra": 3})
         lines = [record.fields for record in caplog.records if hasattr(record, "fields")]
+        # The module's server may still be logging what was asked of it before.
+        lines = [line for line in lines if line["method"] == "POST"]
         assert [line["status"] for line in lines] == [200, 400]
         assert lines[0]["completion_tokens"] == 3
         assert ("1+1=2" in json.dumps(lines)) is wanted
