@@ -205,7 +205,12 @@ class Engine:
     def step(self) -> list[Output]:
         """One model call for all running requests; the outputs of those that are finished.
 
-        A request that failed has an output with its error.
+        A request that failed has an output with its error. If the step breaks off with another one,
+        the requests are still there: the next step goes on with them, `abort` takes them out.
+
+        Raises:
+            RequestError: The engine is closed.
+            D2FError: The device failed in an earlier step; the engine can only be closed.
         """
         self._require_open()
         if not self._ready:
@@ -237,9 +242,12 @@ class Engine:
             lane.prompts.clear()
 
     def close(self) -> None:
-        """Abort all requests and give the cache's memory back. May be called twice."""
+        """Abort all requests and give the cache's memory back. May be called twice.
+
+        Like `abort` it works after a step that broke off, whatever the reason.
+        """
         for number in list(self._tasks):
-            self.abort(number)
+            self._forget(number)
         self._closed = True
         self._lanes.clear()
         for name in ("_paged", "_unpaged"):

@@ -19,7 +19,7 @@ from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
 from d2f.engine.runner import Pending, Runner
 from d2f.engine.sizing import FREE_TOKENS, power_of_two, round_up
 from d2f.engine.task import Task
-from d2f.errors import RequestError
+from d2f.errors import D2FError, RequestError
 from d2f.models.cache import DUMP_PAGE
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
@@ -87,6 +87,8 @@ class PagedLane:
         """By row."""
         self._flights: deque[Flight] = deque()
         self.num_preemptions = 0
+        self._fault: Exception | None = None
+        """The device failed to take a row out, so its rows are not what the host knows."""
         self._joining_alone = False
         """Memory ran out once when several requests joined together."""
 
@@ -127,17 +129,31 @@ class PagedLane:
         self.waiting.append(task)
 
     def remove(self, task: Task) -> None:
-        """Take a request out, waiting or running; its pages are free at once."""
+        """Take a request out, waiting or running; its pages are free at once.
+
+        It does so even if the device is broken.
+        """
         task.finished = True
+        if task in self.waiting:
+            self.waiting.remove(task)
         if task.row is not None:
             self._leave_row(task)
-        elif task in self.waiting:
-            self.waiting.remove(task)
         self._let_go(task)
 
     def step(self) -> None:
-        """Select what runs, start it, take over what is known by now."""
-        joined, shape = self._select()
+        """Select what runs, start it, take over what is known by now.
+
+        If it breaks off, the requests that ran start again with the next step, from where they are.
+
+        Raises:
+            D2FError: An earlier step left the device broken.
+        """
+        self._require_sound()
+        try:
+            joined, shape = self._select()
+        except BaseException:
+            self._start_again()
+            raise
         self._run(joined, shape)
         self._apply()
 
@@ -178,6 +194,11 @@ class PagedLane:
         later = [other for other in self.waiting if other.number > task.number]
         self.waiting.insert(len(self.waiting) - len(later), task)
 
+    def _start_again(self) -> None:
+        """Preempt all: rows may be between two states; what the host knows is not."""
+        for task in reversed(list(self.running)):
+            self._preempt(task)
+
     def _admit(self) -> list[Task]:
         """Let waiting requests join in order while rows, pages and the prefill budget last."""
         joined: list[Task] = []
@@ -202,7 +223,6 @@ class PagedLane:
                 cached = None
                 self.prompts.clear()
             self._place(task, cached)
-            self.waiting.popleft()
             joined.append(task)
             budget -= count
         return joined
@@ -227,7 +247,7 @@ class PagedLane:
         return len(task.request.prompt_ids) - task.is_autoregressive
 
     def _place(self, task: Task, cached: CachedPrompt | None) -> None:
-        """Give a request a row and its first pages."""
+        """Give the first of those waiting a row and its first pages."""
         num_cached = self._cached_positions(task, cached)
         start = task.row_start(num_cached)
         values, fully = self.decoder.begin(start)
@@ -238,23 +258,22 @@ class PagedLane:
         row = len(self.running)
         task.row = row
         self.running.append(task)
+        self.waiting.popleft()
         storage.write(row, start, values, fully)
         task.num_opened, task.num_complete = values["opened"], values["complete"]
         task.start, task.end, task.stalled = values["start"], values["end"], False
         task.fresh_prompt = bool(start.prompt) and cached is None and task.num_forwards == 0
-        pages: list[int] = []
         if cached is not None and num_cached > 0:
             whole = num_cached // self._page_size
-            pages = cached.pages[:whole]
-            self.pool.share(pages)
+            task.pages = cached.pages[:whole]
+            self.pool.share(task.pages)
             if num_cached % self._page_size:
-                pages = pages + self.pool.take(1)
-                self.decoder.cache.copy_page(cached.pages[whole], pages[-1])
+                task.pages += self.pool.take(1)
+                self.decoder.cache.copy_page(cached.pages[whole], task.pages[-1])
             rows = storage.rows(row + 1)
             if rows.boundary_BD is not None and cached.boundary_D is not None:
                 rows.boundary_BD[row] = cached.boundary_D
-        pages = pages + self.pool.take(max(self._pages_for(task.end) - len(pages), 0))
-        task.pages = list(pages)
+        task.pages += self.pool.take(max(self._pages_for(task.end) - len(task.pages), 0))
         storage.write_pages([(row, index, page) for index, page in enumerate(task.pages)])
 
     def _sizes_with(self, task: Task) -> RowSizes:
@@ -340,14 +359,13 @@ class PagedLane:
 
     def _run(self, joined: list[Task], shape: StepShape | None) -> None:
         """Start the step."""
+        self._require_sound()
         if shape is None:
             return
         try:
             pending = self.runner.start(shape)
         except BaseException as error:
-            # Rows may be between two states; what the host knows is not.
-            for task in reversed(list(self.running)):
-                self._preempt(task)
+            self._start_again()
             if not joined or not isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(joined) == 1:
@@ -428,15 +446,26 @@ class PagedLane:
 
     def _leave_row(self, task: Task) -> None:
         """Take a request out of its row; the last row's moves there, so rows have no gaps."""
-        assert task.row is not None
+        row, task.row = task.row, None
+        assert row is not None
         last = self.running.pop()
         if last is not task:
-            self.runner.storage.move(len(self.running), task.row)
-            self.running[task.row] = last
-            last.row = task.row
-        else:
-            self.runner.storage.clear(task.row)
-        task.row = None
+            self.running[row], last.row = last, row
+        try:
+            if last is not task:
+                self.runner.storage.move(len(self.running), row)
+            else:
+                self.runner.storage.clear(row)
+        except Exception as error:
+            # Whoever takes requests out must be able to, above all after a fault.
+            self._fault = error
+
+    def _require_sound(self) -> None:
+        if self._fault is not None:
+            reason = str(self._fault).partition("\n")[0]
+            raise D2FError(
+                f"the device failed ({reason}); close the engine and make a new one"
+            ) from self._fault
 
     def _let_go(self, task: Task) -> None:
         self.pool.release(task.pages)

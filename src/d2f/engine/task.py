@@ -126,9 +126,9 @@ class Task:
         self.num_opened, self.num_complete = table["opened"], table["complete"]
         self.start, self.end = table["start"], table["end"]
         self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
-        for record in tokens:
-            self.tokens[record.place] = record.token
-            self.probabilities[record.place] = record.probability
+        for _, place, token, probability in tokens:
+            self.tokens[place] = token
+            self.probabilities[place] = probability
 
     def num_masked(self) -> int:
         """Positions of its open blocks that need a token."""

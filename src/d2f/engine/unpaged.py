@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from d2f.decoding.batch import (
     BlockView,
     DecodingBatch,
@@ -44,6 +46,8 @@ class UnpagedLane:
     ) -> None:
         self.model, self._workspace = model, workspace
         self._max_rows, self._on_done = max_rows, on_done
+        self._fitting_rows = max_rows
+        """As many of them as memory holds, as far as is known."""
         self.waiting: deque[Task] = deque()
         self._batch: DecodingBatch | None = None
         self._rows: list[Task | None] = []
@@ -94,16 +98,19 @@ class UnpagedLane:
     def step(self) -> None:
         """One model call for the running batch.
 
-        If it breaks off, the requests of the batch start again with the next step.
+        If it breaks off, the requests of the batch start again with the next step: in batches of
+        half as many if memory did not hold them; a lone one is then failed.
         """
         try:
             batch = self._select()
             if batch is not None:
                 batch.step()
                 self._apply(batch)
-        except BaseException:
-            self._start_again()
-            raise
+        except BaseException as error:
+            tasks = self._start_again()
+            if not tasks or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._make_do(tasks, error)
 
     def _select(self) -> DecodingBatch | None:
         """The running batch, or a new one of compatible waiting requests."""
@@ -111,24 +118,38 @@ class UnpagedLane:
             first = self.waiting[0].request
             fits = [task for task in self.waiting if _same_settings(first, task.request)]
             most = STRATEGIES[first.strategy].max_rows or self._max_rows
-            chosen = fits[: min(most, self._max_rows)]
+            chosen = fits[: min(most, self._fitting_rows)]
             requests = [task.request for task in chosen]
-            self._batch = start_batch(
-                first.strategy, self.model, _sequences(requests), first.options, self._workspace
-            )
             self._rows = list(chosen)
             self.waiting = deque(task for task in self.waiting if task not in chosen)
             for task in chosen:
                 task.tokens = []
+            self._batch = start_batch(
+                first.strategy, self.model, _sequences(requests), first.options, self._workspace
+            )
         return self._batch
 
-    def _start_again(self) -> None:
+    def _make_do(self, tasks: list[Task], error: BaseException) -> None:
+        """After a batch for which memory did not last."""
+        if len(tasks) > 1:
+            self._fitting_rows = len(tasks) // 2
+            return
+        [task] = tasks
+        # It was too much, not the others that ran with it.
+        self._fitting_rows = self._max_rows
+        self.remove(task)
+        task.error = RequestError(f"there is not enough memory for this request ({error})")
+        self._on_done(task, None)
+
+    def _start_again(self) -> list[Task]:
         """Put the running requests back: their batch may be between two states, or be done."""
-        for task in reversed(self._rows):
-            if task is not None and not task.finished and task not in self.waiting:
-                task.blocks, task.error = [], None
+        tasks = [task for task in self._rows if task is not None and not task.finished]
+        for task in reversed(tasks):
+            task.blocks, task.error = [], None
+            if task not in self.waiting:
                 self.waiting.appendleft(task)
         self._batch, self._rows = None, []
+        return tasks
 
     def _apply(self, batch: DecodingBatch) -> None:
         """Hand out what is done; drop finished sequences once they are half of the batch."""

@@ -17,7 +17,7 @@ import pytest
 from d2f.cli import serve
 from d2f.engine.generate import generate_ids
 from d2f.models.checkpoint import load_model
-from d2f.problems import ProblemConfig, extract_answer, generate_problems
+from d2f.problems import extract_answer
 from d2f.shipped import shipped_model
 from d2f.testing import write_checkpoint
 from d2f.text import Tokenizer
@@ -143,14 +143,7 @@ def test_serves_until_it_is_told_to_stop(started, folder):
 
 
 def test_examples_differ_and_are_answered_rightly():
-    config = ProblemConfig(min_steps=2, max_steps=5)
-    problems = {
-        problem.prompt: problem
-        for problem in generate_problems(
-            50, seed=serve.EXAMPLES_SEED, split="validation", config=config
-        )
-    }
-    examples = [problems[prompt] for prompt in serve.shipped_examples()]
+    examples = serve.example_problems()
     assert len({problem.structure for problem in examples}) == serve.NUM_EXAMPLES
     folder = shipped_model()
     tokenizer = Tokenizer.load(folder)

@@ -66,6 +66,7 @@ def test_computing_all_in_every_step_is_vanilla(family, options, seed):
     slow = generate_ids(model, prompt, strategy="vanilla", **common)
     fast = generate_ids(model, prompt, strategy="dllm-cache", **common, **options)
     assert fast == slow
+    assert fast.probabilities == pytest.approx(slow.probabilities, abs=1e-5)
 
 
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.8}])
@@ -74,6 +75,7 @@ def test_it_samples_as_vanilla_does(model, truncation):
     slow = generate_ids(model, prompt_of(6), strategy="vanilla", **common)
     fast = generate_ids(model, prompt_of(6), strategy="dllm-cache", **common, **ALWAYS)
     assert fast == slow
+    assert fast.probabilities == pytest.approx(slow.probabilities, abs=1e-5)
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
@@ -86,6 +88,7 @@ def test_it_stops_as_vanilla_does(model, early_stop):
     slow = generate_ids(model, prompt_of(4), strategy="vanilla", **common)
     fast = generate_ids(model, prompt_of(4), strategy="dllm-cache", **common, **ALWAYS)
     assert fast == slow
+    assert fast.probabilities == pytest.approx(slow.probabilities, abs=1e-5)
     assert fast.finish_reason == "eos"
     assert (fast.num_forwards < 24) == early_stop
 

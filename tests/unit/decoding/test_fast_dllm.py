@@ -38,6 +38,7 @@ class Oracle:
         self.hidden = torch.zeros(len(self.ids), model.spec.hidden_size)
         shape = (1, len(self.ids), model.spec.num_kv_heads, model.spec.head_dim)
         self.caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in model.layers]
+        self.accepted = [None] * limit
         self.forwards = self.queries = 0
 
     @torch.inference_mode()
@@ -75,7 +76,7 @@ class Oracle:
             sure = [(n + 1) * (1 - found[p][1]) for n, p in enumerate(masked, 1)]
             number = max((n for n, x in enumerate(sure, 1) if x < self.rule["factor"]), default=0)
         for p in masked[: max(number, 1)]:
-            self.ids[p] = found[p][0]
+            self.ids[p], self.accepted[p - self.prompt] = found[p]
 
     def run(self, strategy):
         total = len(self.ids)
@@ -100,7 +101,9 @@ def test_equals_the_oracle(model, prompt, limit, size, rule, strategy):
         model, prompt, max_new_tokens=limit, eos_token_id=(), strategy=strategy,
         block_length=size, **rule,
     )  # fmt: skip
-    assert summary(result) == Oracle(model, prompt, limit, size, rule).run(strategy)
+    oracle = Oracle(model, prompt, limit, size, rule)
+    assert summary(result) == oracle.run(strategy)
+    assert result.probabilities == pytest.approx(oracle.accepted, abs=1e-5)
 
 
 @FAST
@@ -108,11 +111,12 @@ def test_equals_the_oracle(model, prompt, limit, size, rule, strategy):
 def test_padding_changes_nothing(model, prompt, limit, size, rule, strategy):
     batch = sequences([prompt], [limit], eos=(7, 8))
     padded = Workspace(torch.device("cpu"), pads=True)
-    results = [
+    [exact], [wide] = (
         run(model, strategy, batch, workspace, block_length=size, **rule)
         for workspace in (None, padded)
-    ]
-    assert summary(results[0][0]) == summary(results[1][0])
+    )
+    assert summary(exact) == summary(wide)
+    assert exact.probabilities == pytest.approx(wide.probabilities, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

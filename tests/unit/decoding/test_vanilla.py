@@ -56,6 +56,27 @@ def test_rows_that_stay_go_on_as_if_alone(algorithm):
             strategy="vanilla", algorithm=algorithm,
         )  # fmt: skip
         assert result == alone
+        assert result.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["llada", "Dream"])
+def test_each_token_has_the_probability_that_the_model_gave_it(name, algorithm):
+    model, prompt = MODELS[name], [1, 2, 3]
+    running = start(model, "vanilla", sequences([prompt], [10]), algorithm=algorithm, num_steps=6)
+    before = [None] * 10
+    while not running.finished()[0]:
+        masked = [94 if token is None else token for token in before]
+        with torch.inference_mode():
+            probability_LV = model.logits(torch.tensor([prompt + masked]))[0].softmax(-1)
+        running.step()
+        [block] = running.view(0)
+        for place, token in enumerate(block.token_ids):
+            if before[place] is None and token is not None:
+                expected = float(probability_LV[len(prompt) + place, token])
+                assert block.probabilities[place] == pytest.approx(expected, abs=1e-5)
+        before = block.token_ids
+    assert running.results([0])[0].probabilities == list(block.probabilities)
 
 
 def test_algorithms_differ():

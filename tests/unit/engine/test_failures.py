@@ -6,15 +6,23 @@ import pytest
 import torch
 from tests.unit.engine.workload import (
     Case,
+    answer_of_oracle,
+    cached_model,
     check_answers,
     check_idle,
+    check_pages,
     drive,
     make_engine,
     random_cases,
 )
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
-from d2f.errors import ConfigError, RequestError
+from d2f.decoding.pipelined import PipelinedDecoder
+from d2f.decoding.rows import RowStorage
+from d2f.engine.pages import PromptCache
+from d2f.engine.runner import Pending
+from d2f.errors import ConfigError, D2FError, RequestError
+from d2f.models.cache import PagedCache
 from d2f.testing import tiny_model
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in-step", "overlapped"])
@@ -204,6 +212,102 @@ def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):
         outputs = engine.step()
     assert [output.request_id for output in outputs] == [number]
     assert outputs[0].result == expected
+
+
+# --------------------------------------------------------------------------- steps that break off
+
+
+class BrokenOffError(Exception):
+    """Of these tests alone."""
+
+
+def broken_once(monkeypatch, owner, name):
+    """The first call does its work, then fails."""
+    works, calls = getattr(owner, name), []
+
+    def fails(*arguments, **options):
+        result = works(*arguments, **options)
+        calls.append(name)
+        if len(calls) == 1:
+            raise BrokenOffError
+        return result
+
+    monkeypatch.setattr(owner, name, fails)
+    return calls
+
+
+PARTS = [
+    *((RowStorage, name) for name in ("write", "write_pages", "resized", "rows", "__init__")),
+    (PagedCache, "copy_page"),
+    (PipelinedDecoder, "begin"),
+    (PipelinedDecoder, "step"),
+    (PromptCache, "keep"),
+    (Pending, "read"),
+]
+
+
+@OVERLAP
+@pytest.mark.parametrize(("owner", "name"), PARTS)
+def test_a_step_that_breaks_off_loses_nobody(owner, name, overlap, monkeypatch):
+    cases = [answer_of_oracle(cached_model("llada"), request) for request in BREAKABLE]
+    engine = make_engine(cached_model("llada"), 20, overlap=overlap, max_batch_size=3)
+    engine.generate([GOOD])
+    numbers = {engine.add(case.request): index for index, case in enumerate(cases)}
+    calls = broken_once(monkeypatch, owner, name)
+    outputs, broken = {}, 0
+    for _ in range(200):
+        try:
+            outputs |= {numbers[output.request_id]: output for output in engine.step()}
+        except BrokenOffError:
+            broken += 1
+        check_pages(engine)
+    assert len(outputs) == len(cases)
+    assert broken == 1, calls
+    check_answers(outputs, cases)
+    check_idle(engine)
+
+
+BREAKABLE = [
+    Request(prompt_ids=[1, 2, 3, 4, 5][:n], max_new_tokens=length, eos_token_id=(), policy=policy)
+    for n, length, policy in (
+        (5, 12, DecodingPolicy(block_size=4)),
+        (5, 9, DecodingPolicy(block_size=8)),
+        (3, 20, DecodingPolicy(block_size=4)),
+        (5, 16, DecodingPolicy(block_size=16)),
+    )
+]
+
+
+@OVERLAP
+@pytest.mark.parametrize("owner", [PipelinedDecoder, Pending], ids=["starting", "reading"])
+@pytest.mark.parametrize("ending", ["abort", "close"])
+def test_a_device_that_fails_for_good_lets_requests_go(owner, ending, overlap, monkeypatch):
+    engine = make_engine(tiny_model("llada"), 40, overlap=overlap, max_batch_size=4)
+    prompts = [[1, 2, 3]] * 3 + [[4], [5], [6]]
+    numbers = [engine.add(Request(prompt_ids=p, max_new_tokens=40)) for p in prompts]
+    for _ in range(3):
+        engine.step()
+
+    def fails(*arguments, **options):
+        raise RuntimeError("an illegal memory access was encountered\nhere is how to debug it")
+
+    name = "step" if owner is PipelinedDecoder else "read"
+    for what, method in ((owner, name), (RowStorage, "move"), (RowStorage, "clear")):
+        monkeypatch.setattr(what, method, fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine.step()
+    if ending == "abort":
+        assert all(engine.abort(number) for number in numbers)
+        status = engine.status()
+        assert (status.num_waiting, status.num_running) == (0, 0)
+        assert status.num_free_pages == status.num_pages == 40
+        engine.add(GOOD)
+        with pytest.raises(D2FError, match=r"^the device failed \(an illegal .* a new one$"):
+            engine.step()
+    engine.close()
+    assert not engine.abort(numbers[0])
+    with pytest.raises(RequestError, match="closed"):
+        engine.step()
 
 
 # ----------------------------------------------------------------------------------- stop strings

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from d2f.engine.pages import PagePool, PromptCache
 from d2f.errors import D2FError
@@ -39,27 +39,40 @@ class Pages(RuleBasedStateMachine):
         assert set(pages) <= free, "a page that somebody holds was handed out"
         self.sequences.append(pages)
 
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def share(self, data):
-        if self.sequences:
-            pages = data.draw(st.sampled_from(self.sequences))
-            self.pool.share(pages)
-            self.sequences.append(list(pages))
+        pages = data.draw(st.sampled_from(self.sequences))
+        self.pool.share(pages)
+        self.sequences.append(list(pages))
 
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def join(self, data):
+        pages = data.draw(st.sampled_from(list(self.kept.values())))
+        self.pool.share(pages)
+        self.sequences.append(list(pages))
+
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def release(self, data):
-        if self.sequences:
-            index = data.draw(st.integers(0, len(self.sequences) - 1))
-            self.pool.release(self.sequences.pop(index))
+        index = data.draw(st.integers(0, len(self.sequences) - 1))
+        self.pool.release(self.sequences.pop(index))
 
+    @precondition(lambda self: self.kept)
+    @rule()
+    def release_all(self):
+        while self.sequences:
+            self.pool.release(self.sequences.pop())
+
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data(), again=st.booleans())
     def keep(self, data, again):
-        if self.sequences:
-            pages = data.draw(st.sampled_from(self.sequences))
-            name = next(iter(self.kept)) if again and self.kept else next(self.names)
-            self.prompts.keep([name], pages, None)
-            self.kept.pop(name, None)
-            self.kept[name] = list(pages)
+        pages = data.draw(st.sampled_from(self.sequences))
+        name = next(iter(self.kept)) if again and self.kept else next(self.names)
+        self.prompts.keep([name], pages, None)
+        self.kept.pop(name, None)
+        self.kept[name] = list(pages)
 
     @rule(data=st.data())
     def find(self, data):
@@ -93,6 +106,8 @@ class Pages(RuleBasedStateMachine):
             return
         assert self.pool.num_free == len(self.all - set(self.held()))
         assert len(self.prompts) == len(self.kept)
+        used = set(itertools.chain(*self.sequences))
+        assert self.pool.num_available == len(self.all - used)
         assert self.pool.num_held_once(sorted(self.held())) == sum(
             self.held().count(page) == 1 for page in self.held()
         )
@@ -100,7 +115,7 @@ class Pages(RuleBasedStateMachine):
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=30, deadline=None, derandomize=True
 )
 
 

@@ -15,6 +15,7 @@ from d2f.decoding.strategies import STRATEGIES
 from d2f.decoding.vanilla import VanillaBatch
 from d2f.decoding.workspace import Workspace
 from d2f.errors import RequestError
+from d2f.models.transformer import Transformer
 from d2f.testing import tiny_model
 
 UNPAGED = ("vanilla", "parallel", "prefix-cache", "dual-cache", "reference")
@@ -154,23 +155,55 @@ def test_every_option_of_every_strategy_is_known_by_its_kind(model):
                 Engine(model).add(request_of([1], 4, strategy, options=options))
 
 
-def test_a_batch_that_finds_no_memory_stays_queued(monkeypatch):
+def test_a_batch_that_cannot_start_stays_queued(monkeypatch):
     engine = Engine(tiny_model("llada"))
     request = request_of([1, 2], 6, "parallel")
     number = engine.add(request)
     with monkeypatch.context() as patch:
 
         def full(*arguments):
-            raise torch.OutOfMemoryError
+            raise RuntimeError("full")
 
         patch.setattr(Workspace, "buffers", full)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="full"):
             engine.step()
+    assert (engine.status().num_waiting, engine.status().num_running) == (1, 0)
     outputs = []
     while not outputs:
         outputs = engine.step()
     assert outputs[0].request_id == number
     assert len(outputs[0].result.token_ids) == 6
+
+
+@pytest.mark.parametrize("owner", [Transformer, Workspace])
+def test_a_request_that_memory_does_not_hold_fails_alone(owner, monkeypatch):
+    model, most = tiny_model("llada"), 100
+    name = "forward_packed" if owner is Transformer else "padded"
+    works = getattr(owner, name)
+
+    def of_little_memory(self, tokens, *rest):
+        count = tokens if isinstance(tokens, int) else len(tokens)
+        if count > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return works(self, tokens, *rest)
+
+    requests = [request_of([n, 1], 30, "vanilla") for n in range(5)]
+    expected = Engine(model).generate(requests)
+    monkeypatch.setattr(owner, name, of_little_memory)
+    engine = Engine(model)
+    numbers = [engine.add(request) for request in requests]
+    # It comes in the middle of what would fit two by two.
+    long = engine.add(request_of([1] * 60, 60, "vanilla"))
+    outputs = {}
+    for _ in range(200):
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert [outputs[number].result for number in numbers] == expected
+    assert "not enough memory for this request" in str(outputs[long].error)
+    assert engine._tasks == {}
+    for request in requests[:3]:
+        engine.add(request)
+    engine.step()
+    assert engine.status().num_running == 3, "of the small ones several fit all the same"
 
 
 def broken_once(monkeypatch, owner, name):
@@ -181,7 +214,7 @@ def broken_once(monkeypatch, owner, name):
         result = works(*arguments, **options)
         if not failures:
             failures.append(name)
-            raise torch.OutOfMemoryError
+            raise RuntimeError("broken off")
         return result
 
     monkeypatch.setattr(owner, name, fails)
@@ -208,7 +241,7 @@ def test_whatever_breaks_off_starts_again(monkeypatch, owner, name, strategy):
     while len(outputs) < 4:
         try:
             outputs |= {output.request_id: output.result for output in engine.step()}
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             assert failures
     assert failures
     assert [outputs[number] for number in numbers] == expected

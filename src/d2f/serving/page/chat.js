@@ -25,6 +25,8 @@ export class Chat {
     this.model = null;
     /** @type {Message[]} whole turns only */
     this.history = [];
+    /** @type {string[]} */
+    this.examples = [];
     this.asked = "";
     /** @type {AbortController | null} */
     this.running = null;
@@ -42,12 +44,16 @@ export class Chat {
     });
     byId("stop").addEventListener("click", () => this.running?.abort());
     byId("again").addEventListener("click", () => this.ask(this.asked));
-    byId("try").addEventListener("click", () => this.ask(this.model.d2f.examples[0]));
+    byId("try").addEventListener("click", () => this.ask(this.examples[0]));
   }
 
-  /** @param {Model} model */
-  choose(model) {
-    const { chat_template: template, examples } = model.d2f;
+  /**
+   * @param {Model} model
+   * @param {string[]} examples prompts it can answer
+   */
+  choose(model, examples) {
+    const template = model.d2f.chat_template;
+    this.examples = examples;
     this.running?.abort();
     this.model = model;
     this.history = [];

@@ -40,10 +40,11 @@ async function load() {
     select.replaceChildren(...options);
     const choose = () => {
       const model = models.find((other) => other.id === select.value) ?? models[0];
-      const { num_parameters: size, device, dtype } = model.d2f;
+      const { num_parameters: size, device, dtype, examples } = model.d2f;
       byId("facts").textContent = `${parameters(size)} · ${device} · ${dtype}`;
       settings.choose(model);
-      chat.choose(model);
+      // A race's model is asked what the default model is asked.
+      chat.choose(model, examples.length ? examples : models[0].d2f.examples);
     };
     select.onchange = choose;
     race.offer(models);

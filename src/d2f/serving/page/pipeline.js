@@ -12,7 +12,7 @@ import { END, clock, figure, visible } from "./run.js";
  *            tiles: Tile[], home: HTMLElement}} Row
  */
 
-const LONGEST_FORWARD = 0.6;
+const LONGEST_FORWARD = 0.8;
 const FOLLOWED_REPLAY = 14;
 
 export class Pipeline {
@@ -132,6 +132,8 @@ export class Pipeline {
   show(step) {
     const tokens = this.run.tokensAt(step);
     const { blocks, numForwards, seconds } = this.run.steps[step];
+    const ends = [...tokens.values()].filter((token) => visible(token.text) === END);
+    const end = Math.min(...ends.map((token) => token.position));
     while (this.rows.length > blocks.length) this.rows.pop()?.element.remove();
     while (this.rows.length < blocks.length) this.rows.push(this.addRow(this.rows.length + 1));
     blocks.forEach((block, index) => {
@@ -144,6 +146,7 @@ export class Pipeline {
         const token = tokens.get(position);
         decoded += token ? 1 : 0;
         this.showTile(tile, token, position, step);
+        tile.element.classList.toggle("past", position > end);
       });
       row.element.dataset.state = block.state.replace(" ", "-");
       row.state.textContent = block.state;
