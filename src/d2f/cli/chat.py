@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import sys
 import time
@@ -177,7 +176,7 @@ class Chat:
         """Somebody sits there; otherwise lines come from a pipe, or answers go to one."""
         self._slow = slow
         self._last = ""
-        self._examples = itertools.count()
+        self._examples: list[str] = []
         self._commands: dict[str, Callable[[list[str]], None]] = {
             "/help": self._help,
             "/clear": self._clear,
@@ -369,12 +368,11 @@ class Chat:
             raise KeyboardInterrupt
 
     def _example(self, _words: list[str]) -> None:
-        from d2f.problems import ProblemConfig, generate_problem
+        from d2f.cli.serve import example_problems
 
-        # On easy problems most of a block comes at once, and there is little to see.
-        hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)
-        index, seed = next(self._examples), self.session.seed
-        prompt = generate_problem(seed=seed, index=index, split="test", config=hard).prompt
+        if not self._examples:
+            self._examples = [problem.prompt for problem in example_problems()]
+        prompt = self._examples.pop(0)
         log.print(prompt, style="bold", markup=False)
         self._ask(prompt)
 
