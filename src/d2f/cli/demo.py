@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 NUM_LIVE = 3
-SLOWED_SECONDS = 0.25
-"""A forward takes a few milliseconds: too fast to watch."""
 # name, shipped model, strategy, early stop
 ROWS = (
     ("autoregressive", "autoregressive", "autoregressive", True),
@@ -109,11 +106,9 @@ def _load_models(device: str, dtype: str) -> dict[str, Transformer]:
 
 
 def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    from rich.console import Group
-    from rich.live import Live
     from rich.text import Text
 
-    from d2f.cli.live import legend, render_blocks
+    from d2f.cli.live import SLOWED_SECONDS, legend, render_blocks, watch_answer
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
     from d2f.problems import ProblemConfig, extract_answer, generate_problems
@@ -128,25 +123,15 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     for problem in generate_problems(NUM_LIVE, seed=seed, split="test", config=hard):
         out.print(Text(problem.prompt, style="bold"), soft_wrap=False)
         request = Request(prompt_ids=tokenizer.encode_prompt(problem.prompt), max_new_tokens=192)
-        forwards, output = 0, None
-        with Live(console=out, auto_refresh=False, transient=out.is_terminal) as screen:
-            for output in engine.stream(request):
-                forwards += 1
-                blocks = render_blocks(output.blocks, tokenizer)
-                status = Text(f"forward {forwards}", style="dim")
-                if out.is_terminal:
-                    screen.update(Group(blocks, status), refresh=True)
-                    time.sleep(SLOWED_SECONDS)
-                else:
-                    blocks = render_blocks(output.blocks, tokenizer, named=True)
-                    out.print(f"{forwards:3d} ", blocks, sep="")
+        watched = watch_answer(out, engine, request, tokenizer, slow=SLOWED_SECONDS)
+        output = watched.output
         assert output is not None and output.result is not None
         if out.is_terminal:
             out.print(render_blocks(output.blocks, tokenizer), soft_wrap=False)
         text = tokenizer.decode(output.result.token_ids)
         verdict = "right" if extract_answer(text) == problem.answer else "wrong"
         out.print(
-            f"[dim]{len(output.result.token_ids)} tokens in {forwards} forwards: "
+            f"[dim]{len(output.result.token_ids)} tokens in {watched.num_forwards} forwards: "
             f"{verdict}, the answer is {problem.answer}[/dim]\n"
         )
 

@@ -5,95 +5,52 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2f.cli.console import log
-from d2f.errors import ConfigError
+from d2f.cli.decoding_options import (
+    ActivateOption,
+    AdapterOption,
+    AddOption,
+    AlgorithmOption,
+    BlockLengthOption,
+    BlockSizeOption,
+    ChatOption,
+    ConfidenceOption,
+    DeviceOption,
+    DtypeOption,
+    EpsOption,
+    FactorOption,
+    LimitOption,
+    LiveBlocksOption,
+    ModelOption,
+    PromptIntervalOption,
+    RefreshShareOption,
+    ResponseIntervalOption,
+    SeedOption,
+    StepsOption,
+    StrategyOption,
+    SureOption,
+    TemperatureOption,
+    ThresholdOption,
+    TopKOption,
+    TopPOption,
+    check_choices,
+    chosen_policy,
+    default_strategy,
+    given,
+    load_answerer,
+)
 
 if TYPE_CHECKING:
     from d2f.decoding.batch import GenerationResult
-    from d2f.diffusion.policy import DecodingPolicy
     from d2f.engine.request import Request
-    from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
-ModelOption = Annotated[
-    str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
-]
-AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
-StrategyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="pipelined, serial, autoregressive, vanilla, parallel, prefix-cache, dual-cache, "
-        "dllm-cache or reference. Default: pipelined, or autoregressive for such a model."
-    ),
-]
-LimitOption = Annotated[int, typer.Option(help="Most tokens of the response.")]
-BlockSizeOption = Annotated[int | None, typer.Option(help="Tokens of a block.")]
-AddOption = Annotated[
-    float | None, typer.Option(help="Open a block at this decoded share of the last.")
-]
-ActivateOption = Annotated[
-    float | None, typer.Option(help="Fully active at this share of the predecessor.")
-]
-ThresholdOption = Annotated[
-    float | None, typer.Option(help="Accept tokens above this probability.")
-]
-ConfidenceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What ranks the token that a block must accept: probability, margin or neg_entropy."
-    ),
-]
-LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
-StepsOption = Annotated[int | None, typer.Option(help="vanilla, dllm-cache: forwards in all.")]
-BlockLengthOption = Annotated[
-    int | None,
-    typer.Option(
-        help="vanilla, parallel, prefix-cache, dual-cache, dllm-cache: tokens of a block."
-    ),
-]
-AlgorithmOption = Annotated[
-    str | None,
-    typer.Option(
-        help="vanilla: low_confidence (LLaDA's), maskgit_plus, topk_margin, entropy or origin "
-        "(Dream's)."
-    ),
-]
-EpsOption = Annotated[float | None, typer.Option(help="vanilla: where Dream's time ends.")]
-SureOption = Annotated[
-    float | None,
-    typer.Option(help="parallel, prefix-cache, dual-cache: keep tokens of this probability."),
-]
-FactorOption = Annotated[
-    float | None,
-    typer.Option(help="parallel, prefix-cache, dual-cache: keep as many as this factor allows."),
-]
-PromptIntervalOption = Annotated[
-    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the prompt.")
-]
-ResponseIntervalOption = Annotated[
-    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the response.")
-]
-RefreshShareOption = Annotated[
-    float | None, typer.Option(help="dllm-cache: share of the response computed in between.")
-]
-TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
-TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
-TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
-ChatOption = Annotated[
-    bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
-]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -136,7 +93,7 @@ def generate_command(
     """
     if stream and as_json:
         raise typer.BadParameter("--stream and --json exclude each other")
-    changed = _given(
+    changed = given(
         block_size=block_size,
         add_threshold=add_threshold,
         activate_threshold=activate_threshold,
@@ -144,7 +101,7 @@ def generate_command(
         confidence=confidence,
         max_live_blocks=max_live_blocks,
     )
-    options = _given(
+    options = given(
         num_steps=num_steps,
         block_length=block_length,
         algorithm=algorithm,
@@ -155,16 +112,15 @@ def generate_command(
         response_interval=response_interval,
         refresh_share=refresh_share,
     )
-    _check_values(strategy, changed, options)
-    loaded, tokenizer = _load(model, adapter, device, dtype)
+    check_choices(strategy, changed, options)
+    loaded, tokenizer = load_answerer(model, adapter, device, dtype)
     from d2f.engine.request import Request
 
-    causal = loaded.spec.architecture.causal
-    strategy = strategy or ("autoregressive" if causal else "pipelined")
+    strategy = strategy or default_strategy(loaded.spec)
     request = Request(
         prompt_ids=tokenizer.encode_prompt(_read(prompt), chat=chat),
         max_new_tokens=max_new_tokens,
-        policy=_policy(loaded.spec, strategy, changed),
+        policy=chosen_policy(loaded.spec, strategy, changed),
         strategy=strategy,
         temperature=temperature,
         top_k=top_k,
@@ -177,52 +133,9 @@ def generate_command(
     _report(tokenizer, result, time.perf_counter() - start, stream, as_json)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _read(prompt: str) -> str:
     # As a shell does with $(…), so that `echo … | d2f generate -` asks what was meant.
     return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-
-
-def _check_values(strategy: str | None, changed: dict[str, Any], options: dict[str, Any]) -> None:
-    """Refuse what no model could be asked for before any is loaded, which may take minutes."""
-    from d2f.diffusion.policy import DecodingPolicy
-    from d2f.engine.policy import check_decoding
-
-    DecodingPolicy.from_dict(changed)
-    if strategy is not None:
-        check_decoding(strategy, {}, options)
-
-
-def _load(
-    model: str | None, adapter: str | None, device: str | None, dtype: str | None
-) -> tuple[Transformer, Tokenizer]:
-    from d2f.cli.device import choose_device, fastest_dtype
-    from d2f.hub import resolve_folder
-    from d2f.models.checkpoint import load_model, read_spec
-    from d2f.shipped import shipped_model
-    from d2f.text import Tokenizer
-
-    source: str | Path = model if model is not None else shipped_model("student")
-    # What fails in milliseconds comes before the weights, which may take minutes.
-    read_spec(resolve_folder(source, weights=False))
-    tokenizer = Tokenizer.load(source)
-    device = choose_device(device)
-    if dtype is None and model is None:
-        dtype = fastest_dtype(device)
-    return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
-
-
-def _policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
-    from d2f.engine.policy import changed_policy, unheeded
-
-    useless = unheeded(strategy, changed)
-    if useless:
-        options = ", ".join("--" + name.replace("_", "-") for name in useless)
-        raise ConfigError(f"{options}: without effect on strategy {strategy}")
-    return changed_policy(spec, changed)
 
 
 def _answer(

@@ -10,6 +10,7 @@ import typer
 
 from d2f import __version__
 from d2f.cli.bench import bench_app
+from d2f.cli.chat import chat_command
 from d2f.cli.console import log
 from d2f.cli.demo import demo_command
 from d2f.cli.eval import eval_command
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("train")(train_command)
 app.command("serve")(serve_command)
 app.command("eval")(eval_command)

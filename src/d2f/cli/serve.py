@@ -90,7 +90,7 @@ def serve_command(
 
     Example:  d2f serve --port 8000
     """
-    _require_packages()
+    require_packages()
     from d2f.serving.log import LogWriter
     from d2f.serving.server import open_socket, run_server, url_of
     from d2f.serving.settings import ServeSettings
@@ -109,7 +109,7 @@ def serve_command(
     sources = _race_sources(race_model, shipped=model is None)
     # What fails in milliseconds comes before the weights, which may take minutes.
     with open_socket(host, port) as bound, LogWriter(sys.stderr):
-        served = [_main_model(model, adapter, name, device, dtype, max_batch_size)]
+        served = [main_model(model, adapter, name, device, dtype, max_batch_size)]
         served += [_race_model(*source, device, dtype) for source in sources.items()]
         url = url_of(bound)
 
@@ -118,11 +118,16 @@ def serve_command(
             typer.echo(f"serving {names} at {url}/v1; the page is at {url}/")
             sys.stdout.flush()
 
-        app, service = _build(served, settings)
+        app, service = build_app(served, settings)
         run_server(app, service, settings, bound, welcome)
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Refuse to go on without the packages of the extra `serve`.
+
+    Raises:
+        ConfigError: Some are missing; says how to get them.
+    """
     needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
@@ -146,7 +151,7 @@ def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str | 
     return sources
 
 
-def _main_model(
+def main_model(
     source: str | None,
     adapter: str | None,
     name: str | None,
@@ -154,6 +159,12 @@ def _main_model(
     dtype: str | None,
     max_batch_size: int,
 ) -> ServedModel:
+    """The model that clients get who name none; the shipped student if `source` is None.
+
+    Raises:
+        CheckpointError: There is none, or it is broken.
+        ConfigError: The device or the dtype cannot be used.
+    """
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.serving.served_model import ServedModel
     from d2f.shipped import shipped_model
@@ -237,7 +248,8 @@ def _prompts() -> tuple[str, ...]:
     return tuple(problem.prompt for problem in example_problems())
 
 
-def _build(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:
+def build_app(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:
+    """The application of models, and its service, not started yet."""
     from d2f.serving.app import create_app
     from d2f.serving.metrics import Metrics
     from d2f.serving.service import Service

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -276,7 +276,7 @@ class Engine:
                 self.abort(number)
         return [result for result in results if result is not None]
 
-    def stream(self, request: Request) -> Iterator[Output]:
+    def stream(self, request: Request) -> Generator[Output, None, None]:
         """Answer one request, reporting its blocks after each model call.
 
         A stream that is dropped before its end takes its request out of the engine.

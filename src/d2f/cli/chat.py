@@ -1,0 +1,388 @@
+"""`d2f chat`: a conversation in the terminal, each answer appearing as it decodes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2f.cli.console import log, out
+from d2f.cli.decoding_options import (
+    ActivateOption,
+    AdapterOption,
+    AddOption,
+    BlockSizeOption,
+    ConfidenceOption,
+    DeviceOption,
+    DtypeOption,
+    LimitOption,
+    LiveBlocksOption,
+    ModelOption,
+    SeedOption,
+    StrategyOption,
+    TemperatureOption,
+    ThresholdOption,
+    check_choices,
+    chosen_policy,
+    default_strategy,
+    given,
+    load_answerer,
+)
+from d2f.errors import D2FError, RequestError, unknown_name
+
+if TYPE_CHECKING:
+    from d2f.cli.chat_session import ChatSession
+    from d2f.decoding.batch import GenerationResult
+    from d2f.text import Tokenizer
+
+ONE_BY_ONE = ("autoregressive", "vanilla")
+"""Strategies that decode a token per forward."""
+ONE_BY_ONE_SECONDS = 0.03
+SlowOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that each forward takes at least, to be seen; 0: as fast as it is. "
+        "Default: 0.25, 0.03 where a forward gives one token.",
+        min=0.0,
+    ),
+]
+HistoryOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--history/--no-history",
+        help="Tell the model what was said before. Default: if it has a chat template, and is not "
+        "the shipped one, which was trained on single problems.",
+    ),
+]
+_COMMANDS = {
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/policy NAME=VALUE …": "change the decoding policy; alone: show it; reset: the model's own",
+    "/strategy NAME [OPTION=VALUE …]": "decode with another strategy; alone: show it",
+    "/race [PROMPT]": "one prompt (the last) through all strategies of this model",
+    "/example": "ask one of the problems that the shipped models can solve",
+    "/quit": "leave, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves",
+}
+
+
+def chat_command(
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    strategy: StrategyOption = None,
+    max_new_tokens: LimitOption = 256,
+    block_size: BlockSizeOption = None,
+    add_threshold: AddOption = None,
+    activate_threshold: ActivateOption = None,
+    confidence_threshold: ThresholdOption = None,
+    confidence: ConfidenceOption = None,
+    max_live_blocks: LiveBlocksOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    history: HistoryOption = None,
+    slow: SlowOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Talk with a model and watch its blocks decode, slowed down so that one can follow.
+
+    The final text comes with its statistics, by the clock that was not slowed down. A model with
+    a chat template is told the conversation so far; to another, and to the shipped one, which
+    was trained on single problems, each message stands alone.
+    Messages may also be piped in, one a line; then there are no blocks, and nothing is slowed.
+
+    Example:  d2f chat --strategy serial --slow 0.5
+    """
+    changed = given(
+        block_size=block_size,
+        add_threshold=add_threshold,
+        activate_threshold=activate_threshold,
+        confidence_threshold=confidence_threshold,
+        confidence=confidence,
+        max_live_blocks=max_live_blocks,
+    )
+    check_choices(strategy, changed, {})
+    loaded, tokenizer = load_answerer(model, adapter, device, dtype)
+    from d2f.cli.chat_session import ChatSession
+
+    strategy = strategy or default_strategy(loaded.spec)
+    chosen_policy(loaded.spec, strategy, changed)
+    session = ChatSession(
+        model=loaded,
+        tokenizer=tokenizer,
+        strategy=strategy,
+        changed=changed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        remembers=_remembers(history, model, tokenizer),
+    )
+    session.change_strategy(strategy, [])
+    chat = Chat(session, slow)
+    chat.welcome()
+    if not chat.run() and not chat.is_live:
+        raise typer.Exit(1)
+
+
+def _remembers(history: bool | None, model: str | None, tokenizer: Tokenizer) -> bool:
+    # The shipped template takes a conversation, but the model has never seen one.
+    known = model is not None and tokenizer.chat_template is not None
+    return known if history is None else history
+
+
+class Leave(Exception):
+    """Somebody wants to go."""
+
+
+class Interrupts:
+    """Within it Ctrl-C is noted; the second time it leaves at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Interrupts:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def stopped(self) -> bool:
+        """Whether there was one."""
+        return self.count > 0
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        # An exception here would come up in the midst of a step; the loop looks after each.
+        self.count += 1
+        if self.count > 1:
+            raise Leave
+
+
+class Chat:
+    """Reads lines, obeys commands, and shows answers.
+
+    Args:
+        session: The conversation.
+        slow: Seconds that a forward takes at least where it is watched; None: by the strategy.
+    """
+
+    def __init__(self, session: ChatSession, slow: float | None) -> None:
+        self.session = session
+        self.is_live = sys.stdin.isatty() and out.is_terminal and not out.is_dumb_terminal
+        """Somebody sits there; otherwise lines come from a pipe, or answers go to one."""
+        self._slow = slow
+        self._last = ""
+        self._examples: list[str] = []
+        self._commands: dict[str, Callable[[list[str]], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/policy": self._policy,
+            "/strategy": self._strategy,
+            "/race": self._race,
+            "/example": self._example,
+            "/quit": self._quit,
+        }
+
+    def welcome(self) -> None:
+        """Say what one talks with."""
+        model = self.session.model
+        spec = model.spec
+        if self.is_live:
+            log.print(
+                f"[bold]d2f chat[/bold]  a {spec.architecture.name} model of "
+                f"{spec.num_parameters / 1e6:,.1f}M parameters on {model.device}, "
+                f"{str(model.dtype).removeprefix('torch.')}, strategy {self.session.strategy}"
+            )
+            from d2f.cli.live import legend
+
+            log.print(legend())
+        template = self.session.tokenizer.chat_template
+        if not self.session.remembers:
+            reason = "no chat template" if template is None else "no history"
+            log.print(f"{reason}: each message stands alone", style="dim")
+        if self.is_live:
+            log.print("/example asks something it can answer, /help lists commands", style="dim")
+            _edit_lines()
+
+    def run(self) -> bool:
+        """Answer lines until there are none; whether all went well."""
+        well, pressed = True, False
+        while True:
+            try:
+                line = self._read()
+                pressed = False
+                well &= self._heed(line.strip())
+            except (EOFError, Leave):
+                return well
+            except KeyboardInterrupt:
+                if not self.is_live:
+                    raise
+                if pressed:
+                    return well
+                pressed = True
+                log.print("\nCtrl-C again leaves, as does Ctrl-D", style="dim")
+
+    def _read(self) -> str:
+        if self.is_live:
+            log.print()
+            return input("> ")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    def _heed(self, line: str) -> bool:
+        """Do what a line says; whether it went well."""
+        if not line:
+            return True
+        try:
+            if line.startswith("/"):
+                name, *words = line.split()
+                if name not in self._commands:
+                    raise RequestError(unknown_name("command", name, self._commands))
+                self._commands[name](words)
+            else:
+                self._ask(line)
+        except D2FError as error:
+            self._say_error(str(error))
+        except (Leave, EOFError):
+            raise
+        except Exception as error:
+            # Whatever it was, the engine may have been amidst a step.
+            self.session.renew()
+            self._say_error(f"{type(error).__name__}: {error}")
+        else:
+            return True
+        return False
+
+    def _say_error(self, message: str) -> None:
+        hint = " (/clear starts a new conversation)" if self.session.messages else ""
+        log.print("[red]error:[/red]", end=" ")
+        log.print(" ".join((message + hint).split()), markup=False, soft_wrap=True)
+
+    # -------------------------------------------------------------------------------- answers
+
+    def _ask(self, message: str) -> None:
+        from d2f.cli.chat_race import answer
+
+        request, slow = self.session.request(message), 0.0
+        self._last = message
+        if self.is_live:
+            from d2f.cli.live import watch_answer
+
+            slow = self._seconds_per_forward()
+            with Interrupts() as interrupts:
+                watched = watch_answer(
+                    out,
+                    self.session.engine,
+                    request,
+                    self.session.tokenizer,
+                    slow=slow,
+                    stopped=interrupts.stopped,
+                )
+            output, seconds = watched.output, watched.seconds
+            result = output.result if output is not None else None
+            if result is None:
+                self._print_text(output.token_ids if output is not None else [])
+                log.print("stopped; not kept", style="dim")
+                raise KeyboardInterrupt
+        else:
+            start = time.perf_counter()
+            result = answer(self.session.engine, request, lambda: False)
+            seconds = time.perf_counter() - start
+            assert result is not None
+        self.session.keep(message, self._print_text(result.token_ids))
+        self._report(result, seconds, slow)
+
+    def _seconds_per_forward(self) -> float:
+        from d2f.cli.live import SLOWED_SECONDS
+
+        if self._slow is not None:
+            return self._slow
+        return ONE_BY_ONE_SECONDS if self.session.strategy in ONE_BY_ONE else SLOWED_SECONDS
+
+    def _print_text(self, token_ids: Sequence[int]) -> str:
+        from d2f.cli.live import harmless
+
+        text = self.session.tokenizer.decode(token_ids)
+        typer.echo(harmless(text) if out.is_terminal else text)
+        return text
+
+    def _report(self, result: GenerationResult, seconds: float, slow: float) -> None:
+        count, forwards = len(result.token_ids), result.num_forwards
+        slowed = slow > seconds / max(forwards, 1)
+        log.print(
+            f"{count} tokens in {forwards} forwards ({result.tokens_per_forward:.1f} per forward), "
+            f"{1000 * seconds / max(forwards, 1):.2f} ms per forward, {count / seconds:.0f} "
+            f"tokens/s, ended by {result.finish_reason}"
+            + (f"; shown at {slow:g} s per forward" if slowed else ""),
+            style="dim",
+        )
+
+    # ------------------------------------------------------------------------------- commands
+
+    def _help(self, _words: list[str]) -> None:
+        width = max(map(len, _COMMANDS))
+        for name, does in _COMMANDS.items():
+            log.print(f"{name:{width}}  {does}", markup=False)
+
+    def _clear(self, _words: list[str]) -> None:
+        self.session.clear()
+        log.print("a new conversation", style="dim")
+
+    def _policy(self, words: list[str]) -> None:
+        if words:
+            self.session.change_policy(words)
+        values = " ".join(f"{name}={value}" for name, value in self.session.policy().items())
+        log.print(values or f"strategy {self.session.strategy} has no policy", style="dim")
+
+    def _strategy(self, words: list[str]) -> None:
+        if words:
+            self.session.change_strategy(words[0], words[1:])
+        given_options = (f"{name}={value}" for name, value in self.session.options.items())
+        log.print(" ".join(["strategy", self.session.strategy, *given_options]), style="dim")
+
+    def _race(self, words: list[str]) -> None:
+        from d2f.cli.chat_race import print_race, run_race
+
+        message = " ".join(words) or self._last
+        if not message:
+            raise RequestError("there is no prompt to race with: /race PROMPT")
+        requests = self.session.race_requests(message)
+        finishes = []
+        with Interrupts() as interrupts:
+            for finish in run_race(self.session.engine, requests, interrupts.stopped):
+                finishes.append(finish)
+                log.print(f"{finish.strategy}: {finish.seconds:.3f} s", style="dim")
+        if len(requests) > 1:
+            log.print(
+                "The same weights in all rows, at best as they were trained to be decoded.",
+                style="dim",
+            )
+        print_race(out, finishes, self.session.tokenizer)
+        if interrupts.stopped():
+            raise KeyboardInterrupt
+
+    def _example(self, _words: list[str]) -> None:
+        from d2f.cli.serve import example_problems
+
+        if not self._examples:
+            self._examples = [problem.prompt for problem in example_problems()]
+        prompt = self._examples.pop(0)
+        log.print(prompt, style="bold", markup=False)
+        self._ask(prompt)
+
+    def _quit(self, _words: list[str]) -> None:
+        raise Leave
+
+
+def _edit_lines() -> None:
+    """Let the prompt line be edited, and earlier ones be fetched with the arrow keys."""
+    try:
+        import readline  # noqa: F401  (importing it is what does it)
+    except ImportError:
+        return

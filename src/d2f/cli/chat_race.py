@@ -1,0 +1,107 @@
+"""One prompt through several strategies of the same model, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from d2f.decoding.batch import GenerationResult
+from d2f.engine.engine import Engine
+from d2f.engine.request import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from d2f.text import Tokenizer
+
+_WARM_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How one strategy did."""
+
+    strategy: str
+    result: GenerationResult
+    seconds: float
+
+
+def run_race(
+    engine: Engine, requests: Mapping[str, Request], stopped: Callable[[], bool]
+) -> Iterator[Finish]:
+    """Answer the requests one at a time, each from a cold prompt, after a short warm-up.
+
+    Args:
+        engine: Decodes them; it has no other requests.
+        requests: Strategy -> request.
+        stopped: Asked after each forward; True ends the race, with no request left behind.
+
+    Yields:
+        Each strategy's finish as it comes.
+
+    Raises:
+        RequestError: A request cannot be served.
+    """
+    for name, request in requests.items():
+        few = min(_WARM_TOKENS, request.max_new_tokens)
+        if answer(engine, dataclasses.replace(request, max_new_tokens=few), stopped) is None:
+            return
+        engine.forget_prompts()
+        start = time.perf_counter()
+        result = answer(engine, request, stopped)
+        if result is None:
+            return
+        yield Finish(strategy=name, result=result, seconds=time.perf_counter() - start)
+
+
+def answer(
+    engine: Engine, request: Request, stopped: Callable[[], bool]
+) -> GenerationResult | None:
+    """The answer to a request that nobody watches; None if it was stopped.
+
+    Raises:
+        RequestError: The request cannot be served.
+    """
+    number = engine.add(request)
+    try:
+        while not stopped():
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                return output.result
+    finally:
+        engine.abort(number)
+    return None
+
+
+def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -> None:
+    """A table of speeds and, below it, each different answer with those who gave it."""
+    from d2f.cli.live import harmless
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    for column in ("tokens", "forwards", "tokens/\nforward", "ms/\nforward", "s", "tokens\nper s"):
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    answers: dict[str, list[str]] = {}
+    for finish in finishes:
+        result, count = finish.result, len(finish.result.token_ids)
+        table.add_row(
+            finish.strategy,
+            str(count),
+            str(result.num_forwards),
+            f"{result.tokens_per_forward:.2f}",
+            f"{1000 * finish.seconds / max(result.num_forwards, 1):.2f}",
+            f"{finish.seconds:.3f}",
+            f"{count / finish.seconds:.0f}",
+        )
+        text = harmless(tokenizer.decode(result.token_ids))
+        answers.setdefault(text, []).append(finish.strategy)
+    console.print(table)
+    for text, names in answers.items():
+        console.print(f"\n[bold]{', '.join(names)}[/bold]")
+        console.print(text, markup=False)

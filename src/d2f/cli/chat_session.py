@@ -1,0 +1,190 @@
+"""A conversation with one model: what was said, and how the next answer is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.policy import changed_policy, check_decoding, unheeded
+from d2f.engine.request import Request, resolve
+from d2f.errors import ConfigError, RequestError
+from d2f.models.transformer import Transformer
+from d2f.text import Tokenizer
+
+RACERS = (
+    "pipelined", "serial", "autoregressive", "parallel", "prefix-cache", "dual-cache",
+    "dllm-cache", "vanilla",
+)  # fmt: skip
+"""Strategies that a race tries; the oracle would only show that it is slow."""
+
+
+@dataclass(kw_only=True)
+class ChatSession:
+    """A model, how it answers, and what was said so far.
+
+    Raises:
+        ConfigError: It is to remember, and the model has no chat template.
+
+    Example:
+        >>> from d2f.testing import tiny_model, write_tokenizer
+        >>> import tempfile
+        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+        >>> session = ChatSession(model=tiny_model("llada"), tokenizer=tokenizer, strategy="serial")
+        >>> session.change_policy(["block_size=4"])
+        >>> session.request("1+1=").policy.block_size
+        4
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    strategy: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """What only this strategy takes."""
+    changed: dict[str, Any] = field(default_factory=dict)
+    """Fields of the policy that differ from the model's own."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    """Of the first answer; each further one has the next, so that asking again helps."""
+    remembers: bool = False
+    """Tell the model what was said before; it needs a chat template."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """The conversation, of a session that remembers."""
+    num_answers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.remembers and self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "--history: this model has no chat template, which would tell it of one"
+            )
+        self.renew()
+
+    def renew(self) -> None:
+        """Start with an engine of which nothing is known to be broken."""
+        self.engine = Engine(self.model, EngineConfig(max_batch_size=1), self.tokenizer)
+
+    def request(self, message: str) -> Request:
+        """The next message as the engine takes it, after what was said before.
+
+        Raises:
+            RequestError: The chat template refuses it.
+        """
+        if self.remembers:
+            said = [*self.messages, {"role": "user", "content": message}]
+            prompt_ids = self.tokenizer.encode_chat(said)
+        else:
+            prompt_ids = self.tokenizer.encode_prompt(message)
+        return self._request(prompt_ids, self.strategy, self.options)
+
+    def keep(self, message: str, answer: str) -> None:
+        """Remember a message and its answer."""
+        self.num_answers += 1
+        if self.remembers:
+            self.messages += [
+                {"role": "user", "content": message},
+                {"role": "assistant", "content": answer},
+            ]
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self.messages.clear()
+
+    def change_policy(self, settings: Sequence[str]) -> None:
+        """Change fields of the policy, or none of them.
+
+        Args:
+            settings: `NAME=VALUE` each; or `reset` alone, for the model's own policy.
+
+        Raises:
+            ConfigError: An unknown field, a bad value, or one without effect on the strategy.
+        """
+        if list(settings) == ["reset"]:
+            self.changed = {}
+            return
+        new = _parsed(settings)
+        changed_policy(self.model.spec, {**self.changed, **new})
+        useless = unheeded(self.strategy, new)
+        if useless:
+            raise ConfigError(f"{', '.join(useless)}: without effect on strategy {self.strategy}")
+        self.changed |= new
+
+    def change_strategy(self, name: str, settings: Sequence[str]) -> None:
+        """Decode with another strategy from now on.
+
+        Args:
+            name: The strategy.
+            settings: Options that only it takes, `NAME=VALUE` each.
+
+        Raises:
+            ConfigError: An unknown strategy or option, or a bad value.
+            RequestError: The model cannot be decoded so.
+        """
+        options = _parsed(settings)
+        check_decoding(name, {}, options)
+        resolve(self._request([0], name, options), self.model.spec)
+        self.strategy, self.options = name, options
+
+    def policy(self) -> dict[str, Any]:
+        """The fields of the policy that have an effect on the strategy."""
+        values = changed_policy(self.model.spec, self.changed).to_dict()
+        useless = unheeded(self.strategy, values)
+        return {name: value for name, value in values.items() if name not in useless}
+
+    def race_requests(self, message: str) -> dict[str, Request]:
+        """One message as a request of each strategy that the model can be decoded with.
+
+        The present strategy keeps its options, all heed the changed policy as far as they can.
+
+        Raises:
+            RequestError: The present strategy cannot answer it.
+        """
+        own = self.request(message)
+        resolve(own, self.model.spec)
+        requests = {}
+        for name in RACERS:
+            options = self.options if name == self.strategy else {}
+            request = self._request(own.prompt_ids, name, options)
+            # What one strategy cannot do is no reason to keep the others from it.
+            with suppress(RequestError, ConfigError):
+                resolve(request, self.model.spec)
+                requests[name] = request
+        return requests
+
+    def _request(
+        self, prompt_ids: Sequence[int], strategy: str, options: Mapping[str, Any]
+    ) -> Request:
+        useless = unheeded(strategy, self.changed)
+        heeded = {name: value for name, value in self.changed.items() if name not in useless}
+        return Request(
+            prompt_ids=prompt_ids,
+            max_new_tokens=self.max_new_tokens,
+            policy=changed_policy(self.model.spec, heeded),
+            strategy=strategy,
+            temperature=self.temperature,
+            seed=self.seed + self.num_answers,
+            options=options,
+        )
+
+
+def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{setting!r}: write it as NAME=VALUE")
+        values[name] = _value(text)
+    return values
+
+
+def _value(text: str) -> int | float | str | None:
+    if text.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

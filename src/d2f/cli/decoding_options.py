@@ -1,0 +1,158 @@
+"""What one may choose of a model and of how it decodes, for all commands that decode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2f.diffusion.policy import DecodingPolicy
+    from d2f.models.spec import ModelSpec
+    from d2f.models.transformer import Transformer
+    from d2f.text import Tokenizer
+
+ModelOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
+]
+AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="pipelined, serial, autoregressive, vanilla, parallel, prefix-cache, dual-cache, "
+        "dllm-cache or reference. Default: pipelined, or autoregressive for such a model."
+    ),
+]
+LimitOption = Annotated[int, typer.Option(help="Most tokens of the response.")]
+BlockSizeOption = Annotated[int | None, typer.Option(help="Tokens of a block.")]
+AddOption = Annotated[
+    float | None, typer.Option(help="Open a block at this decoded share of the last.")
+]
+ActivateOption = Annotated[
+    float | None, typer.Option(help="Fully active at this share of the predecessor.")
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="Accept tokens above this probability.")
+]
+ConfidenceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What ranks the token that a block must accept: probability, margin or neg_entropy."
+    ),
+]
+LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
+StepsOption = Annotated[int | None, typer.Option(help="vanilla, dllm-cache: forwards in all.")]
+BlockLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="vanilla, parallel, prefix-cache, dual-cache, dllm-cache: tokens of a block."
+    ),
+]
+AlgorithmOption = Annotated[
+    str | None,
+    typer.Option(
+        help="vanilla: low_confidence (LLaDA's), maskgit_plus, topk_margin, entropy or origin "
+        "(Dream's)."
+    ),
+]
+EpsOption = Annotated[float | None, typer.Option(help="vanilla: where Dream's time ends.")]
+SureOption = Annotated[
+    float | None,
+    typer.Option(help="parallel, prefix-cache, dual-cache: keep tokens of this probability."),
+]
+FactorOption = Annotated[
+    float | None,
+    typer.Option(help="parallel, prefix-cache, dual-cache: keep as many as this factor allows."),
+]
+PromptIntervalOption = Annotated[
+    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the prompt.")
+]
+ResponseIntervalOption = Annotated[
+    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the response.")
+]
+RefreshShareOption = Annotated[
+    float | None, typer.Option(help="dllm-cache: share of the response computed in between.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
+TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
+TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
+ChatOption = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
+]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those that are not None.
+
+    Example:
+        >>> given(block_size=8, confidence=None)
+        {'block_size': 8}
+    """
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_choices(strategy: str | None, changed: dict[str, Any], options: dict[str, Any]) -> None:
+    """Refuse what no model could be asked for before any is loaded, which may take minutes.
+
+    Raises:
+        ConfigError: An unknown strategy, option or field of the policy, or a bad value.
+    """
+    from d2f.diffusion.policy import DecodingPolicy
+    from d2f.engine.policy import check_decoding
+
+    DecodingPolicy.from_dict(changed)
+    if strategy is not None:
+        check_decoding(strategy, {}, options)
+
+
+def load_answerer(
+    model: str | None, adapter: str | None, device: str | None, dtype: str | None
+) -> tuple[Transformer, Tokenizer]:
+    """The model asked for, the shipped student by default, and its tokenizer.
+
+    Raises:
+        CheckpointError: There is none, or it is broken.
+        ConfigError: The device or the dtype cannot be used.
+    """
+    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.hub import resolve_folder
+    from d2f.models.checkpoint import load_model, read_spec
+    from d2f.shipped import shipped_model
+    from d2f.text import Tokenizer
+
+    source: str | Path = model if model is not None else shipped_model("student")
+    # What fails in milliseconds comes before the weights, which may take minutes.
+    read_spec(resolve_folder(source, weights=False))
+    tokenizer = Tokenizer.load(source)
+    device = choose_device(device)
+    if dtype is None and model is None:
+        dtype = fastest_dtype(device)
+    return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
+
+
+def default_strategy(spec: ModelSpec) -> str:
+    """What a model is decoded with unless somebody says otherwise."""
+    return "autoregressive" if spec.architecture.causal else "pipelined"
+
+
+def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
+    """The model's policy with the fields that were given as options.
+
+    Raises:
+        ConfigError: One of them has no effect on the strategy.
+    """
+    from d2f.engine.policy import changed_policy, unheeded
+
+    useless = unheeded(strategy, changed)
+    if useless:
+        options = ", ".join("--" + name.replace("_", "-") for name in useless)
+        raise ConfigError(f"{options}: without effect on strategy {strategy}")
+    return changed_policy(spec, changed)

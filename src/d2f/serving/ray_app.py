@@ -1,0 +1,173 @@
+"""The application as a Ray Serve deployment: replicas, health and scaling by queue length."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from d2f.errors import ConfigError
+from d2f.serving.errors import ApiError
+from d2f.serving.gateway import send_error
+from d2f.serving.service import Service
+from d2f.serving.settings import ServeSettings, is_loopback
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+NAME = "d2f"
+KEY_VARIABLE = "D2F_API_KEY"
+_HEALTH_SECONDS = 2.0
+_FAREWELL_SECONDS = 10.0
+"""Added to the time for draining, before Ray ends a replica by force."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How many replicas there are, and what each may hold.
+
+    Raises:
+        ConfigError: A value is out of its range.
+
+    Example:
+        >>> Scaling(min_replicas=2, max_replicas=4).num_gpus
+        0.0
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 16.0
+    """Requests, running and waiting, that a replica should have on average: above it there will be
+    more replicas, below it fewer."""
+    upscale_delay_seconds: float = 10.0
+    """How long there must be more before replicas are added."""
+    downscale_delay_seconds: float = 300.0
+    """How long there must be fewer before replicas are taken away."""
+    num_cpus: float = 1.0
+    """Cores that Ray sets aside for a replica."""
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.min_replicas < 1:
+            raise ConfigError(f"min_replicas is {self.min_replicas}; it must be at least 1")
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"max_replicas is {self.max_replicas}, less than min_replicas {self.min_replicas}"
+            )
+        for name in ("target_ongoing_requests", "num_cpus"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("num_gpus", "upscale_delay_seconds", "downscale_delay_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+
+
+def deployment_options(
+    scaling: Scaling, *, max_batch_size: int, max_waiting: int, drain_seconds: float
+) -> dict[str, Any]:
+    """What `ray.serve.deployment` is told.
+
+    Args:
+        scaling: How many replicas, and what each holds.
+        max_batch_size: Of a replica's engine.
+        max_waiting: Of a replica's queue.
+        drain_seconds: How long running requests have when a replica ends.
+    """
+    room = max_batch_size + max_waiting
+    return {
+        "name": NAME,
+        # More than a replica has room for: what is too much it refuses itself, with 429 and
+        # Retry-After, as a server without Ray does. Ray would let it wait without a word.
+        "max_ongoing_requests": 2 * room,
+        "max_queued_requests": room,
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "initial_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+            "upscale_delay_s": scaling.upscale_delay_seconds,
+            "downscale_delay_s": scaling.downscale_delay_seconds,
+        },
+        "health_check_period_s": _HEALTH_SECONDS,
+        "graceful_shutdown_timeout_s": drain_seconds + _FAREWELL_SECONDS,
+        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
+    }
+
+
+class Replica:
+    """What Ray asks of a replica; its HTTP side is the application itself.
+
+    Ray replaces a replica whose check fails several times in a row, and one whose process ended.
+    """
+
+    app: FastAPI
+    """Set by Ray, from the function handed to `serve.ingress`."""
+
+    def __init__(self) -> None:
+        from d2f.serving.log import LogWriter
+
+        # To the replica's log file. It ends with the process.
+        LogWriter(sys.stderr).__enter__()
+
+    async def check_health(self) -> None:
+        """Wait until requests are answered; on which the first traffic waits, too.
+
+        Raises:
+            Unavailable: The service has failed; another replica must take its place.
+        """
+        service: Service = self.app.state.service
+        await service.ready()
+
+
+class LocalClients:
+    """ASGI middleware of an application without a key: it refuses clients from other machines.
+
+    A replica does not know what address Ray's proxy listens on, so it looks at who asks.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on or refuse it."""
+        client = scope.get("client")
+        if scope["type"] == "http" and (client is None or not is_loopback(client[0])):
+            message = (
+                "without an API key only this machine is served; set D2F_API_KEY in the "
+                "environment of the replicas"
+            )
+            await send_error(ApiError(403, message, code="host_not_allowed"), send)
+            return
+        await self._app(scope, receive, send)
+
+
+def ray_application(
+    build: Callable[[ServeSettings], tuple[FastAPI, Service]],
+    settings: ServeSettings,
+    options: dict[str, Any],
+) -> Any:  # ray.serve.Application, which is not there without Ray
+    """An application of replicas, for `serve.run`.
+
+    Args:
+        build: Makes a replica's application and service, in the replica's process. Ray sends it
+            there, so it must be picklable.
+        settings: Of each replica. The API key is read from the environment variable D2F_API_KEY
+            in the replica's process: Ray shows an application's arguments to all who may look.
+        options: From `deployment_options`.
+    """
+    from ray import serve
+
+    def build_app() -> FastAPI:
+        own = dataclasses.replace(settings, api_key=os.environ.get(KEY_VARIABLE))
+        app, service = build(own)
+        app.state.service = service
+        if own.api_key is None:
+            app.add_middleware(LocalClients)
+        return app
+
+    return serve.deployment(**options)(serve.ingress(build_app)(Replica)).bind()
