@@ -16,7 +16,7 @@ class Mailbox:
     """Carries news from the engines' thread to the tickets, at one wake-up of the loop per step.
 
     What the loop has not fetched yet is replaced by what is newer, so a loop that is late finds
-    one update per request.
+    one update per request; of a watched request it finds one per step.
 
     Args:
         loop: Where the tickets are.
@@ -26,16 +26,19 @@ class Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         self._loop, self._metrics = loop, metrics
         self._lock = threading.Lock()
-        self._updates: dict[Job, Update] = {}
+        self._updates: dict[Job, list[Update]] = {}
         self._calls: list[Callable[[], None]] = []
         self._woken = False
         """The loop will come; it need not be called again."""
         self._cpu_seconds = time.thread_time()
 
     def post(self, job: Job, update: Update) -> None:
-        """Replace what is new of a request."""
+        """Add to what is new of a watched request; of others replace it."""
         with self._lock:
-            self._updates[job] = update
+            if job.watch:
+                self._updates.setdefault(job, []).append(update)
+            else:
+                self._updates[job] = [update]
 
     def call(self, function: Callable[[], None]) -> None:
         """Have a function called on the loop, before the tickets get their updates."""
@@ -62,10 +65,11 @@ class Mailbox:
             self._woken = False
         for function in calls:
             function()
-        for job, update in updates.items():
+        for job, news in updates.items():
             ticket = job.ticket() if job.ticket is not None else None
             if ticket is not None:
-                ticket.receive(update)
+                for update in news:
+                    ticket.receive(update)
         spent = time.thread_time()
         self._metrics.event_loop_cpu.inc(spent - self._cpu_seconds)
         self._cpu_seconds = spent

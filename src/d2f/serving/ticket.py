@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 from d2f.errors import RequestError
 from d2f.serving.job import Job
 from d2f.serving.update import Update
 
+MOST_UNREAD = 256
+"""Updates that are kept for a slow reader of a watched request; then the oldest goes. Each has the
+whole state, so nothing but the steps between is lost."""
+
 
 class Ticket:
     """A request in the service: its updates, and the means to end it.
 
     An asynchronous iterator of updates. A slow reader gets the newest state, once; nothing queues
-    up. Only one task may read a ticket, either the updates (`async for`) or the last one (`last`).
+    up but the steps of a watched request, of which the last `MOST_UNREAD` are kept. Only one task
+    may read a ticket, either the updates (`async for`) or the last one (`last`).
     A ticket that is dropped before its end cancels its request, as `cancel` does at once.
 
     Only the thread of the service's event loop may use it.
@@ -28,7 +34,7 @@ class Ticket:
     def __init__(self, job: Job, on_cancel: Callable[[Job], None]) -> None:
         self._job, self._on_cancel = job, on_cancel
         self._newest: Update | None = None
-        self._unread = False
+        self._unread: deque[Update] = deque(maxlen=MOST_UNREAD if job.watch else 1)
         self._over = False
         """No other update will come."""
         self._reader: asyncio.Future[None] | None = None
@@ -39,14 +45,12 @@ class Ticket:
         return self
 
     async def __anext__(self) -> Update:
-        """The newest state not seen yet; ends after the update with a result or an error."""
+        """The next state not seen yet; ends after the update with a result or an error."""
         while not self._unread:
             if self._over:
                 raise StopAsyncIteration
             await self._news()
-        assert self._newest is not None
-        self._unread = False
-        return self._newest
+        return self._unread.popleft()
 
     async def last(self) -> Update:
         """Wait for the end and return the last update, which has the result.
@@ -81,13 +85,15 @@ class Ticket:
     def receive(self, update: Update) -> None:
         """Take the newest state."""
         if not self._over:
-            self._newest, self._unread = update, True
+            self._newest = update
+            self._unread.append(update)
             self._over = update.done
             self._wake()
 
     def close(self) -> None:
         """End the iteration without another update."""
-        self._over, self._unread = True, False
+        self._over = True
+        self._unread.clear()
         self._wake()
 
     def _wake(self) -> None:

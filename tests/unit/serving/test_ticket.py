@@ -7,14 +7,14 @@ from tests.unit.serving.running import request
 
 from d2f.errors import RequestError
 from d2f.serving.job import Job
-from d2f.serving.ticket import Ticket
+from d2f.serving.ticket import MOST_UNREAD, Ticket
 from d2f.serving.update import Update
 
 
-def make():
+def make(watch=False):
     cancelled = []
     return Ticket(
-        Job(request(), follow=True, watch=False, submitted=0.0), cancelled.append
+        Job(request(), follow=True, watch=watch, submitted=0.0), cancelled.append
     ), cancelled
 
 
@@ -71,5 +71,30 @@ def test_a_reader_may_give_up_and_another_go_on():
         ticket.receive(Update(error=RequestError("bad")))
         with pytest.raises(RequestError, match="bad"):
             await ticket.last()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("watch", "seen"), [(False, [3]), (True, [1, 2, 3])])
+def test_a_slow_reader_misses_no_step_of_a_watched_request(watch, seen):
+    async def run():
+        ticket, _ = make(watch)
+        for step in (1, 2):
+            ticket.receive(Update(num_forwards=step))
+        ticket.receive(Update(num_forwards=3, error=RequestError("bad")))
+        return [update.num_forwards async for update in ticket]
+
+    assert asyncio.run(run()) == seen
+
+
+def test_what_a_reader_never_reads_is_bounded():
+    async def run():
+        ticket, _ = make(watch=True)
+        for step in range(2 * MOST_UNREAD):
+            ticket.receive(Update(num_forwards=step))
+        ticket.receive(Update(error=RequestError("bad")))
+        updates = [update async for update in ticket]
+        assert len(updates) == MOST_UNREAD
+        assert updates[-1].done
 
     asyncio.run(run())
