@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from typing import Any, NamedTuple
 
@@ -82,14 +82,16 @@ def live_server(*models: ServedModel, **settings: Any):
     bound = open_socket("127.0.0.1", 0)
     ready = threading.Event()
     server = Server(create_app(service, chosen, metrics), service, chosen, ready.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    # A test that fails while an engine is held must not hold up the others.
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     url, port = url_of(bound), bound.getsockname()[1]
     thread.start()
     try:
         assert ready.wait(30)
         yield LiveServer(url, port, service, server)
     finally:
-        server._loop.call_soon_threadsafe(server.drain)
+        with suppress(RuntimeError):  # it has ended already, and its loop is closed
+            server._loop.call_soon_threadsafe(server.drain)
         thread.join(30)
         bound.close()
         assert not thread.is_alive()

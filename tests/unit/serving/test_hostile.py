@@ -399,7 +399,8 @@ def test_told_twice_it_does_not_wait_for_requests():
         eventually(lambda: model.engine.status().num_running == 1)
         for _ in range(2):
             server.server.handle_exit(signal.SIGTERM, None)
-        eventually(lambda: server.service.state is ServiceState.DRAINING)
+        # It may have stopped already: the second signal ends it after any step.
+        eventually(lambda: server.service.state is not ServiceState.READY)
         gate.let(1)
         asked.join(20)
     assert answers[0].status == 503
