@@ -110,7 +110,7 @@ def test_a_steady_autoregressive_step():
     step = SteadyStep(tiny_model("qwen2"), batch_size=2, window=1, kv_length=19)
     tables, tokens = step._start().read()
     assert [(table["start"], table["end"]) for table in tables] == [(20, 21)] * 2
-    assert [token.index for token in tokens] == [1, 1]
+    assert [token.place for token in tokens] == [1, 1]
     assert measure_step(step, RATES, num_steps=2).strategy == "autoregressive"
 
 
