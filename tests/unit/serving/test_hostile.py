@@ -262,6 +262,12 @@ def test_routes_that_are_not_there(server, method, path, status):
     assert ("allow" in answer.headers) == (status == 405)
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/openapi.json"])
+def test_heads(server, path):
+    answer = server.ask("HEAD", path)
+    assert (answer.status, answer.body) == (200, b"")
+
+
 def test_what_is_no_http(server):
     for data in (b"\0" * 100, b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"A" * 100_000):
         server.send(data, half_close=True)
