@@ -176,3 +176,7 @@ def test_a_key_is_never_shown():
 
 def test_others_may_be_served_with_a_key():
     assert ServeSettings(host="0.0.0.0", api_key="k").host == "0.0.0.0"
+
+
+def test_settings_do_not_show_their_key():
+    assert "s3cret" not in repr(ServeSettings(api_key="s3cret"))
