@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from d2f.errors import ConfigError
 from d2f.serving.body import parse_json
@@ -108,6 +109,13 @@ def test_fields_that_change_nothing_are_taken(kind):
             assert parse_body(kind, least | {name: value}) == plain
     nulls = dict.fromkeys(set(kind.model_fields) - set(least))
     assert parse_body(kind, least | nulls) == plain
+
+
+def test_of_many_wrong_messages_the_first_is_enough():
+    with pytest.raises(ValidationError) as refused:
+        ChatBody.model_validate({"messages": [1] * 100})
+    assert refused.value.error_count() == 1
+    assert refusal({"messages": [*SAID["messages"], 1, 2]}, ChatBody).param == "messages.1"
 
 
 def test_what_the_client_gave_back_is_a_message():
