@@ -51,17 +51,18 @@ def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> F
         title="d2f",
         version=__version__,
         lifespan=lifespan,
-        # Their pages come from other servers; the document is at /openapi.json.
+        # Their pages come from other servers.
         docs_url=None,
         redoc_url=None,
+        # A route of ours, so that it is counted under its name.
+        openapi_url=None,
         redirect_slashes=False,
     )
-    document = build_openapi(service.models, settings)
-    app.openapi = lambda: document  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_middleware(Gateway, settings=settings, metrics=metrics)
     for path, name, handler, method in _routes(_Endpoints(service, settings, metrics)):
-        app.add_api_route(path, handler, methods=[method], name=name, response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, handler, methods=methods, name=name, response_model=None)
     return app
 
 
@@ -76,6 +77,7 @@ def _routes(endpoints: _Endpoints) -> list[tuple[str, str, Handler, str]]:
         ("/health/ready", "/health/ready", endpoints.ready, "GET"),
         ("/health/live", "/health/live", endpoints.live, "GET"),
         ("/metrics", "/metrics", endpoints.metrics, "GET"),
+        ("/openapi.json", "/openapi.json", endpoints.document, "GET"),
         ("/", "/page", endpoints.page, "GET"),
         ("/page/{name:path}", "/page", endpoints.page, "GET"),
     ]
@@ -102,6 +104,7 @@ class _Endpoints:
         self._catalogue = Catalogue(service.models.values())
         self._texts = {name: TokenTexts(model.tokenizer) for name, model in service.models.items()}
         self._page = Page()
+        self._document = build_openapi(service.models, settings)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -135,6 +138,10 @@ class _Endpoints:
         """`GET /metrics`."""
         content, kind = self._metrics.render()
         return Response(content, headers={"Content-Type": kind})
+
+    async def document(self, request: Request) -> Response:
+        """`GET /openapi.json`."""
+        return JSONResponse(self._document)
 
     async def page(self, request: Request) -> Response:
         """`GET /` and the page's files."""

@@ -114,6 +114,8 @@ def _check_unicode(value: dict[str, Any]) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise _malformed("half of a surrogate pair is no character") from None
+    except RecursionError:  # writing goes a little less deep than reading
+        raise _malformed("nested too deeply") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

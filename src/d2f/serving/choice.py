@@ -142,8 +142,10 @@ class Choice:
         for token in fresh:
             if self._stopped:
                 return
-            self._starts.append((token, self._num_given + len(self._held)))
-            self._add(self._stream.push([token]))
+            text = self._stream.push([token])
+            start = self._num_given + len(self._held) + _num_broken(text, self._texts[token])
+            self._starts.append((token, start))
+            self._add(text)
 
     def _add(self, text: str) -> None:
         """Hold a text, cut at the stop string that is complete first."""
@@ -173,6 +175,17 @@ class Choice:
         text, self._held = self._held[:length], self._held[length:]
         self._num_given += length
         return text
+
+
+def _num_broken(text: str, own: str) -> int:
+    r"""Characters before a token's own text that tokens before it left unfinished for good.
+
+    Example:
+        >>> _num_broken("\ufffd a", " a"), _num_broken(" a", "a")
+        (1, 0)
+    """
+    before = text.removesuffix(own)
+    return len(before) if before and own and not before.strip("\ufffd") else 0
 
 
 def finish_reason(engine_reason: str) -> str:

@@ -19,6 +19,8 @@ _TYPES = {
     504: "timeout_error",
 }
 _LONGEST_VALUE = 80
+_LONGEST_MESSAGE = 1000
+"""Names that clients give stand in messages, and may be as long as a body."""
 
 
 class ApiError(Exception):
@@ -47,8 +49,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _cut(message, _LONGEST_MESSAGE)
+        self.param = None if param is None else _cut(param, _LONGEST_VALUE)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -74,7 +76,11 @@ def show_value(value: object) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number with thousands of digits; a deep list
         return f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+    return _cut(text, _LONGEST_VALUE)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:

@@ -109,7 +109,7 @@ class Message(_Body):
     """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = dict.fromkeys(
         ("refusal", "audio", "function_call", "tool_calls", "annotations"), (None, [])
@@ -138,7 +138,7 @@ class GenerationBody(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Of the first choice, the next has one more; None: drawn for each request."""
     stop: Stop = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -183,7 +183,8 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    # The first that is wrong is enough: a body has room for a hundred thousand.
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     """The logarithm of the probability with which each token was accepted."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from d2f.errors import ConfigError
 
@@ -46,7 +46,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0: any that is free."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """What clients must send as bearer token; None: nothing, on a loopback address only."""
     max_waiting: int = 256
     """Most requests that wait for their first step."""

@@ -83,6 +83,17 @@ def test_no_half_character():
     assert (choice.grow(cut), "\ufffd" in choice.end(cut)) == ("", True)
 
 
+def test_a_token_behind_half_a_character_begins_behind_it():
+    shipped = Tokenizer.load(shipped_model())
+    half, word = shipped.encode("€")[:1], shipped.encode(" more")
+    choice = Choice(shipped, texts=TokenTexts(shipped))
+    text = choice.end(half + word)
+    tokens = choice.logprobs([1.0] * (1 + len(word)), ended=True)
+    assert text == "\ufffd more"
+    assert "".join(text[token.offset] + token.text[1:] for token in tokens) == text
+    assert tokens[1].offset == 1
+
+
 @pytest.mark.parametrize(("probability", "logprob"), [(1.0, 0.0), (0.0, -9999.0), (None, -9999.0)])
 def test_logprob_is_a_number_in_json(probability, logprob):
     assert logprob_of(probability) == logprob

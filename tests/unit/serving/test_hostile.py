@@ -141,6 +141,33 @@ def test_malformed_bodies(server, path, body):
     assert ".py" not in answer.body.decode()
 
 
+def test_as_deep_as_can_be_read(guarded):
+    # Somewhere near the limit one can read a body but not write it.
+    for depth in range(900, 1000):
+        nested = b"[" * depth + b"]" * depth
+        body = b'{"user": "\\u0041", "prompt": ' + nested + b"}"
+        answer = guarded.post(body, Authorization="Bearer s3cret")
+        assert (answer.status, answer.error["message"] != "") == (400, True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a", "b"], "n": 10**4299},
+        {"prompt": "a", "strategy": "vanilla", "options": {"num_steps": 10**4299}},
+        {"prompt": "a", "model": "m" * 500_000},
+        {"prompt": "a", "strategy": "s" * 500_000},
+        {"prompt": "a", "k" * 500_000: 1},
+        {"prompt": "a", "options": {"k" * 500_000: 1}},
+    ],
+    ids=["n", "option", "model", "strategy", "name", "option's name"],
+)
+def test_an_answer_does_not_grow_with_what_it_refuses(guarded, body):
+    answer = guarded.post(body, Authorization="Bearer s3cret")
+    assert answer.status in (400, 404)
+    assert len(answer.body) < 3000
+
+
 def test_nul_and_odd_characters_are_text(server):
     for prompt in ("\0", "\u202e", "\U0010ffff", "\x7f", "é~"):
         assert server.post({"prompt": prompt, "max_tokens": 2}).status == 200
@@ -260,6 +287,12 @@ def test_routes_that_are_not_there(server, method, path, status):
     assert answer.status == status
     assert answer.error["message"]
     assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/openapi.json"])
+def test_heads(server, path):
+    answer = server.ask("HEAD", path)
+    assert (answer.status, answer.body) == (200, b"")
 
 
 def test_what_is_no_http(server):

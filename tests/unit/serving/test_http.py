@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 
 import openai
 import pytest
@@ -309,7 +310,18 @@ def test_probes_and_metrics(server):
     server.post({"prompt": "a", "max_tokens": 2})
     text = server.ask("GET", "/metrics").body.decode()
     assert 'd2f_requests_total{endpoint="/v1/completions",model="tiny",status="200"}' in text
-    assert 'endpoint="/v1/models/{id}"' in text or "d2f_requests_waiting" in text
+    assert "d2f_requests_waiting 0.0" in text
+
+
+def test_each_route_is_counted_under_its_name():
+    paths = ["/openapi.json", "/v1/models/tiny", "/health/live", "/page/style.css", "/nothing"]
+    with live_server(served()) as server:
+        for path in paths:
+            server.ask("GET", path)
+        text = server.ask("GET", "/metrics").body.decode()
+    counted = set(re.findall(r'd2f_requests_total{endpoint="([^"]+)"', text))
+    names = {"/openapi.json", "/v1/models/{id}", "/health/live", "/page", "other"}
+    assert counted == names
 
 
 def test_the_page_has_strict_headers(server):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from d2f.errors import ConfigError
 from d2f.serving.body import parse_json
@@ -110,6 +111,13 @@ def test_fields_that_change_nothing_are_taken(kind):
     assert parse_body(kind, least | nulls) == plain
 
 
+def test_of_many_wrong_messages_the_first_is_enough():
+    with pytest.raises(ValidationError) as refused:
+        ChatBody.model_validate({"messages": [1] * 100})
+    assert refused.value.error_count() == 1
+    assert refusal({"messages": [*SAID["messages"], 1, 2]}, ChatBody).param == "messages.1"
+
+
 def test_what_the_client_gave_back_is_a_message():
     message = {
         "role": "assistant",
@@ -176,3 +184,7 @@ def test_a_key_is_never_shown():
 
 def test_others_may_be_served_with_a_key():
     assert ServeSettings(host="0.0.0.0", api_key="k").host == "0.0.0.0"
+
+
+def test_settings_do_not_show_their_key():
+    assert "s3cret" not in repr(ServeSettings(api_key="s3cret"))
