@@ -70,6 +70,7 @@ export class Settings {
    */
   choose(model) {
     this.model = model;
+    byId("settings").hidden = false;
     const options = model.d2f.strategies.map((name) => h("option", { value: name }, name));
     this.strategy.replaceChildren(...options);
     const size = this.inputs.get("block_size");
@@ -126,6 +127,8 @@ export class Settings {
       ...(policy && { policy }),
       max_tokens: Number(this.maxTokens.value),
       temperature: Number(this.temperature.value),
+      // Asked again, a warm model should answer otherwise; the server's own seed is always 0.
+      ...(Number(this.temperature.value) > 0 && { seed: Math.floor(Math.random() * 2 ** 31) }),
     };
   }
 }
