@@ -270,7 +270,7 @@ export class Pipeline {
 function isInView(element) {
   if (!element) return false;
   const { top, bottom } = element.getBoundingClientRect();
-  return top >= 0 && bottom <= innerHeight;
+  return top >= 0 && bottom <= innerHeight + 2;
 }
 
 /** @param {HTMLElement} home @returns {Tile} */

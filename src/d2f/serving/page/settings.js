@@ -127,8 +127,6 @@ export class Settings {
       ...(policy && { policy }),
       max_tokens: Number(this.maxTokens.value),
       temperature: Number(this.temperature.value),
-      // Asked again, a warm model should answer otherwise; the server's own seed is always 0.
-      ...(Number(this.temperature.value) > 0 && { seed: Math.floor(Math.random() * 2 ** 31) }),
     };
   }
 }
