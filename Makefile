@@ -12,7 +12,7 @@ LOG := $(VENV)/install.log
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test kernels check fix clean
+.PHONY: help install demo test browser kernels check fix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -23,8 +23,13 @@ install: $(STAMP) ## create .venv with the package, the demo's plot and the tool
 demo: $(STAMP) ## solve problems live, then race D2F against autoregression
 	$(BIN)/d2f demo $(DEMO_ARGS)
 
-test: $(STAMP) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+test: $(STAMP) ## run the tests, all but those of the page
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/browser $(TEST_ARGS)
+
+browser: $(STAMP) ## run the tests of the server's page in a real Chromium
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  echo "make: there is no Chromium in PATH; on Debian install the package chromium"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser $(TEST_ARGS)
 
 kernels: $(STAMP) ## run the kernels' tests, interpreted where there is no GPU; gets Triton if need be
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "Installing Triton"; \

@@ -260,9 +260,12 @@ class Chat:
         return False
 
     def _say_error(self, message: str) -> None:
+        from rich.text import Text
+
         hint = " (/clear starts a new conversation)" if self.session.messages else ""
         log.print("[red]error:[/red]", end=" ")
-        log.print(" ".join((message + hint).split()), markup=False, soft_wrap=True)
+        words = Text(" ".join((message + hint).split()))
+        log.print(words, soft_wrap=not self.is_live)
 
     # -------------------------------------------------------------------------------- answers
 
@@ -309,14 +312,18 @@ class Chat:
         from d2f.cli.live import harmless
 
         text = self.session.tokenizer.decode(token_ids)
-        typer.echo(harmless(text) if out.is_terminal else text)
+        if out.is_terminal:  # which itself would break lines within words
+            out.print(harmless(text), markup=False, highlight=False, emoji=False)
+        else:
+            typer.echo(text)
         return text
 
     def _report(self, result: GenerationResult, seconds: float, slow: float) -> None:
         count, forwards = len(result.token_ids), result.num_forwards
         slowed = slow > seconds / max(forwards, 1)
         log.print(
-            f"{count} tokens in {forwards} forwards ({result.tokens_per_forward:.1f} per forward), "
+            f"{count} token{'s' * (count != 1)} in {forwards} forward{'s' * (forwards != 1)} "
+            f"({result.tokens_per_forward:.1f} per forward), "
             f"{1000 * seconds / max(forwards, 1):.2f} ms per forward, {count / seconds:.0f} "
             f"tokens/s, ended by {result.finish_reason}"
             + (f"; shown at {slow:g} s per forward" if slowed else ""),

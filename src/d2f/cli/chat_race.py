@@ -83,7 +83,8 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
     """A table of speeds and, below it, each different answer with those who gave it."""
     from d2f.cli.live import harmless
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    gap = 2 if console.width >= 70 else 1
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("", no_wrap=True)
     for column in ("tokens", "forwards", "tokens/\nforward", "ms/\nforward", "s", "tokens\nper s"):
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
@@ -104,4 +105,4 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
     console.print(table)
     for text, names in answers.items():
         console.print(f"\n[bold]{', '.join(names)}[/bold]")
-        console.print(text, markup=False)
+        console.print(text, markup=False, highlight=False, emoji=False)

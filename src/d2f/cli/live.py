@@ -106,7 +106,8 @@ def watch_answer(
                 blocks = render_blocks(step.blocks, tokenizer, named=True)
                 console.print(f"{forwards:3d} ", blocks, sep="")
                 continue
-            blocks = render_blocks(step.blocks, tokenizer, named=console.color_system is None)
+            colourless = console.color_system is None or console.no_color
+            blocks = render_blocks(step.blocks, tokenizer, named=colourless)
             status = Text(f"forward {forwards}", style="dim")
             shown = last_lines(blocks, console, console.height - 2)
             screen.update(Group(shown, status), refresh=True)

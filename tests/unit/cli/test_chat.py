@@ -261,12 +261,29 @@ def test_a_stopped_answer_leaves_the_engine(folder):
         session.engine.view(watched.output.request_id)
 
 
-def test_states_are_named_where_there_are_no_colours(folder):
+@pytest.mark.parametrize("off", [{"color_system": None}, {"no_color": True}])
+def test_states_are_named_where_there_are_no_colours(folder, off):
     session, screen = new_session(folder), io.StringIO()
-    console = Console(width=200, file=screen, force_terminal=True, color_system=None)
+    console = Console(width=200, file=screen, force_terminal=True, **off)
     request = session.request("1+1=")
     watch_answer(console, session.engine, request, session.tokenizer)
     assert "[fully active]" in screen.getvalue()
+
+
+def test_answers_and_errors_break_between_words(folder, monkeypatch):
+    session, screen = new_session(folder), io.StringIO()
+    console = Console(width=20, file=screen, force_terminal=True)
+    monkeypatch.setattr(chat, "out", console)
+    monkeypatch.setattr(chat, "log", console)
+    talk = Chat(session, slow=None)
+    talk.is_live = True
+    text = "seventeen [apples] and twentythree :pear: and 14"
+    monkeypatch.setattr(session.tokenizer, "decode", lambda _: text)
+    talk._print_text([])
+    talk._say_error(text)
+    shown = screen.getvalue().splitlines()
+    assert shown[:3] == ["seventeen [apples] ", "and twentythree ", ":pear: and 14"]
+    assert {word for line in shown[3:] for word in line.split()} >= set(text.split()[:-1])
 
 
 def test_only_the_end_of_a_long_answer_is_shown():

@@ -1,7 +1,7 @@
 /** The conversation on the left: prompts, answers, and what went wrong with them. */
 
 import { ApiError, streamAnswer } from "./api.js";
-import { announce, byId, errorBox, h } from "./dom.js";
+import { announce, byId, errorBox, h, swap } from "./dom.js";
 import { Run, clock, counted } from "./run.js";
 
 /**
@@ -44,7 +44,10 @@ export class Chat {
     });
     byId("stop").addEventListener("click", () => this.running?.abort());
     byId("again").addEventListener("click", () => this.ask(this.asked));
-    byId("try").addEventListener("click", () => this.ask(this.examples[0]));
+    byId("try").addEventListener("click", () => {
+      this.ask(this.examples[0]);
+      this.messages.focus(); // the button is gone
+    });
   }
 
   /**
@@ -67,6 +70,7 @@ export class Chat {
     byId("send").disabled = false;
     byId("try").disabled = false;
     byId("try").hidden = chips.length === 0;
+    byId("invitation").textContent = chips.length ? "Pick a question, or ask your own." : "Ask a question.";
   }
 
   /** @param {string} text */
@@ -151,10 +155,11 @@ export class Chat {
 
   /** @param {boolean} busy */
   busy(busy) {
-    byId("send").hidden = busy;
-    byId("stop").hidden = !busy;
-    byId("again").disabled = busy;
-    for (const chip of byId("chips").querySelectorAll("button")) chip.disabled = busy;
+    swap(busy ? byId("send") : byId("stop"), busy ? byId("stop") : byId("send"));
+    byId("again").disabled = false;
+    // Not disabled in earnest: the one that was pressed would lose the focus.
+    const others = [byId("again"), ...byId("chips").querySelectorAll("button")];
+    for (const button of others) button.setAttribute("aria-disabled", String(busy));
   }
 
   /**
@@ -165,9 +170,9 @@ export class Chat {
    */
   conclude(run, reason, notes, prompt) {
     const { seconds, numTokens, numForwards } = run.counters(run.last);
-    const ends = { length: "cut at the most tokens allowed", stopped: "stopped" };
+    const ends = { length: "cut at the most tokens allowed", stopped: run.text ? "stopped" : "stopped before any text was final" };
     const parts = [counted(numTokens, "token"), counted(numForwards, "forward"), clock(seconds)];
-    if (!run.text) parts.unshift("It ended without a text");
+    if (!run.text && reason !== "stopped") parts.unshift("It ended without a text");
     if (ends[reason]) parts.push(ends[reason]);
     const watch = () => this.pipeline.watch(run);
     notes.replaceChildren(
@@ -189,7 +194,17 @@ export class Chat {
     if (error instanceof ApiError && error.kind === "key") {
       ways.unshift(["Enter the key", () => this.page.askKey(again)]);
     }
+    if (error instanceof ApiError && error.kind === "request") {
+      ways.push(["Edit", () => this.edit(prompt)]);
+    }
     if (!(error instanceof ApiError)) console.error(error);
     notes.replaceChildren(errorBox(error, ways));
+    notes.scrollIntoView({ block: "nearest" }); // on a phone the pipeline is in view
+  }
+
+  /** @param {string} prompt that was refused, and can be mended */
+  edit(prompt) {
+    this.input.value = prompt;
+    this.input.focus();
   }
 }

@@ -40,6 +40,19 @@ export function announce(text) {
 }
 
 /**
+ * Show one button in the place of another, which hands on the focus if it has it.
+ *
+ * @param {HTMLElement} gone
+ * @param {HTMLElement} shown
+ */
+export function swap(gone, shown) {
+  const hadFocus = document.activeElement === gone;
+  shown.hidden = false;
+  gone.hidden = true;
+  if (hadFocus) shown.focus();
+}
+
+/**
  * What went wrong, where it went wrong, with a way on.
  *
  * @param {Error} error

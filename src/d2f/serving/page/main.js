@@ -16,9 +16,13 @@ const chat = new Chat(settings, pipeline, { askKey, onAsk: showAsked });
 /** What to do once a key was given. */
 let afterKey = () => {};
 
-/** @param {() => void} then */
-function askKey(then) {
+/**
+ * @param {() => void} then
+ * @param {string} refused why the last one will not do
+ */
+function askKey(then, refused = "") {
   afterKey = then;
+  byId("key-refused").textContent = refused;
   byId("key-input").value = key.get();
   byId("key-dialog").returnValue = ""; // else Escape would repeat the last choice
   byId("key-dialog").showModal();
@@ -55,7 +59,7 @@ async function load() {
     const ways = [["Try again", load]];
     if (error instanceof ApiError && error.kind === "key") {
       ways.unshift(["Enter the key", () => askKey(load)]);
-      askKey(load);
+      askKey(load, key.get() ? error.message : "");
     }
     if (!(error instanceof ApiError)) console.error(error);
     byId("trouble").replaceChildren(errorBox(error, ways));
@@ -64,7 +68,9 @@ async function load() {
 
 /** @param {number} count */
 function parameters(count) {
-  const [value, unit] = count >= 1e9 ? [count / 1e9, "B"] : [count / 1e6, "M"];
+  const units = [[1e9, "B"], [1e6, "M"], [1e3, "K"]];
+  const [size, unit] = units.find(([least]) => count >= least) ?? [1, ""];
+  const value = count / size;
   return `${value.toFixed(value < 10 ? 1 : 0)}${unit} parameters`;
 }
 

@@ -134,6 +134,8 @@ export class Pipeline {
     const { blocks, numForwards, seconds } = this.run.steps[step];
     const end = this.run.endAt(step);
     while (this.rows.length > blocks.length) this.rows.pop()?.element.remove();
+    const wasInView = isInView(this.rows[this.rows.length - 1]?.element);
+    const added = this.rows.length < blocks.length;
     while (this.rows.length < blocks.length) this.rows.push(this.addRow(this.rows.length + 1));
     blocks.forEach((block, index) => {
       const row = this.rows[index];
@@ -160,6 +162,10 @@ export class Pipeline {
     byId("where").textContent = text;
     this.showCounters();
     this.keepTabStop();
+    // Whoever looks at the last block goes on to see the last one.
+    if (added && wasInView && this.player.isPlaying) {
+      this.rows[blocks.length - 1].element.scrollIntoView({ block: "nearest" });
+    }
   }
 
   /**
@@ -258,6 +264,13 @@ export class Pipeline {
     this.tip.style.left = `${Math.max(8, Math.min(box.left, room))}px`;
     this.tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
   }
+}
+
+/** @param {HTMLElement | undefined} element */
+function isInView(element) {
+  if (!element) return false;
+  const { top, bottom } = element.getBoundingClientRect();
+  return top >= 0 && bottom <= innerHeight + 2;
 }
 
 /** @param {HTMLElement} home @returns {Tile} */

@@ -1,7 +1,7 @@
 /** The race: the same prompt in four ways, one after the other, replayed against one clock. */
 
 import { ApiError, streamAnswer } from "./api.js";
-import { announce, byId, h } from "./dom.js";
+import { announce, byId, h, swap } from "./dom.js";
 import { showPlaying } from "./pipeline.js";
 import { Player } from "./player.js";
 import { END, Run, clock, counted, figure, visible } from "./run.js";
@@ -68,12 +68,19 @@ export class Race {
     byId("lanes").replaceChildren(...this.lanes.map((lane) => lane.parts.element));
     byId("race-missing").hidden = this.lanes.length === LANES.length;
     byId("race-start").disabled = this.lanes.length === 0;
+    const none = this.lanes.length ? "" : "There is nothing to race: the model has one strategy only.";
+    byId("race-status").textContent = none;
   }
 
   /** Measure all rows, one after the other, then replay them together. */
   async start() {
     const prompt = this.prompt.value.trim();
-    if (!prompt || this.running) return;
+    if (this.running) return;
+    if (!prompt) {
+      byId("race-status").textContent = "Write a prompt first.";
+      this.prompt.focus();
+      return;
+    }
     this.player.pause();
     this.running = new AbortController();
     this.busy(true);
@@ -97,8 +104,8 @@ export class Race {
 
   /** @param {boolean} busy */
   busy(busy) {
-    byId("race-start").hidden = busy;
-    byId("race-stop").hidden = !busy;
+    const [start, stop] = [byId("race-start"), byId("race-stop")];
+    swap(busy ? start : stop, busy ? stop : start);
     byId("race-player").hidden = busy || this.lanes.every((lane) => !lane.run);
   }
 

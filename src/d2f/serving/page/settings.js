@@ -70,6 +70,7 @@ export class Settings {
    */
   choose(model) {
     this.model = model;
+    byId("settings").hidden = false;
     const options = model.d2f.strategies.map((name) => h("option", { value: name }, name));
     this.strategy.replaceChildren(...options);
     const size = this.inputs.get("block_size");
