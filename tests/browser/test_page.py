@@ -263,6 +263,20 @@ def test_race_measures_one_row_after_the_other_and_replays_them_together(open_pa
     assert "24 tokens · 24 forwards" in page.locator(".lane-result").nth(2).inner_text()
 
 
+@pytest.mark.parametrize(("chosen", "sent"), [("d2f-student", True), ("teacher", False)])
+def test_sliders_count_in_a_race_only_for_their_own_model(open_page, address, chosen, sent):
+    page = open_page(address)
+    page.select_option("#model", chosen)
+    page.click("#race-tab")
+    page.wait_for_selector("#race-start:enabled")
+    page.fill("#race-tokens", "8")
+    with page.expect_request("**/completions") as asked:
+        page.click("#race-start")
+    assert asked.value.post_data_json["model"] == "d2f-student"
+    assert ("policy" in asked.value.post_data_json) is sent
+    page.wait_for_selector("#race-player:visible")
+
+
 def test_a_model_with_one_strategy_says_that_there_is_no_race(browser, open_page):
     alone = ("causal", *ALL[1][1:])
     with live_server([alone]) as (address, _):

@@ -117,7 +117,8 @@ export class Race {
    */
   async measure(lane, prompt, where, signal) {
     const { strategy, model, parts } = lane;
-    const policy = this.settings.policy(strategy);
+    // The sliders are those of the chosen model; a row of another takes what its model recommends.
+    const policy = this.settings.model.id === model.id ? this.settings.policy(strategy) : null;
     const body = {
       model: model.id,
       messages: [{ role: "user", content: prompt }],
