@@ -28,3 +28,20 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
         logits_MV = torch.mm(flat_MD, weight_VD.T, out_dtype=torch.float32)
         return logits_MV.unflatten(0, x_MD.shape[:-1])
     return F.linear(x_MD.float(), weight_VD.float())
+
+
+def matmul_wide(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b` as fp32 at least, not rounded to a narrower dtype between where the device can.
+
+    Neither autocast nor gradients: for those who write their own backward pass.
+
+    Example:
+        >>> matmul_wide(torch.ones(1, 2, dtype=torch.bfloat16),
+        ...             torch.ones(2, 3, dtype=torch.bfloat16))
+        tensor([[2., 2., 2.]])
+    """
+    if a_MK.dtype.itemsize >= torch.float32.itemsize:
+        return a_MK @ b_KN
+    if a_MK.is_cuda and _WIDENS:
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return (a_MK @ b_KN).float()

@@ -65,6 +65,9 @@ class TrainConfig:
     """Type of the products: float32, or bfloat16 (autocast; the weights stay as they are)."""
     compile: bool = True
     """Compile the forward and backward passes on a GPU."""
+    loss_memory_mib: int = 384
+    """Memory in MiB for the loss over the vocabulary; logits that need more are computed in chunks
+    of positions. The result is the same; on a GPU with `compile`, what fits is compiled whole."""
     log_every: int = 10
     """Steps between lines of the log."""
     checkpoint_every: int | None = None
@@ -89,7 +92,7 @@ class TrainConfig:
         one_of("precision", self.precision, DTYPES)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
-            "checkpoint_every", "keep_checkpoints",
+            "checkpoint_every", "keep_checkpoints", "loss_memory_mib",
         ):  # fmt: skip
             at_least(name, getattr(self, name), 1)
         self._check_tables()

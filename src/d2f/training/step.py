@@ -1,6 +1,7 @@
 """From a clean batch to a loss: noise, forward passes, loss per position, for each stage.
 
-Shapes: B sequences, L positions, N blocks, M selected positions, V vocabulary.
+Shapes: B sequences, L positions, T positions of all sequences, N blocks, M selected positions,
+D and E hidden sizes of student and teacher, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from d2f.diffusion.corruption import corrupt
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks
 from d2f.models.lora import adapter_disabled
 from d2f.models.transformer import Transformer
+from d2f.training.chunked_loss import TeacherStates, chunk_size, chunked_loss
 from d2f.training.config import TrainConfig
 from d2f.training.data import Batch
 from d2f.training.objective import (
@@ -264,64 +266,110 @@ class StageLoss:
     ) -> None:
         self.student = student
         self.teacher = teacher
-        self.compiled = compiled
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
         self._padded = config.noise is not None and config.noise.random_end
         objective = (config.objective or ObjectiveConfig()).objective
         self._objective = objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
-        self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._compute
-        self._teach: Callable[..., Tensor] = self._logits
+        self._memory_bytes = config.loss_memory_mib * 2**20
+        positions = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
+        # A compiler fuses the head's output, its softmax and the loss of a small vocabulary into
+        # few passes, if all of them have the same shapes at each step. Logits that would not fit
+        # are never made: then the models alone are compiled, and the loss runs in chunks, whose
+        # matrices are large enough to need no compiler.
+        self._whole = compiled and positions <= chunk_size(
+            student.spec.vocab_size, self._memory_bytes
+        )
+        self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
+        self._logits: Callable[..., Tensor] = self._compute_logits
+        self._states: Callable[..., Tensor] = self._compute_states
         if compiled:
             # Fills what the models compute once and keep, which would else compile them twice.
             with torch.no_grad():
                 for model in filter(None, (student, teacher)):
                     model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
-            self._student_loss = torch.compile(self._compute, dynamic=False)
-            self._teach = torch.compile(self._logits, dynamic=False)
+            self._student_loss = torch.compile(self._whole_loss, dynamic=False)
+            self._logits = torch.compile(self._compute_logits, dynamic=False)
+            self._states = torch.compile(self._compute_states, dynamic=False)
+
+    @property
+    def selects(self) -> bool:
+        """Whether inputs should name the positions with a weight; the others then cost no head."""
+        return not self._whole
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """The weighted sum, and the loss of each position (0 where it was not computed)."""
-        rows_M = inputs.selected_M
+        if not self._whole:
+            return self._chunked_loss(inputs)
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
-                target = self._teach(self.teacher or self.student, inputs.ids_BL, None, rows_M)
-        elif rows_M is not None:
-            target = target[rows_M]
-        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, inputs.block_BL, rows_M)
+                target = self._logits(self.teacher or self.student, inputs.ids_BL, None)
+        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, inputs.block_BL)
 
     def _teacher_view(self) -> AbstractContextManager[None]:
         return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
 
-    def _compute(
-        self,
-        ids_BL: Tensor,
-        target_M: Tensor,
-        weight_BL: Tensor,
-        block_BL: Tensor,
-        rows_M: Tensor | None,
+    def _chunked_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        rows_M = inputs.selected_M
+        target: Tensor | TeacherStates = _selected(inputs.target_BL.flatten(), rows_M)
+        if self._objective != "cross_entropy":
+            teacher = self.teacher or self.student
+            with torch.no_grad(), self._teacher_view():
+                states_TE = self._states(teacher, inputs.ids_BL, None)
+            target = TeacherStates(
+                hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
+            )
+        attended_BL = self._attended(inputs.ids_BL, inputs.block_BL)
+        states_TD = self._states(self.student, inputs.ids_BL, attended_BL)
+        with self._products(inputs.ids_BL.device):
+            loss, loss_M = chunked_loss(
+                _selected(states_TD, rows_M),
+                self.student.head_weight_VD,
+                target,
+                _selected(inputs.weight_BL.flatten(), rows_M),
+                self._objective,
+                memory_bytes=self._memory_bytes,
+            )
+        if rows_M is not None:
+            loss_M = loss_M.new_zeros(inputs.ids_BL.numel()).index_copy(0, rows_M, loss_M)
+        return loss, loss_M.view(inputs.ids_BL.shape)
+
+    def _whole_loss(
+        self, ids_BL: Tensor, target: Tensor, weight_BL: Tensor, block_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
-        attended = block_BL if self._distils else None
-        if self._padded:
-            attended = torch.where(block_BL == PADDING_BLOCK, PADDING_BLOCK, 0).to(torch.int32)
-        if self._causal:
-            attended = causal_blocks(ids_BL.shape[1], ids_BL.device)
-        logits_MV = self._logits(self.student, ids_BL, attended, rows_M)
-        loss_M = position_loss(logits_MV, target_M, self._objective)
-        if rows_M is None:
-            loss_BL = loss_M.view(weight_BL.shape)
-        else:
-            flat = torch.zeros(weight_BL.numel(), device=loss_M.device)
-            loss_BL = flat.index_copy(0, rows_M, loss_M).view(weight_BL.shape)
+        """The same from logits of all positions."""
+        logits_TV = self._compute_logits(self.student, ids_BL, self._attended(ids_BL, block_BL))
+        loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
-    def _logits(
-        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None, rows_M: Tensor | None
+    def _attended(self, ids_BL: Tensor, block_BL: Tensor) -> Tensor | None:
+        """Block numbers that say what the student sees; None: everything."""
+        if self._causal:
+            return causal_blocks(ids_BL.shape[1], ids_BL.device)
+        if self._padded:
+            return torch.where(block_BL == PADDING_BLOCK, PADDING_BLOCK, 0).to(torch.int32)
+        return block_BL if self._distils else None
+
+    def _compute_states(
+        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None
     ) -> Tensor:
-        """Aligned logits (M, V), fp32, of the selected rows of the flattened batch."""
-        with torch.autocast(ids_BL.device.type, torch.bfloat16, enabled=self._autocast):
-            aligned_TD = model.align(model(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
-            # Chosen before the head: its output is what fills the memory.
-            return model.head(aligned_TD if rows_M is None else aligned_TD[rows_M])
+        """Aligned hidden states (T, D) of the flattened batch."""
+        with self._products(ids_BL.device):
+            return model.align(model(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+
+    def _compute_logits(
+        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None
+    ) -> Tensor:
+        """Aligned logits (T, V) of the flattened batch, fp32."""
+        with self._products(ids_BL.device):
+            return model.head(self._compute_states(model, ids_BL, blocks_BL))
+
+    def _products(self, device: torch.device) -> AbstractContextManager[object]:
+        """The dtype of matrix products within the block."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _selected(values: Tensor, rows_M: Tensor | None) -> Tensor:
+    return values if rows_M is None else values.index_select(0, rows_M)

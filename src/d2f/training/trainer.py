@@ -158,7 +158,7 @@ class Trainer:
         size = self.config.micro_batch_size or self.config.batch_size
         total = torch.zeros((), device=self.device)
         logged = (self.step + 1) % self.config.log_every == 0
-        for part in inputs.parts(size, select=not self.loss.compiled):
+        for part in inputs.parts(size, select=self.loss.selects):
             moved = part.to(self.device)
             loss, loss_BL = self.loss(moved)
             loss.backward()

@@ -199,3 +199,37 @@ def test_random_ends_leave_padding_that_changes_nothing(tmp_path, frontier_share
     loss = StageLoss(config, student)
     changed = replace(inputs, ids_BL=torch.where(padding, 17, inputs.ids_BL))
     torch.testing.assert_close(loss(inputs)[0], loss(changed)[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["autoregressive", "masked-diffusion", "d2f"])
+def test_logits_that_fit_are_compiled_whole_and_others_never_made(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    config = make_config(tmp_path, stage)
+    student, teacher = models(config)
+    # As many positions as do not fit into a MiB; the size of the real inputs plays no part.
+    larger = replace(config, batch_size=64, loss_memory_mib=1)
+    inputs = inputs_of(config)
+    results = []
+    for settings, compiled in ((config, True), (larger, True), (larger, False)):
+        loss = StageLoss(settings, student, teacher, compiled=compiled)
+        assert loss.selects == (settings is larger)
+        (part,) = inputs.parts(4, select=loss.selects)
+        value, loss_BL = loss(part)
+        counted = torch.where(inputs.weight_BL > 0, loss_BL, 0.0)
+        results.append((value, counted, *gradients(value, student)))
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, same, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nothing_masked_trains_nothing(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    config = make_config(tmp_path, "d2f")
+    student, teacher = models(config)
+    inputs = inputs_of(config)
+    inputs = replace(inputs, weight_BL=torch.zeros_like(inputs.weight_BL))
+    loss = StageLoss(config, student, teacher, compiled=compiled)
+    value = total(loss, inputs, 2, select=loss.selects)
+    assert value.item() == 0
+    assert all((gradient == 0).all() for gradient in gradients(value, student))

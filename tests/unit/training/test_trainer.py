@@ -92,7 +92,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, log_every):
         value, loss_BL = loss(inputs)
         return value * (float("nan") if trainer.step == 2 else 1.0), loss_BL
 
-    poisoned.compiled = False
+    poisoned.selects = True
     trainer.loss = poisoned
     with pytest.raises(TrainingError, match=r"not finite at step 3.*checkpoint-00000002"):
         trainer.run()
