@@ -30,6 +30,7 @@ _SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
 _BATCH = 256
+_BOM = b"\xef\xbb\xbf"
 
 
 class Part(Protocol):
@@ -66,13 +67,12 @@ class JsonPart:
         """Objects; blank lines do not count as rows."""
         try:
             with self.path.open("rb") as file:
-                if self.listed and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                if self.listed and file.read(64).removeprefix(_BOM).lstrip()[:1] == b"[":
                     file.seek(0)
                     yield from self._list(file.read())
                     return
                 file.seek(0)
                 for number, line in enumerate(file, 1):
-                    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                     if line.strip():
                         yield f"{self.path}:{number}", _parse(line)
         except OSError as error:
@@ -253,7 +253,7 @@ def _batch_rows(batch: Any) -> Iterator[object]:
 
 def _parse(content: bytes) -> object:
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.removeprefix(_BOM).decode("utf-8"))
     except UnicodeDecodeError:
         return BadRow("not valid UTF-8")
     except (ValueError, RecursionError):
