@@ -130,10 +130,15 @@ class TablePart:
     def rows(self) -> Iterator[Row]:
         """Objects with the mapped columns."""
         number = 0
-        for batch in self.table.with_format("arrow").iter(_BATCH):
-            for row in _batch_rows(batch):
-                number += 1
-                yield f"{self.name}:{number}", row
+        try:
+            for batch in self.table.with_format("arrow").iter(_BATCH):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield f"{self.name}:{number}", row
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"cannot read data {self.name} behind row {number}: {_reason(error)}"
+            ) from None
 
 
 def _open(name: str, config: DataConfig) -> list[Part]:

@@ -176,18 +176,14 @@ def _samples(
         else:
             num_good += 1
             yield sample
-    if bad_rows.count and not num_good:
-        columns = ", ".join(sorted(bad_rows.columns)) or "none"
-        raise TrainingError(
-            f"none of {bad_rows.count:,} rows can be used: {bad_rows.text()}. The rows have the "
-            f"columns: {columns}. Map them in [data.columns]"
-        )
+    _refuse_if_all(bad_rows, num_good)
 
 
 def _numbered_pairs(
     config: DataConfig, parts: list[Part], bad_rows: BadRows
 ) -> Iterator[tuple[str, Pair]]:
     """Pairs with the numbers of their rows."""
+    num_good = 0
     for part in parts:
         for where, row in part.rows():
             try:
@@ -197,7 +193,9 @@ def _numbered_pairs(
             except BadRow as error:
                 _count(config, bad_rows, where, str(error), row)
             else:
+                num_good += 1
                 yield where, pair
+    _refuse_if_all(bad_rows, num_good)
 
 
 def _count(
@@ -208,6 +206,16 @@ def _count(
             f'{where}: {reason}; data.bad_rows = "report" leaves such rows out and counts them'
         )
     bad_rows.add(where, reason, row)
+
+
+def _refuse_if_all(bad_rows: BadRows, num_good: int) -> None:
+    """Raise where nothing is left to train on."""
+    if bad_rows.count and not num_good:
+        columns = ", ".join(sorted(bad_rows.columns)) or "none"
+        raise TrainingError(
+            f"none of {bad_rows.count:,} rows can be used: {bad_rows.text()}. The rows have the "
+            f"columns: {columns}. Map them in [data.columns]"
+        )
 
 
 def _report(encoded: Encoded, note: Note) -> None:

@@ -9,20 +9,33 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from tests.unit.training.tiny_run import make_config
 
+from d2f.cli.train import _make_sampler
 from d2f.errors import ConfigError, TrainingError
-from d2f.testing import write_tokenizer
+from d2f.models.lora import LoraConfig
+from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training.config import load_recipe, to_table, with_defaults
 from d2f.training.data import TokenDataset
 from d2f.training.pairs import encode_prompt
-from d2f.training.sections import ColumnConfig, DataConfig
+from d2f.training.progress import Silent
+from d2f.training.run import train
+from d2f.training.sections import ColumnConfig, DataConfig, ModelConfig, SampleConfig
 from d2f.training.sources import encode_data, read_held_out, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 ROWS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(5)]
 SHARE_GPT = ColumnConfig(messages="conversations", role="from", content="value", system="system")
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 @pytest.fixture
@@ -257,6 +270,8 @@ def test_if_all_rows_are_bad_the_columns_are_named(tmp_path, tokenizer):
         TrainingError, match=r"none of 7 rows.*7 × no column 'prompt' .*columns: answer, question"
     ):
         encode_data(settings(path), tokenizer, tmp_path)
+    with pytest.raises(TrainingError, match="none of 7 rows"):
+        list(read_pairs(settings(path)))
 
 
 def test_bad_rows_can_be_refused(tmp_path, tokenizer, bad_file):
@@ -372,3 +387,35 @@ def test_the_papers_collections_by_mapping(tmp_path, name, chatty):
     assert len(data.prompt_lengths) == 6
     ids = [*chatty.encode_prompt("1+1="), *chatty.encode("2" + recipe.response_suffix)]
     assert data.tokens[: len(ids)].tolist() == ids
+
+
+@pytest.mark.parametrize("columns", [SHARE_GPT, ColumnConfig(prompt="question")])
+def test_a_run_tells_what_became_of_its_rows(tmp_path, columns):
+    rows = [bespoke(("human", f"{i}+1="), ("gpt", str(i + 1))) for i in range(12)]
+    rows = [row | {"question": "1+1=", "response": "2"} for row in rows]
+    rows[3] |= {"conversations": None, "question": None}
+    rows[5] |= {"conversations": bespoke(("human", "1" * 60), ("gpt", "2"))["conversations"]}
+    rows[5] |= {"question": "1" * 60}
+    write_checkpoint(tmp_path / "Dream", "Dream")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (write_tokenizer(tmp_path / "Dream") / "chat_template.jinja").write_text(template)
+    config = make_config(
+        tmp_path / "out",
+        "d2f",
+        steps=2,
+        batch_size=2,
+        lora=LoraConfig(r=2),
+        model=ModelConfig(init=str(tmp_path / "Dream")),
+        data=settings(write_parquet(tmp_path / "a.parquet", rows), columns=columns),
+        sample=SampleConfig(every=2, num_prompts=2, max_new_tokens=4),
+    )
+    reporter = Notes()
+    summary = train(config, device="cpu", make_sampler=_make_sampler, reporter=reporter)
+    written = json.loads((tmp_path / "out/training_summary.json").read_text())["data"]
+    assert written == summary.data
+    kept = {name: written[name] for name in ("rows", "long_prompts", "dropped", "used", "bad_rows")}
+    assert kept == {"rows": 11, "long_prompts": 1, "dropped": 1, "used": 10, "bad_rows": 1}
+    assert list(written["first_bad_rows"].values()) == [[f"{tmp_path / 'a.parquet'}:4"]]
+    assert any(note.startswith("1 of 12 rows are bad and left out") for note in reporter.notes)
+    sample = json.loads((tmp_path / "out/samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"] == ("Be brief.\n\n0+1=" if columns is SHARE_GPT else "1+1=")
