@@ -11,6 +11,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form of a hub id, `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder that a path or a hub id such as `owner/name` stands for.
 
@@ -33,7 +38,7 @@ id like owner/name
         return path
     if path.exists() and name:
         raise CheckpointError(f"'{name}' is a file; give the folder that holds it")
-    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name):
+    if isinstance(path_or_hub_id, Path) or not is_hub_id(name):
         raise CheckpointError(
             f"there is no folder '{name}'; give a folder or a hub id like owner/name"
         )

@@ -7,6 +7,7 @@ import takes a tenth of a second where `transformers` takes several.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text gets, the chat template included."""
+        parts = [self._backend.to_str(), self.chat_template, self._special, self._begins]
+        return hashlib.blake2b(
+            json.dumps(parts, sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for ids that arrive bit by bit."""

@@ -84,12 +84,14 @@ def train_command(
 def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
     """What answers a few prompts with the model: held-out problems, or the first rows."""
     from d2f.engine.generate import generate_ids
+    from d2f.training.pairs import encode_prompt
     from d2f.training.sources import read_held_out
 
     assert config.sample is not None
     count, most = config.sample.num_prompts, config.sample.max_new_tokens
     pairs = read_held_out(config.data, count)
-    prompts = [tokenizer.encode_prompt(prompt) for prompt, _ in pairs]
+    chat = config.data.chat_template
+    prompts = [encode_prompt(tokenizer, prompt, chat) for prompt, _ in pairs]
     strategy = _STRATEGIES[config.stage]
     options: dict[str, Any] = {}
     if strategy == "vanilla":
@@ -101,12 +103,12 @@ def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
         )
         return [
             {
-                "prompt": prompt,
+                "prompt": "\n\n".join(pair.texts(response=False)),
                 "answer": tokenizer.decode(result.token_ids),
-                "expected": expected,
+                "expected": pair.response,
                 "num_forwards": result.num_forwards,
             }
-            for (prompt, expected), result in zip(pairs, results, strict=True)
+            for pair, result in zip(pairs, results, strict=True)
         ]
 
     return sample

@@ -18,7 +18,7 @@ from d2f.text import Tokenizer
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
 from d2f.training.seeds import derive_seed, generator
-from d2f.training.sources import encode_data, read_pairs
+from d2f.training.sources import Note, encode_data, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 
 
@@ -37,7 +37,7 @@ def tokenizer_folder(config: TrainConfig) -> Path:
     folder = Path(config.output) / "tokenizer"
     if not (folder / "tokenizer_config.json").exists():
         pairs = read_pairs(config.data, settings.num_samples)
-        texts = (text for pair in pairs for text in pair)
+        texts = (text for pair in pairs for text in pair.texts())
         assert settings.vocab_size is not None
         train_tokenizer(texts, folder, vocab_size=settings.vocab_size)
     return folder
@@ -142,9 +142,13 @@ def _check_teacher(model: Transformer, teacher: Transformer) -> None:
 
 
 def load_dataset(
-    config: TrainConfig, tokenizer: Tokenizer, folder: Path, model: Transformer
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    model: Transformer,
+    note: Note | None = None,
 ) -> TokenDataset:
-    """Encode the run's data for this model; `folder` holds the tokenizer.
+    """Encode the run's data for this model; `folder` holds the tokenizer, `note` hears of bad rows.
 
     Raises:
         ConfigError: Sequences are longer than the model's positions.
@@ -155,5 +159,5 @@ def load_dataset(
             f"data.sequence_length is {config.data.sequence_length}; the model has "
             f"{model.spec.max_positions} positions"
         )
-    encoded = encode_data(config.data, tokenizer, folder)
+    encoded = encode_data(config.data, tokenizer, folder, note)
     return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])

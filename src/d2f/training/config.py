@@ -7,7 +7,7 @@ A recipe is a TOML file with the fields of `TrainConfig`; its tables are the cla
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     # TOML has no word for "none"; false says it.
     if table.setdefault("lora", {} if table.get("stage") == "d2f" else False) is False:
         del table["lora"]
-    return from_table(TrainConfig, table, str(path))
+    return from_table(TrainConfig, _renewed(table), str(path))
+
+
+def with_defaults(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_table` gave once, with the settings that have come since; unknown ones stay."""
+    try:
+        return to_table(from_table(TrainConfig, _renewed(table), "recipe.json"))
+    except ConfigError:
+        return dict(table)
+
+
+def _renewed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe in today's words: columns had names of their own in version 0.1."""
+    data = table.get("data")
+    if not isinstance(data, Mapping):
+        return dict(table)
+    old = {"prompt_field": "prompt", "response_field": "response"}
+    columns = {new: data[name] for name, new in old.items() if name in data}
+    rest = {name: value for name, value in data.items() if name not in old}
+    if columns:
+        given = rest.get("columns", {})
+        if not isinstance(given, Mapping) or columns.keys() & given.keys():
+            raise ConfigError(
+                "data.prompt_field and data.response_field are older words for data.columns.prompt "
+                "and data.columns.response; give one of them only"
+            )
+        rest["columns"] = {**columns, **given}
+    return {**table, "data": rest}
 
 
 def to_table(config: TrainConfig) -> dict[str, Any]:

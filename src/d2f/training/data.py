@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2f.errors import TrainingError
+from d2f.training.encoded import Encoded
 from d2f.training.sections import DataConfig
 from d2f.training.seeds import generator
-from d2f.training.sources import Encoded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,8 +37,9 @@ class Batch:
 class TokenDataset:
     """All samples of a run as flat integer arrays on the CPU.
 
-    Over-long samples are dropped or truncated as the config says; `num_rows`, `num_dropped` and
-    `num_truncated` count them.
+    Over-long samples are dropped or truncated as the config says, and counted: `num_rows` all
+    samples, `num_dropped` and `num_truncated` (whose response was cut), and of prompts that are too
+    long `num_long_prompts` (in `num_dropped` too) or `num_truncated_prompts`.
 
     Raises `TrainingError` if no sample remains.
 
@@ -59,18 +61,29 @@ class TokenDataset:
         length_E = prompt_E.long() + response_E.long()
         start_E = length_E.cumsum(0) - length_E
         limit = config.sequence_length - 1
-        keep_E = prompt_E <= min(config.max_prompt_length or limit, limit)
+        longest = min(config.max_prompt_length or limit, limit)
+        keep_E = prompt_E <= longest
+        if config.long_prompt == "truncate":
+            cut_E = (prompt_E - longest).clamp_min(0)
+            prompt_E, start_E, length_E = prompt_E - cut_E, start_E + cut_E, length_E - cut_E
+            keep_E = torch.ones_like(keep_E)
+        else:
+            cut_E = torch.zeros_like(prompt_E)
+        self.num_long_prompts = int((~keep_E).sum())
         # The first EOS belongs to the answer, so a sample fits if there is room for it.
         long_E = length_E > limit
         if config.over_long == "drop":
             keep_E &= ~long_E
-        cut_E = keep_E & long_E
-        length_E = torch.where(cut_E, config.sequence_length, length_E)
+        long_E &= keep_E
+        length_E = torch.where(long_E, config.sequence_length, length_E)
         self.num_rows = len(prompt_E)
         self.num_dropped = int((~keep_E).sum())
-        self.num_truncated = int(cut_E.sum())
+        self.num_truncated = int(long_E.sum())
+        self.num_truncated_prompts = int((cut_E[keep_E] > 0).sum())
+        self.bad_rows = encoded.bad_rows
+        self.cache_file = encoded.cache_file
         tokens_T = _tensor(encoded.tokens)
-        fits = bool((tokens_T < 2**15).all())
+        fits = int(tokens_T.max()) < 2**15
         self._tokens_T = tokens_T.to(torch.int16 if fits else torch.int32)
         self._start_E = start_E[keep_E]
         self._prompt_E = prompt_E[keep_E]
@@ -78,7 +91,9 @@ class TokenDataset:
         if not len(self):
             raise TrainingError(
                 f"none of {self.num_rows} samples fits into data.sequence_length "
-                f"{config.sequence_length}; raise it, or set over_long = 'truncate'"
+                f"{config.sequence_length}, and {self.num_long_prompts} have a prompt of more than "
+                f"{longest} tokens; raise data.sequence_length or data.max_prompt_length, or set "
+                "over_long or long_prompt to 'truncate'"
             )
 
     def __len__(self) -> int:
@@ -88,6 +103,26 @@ class TokenDataset:
     def mean_length(self) -> float:
         """Mean number of tokens of a sample, without EOS."""
         return float(self._length_E.double().mean())
+
+    def counts(self) -> dict[str, Any]:
+        """What became of the rows, as training_summary.json has it.
+
+        `rows` are the good ones, of which `dropped` and `truncated` did not fit; `bad_rows` gave no
+        sample at all, and `bad_row_counts` and `first_bad_rows` say why and which.
+        """
+        return {
+            "rows": self.num_rows,
+            "dropped": self.num_dropped,
+            "long_prompts": self.num_long_prompts,
+            "truncated": self.num_truncated,
+            "truncated_prompts": self.num_truncated_prompts,
+            "used": len(self),
+            "mean_length": round(self.mean_length, 2),
+            "bad_rows": self.bad_rows.count,
+            "bad_row_counts": self.bad_rows.counts,
+            "first_bad_rows": self.bad_rows.first,
+            "cache": self.cache_file,
+        }
 
     def batch(self, rows_B: Tensor) -> Batch:
         """Gather samples by number."""
@@ -141,5 +176,5 @@ class SampleOrder:
         return self._permutation_E
 
 
-def _tensor(values: array[int]) -> Tensor:
+def _tensor(values: array[int] | memoryview) -> Tensor:
     return torch.frombuffer(values, dtype=torch.int32)

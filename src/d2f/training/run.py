@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from d2f.training.checkpoint import (
     provenance,
     save_final,
 )
-from d2f.training.config import TrainConfig, to_table
+from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.data import TokenDataset
 from d2f.training.progress import Reporter, Silent
 from d2f.training.trainer import Sampler, Trainer
@@ -52,7 +52,7 @@ class TrainingSummary:
     num_parameters: int
     num_trained_parameters: int
     data: dict[str, Any]
-    """Samples: rows, dropped, truncated, used, mean length."""
+    """Samples: rows, dropped, truncated, used, mean length; bad rows by reason. See `counts`."""
     device: str
     recipe: dict[str, Any]
     provenance: dict[str, Any]
@@ -93,10 +93,12 @@ def train(
     tokenizer = Tokenizer.load(folder)
     model, teacher = load_models(config, tokenizer, target, checkpoint)
     reporter.note(f"{config.stage}: {_size(model)}; preparing data")
-    dataset = load_dataset(config, tokenizer, folder, model)
+    dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
     reporter.note(
         f"{len(dataset):,} samples of {dataset.mean_length:.0f} tokens on average, "
-        f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long"
+        f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long; "
+        f"too long a prompt: {dataset.num_long_prompts:,} of the dropped, "
+        f"{dataset.num_truncated_prompts:,} cut"
     )
     trainer = Trainer(
         config,
@@ -129,13 +131,7 @@ def _summarise(
         last=trainer.last_record,
         num_parameters=model.spec.num_parameters,
         num_trained_parameters=_num_trained(model),
-        data={
-            "rows": dataset.num_rows,
-            "dropped": dataset.num_dropped,
-            "truncated": dataset.num_truncated,
-            "used": len(dataset),
-            "mean_length": round(dataset.mean_length, 2),
-        },
+        data=dataset.counts(),
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         recipe=to_table(config),
         provenance=provenance(),
@@ -160,8 +156,9 @@ def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> P
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot resume from {found[-1]}: {error}") from None
     table = to_table(config)
+    recorded = with_defaults(recorded)
     for name in _IDENTITY:
-        if recorded.get(name) != table[name]:
+        if _identity(recorded, name) != _identity(table, name):
             raise TrainingError(
                 f"{found[-1]} was made with another '{name}' than this recipe's, so it cannot be "
                 "resumed; start anew with another --output"
@@ -170,6 +167,14 @@ def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> P
     if changed:
         reporter.note(f"going on with other settings than before: {', '.join(changed)}")
     return found[-1]
+
+
+def _identity(table: Mapping[str, Any], name: str) -> Any:
+    """A part of a recipe, without what does not change the data."""
+    part = table.get(name)
+    if name == "data" and isinstance(part, Mapping):
+        return {key: value for key, value in part.items() if key not in ("cache", "num_workers")}
+    return part
 
 
 def _num_trained(model: Transformer) -> int:

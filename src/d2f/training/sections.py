@@ -14,7 +14,9 @@ from d2f.recipe import at_least, one_of
 from d2f.training.objective import check_names
 
 GENERATED = ("problems", "functions")
-DATA_KINDS = (*GENERATED, "jsonl", "hub")
+DATA_KINDS = (*GENERATED, "dataset", "jsonl", "hub")
+BAD_ROWS = ("report", "refuse")
+ROLES = ("system", "user", "assistant", "tool")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OVER_LONG = ("drop", "truncate")
 DTYPES = ("float32", "bfloat16")
@@ -68,12 +70,46 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """`[data.columns]`: which columns of a row hold what."""
+
+    prompt: str = "prompt"
+    """Text of the user's message."""
+    response: str = "response"
+    """Text of the answer."""
+    messages: str | None = None
+    """Instead of prompt and response, a list of messages: the last one, the assistant's, is the
+    response, all before it are the prompt."""
+    role: str = "role"
+    """Where a message says who speaks; ShareGPT's word is "from"."""
+    content: str = "content"
+    """Where a message has its text; ShareGPT's word is "value"."""
+    roles: Mapping[str, str] = field(default_factory=lambda: {"human": "user", "gpt": "assistant"})
+    """Names of speakers in the data, and the chat template's names for them."""
+    system: str | None = None
+    """Text of a system message put first; a row may leave it null or empty."""
+
+    def __post_init__(self) -> None:
+        if self.messages is not None and (self.prompt, self.response) != ("prompt", "response"):
+            raise ConfigError(
+                "[data.columns] needs either messages or prompt and response, not both"
+            )
+        for name, role in self.roles.items():
+            one_of(f"data.columns.roles.{name}", role, ROLES)
+
+    def used(self) -> tuple[str, ...]:
+        """The columns that a row must have."""
+        texts = (self.messages,) if self.messages else (self.prompt, self.response)
+        return (*texts, self.system) if self.system else texts
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`[data]`: pairs of prompt and response, and how they become sequences."""
 
     kind: str
-    """problems, functions: the built-in generators; jsonl: files; hub: data sets of the hub (needs
-    the package `datasets`)."""
+    """problems, functions: the built-in generators; dataset: whatever `paths` names; jsonl: files
+    with one JSON object a line, whatever they are called; hub: data sets of the hub."""
     sequence_length: int
     """Tokens of every sequence. Each starts at position 0; what follows the response is EOS."""
     num_problems: int | None = None
@@ -85,18 +121,31 @@ class DataConfig:
     functions: FunctionConfig = field(default_factory=FunctionConfig)
     """What functions to write are like (kind functions)."""
     paths: tuple[str, ...] = ()
-    """JSONL files, or ids of hub data sets; used one after the other."""
+    """Files (.jsonl, .json, .parquet), patterns such as "data/*.parquet", folders, or ids of hub
+    data sets; used one after the other, and shuffled together."""
     split: str = "train"
-    """Split of the hub data sets."""
-    prompt_field: str = "prompt"
-    """Name of the prompt in a row of files or data sets."""
-    response_field: str = "response"
-    """Name of the response in a row of files or data sets."""
+    """Split of hub data sets; of a folder, files whose name names another split are left out."""
+    subset: str | None = None
+    """Configuration of the hub data sets, for those that have several."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data sets."""
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    """Which columns hold prompt and response."""
+    bad_rows: str = "report"
+    """Rows that cannot be used (a column missing, empty or no text, broken JSON or Unicode):
+    report, leave them out and say how many and which; refuse, end with an error at the first."""
+    cache: bool | str = True
+    """Keep the token ids of read data on disk: in this folder; true: in $D2F_CACHE, or else
+    ~/.cache/d2f. What is generated is not kept."""
+    chat_template: bool | None = None
+    """Put prompts through the tokenizer's chat template; none: if it has one."""
     response_suffix: str = ""
     """Text put behind each response, before EOS: the end-of-turn token of LLaDA, say."""
     max_prompt_length: int | None = None
-    """Samples with a longer prompt are dropped, and counted; none: as long as one token of the
-    response has room."""
+    """Longest prompt in tokens; none: as long as one token of the response has room."""
+    long_prompt: str = "drop"
+    """Samples with a longer prompt: drop, or truncate the prompt, which then loses its first
+    tokens, BOS and system message with them. Both are counted."""
     over_long: str = "drop"
     """Samples whose prompt, response and EOS exceed `sequence_length`: drop, or truncate the
     response, which then has no EOS. Both are counted."""
@@ -107,6 +156,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, DATA_KINDS)
         one_of("data.over_long", self.over_long, OVER_LONG)
+        one_of("data.long_prompt", self.long_prompt, OVER_LONG)
+        one_of("data.bad_rows", self.bad_rows, BAD_ROWS)
         at_least("data.sequence_length", self.sequence_length, 2)
         for name in ("num_problems", "max_prompt_length", "num_workers"):
             at_least(f"data.{name}", getattr(self, name), 1)
@@ -117,7 +168,11 @@ class DataConfig:
                 f'the kind is "{self.kind}"'
             )
         if generated == bool(self.paths):
-            raise ConfigError('data.paths belongs to the kinds "jsonl" and "hub", which need it')
+            raise ConfigError(
+                'data.paths belongs to the kinds "dataset", "jsonl" and "hub", which need it'
+            )
+        if generated and self.columns != ColumnConfig():
+            raise ConfigError(f'[data.columns] is for data that are read, not for "{self.kind}"')
         if self.kind != "functions" and self.functions != FunctionConfig():
             raise ConfigError(f'[data.functions] belongs to kind "functions", not to "{self.kind}"')
         if self.kind != "problems" and self.problems != ProblemConfig():
@@ -147,6 +202,9 @@ class NoiseConfig:
     decoded with another length; the padding behind the end costs a mask in attention."""
     train_on_eos_blocks: bool = True
     """Blocks of nothing but EOS are masked and count in the loss. False: they stay visible EOS."""
+    train_past_eos: bool = True
+    """False, with `train_on_eos_blocks` false too: of the block with the first EOS, the EOS behind
+    it stay visible as well, so that nothing but the response and its first EOS is trained on."""
 
     def __post_init__(self) -> None:
         at_least("noise.block_size", self.block_size, 1)
@@ -154,6 +212,11 @@ class NoiseConfig:
             raise ConfigError(
                 f"noise.frontier_share is {self.frontier_share}; it must be in 0 … 1, and belongs "
                 'to kind "uniform"'
+            )
+        if self.train_on_eos_blocks and not self.train_past_eos:
+            raise ConfigError(
+                "noise.train_past_eos = false needs train_on_eos_blocks = false, which leaves out "
+                "the blocks behind"
             )
         if self.random_end and self.kind != "uniform":
             raise ConfigError('noise.random_end belongs to kind "uniform"')

@@ -1,29 +1,35 @@
-"""Where pairs of prompt and response come from: generators, JSONL files, data sets of the hub.
+"""Where pairs of prompt and response come from: generators, files, data sets of the hub.
 
 Free of torch, since the worker processes that encode problems import it.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from d2f.errors import TrainingError
+from d2f.errors import ConfigError, RequestError, TrainingError
 from d2f.problems import ProblemConfig, generate_problems
 from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
+from d2f.training.bad_rows import BadRow, BadRows
+from d2f.training.encoded import Encoded
+from d2f.training.pairs import Pair, encode_prompt, read_pair
+from d2f.training.rows import Part, open_parts
+from d2f.training.token_cache import Sample, cache_file, cache_folder, read_cache, write_cache
 
 if TYPE_CHECKING:
     from d2f.training.sections import DataConfig
 
-Pair = tuple[str, str]
+Note = Callable[[str], object]
+"""Is told in one line what the user should know."""
+Style = tuple[str, bool | None]
+"""Suffix of responses, and whether prompts go through the chat template."""
 Knobs = ProblemConfig | FunctionConfig
 Task = tuple[int, int, int, Knobs]
 """Seed, first problem, number of problems, and what they are like, which says the generator too."""
@@ -32,27 +38,14 @@ CHUNK = 2_000
 _POOL_FROM = 20_000
 
 
-@dataclass(kw_only=True)
-class Encoded:
-    """Token ids of samples, one after the other, and the lengths to cut them up again."""
-
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
-    response_lengths: array[int] = field(default_factory=lambda: array("i"))
-
-    def extend(self, other: Encoded) -> None:
-        """Append another batch of samples."""
-        self.tokens.extend(other.tokens)
-        self.prompt_lengths.extend(other.prompt_lengths)
-        self.response_lengths.extend(other.response_lengths)
-
-
-def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
-    """The pairs of a run's data, at most `limit` of them.
+def read_pairs(
+    config: DataConfig, limit: int | None = None, bad_rows: BadRows | None = None
+) -> Iterator[Pair]:
+    """The pairs of a run's data, at most `limit` of them; bad rows are left out and counted.
 
     Raises:
-        TrainingError: A file cannot be read, or a line is no object with two texts; the message
-            names the file and the line.
+        TrainingError: Data cannot be read or lack a column, or a row is bad and `data.bad_rows` is
+            "refuse"; the message names the file and the line.
     """
     knobs = _knobs(config)
     if knobs is not None:
@@ -60,11 +53,12 @@ def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
         count = min(config.num_problems, limit or config.num_problems)
         yield from _problem_pairs(count, config.seed, knobs, 0)
         return
-    rows = _jsonl_rows(config.paths) if config.kind == "jsonl" else _hub_rows(config)
-    for number, (where, row) in enumerate(rows):
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    pairs = _numbered_pairs(config, open_parts(config), bad_rows)
+    for number, (_, pair) in enumerate(pairs):
         if limit is not None and number >= limit:
             return
-        yield _pair(row, config, where)
+        yield pair
 
 
 def read_held_out(config: DataConfig, count: int) -> list[Pair]:
@@ -79,46 +73,166 @@ def read_held_out(config: DataConfig, count: int) -> list[Pair]:
     return list(_problem_pairs(count, config.seed, knobs, 0, "test"))
 
 
-def encode_data(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Encoded:
+def encode_data(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, note: Note | None = None
+) -> Encoded:
     """Encode all pairs; `folder` is where worker processes find the same tokenizer.
 
-    The result does not depend on the number of processes.
+    The result does not depend on the number of processes, nor on the cache.
+
+    Args:
+        config: What to read or generate.
+        tokenizer: The run's.
+        folder: Holds it.
+        note: Is told about bad rows and about a cache that cannot be written.
+
+    Raises:
+        ConfigError: `data.chat_template` is true and the tokenizer has none.
+        TrainingError: As `read_pairs`, or all rows are bad.
     """
+    if config.chat_template and tokenizer.chat_template is None:
+        raise ConfigError(
+            "data.chat_template is true, but the tokenizer has no chat template; leave it out, or "
+            "use a tokenizer that has one"
+        )
     knobs = _knobs(config)
     if knobs is None:
-        return encode_pairs(tokenizer, read_pairs(config), config.response_suffix)
+        return _encode_read(config, tokenizer, note or (lambda text: None))
     assert config.num_problems is not None
     starts = range(0, config.num_problems, CHUNK)
     tasks = [
         (config.seed, start, min(CHUNK, config.num_problems - start), knobs) for start in starts
     ]
     workers = config.num_workers or (_num_cores() if config.num_problems >= _POOL_FROM else 1)
+    style = (config.response_suffix, config.chat_template)
     result = Encoded()
     if workers == 1:
         for task in tasks:
-            result.extend(_encode_problems(tokenizer, config.response_suffix, task))
+            result.extend(_encode_problems(tokenizer, style, task))
         return result
     # Not fork: torch and the tokenizer run threads of their own, which a fork would cut off.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _start_worker, (str(folder), config.response_suffix)
+        min(workers, len(tasks)), context, _start_worker, (str(folder), style)
     ) as pool:
         for part in pool.map(_run_task, tasks):
             result.extend(part)
     return result
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], suffix: str = "") -> Encoded:
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Iterable[Pair], suffix: str = "", chat: bool | None = None
+) -> Encoded:
     """Encode pairs: the prompt through the chat template, the response as it is."""
     result = Encoded()
-    for prompt, response in pairs:
-        prompt_ids = tokenizer.encode_prompt(prompt)
-        response_ids = tokenizer.encode(response + suffix)
-        result.tokens.extend(prompt_ids)
-        result.tokens.extend(response_ids)
-        result.prompt_lengths.append(len(prompt_ids))
-        result.response_lengths.append(len(response_ids))
+    for pair in pairs:
+        result.add(*_encode_pair(tokenizer, pair, (suffix, chat)))
     return result
+
+
+def _encode_pair(tokenizer: Tokenizer, pair: Pair, style: Style) -> Sample:
+    suffix, chat = style
+    return encode_prompt(tokenizer, pair.prompt, chat), tokenizer.encode(pair.response + suffix)
+
+
+def _encode_read(config: DataConfig, tokenizer: Tokenizer, note: Note) -> Encoded:
+    """Encode data that are read, from the cache if they are there."""
+    parts = open_parts(config)
+    bad_rows = BadRows()
+
+    def samples() -> Iterator[Sample]:
+        bad_rows.clear()
+        yield from _samples(config, tokenizer, parts, bad_rows)
+
+    result = None
+    folder = cache_folder(config.cache)
+    if folder is not None:
+        file = cache_file(folder, _cache_key(config, tokenizer, parts))
+        result = read_cache(file)
+        if result is None:
+            try:
+                write_cache(file, samples, bad_rows)
+                result = read_cache(file)
+            except OSError as error:
+                note(f"token ids are not kept in {folder}: {error.strerror or error}")
+    if result is None:
+        result = Encoded(bad_rows=bad_rows)
+        for sample in samples():
+            result.add(*sample)
+    _report(result, note)
+    return result
+
+
+def _samples(
+    config: DataConfig, tokenizer: Tokenizer, parts: list[Part], bad_rows: BadRows
+) -> Iterator[Sample]:
+    style = (config.response_suffix, config.chat_template)
+    num_good = 0
+    for where, pair in _numbered_pairs(config, parts, bad_rows):
+        try:
+            sample = _encode_pair(tokenizer, pair, style)
+        except RequestError as error:
+            _count(config, bad_rows, where, str(error))
+        else:
+            num_good += 1
+            yield sample
+    _refuse_if_all(bad_rows, num_good)
+
+
+def _numbered_pairs(
+    config: DataConfig, parts: list[Part], bad_rows: BadRows
+) -> Iterator[tuple[str, Pair]]:
+    """Pairs with the numbers of their rows."""
+    num_good = 0
+    for part in parts:
+        for where, row in part.rows():
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                pair = read_pair(row, config.columns)
+            except BadRow as error:
+                _count(config, bad_rows, where, str(error), row)
+            else:
+                num_good += 1
+                yield where, pair
+    _refuse_if_all(bad_rows, num_good)
+
+
+def _count(
+    config: DataConfig, bad_rows: BadRows, where: str, reason: str, row: object = None
+) -> None:
+    if config.bad_rows == "refuse":
+        raise TrainingError(
+            f'{where}: {reason}; data.bad_rows = "report" leaves such rows out and counts them'
+        )
+    bad_rows.add(where, reason, row)
+
+
+def _refuse_if_all(bad_rows: BadRows, num_good: int) -> None:
+    """Raise where nothing is left to train on."""
+    if bad_rows.count and not num_good:
+        columns = ", ".join(sorted(bad_rows.columns)) or "none"
+        raise TrainingError(
+            f"none of {bad_rows.count:,} rows can be used: {bad_rows.text()}. The rows have the "
+            f"columns: {columns}. Map them in [data.columns]"
+        )
+
+
+def _report(encoded: Encoded, note: Note) -> None:
+    bad_rows = encoded.bad_rows
+    if bad_rows.count:
+        num_rows = bad_rows.count + len(encoded.prompt_lengths)
+        note(f"{bad_rows.count:,} of {num_rows:,} rows are bad and left out: {bad_rows.text()}")
+
+
+def _cache_key(config: DataConfig, tokenizer: Tokenizer, parts: list[Part]) -> list[Any]:
+    """All that token ids depend on; not lengths, since samples are cut and dropped later."""
+    return [
+        tokenizer.fingerprint(),
+        asdict(config.columns),
+        [config.response_suffix, config.chat_template, config.bad_rows],
+        [[type(part).__name__, *part.identity()] for part in parts],
+    ]
 
 
 def _knobs(config: DataConfig) -> Knobs | None:
@@ -135,25 +249,24 @@ def _problem_pairs(
         for function in generate_function_problems(
             count, seed=seed, split=split, config=knobs, start=start
         ):
-            yield function.prompt, function.response
+            yield Pair(function.prompt, function.response)
         return
     for problem in generate_problems(count, seed=seed, split=split, config=knobs, start=start):
-        yield problem.prompt, problem.response
+        yield Pair(problem.prompt, problem.response)
 
 
-def _encode_problems(tokenizer: Tokenizer, suffix: str, task: Task) -> Encoded:
+def _encode_problems(tokenizer: Tokenizer, style: Style, task: Task) -> Encoded:
     seed, start, count, knobs = task
-    pairs = _problem_pairs(count, seed, knobs, start)
-    return encode_pairs(tokenizer, pairs, suffix)
+    return encode_pairs(tokenizer, _problem_pairs(count, seed, knobs, start), *style)
 
 
-_worker: list[tuple[Tokenizer, str]] = []
+_worker: list[tuple[Tokenizer, Style]] = []
 
 
-def _start_worker(folder: str, suffix: str) -> None:
+def _start_worker(folder: str, style: Style) -> None:
     # One process per core already; the tokenizer's own threads would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.append((Tokenizer.load(folder), suffix))
+    _worker.append((Tokenizer.load(folder), style))
 
 
 def _run_task(task: Task) -> Encoded:
@@ -162,41 +275,3 @@ def _run_task(task: Task) -> Encoded:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _jsonl_rows(paths: Iterable[str]) -> Iterator[tuple[str, object]]:
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    where = f"{path}:{number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        yield where, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise TrainingError(f"{where}: not valid JSON: {error}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"cannot read data {path}: {error}") from None
-
-
-def _hub_rows(config: DataConfig) -> Iterator[tuple[str, object]]:
-    try:
-        import datasets  # late: it takes seconds, and only this kind of data needs it
-    except ImportError:
-        raise TrainingError(
-            "data of kind 'hub' needs the package datasets: pip install 'd2f[train]'"
-        ) from None
-    for name in config.paths:
-        for number, row in enumerate(datasets.load_dataset(name, split=config.split), 1):
-            yield f"{name}:{number}", row
-
-
-def _pair(row: object, config: DataConfig, where: str) -> Pair:
-    texts = []
-    for name in (config.prompt_field, config.response_field):
-        text = row.get(name) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise TrainingError(f"{where}: expected an object with a text in '{name}'")
-        texts.append(text)
-    return texts[0], texts[1]

@@ -241,9 +241,11 @@ def _padded_blocks(batch: Batch, noise: NoiseConfig) -> Tensor:
 
 
 def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
-    """Where noise ends (B,): at the sequence's end, or at that of the block with the first EOS."""
+    """Where noise ends (B,): with the sequence, the block with the first EOS, or that EOS."""
     if noise.train_on_eos_blocks:
         return batch.length_B
+    if not noise.train_past_eos:
+        return batch.end_B
     blocks_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
     return (batch.prompt_length_B + blocks_B * noise.block_size).minimum(batch.length_B)
 

@@ -4,6 +4,14 @@ from tests.unit.training.tiny_run import make_config
 from d2f.models.lora import LoraConfig
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """No test keeps token ids in the user's own folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("D2F_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(params=["autoregressive", "masked-diffusion", "d2f", "d2f-lora"])
 def stage_config(request, tmp_path):
     if request.param == "d2f-lora":

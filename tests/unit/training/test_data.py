@@ -10,8 +10,9 @@ from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.text import Tokenizer
 from d2f.training import sources
 from d2f.training.data import SampleOrder, TokenDataset
-from d2f.training.sections import DataConfig
-from d2f.training.sources import Encoded, encode_data, encode_pairs, read_pairs
+from d2f.training.encoded import Encoded
+from d2f.training.sections import ColumnConfig, DataConfig
+from d2f.training.sources import encode_data, encode_pairs, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 
 PROBLEMS = DataConfig(kind="problems", num_problems=30, sequence_length=400, seed=3)
@@ -53,7 +54,13 @@ def test_over_long_samples_are_dropped_or_truncated_and_counted():
     assert batch.ids_BL.tolist() == [[1, 2, 3, 4]]
     assert batch.end_B.tolist() == [4]
     short = TokenDataset(pairs, config(9, max_prompt_length=3), eos_token_id=0)
-    assert short.num_dropped == 1
+    assert (short.num_dropped, short.num_long_prompts, short.num_truncated_prompts) == (1, 1, 0)
+    long_prompt = config(9, max_prompt_length=3, long_prompt="truncate")
+    behead = TokenDataset(pairs, long_prompt, eos_token_id=0)
+    assert (len(behead), behead.num_dropped, behead.num_truncated_prompts) == (4, 0, 1)
+    batch = behead.batch(torch.tensor([2, 3]))
+    assert batch.ids_BL.tolist() == [[2, 3, 4, 5, 0, 0, 0, 0, 0], [7] + [0] * 8]
+    assert batch.prompt_length_B.tolist() == [3, 0]
     with pytest.raises(TrainingError, match="none of 1 samples"):
         TokenDataset(encoded([[1], [2, 3]]), config(3), eos_token_id=0)
 
@@ -103,7 +110,7 @@ def test_jsonl(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     rows = [{"q": "1+1=", "a": "2"}, {"q": "a", "a": "b", "more": 1}]
     path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    fields = {"prompt_field": "q", "response_field": "a", "paths": (str(path),)}
+    fields = {"columns": ColumnConfig(prompt="q", response="a"), "paths": (str(path),)}
     settings = DataConfig(kind="jsonl", sequence_length=8, response_suffix="!", **fields)
     assert list(read_pairs(settings)) == [("1+1=", "2"), ("a", "b")]
     assert list(read_pairs(settings, 1)) == [("1+1=", "2")]
@@ -126,9 +133,10 @@ def test_jsonl(tmp_path, tokenizer):
 def test_bad_rows_name_file_and_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n' + line, encoding="utf-8")
-    settings = DataConfig(kind="jsonl", paths=(str(path),), sequence_length=8)
+    settings = DataConfig(kind="jsonl", paths=(str(path),), sequence_length=8, bad_rows="refuse")
     with pytest.raises(TrainingError, match=message):
         list(read_pairs(settings))
+    assert len(list(read_pairs(replace(settings, bad_rows="report")))) == 1
 
 
 def test_missing_file(tmp_path):

@@ -148,6 +148,14 @@ def test_eos_blocks_can_be_left_out(stage, tmp_path):
     assert (left_out.weight_BL[after] == 0).all()
     assert (kept.weight_BL[after] > 0).float().mean() > 0.9
     assert (left_out.weight_BL[(position < end) & (kept.block_BL > 0)] > 0).float().mean() > 0.9
+    answers = replace(everything, train_on_eos_blocks=False, train_past_eos=False)
+    answer = inputs_of(replace(config, noise=answers))
+    behind = position >= batch.end_B[:, None]
+    assert (answer.ids_BL[behind] == batch.ids_BL.expand(4, -1)[behind]).all()
+    assert (answer.weight_BL[behind] == 0).all()
+    assert (answer.weight_BL[~behind & (kept.block_BL > 0)] > 0).float().mean() > 0.9
+    with pytest.raises(ConfigError, match="needs train_on_eos_blocks = false"):
+        replace(everything, train_past_eos=False)
 
 
 def test_without_a_prompt_autoregression_skips_the_first_token(tmp_path):

@@ -12,8 +12,8 @@ from d2f.testing import tiny_model
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
+from d2f.training.encoded import Encoded
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
-from d2f.training.sources import Encoded
 from d2f.training.trainer import Trainer
 
 NOISE = {

@@ -1,0 +1,143 @@
+"""From a row of a data set to a pair of prompt and response, by the recipe's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from d2f.errors import RequestError
+from d2f.text import Tokenizer
+from d2f.training.bad_rows import BadRow
+
+if TYPE_CHECKING:
+    from d2f.training.sections import ColumnConfig
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+"""A plain text, or messages with `role` and `content` where there is more than one."""
+
+_KINDS = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text",
+    list: "a list", dict: "an object",
+}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """What a sample is made of."""
+
+    prompt: Prompt
+    response: str
+
+    def texts(self, *, response: bool = True) -> Iterator[str]:
+        """The texts of the pair in their order, with or without the response."""
+        if isinstance(self.prompt, str):
+            yield self.prompt
+        else:
+            yield from (message["content"] for message in self.prompt)
+        if response:
+            yield self.response
+
+
+def read_pair(row: object, columns: ColumnConfig) -> Pair:
+    """The pair that a row holds.
+
+    Of a conversation the last message, the assistant's, is the response, and all before it are the
+    prompt.
+
+    Raises:
+        BadRow: A column is missing, empty or of another type, or the text is not valid Unicode.
+
+    Example:
+        >>> from d2f.training.sections import ColumnConfig
+        >>> columns = ColumnConfig(messages="chat", role="from", content="value")
+        >>> read_pair({"chat": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]},
+        ...           columns)
+        Pair(prompt='1+1=', response='2')
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"{_kind(row)}, not an object with the columns {_listed(columns)}")
+    messages: list[Message] = []
+    if columns.system is not None:
+        system = _value(row, columns.system)
+        if system is not None and system != "":
+            text = _text(system, f"'{columns.system}'")
+            messages.append({"role": "system", "content": text})
+    if columns.messages is None:
+        prompt = _text(_value(row, columns.prompt), f"'{columns.prompt}'")
+        response = _text(_value(row, columns.response), f"'{columns.response}'")
+        messages.append({"role": "user", "content": prompt})
+    else:
+        messages += _messages(_value(row, columns.messages), columns)
+        if messages[-1]["role"] != "assistant":
+            raise BadRow(
+                f"'{columns.messages}' ends with a message of role '{messages[-1]['role']}', "
+                "not the assistant's"
+            )
+        response = messages.pop()["content"]
+        if not any(message["role"] == "user" for message in messages):
+            raise BadRow(f"'{columns.messages}' has no message of the user before the answer")
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    return Pair(messages[0]["content"] if alone else messages, response)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
+    """Token ids of a prompt, up to where the response begins.
+
+    Args:
+        tokenizer: The run's.
+        prompt: A text or messages.
+        chat: `data.chat_template`.
+
+    Raises:
+        RequestError: Messages without a chat template, or the template refuses them.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt, chat=chat)
+    if chat is False or tokenizer.chat_template is None:
+        raise RequestError("several messages, and no chat template to write them")
+    return tokenizer.encode_chat(prompt)
+
+
+def _messages(value: object, columns: ColumnConfig) -> list[Message]:
+    name = columns.messages
+    if not isinstance(value, list):
+        raise BadRow(f"'{name}' is {_kind(value)}, not a list of messages")
+    if not value:
+        raise BadRow(f"'{name}' is empty")
+    messages: list[Message] = []
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise BadRow(f"'{name}' holds {_kind(message)} where a message should be")
+        for key in (columns.role, columns.content):
+            if key not in message:
+                raise BadRow(f"a message in '{name}' has no '{key}'")
+        role = _text(message[columns.role], f"'{columns.role}' in '{name}'")
+        text = _text(message[columns.content], f"'{columns.content}' in '{name}'")
+        messages.append({"role": columns.roles.get(role, role), "content": text})
+    return messages
+
+
+def _value(row: Mapping[str, object], name: str) -> object:
+    if name not in row:
+        raise BadRow(f"no column '{name}'")
+    return row[name]
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {_kind(value)}, not text")
+    if not value.strip():
+        raise BadRow(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{name} is not valid Unicode") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+def _listed(columns: ColumnConfig) -> str:
+    return ", ".join(f"'{name}'" for name in columns.used())

@@ -1,0 +1,138 @@
+"""Token ids on disk, so that data are encoded once: one file for each way to encode them.
+
+A file holds the tokens, the lengths of prompts and of responses, all 32-bit, then a JSON object
+that describes them, the size of that object and a mark. It is written beside its place and then
+renamed. It is used only if its key, its sizes and its check sum are right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from d2f.training.bad_rows import BadRows
+from d2f.training.encoded import Encoded
+
+Sample = tuple[list[int], list[int]]
+"""Ids of the prompt and of the response."""
+
+_MARK = b"d2ftok01"
+_ITEM = array("i").itemsize
+_FLUSH = 1 << 18
+_CHUNK = 1 << 24
+
+
+def cache_folder(setting: str | bool) -> Path | None:
+    """The folder that `data.cache` stands for; None: no cache."""
+    if isinstance(setting, str):
+        return Path(setting).expanduser()
+    if not setting:
+        return None
+    named = os.environ.get("D2F_CACHE")
+    return Path(named) if named else Path("~/.cache/d2f").expanduser()
+
+
+def cache_file(folder: Path, key: list[Any]) -> Path:
+    """The file of a key: JSON values that name everything the tokens depend on."""
+    text = json.dumps([_MARK.decode(), *key], sort_keys=True)
+    return folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.tokens"
+
+
+def read_cache(file: Path) -> Encoded | None:
+    """Map a file's tokens; None if it is not there, is damaged or something else.
+
+    The lengths are read into memory, the tokens only as they are needed.
+    """
+    try:
+        with file.open("rb") as stream:
+            # Copy on write: torch wants memory that could be written to.
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):
+        return None
+    tail = len(_MARK) + 8
+    size = len(mapped) - tail - int.from_bytes(mapped[-tail : -len(_MARK)], "little")
+    if mapped[-len(_MARK) :] != _MARK or size < 0:
+        return None
+    try:
+        about = json.loads(mapped[size:-tail])
+        num_tokens, num_samples = int(about["tokens"]), int(about["samples"])
+        bad_rows = BadRows.from_table(about["bad_rows"])
+        wanted = (file.stem, _ITEM * (num_tokens + 2 * num_samples), _crc(mapped, size))
+        if (about["key"], size, about["crc"]) != wanted:
+            return None
+    except (KeyError, TypeError, ValueError):
+        return None
+    view = memoryview(mapped)[:size].cast("i")
+    split = num_tokens + num_samples
+    return Encoded(
+        tokens=view[:num_tokens],
+        prompt_lengths=array("i", view[num_tokens:split].tobytes()),
+        response_lengths=array("i", view[split:].tobytes()),
+        bad_rows=bad_rows,
+        cache_file=str(file),
+    )
+
+
+def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: BadRows) -> None:
+    """Encode into a file; only the lengths of samples and some thousand tokens are in memory.
+
+    Args:
+        file: As `cache_file` names it; its folder is created.
+        samples: Gives the samples.
+        bad_rows: Filled while the samples are read.
+
+    Raises:
+        OSError: The folder cannot be written to, or is full; nothing is left behind.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.{os.getpid()}.part")
+    lengths = Encoded()
+    num_tokens = crc = 0
+    try:
+        with part.open("wb") as stream:
+
+            def put(values: array[int]) -> None:
+                nonlocal crc
+                content = values.tobytes()
+                crc = zlib.crc32(content, crc)
+                stream.write(content)
+
+            waiting = array("i")
+            for prompt_ids, response_ids in samples():
+                waiting.extend(prompt_ids)
+                waiting.extend(response_ids)
+                lengths.prompt_lengths.append(len(prompt_ids))
+                lengths.response_lengths.append(len(response_ids))
+                if len(waiting) >= _FLUSH:
+                    put(waiting)
+                    num_tokens += len(waiting)
+                    waiting = array("i")
+            num_tokens += len(waiting)
+            for values in (waiting, lengths.prompt_lengths, lengths.response_lengths):
+                put(values)
+            about = {
+                "key": file.stem,
+                "tokens": num_tokens,
+                "samples": len(lengths.prompt_lengths),
+                "crc": crc,
+                "bad_rows": bad_rows.to_table(),
+            }
+            text = json.dumps(about).encode()
+            stream.write(text + len(text).to_bytes(8, "little") + _MARK)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _crc(content: mmap.mmap, size: int) -> int:
+    crc = 0
+    for start in range(0, size, _CHUNK):
+        crc = zlib.crc32(content[start : min(start + _CHUNK, size)], crc)
+    return crc
