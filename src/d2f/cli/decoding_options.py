@@ -114,9 +114,11 @@ def check_choices(strategy: str | None, changed: dict[str, Any], options: dict[s
 
 
 def load_answerer(
-    model: str | None, adapter: str | None, device: str | None, dtype: str | None
+    model: str | Path | None, adapter: str | None, device: str | None, dtype: str | None
 ) -> tuple[Transformer, Tokenizer]:
     """The model asked for, the shipped student by default, and its tokenizer.
+
+    A path, unlike a name, is that of a shipped model, whose dtype is the device's fastest.
 
     Raises:
         CheckpointError: There is none, or it is broken.
@@ -128,12 +130,12 @@ def load_answerer(
     from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
-    source: str | Path = model if model is not None else shipped_model("student")
+    source = model if model is not None else shipped_model("student")
     # What fails in milliseconds comes before the weights, which may take minutes.
     read_spec(resolve_folder(source, weights=False))
     tokenizer = Tokenizer.load(source)
     device = choose_device(device)
-    if dtype is None and model is None:
+    if dtype is None and isinstance(source, Path):
         dtype = fastest_dtype(device)
     return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2f.cli.decoding_options import default_strategy, load_answerer
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from d2f.models.transformer import Transformer
     from d2f.problems import Problem
     from d2f.serving.served_model import ServedModel
     from d2f.serving.service import Service
@@ -167,19 +168,13 @@ def main_model(
     """
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.serving.served_model import ServedModel
-    from d2f.shipped import shipped_model
-    from d2f.text import Tokenizer
 
-    folder: str | Path = shipped_model() if source is None else source
-    # What fails in milliseconds comes before the weights, which may take minutes.
-    tokenizer = Tokenizer.load(folder)
-    loaded = _load(folder, adapter, device, dtype, shipped=source is None)
-    causal = loaded.spec.architecture.causal
+    loaded, tokenizer = load_answerer(source, adapter, device, dtype)
     return ServedModel(
-        name=name or (SHIPPED_NAME if source is None else Path(folder).resolve().name),
+        name=name or (SHIPPED_NAME if source is None else Path(source).resolve().name),
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
-        strategy="autoregressive" if causal else "pipelined",
+        strategy=default_strategy(loaded.spec),
         examples=_prompts() if source is None else (),
     )
 
@@ -190,12 +185,9 @@ def _race_model(
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.engine.sizing import enough_bytes
     from d2f.serving.served_model import ServedModel
-    from d2f.text import Tokenizer
 
-    tokenizer = Tokenizer.load(source)
-    loaded = _load(source, None, device, dtype, shipped=isinstance(source, Path))
-    config = EngineConfig(max_batch_size=RACE_BATCH_SIZE)
-    spec = loaded.spec
+    loaded, tokenizer = load_answerer(source, None, device, dtype)
+    config, spec = EngineConfig(max_batch_size=RACE_BATCH_SIZE), loaded.spec
     # Said in bytes, so that on a GPU it does not take the memory that is free.
     size = enough_bytes(
         spec,
@@ -204,32 +196,15 @@ def _race_model(
         max_batch_size=RACE_BATCH_SIZE,
         dtype=loaded.dtype,
     )
-    strategy = "pipelined" if spec.recommended_policy is not None else "vanilla"
+    strategy = default_strategy(spec)
+    if strategy == "pipelined" and spec.recommended_policy is None:
+        strategy = "vanilla"
     return ServedModel(
         name=name,
-        engine=Engine(
-            loaded, EngineConfig(max_batch_size=RACE_BATCH_SIZE, kv_cache_bytes=size), tokenizer
-        ),
+        engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
         tokenizer=tokenizer,
-        strategy="autoregressive" if spec.architecture.causal else strategy,
+        strategy=strategy,
     )
-
-
-def _load(
-    source: str | Path,
-    adapter: str | None,
-    device: str | None,
-    dtype: str | None,
-    *,
-    shipped: bool,
-) -> Transformer:
-    from d2f.cli.device import choose_device, fastest_dtype
-    from d2f.models.checkpoint import load_model
-
-    device = choose_device(device)
-    if dtype is None and shipped:
-        dtype = fastest_dtype(device)
-    return load_model(source, adapter=adapter, device=device, dtype=dtype)
 
 
 def example_problems() -> list[Problem]:
