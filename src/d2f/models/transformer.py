@@ -43,6 +43,14 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(width, spec.intermediate_size, bias=False)
         self.down_proj = nn.Linear(spec.intermediate_size, width, bias=False)
 
+    def forward(
+        self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask | None
+    ) -> Tensor:
+        """The layer's output for whole sequences, residuals included: (B, L, D)."""
+        q, k, v = self.project(x_BLD, rope)
+        x_BLD = x_BLD + self.o_proj(attention(q, k, v, mask))
+        return x_BLD + self.mlp(x_BLD)
+
     def project(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of the new tokens: (B, L, heads, H) each."""
         h_BLD = self.attention_norm(x_BLD)
@@ -144,10 +152,7 @@ class Transformer(nn.Module):
         rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
         mask = self._mask(blocks_BL)
         for layer in self.layers:
-            assert isinstance(layer, Layer)
-            q, k, v = layer.project(x_BLD, rope)
-            x_BLD = x_BLD + layer.o_proj(attention(q, k, v, mask))
-            x_BLD = x_BLD + layer.mlp(x_BLD)
+            x_BLD = layer(x_BLD, rope, mask)
         return self.norm(x_BLD)
 
     def pack(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f.diffusion.corruption import corrupt
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks
@@ -265,9 +265,12 @@ class StageLoss:
         teacher: Transformer | None = None,
         *,
         compiled: bool = False,
+        forward: nn.Module | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
+        # What to call for the student's hidden states, where an engine wraps it.
+        self._forward = forward or student
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
         self._padded = config.noise is not None and config.noise.random_end
@@ -359,7 +362,8 @@ class StageLoss:
     ) -> Tensor:
         """Aligned hidden states (T, D) of the flattened batch."""
         with self._products(ids_BL.device):
-            return model.align(model(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+            forward = self._forward if model is self.student else model
+            return model.align(forward(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
 
     def _compute_logits(
         self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None
