@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 Seen = Union[Tensor, "BlockMask", None]
 """Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
 
+NUM_LENGTHS = 4
+"""Lengths that micro-batches may have with `data.padding = "longest"`. Teacher and student are
+compiled for each, and torch's compiler gives a function up that has more than eight shapes."""
+
 FRONTIER_BLOCKS = 3
 """Blocks that count in the loss of `frontier_inputs`."""
 
@@ -53,6 +57,8 @@ class StepInputs:
     losses of its parts add up."""
     block_BL: Tensor
     """Block numbers (int32): 0 for the prompt, then 1 … N; `PADDING_BLOCK` past the end."""
+    length_multiple: int | None = None
+    """Micro-batches are cut behind their longest sequence, at a multiple of this; None: never."""
     selected_M: Tensor | None = None
     """Positions of the flattened batch with a weight; None: the loss is computed at all of them,
     which keeps shapes the same from step to step."""
@@ -60,7 +66,9 @@ class StepInputs:
     def parts(self, size: int, *, select: bool) -> Iterator[StepInputs]:
         """Cut the batch into micro-batches; `select` leaves out positions without a weight."""
         columns = (self.ids_BL, self.target_BL, self.weight_BL, self.block_BL)
-        for ids, target, weight, block in zip(*(c.split(size) for c in columns), strict=True):
+        for part in zip(*(c.split(size) for c in columns), strict=True):
+            length = self._cut(part[-1])
+            ids, target, weight, block = (c[:, :length].contiguous() for c in part)
             yield StepInputs(
                 ids_BL=ids,
                 target_BL=target,
@@ -69,6 +77,25 @@ class StepInputs:
                 selected_M=weight.flatten().nonzero()[:, 0] if select else None,
             )
 
+    def sorted(self, multiple: int) -> StepInputs:
+        """The longest sequences first, to be cut at multiples of a length."""
+        length_B = (self.block_BL != PADDING_BLOCK).sum(dim=1)
+        order_B = length_B.argsort(descending=True, stable=True)
+        return StepInputs(
+            ids_BL=self.ids_BL[order_B],
+            target_BL=self.target_BL[order_B],
+            weight_BL=self.weight_BL[order_B],
+            block_BL=self.block_BL[order_B],
+            length_multiple=multiple,
+        )
+
+    def _cut(self, block_BL: Tensor) -> int:
+        """Where these sequences may be cut."""
+        if self.length_multiple is None:
+            return block_BL.shape[1]
+        longest = int((block_BL != PADDING_BLOCK).sum(dim=1).max())
+        return min(-(-longest // self.length_multiple) * self.length_multiple, block_BL.shape[1])
+
     def to(self, device: torch.device) -> StepInputs:
         """Copy to a device, without waiting for the copy."""
         if device.type == "cpu":
@@ -76,7 +103,7 @@ class StepInputs:
         moved = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if value is not None
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -88,7 +115,34 @@ def make_inputs(
     mask_token_id: int | None,
     generator: torch.Generator,
 ) -> StepInputs:
-    """Corrupt a clean batch as the stage asks; the same generator state gives the same noise."""
+    """Corrupt a clean batch as the stage asks; the same generator state gives the same noise.
+
+    The noise of a sample does not depend on `data.padding`, by which the batch is sorted last.
+    """
+    shortens = config.data.padding == "longest"
+    if shortens and not (config.noise is not None and config.noise.random_end):
+        ends = batch.end_B if config.noise is None else _noise_end(batch, config.noise)
+        batch = replace(batch, length_B=ends)
+    inputs = _stage_inputs(batch, config, mask_token_id, generator)
+    return inputs.sorted(length_multiple(batch.ids_BL.shape[1])) if shortens else inputs
+
+
+def length_multiple(sequence_length: int) -> int:
+    """What the lengths of micro-batches are multiples of with `data.padding = "longest"`.
+
+    A multiple of 64, for the sake of matrix products, and so large that there are at most
+    `NUM_LENGTHS` of them up to `sequence_length`, which is one itself.
+
+    Example:
+        >>> length_multiple(1024), length_multiple(200)
+        (256, 64)
+    """
+    return 64 * -(-sequence_length // (64 * NUM_LENGTHS))
+
+
+def _stage_inputs(
+    batch: Batch, config: TrainConfig, mask_token_id: int | None, generator: torch.Generator
+) -> StepInputs:
     if config.stage == "autoregressive":
         return autoregressive_inputs(batch)
     assert config.noise is not None
@@ -109,7 +163,7 @@ def autoregressive_inputs(batch: Batch) -> StepInputs:
         ids_BL=batch.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=mean_weights(counted_BL),
-        block_BL=counted_BL.to(torch.int32),
+        block_BL=_hidden_past_end(batch, counted_BL.to(torch.int32)),
     )
 
 
@@ -233,7 +287,7 @@ def d2f_inputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=distillation_weights(noised.masked_BL, noised.ratio_BL, weighting),
-        block_BL=layout.block_numbers(batch.ids_BL.shape[1]),
+        block_BL=_padded_blocks(batch, noise),
     )
 
 
@@ -243,9 +297,12 @@ def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
 
 def _padded_blocks(batch: Batch, noise: NoiseConfig) -> Tensor:
     """Block numbers (B, L), with that of padding past the sequences' ends."""
-    length = batch.ids_BL.shape[1]
-    inside_BL = torch.arange(length) < batch.length_B[:, None]
-    return torch.where(inside_BL, _blocks(batch, noise).block_numbers(length), PADDING_BLOCK)
+    return _hidden_past_end(batch, _blocks(batch, noise).block_numbers(batch.ids_BL.shape[1]))
+
+
+def _hidden_past_end(batch: Batch, block_BL: Tensor) -> Tensor:
+    inside_BL = torch.arange(batch.ids_BL.shape[1]) < batch.length_B[:, None]
+    return torch.where(inside_BL, block_BL, PADDING_BLOCK)
 
 
 def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
@@ -278,7 +335,8 @@ class StageLoss:
         self.teacher = teacher
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
-        self._padded = config.noise is not None and config.noise.random_end
+        random_end = config.noise is not None and config.noise.random_end
+        self._padded = random_end or config.data.padding == "longest"
         self._recompute = config.activation_checkpointing
         # FlexAttention is a fused kernel only where it is compiled.
         self._tiled = compiled and student.spec.head_dim >= MIN_HEAD_DIM
@@ -318,8 +376,9 @@ class StageLoss:
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
-                target = self._logits(self.teacher or self.student, inputs.ids_BL, None)
-        seen = self._seen(inputs)
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
+        seen = self._seen(inputs, self._student_blocks(inputs))
         return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
 
     def _teacher_view(self) -> AbstractContextManager[None]:
@@ -331,11 +390,13 @@ class StageLoss:
         if self._objective != "cross_entropy":
             teacher = self.teacher or self.student
             with torch.no_grad(), self._teacher_view():
-                states_TE = self._states(teacher, inputs.ids_BL, None)
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                states_TE = self._states(teacher, inputs.ids_BL, seen)
             target = TeacherStates(
                 hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
             )
-        states_TD = self._states(self.student, inputs.ids_BL, self._seen(inputs))
+        seen = self._seen(inputs, self._student_blocks(inputs))
+        states_TD = self._states(self.student, inputs.ids_BL, seen)
         with self._products(inputs.ids_BL.device):
             loss, loss_M = chunked_loss(
                 _selected(states_TD, rows_M),
@@ -357,21 +418,24 @@ class StageLoss:
         loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
-    def _seen(self, inputs: StepInputs) -> Seen:
-        """What the student sees; made before what is compiled is entered."""
-        blocks_BL = self._blocks(inputs)
+    def _seen(self, inputs: StepInputs, blocks_BL: Tensor | None) -> Seen:
+        """What a model is told; made before what is compiled is entered."""
         if blocks_BL is None or not self._tiled:
             return blocks_BL
         return tiled_mask(blocks_BL.expand(inputs.ids_BL.shape))
 
-    def _blocks(self, inputs: StepInputs) -> Tensor | None:
+    def _student_blocks(self, inputs: StepInputs) -> Tensor | None:
         """Block numbers that say what the student sees; None: everything."""
         if self._causal:
             return causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
-        if self._padded:
-            padding_BL = inputs.block_BL == PADDING_BLOCK
-            return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
-        return inputs.block_BL if self._distils else None
+        return inputs.block_BL if self._distils else self._unordered_blocks(inputs)
+
+    def _unordered_blocks(self, inputs: StepInputs) -> Tensor | None:
+        """The same under full attention, which hides padding only."""
+        if not self._padded:
+            return None
+        padding_BL = inputs.block_BL == PADDING_BLOCK
+        return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
 
     def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned hidden states (T, D) of the flattened batch."""
