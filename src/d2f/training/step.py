@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class StepInputs:
         """Copy to a device, without waiting for the copy."""
         if device.type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
