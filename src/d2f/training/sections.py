@@ -152,9 +152,9 @@ class DataConfig:
     response, which then has no EOS. Both are counted."""
     padding: str = "full"
     """full: every sequence has `sequence_length` tokens. longest: the samples of a batch are sorted
-    by length, and each micro-batch is cut to its longest sample, rounded up to one of four lengths.
-    A sample then ends where its noise ends (in stage autoregressive, with its first EOS), and sees
-    nothing behind. Each of the lengths is compiled once."""
+    by length, and each micro-batch is cut to its longest, rounded up to one of eight lengths. A
+    sample then ends where its noise ends (in stage autoregressive, with its first EOS), and sees
+    nothing behind. Each of the lengths is compiled for."""
     num_workers: int | None = None
     """Processes that generate and encode problems; none: as many as there are cores, for large
     sets. The data do not depend on it."""

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 Seen = Union[Tensor, "BlockMask", None]
 """Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
 
-NUM_LENGTHS = 4
-"""Lengths that micro-batches may have with `data.padding = "longest"`. Teacher and student are
-compiled for each, and torch's compiler gives a function up that has more than eight shapes."""
+NUM_LENGTHS = 8
+"""Lengths that micro-batches may have with `data.padding = "longest"`; each is compiled for."""
+
+GRAPHS_PER_LENGTH = 4
+"""What a layer may be compiled as: the teacher's, the student's, and that of the student's first,
+whose input needs no gradient below an adapter; and one to spare for a teacher of its own."""
 
 FRONTIER_BLOCKS = 3
 """Blocks that count in the loss of `frontier_inputs`."""
@@ -321,6 +324,14 @@ class StageLoss:
     Stage d2f runs the teacher first, under full attention and without gradients: another model,
     or, if `teacher` is None, the student with its adapter off. The student then reads the same
     noisy tokens under block-causal attention.
+
+    Args:
+        config: The recipe.
+        student: The model to be trained.
+        teacher: Stage d2f: another model.
+        compiled: Compile what pays; attention then runs in tiles. For GPUs.
+        forward: What to call for the student's hidden states, where an engine wraps it.
+        alone: No other process trains along, whose engine would have hooks in the models.
     """
 
     def __init__(
@@ -331,10 +342,10 @@ class StageLoss:
         *,
         compiled: bool = False,
         forward: nn.Module | None = None,
+        alone: bool = True,
     ) -> None:
         self.student = student
         self.teacher = teacher
-        # What to call for the student's hidden states, where an engine wraps it.
         self._forward = forward or student
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
@@ -350,22 +361,24 @@ class StageLoss:
         positions = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
         # A compiler fuses the head's output, its softmax and the loss of a small vocabulary into
         # few passes, if all of them have the same shapes at each step. Logits that would not fit
-        # are never made: then the models alone are compiled, and the loss runs in chunks, whose
-        # matrices are large enough to need no compiler.
-        self._whole = compiled and positions <= chunk_size(
-            student.spec.vocab_size, self._memory_bytes
-        )
+        # are never made: then the layers alone are compiled, and the loss runs in chunks, whose
+        # matrices are large enough to need no compiler. So it is where there are hooks in the
+        # model, which would cut a graph of the whole into pieces.
+        fits = positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
+        self._whole = compiled and fits and alone
+        self._by_layer = compiled and not self._whole
         self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
         self._logits: Callable[..., Tensor] = self._compute_logits
         self._states: Callable[..., Tensor] = self._compute_states
         if compiled:
+            _allow_graphs(GRAPHS_PER_LENGTH * NUM_LENGTHS)
+        if self._whole:
             # Fills what the models compute once and keep, which would else compile them twice.
             with torch.no_grad():
                 for model in filter(None, (student, teacher)):
                     model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
             self._student_loss = torch.compile(self._whole_loss, dynamic=False)
             self._logits = torch.compile(self._compute_logits, dynamic=False)
-            self._states = torch.compile(self._compute_states, dynamic=False)
 
     @property
     def selects(self) -> bool:
@@ -445,7 +458,9 @@ class StageLoss:
         given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
         with self._products(ids_BL.device):
             forward = self._forward if model is self.student else model
-            states_BLD = forward(ids_BL, recompute=self._recompute, **given)
+            states_BLD = forward(
+                ids_BL, recompute=self._recompute, compiled=self._by_layer, **given
+            )
             return model.align(states_BLD).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
@@ -456,6 +471,14 @@ class StageLoss:
     def _products(self, device: torch.device) -> AbstractContextManager[object]:
         """The dtype of matrix products within the block."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _allow_graphs(number: int) -> None:
+    """Let a function be compiled for that many shapes, of which torch else gives up at eight."""
+    import torch._dynamo
+
+    limit = max(torch._dynamo.config.recompile_limit, number)
+    torch._dynamo.config.recompile_limit = limit
 
 
 def _selected(values: Tensor, rows_M: Tensor | None) -> Tensor:
