@@ -131,6 +131,8 @@ class _Group(Processes):
         try:
             from accelerate import PartialState
         except ImportError:
+            if os.environ["LOCAL_RANK"] != "0":
+                raise SystemExit(1) from None  # its neighbour says so
             raise TrainingError(
                 f"training with {os.environ['WORLD_SIZE']} processes needs accelerate: "
                 "pip install 'd2f[train]'"
