@@ -203,7 +203,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         logged = (self.step + 1) % self.config.log_every == 0
         parts = inputs.parts(self._size, select=self.loss.selects)
-        for number, part in enumerate(islice(parts, self._share.start, self._share.stop), 1):
+        for number, part in enumerate(islice(parts, self._share.start, None, self._share.step), 1):
             moved = part.to(self.device)
             with self.distributed.gradients(last=number == len(self._share)):
                 loss, loss_BL = self.loss(moved)
@@ -359,8 +359,8 @@ def _share_of(config: TrainConfig, processes: Processes) -> tuple[int, range]:
             f"batch_size {config.batch_size} cannot be divided evenly among {world_size} processes"
             + (f" with micro_batch_size {size}" if config.micro_batch_size else "")
         )
-    count = config.batch_size // size // world_size
-    return size, range(processes.rank * count, (processes.rank + 1) * count)
+    # In turns: with `data.padding = "longest"` neighbours are of about the same length.
+    return size, range(processes.rank, config.batch_size // size, world_size)
 
 
 class _Window:
