@@ -138,7 +138,7 @@ def length_multiple(sequence_length: int) -> int:
 
     Example:
         >>> length_multiple(1024), length_multiple(200)
-        (256, 64)
+        (128, 64)
     """
     return 64 * -(-sequence_length // (64 * NUM_LENGTHS))
 

@@ -159,6 +159,7 @@ def test_a_whole_model_is_compiled_once_for_all_block_numbers(flex_trains_on_cpu
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("length", [64, 300, 512])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_fused_attention_is_that_of_the_dense_mask(length, kv_heads):

@@ -17,6 +17,7 @@ from d2f.testing import tiny_model
 from d2f.testing.tiny import MASK_TOKEN_ID
 from d2f.training.step import StageLoss, make_inputs
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STAGES = ["autoregressive", "masked-diffusion", "d2f"]
 
 
@@ -175,7 +176,8 @@ def test_layers_are_compiled_as_one(head_dim, recompute, backend, tmp_path, monk
     assert counter.frame_count == 2 * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
@@ -203,7 +205,8 @@ def test_compiled_steps_in_tiles_are_those_of_the_cpu(stage, recompute, whole, t
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_drop_the_same_when_computed_again(recompute, tmp_path):
     """Dropout in bf16 on a GPU: the layer by layer compiled step twice, from the same seed."""
