@@ -26,7 +26,7 @@ T = TypeVar("T")
 _FAILED = "d2f/failed"
 # Others wait as long as the main process samples, evaluates, or encodes data.
 _PATIENCE = timedelta(days=7)
-_STORE_SECONDS = 10
+_STORE_SECONDS = 3
 
 
 class Processes:
@@ -259,7 +259,7 @@ class _Group(Processes):
             store = self._dist.distributed_c10d._get_default_store()
             store.set_timeout(timedelta(seconds=_STORE_SECONDS))
             return store.add(_FAILED, 1) == 1
-        except RuntimeError:  # gone with the process that kept it
+        except RuntimeError:  # gone with the launcher, or the process, that kept it
             return True
 
 
