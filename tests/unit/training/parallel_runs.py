@@ -114,7 +114,12 @@ def file_config(files: Path, name: str, lora: bool, sharding: str, **overrides: 
         files / name,
         "d2f",
         model=ModelConfig(init=str(files / "Dream"), output_dtype="float32"),
-        data=DataConfig(kind="jsonl", paths=(str(files / "pairs.jsonl"),), sequence_length=12),
+        data=DataConfig(
+            kind="jsonl",
+            paths=(str(files / "pairs.jsonl"),),
+            sequence_length=12,
+            cache=str(files / "cache"),
+        ),
         lora=LoraConfig(r=4, alpha=8, dropout=0.3) if lora else None,
         micro_batch_size=2,
         sharding=sharding,

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(files):
         (6, 2, "among 2 processes with micro_batch_size 2"),
     ],
 )
-def test_batches_that_cannot_be_divided(files, monkeypatch, batch_size, micro_batch_size, message):
+def test_batches_that_cannot_be_divided(files, batch_size, micro_batch_size, message):
     processes = Processes(torch.device("cpu"))
     processes.world_size = 2
     config = file_config(
@@ -154,7 +155,7 @@ def test_a_launcher_must_say_what_there_is(monkeypatch):
         Processes.current("cpu")
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     with monkeypatch.context() as context:
-        context.setitem(__import__("sys").modules, "accelerate", None)
+        context.setitem(sys.modules, "accelerate", None)
         with pytest.raises(TrainingError, match=r"pip install 'd2f\[train\]'"):
             Processes.current("cpu")
 
