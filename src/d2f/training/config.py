@@ -28,6 +28,7 @@ from d2f.training.sections import (
 )
 
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
+SHARDINGS = ("none", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,11 @@ class TrainConfig:
     batch_size: int
     """Sequences of an update."""
     micro_batch_size: int | None = None
-    """Sequences in memory at once; none: the whole batch. The gradient is the same."""
+    """Sequences in memory of a process at once; none: its whole share of the batch. The gradient is
+    the same."""
+    sharding: str = "none"
+    """With several processes: none, each holds all weights (DDP); full, each holds a part of the
+    weights, gradients and optimizer state (FSDP2). The result is the same."""
     max_seconds: float | None = None
     """End, and drive the learning rate, by the seconds since the first step instead of by steps.
     Such a run cannot be repeated bit for bit."""
@@ -65,6 +70,9 @@ class TrainConfig:
     """Type of the products: float32, or bfloat16 (autocast; the weights stay as they are)."""
     compile: bool = True
     """Compile the forward and backward passes on a GPU."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass, which computes the layer once more: far
+    less memory for a third more work. The gradients are the same."""
     loss_memory_mib: int = 384
     """Memory in MiB for the loss over the vocabulary; logits that need more are computed in chunks
     of positions. The result is the same; on a GPU with `compile`, what fits is compiled whole."""
@@ -90,6 +98,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
         one_of("precision", self.precision, DTYPES)
+        one_of("sharding", self.sharding, SHARDINGS)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
             "checkpoint_every", "keep_checkpoints", "loss_memory_mib",
@@ -116,6 +125,14 @@ class TrainConfig:
             self.stage == "masked-diffusion"
         ):
             raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
+        noise = self.noise
+        ends = noise is None or noise.random_end or not noise.train_on_eos_blocks
+        if self.data.padding == "longest" and not ends:
+            raise ConfigError(
+                'data.padding = "longest" has nothing to leave out while noise.train_on_eos_blocks '
+                "trains on EOS up to data.sequence_length; set that to false, or padding to "
+                '"full"'
+            )
         if self.stage != "d2f" and (self.objective is not None or self.model.teacher != "init"):
             raise ConfigError(f"stage {self.stage} has no use for [objective] or model.teacher")
         hard = self.objective is not None and self.objective.objective == "cross_entropy"
