@@ -127,9 +127,11 @@ def _measure(
 ) -> dict[str, Any]:
     """All rows, and the run on one batch."""
     from d2f.evaluation.environment import describe_environment
+    from d2f.training.step_bench import survives
 
     model: dict[str, Any] = {}
     rows, largest = [], []
+    repeat: dict[str, Any] | None = {} if repeat_batch else None
     for size, checkpointing in plan:
         if size is None:
             size = _largest(setup, checkpointing)
@@ -137,11 +139,20 @@ def _measure(
             if size == 0:
                 continue
         log.print(f"micro-batch {size}{', recomputing' * checkpointing} …", style="dim")
-        rows.append(_row(setup, rates, size, checkpointing, steps, model))
-    repeat = None
-    if repeat_batch:
-        size, checkpointing = plan[0]
-        repeat = _repeat(setup, size or 1, checkpointing, repeat_batch)
+        row: dict[str, Any] = {"micro_batch": size, "checkpointing": checkpointing}
+        rows.append(row)
+
+        def run(row: dict[str, Any] = row) -> None:
+            with setup.bench(row["micro_batch"], row["checkpointing"]) as bench:
+                model.update(setup.describe(bench.trainer.student))
+                if repeat is not None and not repeat:
+                    # First, as it is about fresh weights; what it leaves is as fast.
+                    repeat.update(row | _repeat(setup, bench, repeat_batch))
+                row.update(_costs(setup, bench, rates, steps))
+
+        row["fits"] = survives(run)
+    if not model:
+        raise ConfigError("not even the model fits into the memory; cut it by --layers")
     return {
         "environment": describe_environment(device=setup.device, dtype=setup.dtype),
         "model": model,
@@ -167,31 +178,6 @@ def _largest(setup: TrainSetup, checkpointing: bool) -> int:
         return found
 
     return largest(fits)
-
-
-def _row(
-    setup: TrainSetup,
-    rates: Rates,
-    size: int,
-    checkpointing: bool,
-    steps: int,
-    model: dict[str, Any],
-) -> dict[str, Any]:
-    """One setting, measured; where the memory does not suffice, a row that says so.
-
-    `model` is filled with what was measured.
-    """
-    from d2f.training.step_bench import survives
-
-    row: dict[str, Any] = {"micro_batch": size, "checkpointing": checkpointing}
-
-    def run() -> None:
-        with setup.bench(size, checkpointing) as bench:
-            model.update(setup.describe(bench.trainer.student))
-            row.update(_costs(setup, bench, rates, steps))
-
-    row["fits"] = survives(run)
-    return row
 
 
 def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
@@ -227,19 +213,15 @@ def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dic
     }
 
 
-def _repeat(setup: TrainSetup, size: int, checkpointing: bool, num_steps: int) -> dict[str, Any]:
-    log.print(f"{num_steps} steps on one batch of {size} …", style="dim")
-    with setup.bench(size, checkpointing) as bench:
-        losses = bench.repeat(num_steps)
-        floor = bench.floor()
+def _repeat(setup: TrainSetup, bench: StepBench, num_steps: int) -> dict[str, Any]:
+    """Train on one batch, and hold the loss against the least that there is."""
+    losses = bench.repeat(num_steps)
     shown = sorted({n for n in _REPORTED if n <= num_steps} | {num_steps})
     return {
         "num_steps": num_steps,
-        "micro_batch": size,
-        "checkpointing": checkpointing,
         "lr": setup.lr,
         "objective": setup.objective,
-        "floor": floor,
+        "floor": bench.floor(),
         "loss_at": {str(n): losses[n - 1] for n in shown},
         "losses": losses,
     }
@@ -262,7 +244,7 @@ def _print_report(report: dict[str, Any]) -> None:
         how = "with" if found["checkpointing"] else "without"
         out.print(f"Largest micro-batch {how} checkpointing: [bold]{found['micro_batch']}[/bold]")
     repeat = report["repeat"]
-    if repeat is not None:
+    if repeat:
         steps = ", ".join(f"{loss:.4g} at {step}" for step, loss in repeat["loss_at"].items())
         out.print(
             f"One batch again and again ({repeat['objective']}, lr {repeat['lr']:g}): loss {steps}; "

@@ -116,7 +116,8 @@ class TrainSetup:
             precision=self.dtype,
             compile=self.compiled,
             loss_memory_mib=self.loss_memory,
-            **_further(checkpointing, self.sharding),
+            activation_checkpointing=checkpointing,
+            **_further(self.sharding),
             # Neither weights nor data are read: both are made here.
             model=ModelConfig(init="unused", dtype=self.dtype if self.lora else "float32"),
             data=DataConfig(kind="problems", num_problems=1, sequence_length=self.length),
@@ -198,6 +199,5 @@ class TrainSetup:
         }
 
 
-def _further(checkpointing: bool, sharding: str) -> dict[str, Any]:
-    given = {"activation_checkpointing": checkpointing, "sharding": sharding}
-    return {k: v for k, v in given.items() if v not in (False, "none")}
+def _further(sharding: str) -> dict[str, Any]:
+    return {} if sharding == "none" else {"sharding": sharding}

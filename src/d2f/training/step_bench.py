@@ -39,8 +39,6 @@ class StepTimes:
     fastest: float
     slowest: float
     """Of single steps: on a GPU between events at their ends."""
-    first: float
-    """The first step, which compiles."""
     num_steps: int
 
 
@@ -72,11 +70,7 @@ class StepBench:
         Raises:
             TrainingError: A loss or gradient was not finite.
         """
-        start = time.perf_counter()
-        self.trainer._train_step()
-        self._wait()
-        first = time.perf_counter() - start
-        for _ in range(num_warm_up - 1):
+        for _ in range(num_warm_up):
             self.trainer._train_step()
         self._wait()
         marks = [self._mark()]
@@ -92,7 +86,6 @@ class StepBench:
             mean=seconds / num_steps,
             fastest=min(single),
             slowest=max(single),
-            first=first,
             num_steps=num_steps,
         )
 
