@@ -28,6 +28,7 @@ from d2f.training.sections import (
 )
 
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
+SHARDINGS = ("none", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,11 @@ class TrainConfig:
     batch_size: int
     """Sequences of an update."""
     micro_batch_size: int | None = None
-    """Sequences in memory at once; none: the whole batch. The gradient is the same."""
+    """Sequences in memory of a process at once; none: its whole share of the batch. The gradient is
+    the same."""
+    sharding: str = "none"
+    """With several processes: none, each holds all weights (DDP); full, each holds a part of weights,
+    gradients and optimizer state (FSDP2). The result is the same."""
     max_seconds: float | None = None
     """End, and drive the learning rate, by the seconds since the first step instead of by steps.
     Such a run cannot be repeated bit for bit."""
@@ -93,6 +98,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
         one_of("precision", self.precision, DTYPES)
+        one_of("sharding", self.sharding, SHARDINGS)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
             "checkpoint_every", "keep_checkpoints", "loss_memory_mib",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f.diffusion.corruption import corrupt
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks
@@ -273,9 +273,12 @@ class StageLoss:
         teacher: Transformer | None = None,
         *,
         compiled: bool = False,
+        forward: nn.Module | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
+        # What to call for the student's hidden states, where an engine wraps it.
+        self._forward = forward or student
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
         self._padded = config.noise is not None and config.noise.random_end
@@ -377,7 +380,8 @@ class StageLoss:
         """Aligned hidden states (T, D) of the flattened batch."""
         given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
         with self._products(ids_BL.device):
-            states_BLD = model(ids_BL, recompute=self._recompute, **given)
+            forward = self._forward if model is self.student else model
+            states_BLD = forward(ids_BL, recompute=self._recompute, **given)
             return model.align(states_BLD).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
