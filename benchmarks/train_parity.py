@@ -106,7 +106,11 @@ def compare_loss(device: str, dtype: torch.dtype, sizes: Any) -> list[dict[str, 
             def normal(*shape: int, g: torch.Generator = draw) -> Tensor:
                 return torch.randn(shape, generator=g, device=device).to(dtype)
 
-            student, teacher, head = normal(count, width), normal(count, width), normal(vocab, width)
+            student, teacher, head = (
+                normal(count, width),
+                normal(count, width),
+                normal(vocab, width),
+            )
             head *= 2 / width**0.5
             weight = torch.rand(count, generator=draw, device=device) / count
             ids = torch.randint(vocab, (count,), generator=draw, device=device)

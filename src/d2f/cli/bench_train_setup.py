@@ -13,6 +13,7 @@ from d2f.errors import ConfigError
 if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
     from d2f.training.config import TrainConfig
+    from d2f.training.processes import Processes
     from d2f.training.step_bench import StepBench
 
 _LONGEST = 1024
@@ -24,7 +25,10 @@ _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_si
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """Everything that the measured rows share."""
+    """Everything that the measured rows share.
+
+    An update has one micro-batch for each process.
+    """
 
     shape: str | None
     model: str | None
@@ -38,7 +42,7 @@ class TrainSetup:
     loss_memory: int
     lr: float
     compiled: bool
-    device: str
+    processes: Processes
     dtype: str
     objective: str = "forward_kl"
 
@@ -53,13 +57,21 @@ class TrainSetup:
         lora: int | None,
         full: bool,
         loss_memory: int | None,
+        dtype: str,
         **others: Any,
     ) -> TrainSetup:
         """From the options, with the defaults that depend on the model.
 
         Raises:
-            ConfigError: Options exclude each other.
+            ConfigError: Options exclude each other, or the shape or type is unknown.
         """
+        from d2f.models.presets import preset_spec
+        from d2f.recipe import one_of
+        from d2f.training.sections import DTYPES
+
+        one_of("--dtype", dtype, DTYPES)
+        if shape is not None:
+            preset_spec(shape)
         if full and lora is not None:
             raise ConfigError("--lora and --full exclude each other")
         if layers is not None and shape is None:
@@ -73,6 +85,7 @@ class TrainSetup:
             layers=layers,
             length=length or (_SHIPPED["length"] if shipped else _LONGEST),
             lora=lora,
+            dtype=dtype,
             loss_memory=loss_memory or (_SHIPPED["loss_memory"] if shipped else 384),
             **others,
         )
@@ -81,6 +94,11 @@ class TrainSetup:
     def default_micro_batch(self) -> str:
         """What is measured if nothing is asked for."""
         return _SHIPPED["micro_batch"] if self._shipped else "1,4"
+
+    @property
+    def device(self) -> str:
+        """Where this process computes."""
+        return str(self.processes.device)
 
     @property
     def _shipped(self) -> bool:
@@ -92,10 +110,14 @@ class TrainSetup:
             "length", "lora", "dropout", "sharding", "loss_memory", "lr", "compiled", "objective",
         )  # fmt: skip
         noise = _SHIPPED_NOISE if self._shipped else _NOISE
-        return {name: getattr(self, name) for name in names} | {"noise": noise}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "noise": noise,
+            "processes": self.processes.world_size,
+        }
 
     def config(self, micro_batch: int, checkpointing: bool, output: str) -> TrainConfig:
-        """The recipe of a row: an update of one micro-batch."""
+        """The recipe of a row."""
         from d2f.models.lora import LoraConfig
         from d2f.training.config import TrainConfig
         from d2f.training.sections import (
@@ -111,13 +133,13 @@ class TrainSetup:
             output=output,
             steps=2**20,
             log_every=2**20,
-            batch_size=micro_batch,
+            batch_size=micro_batch * self.processes.world_size,
             micro_batch_size=micro_batch,
             precision=self.dtype,
             compile=self.compiled,
             loss_memory_mib=self.loss_memory,
             activation_checkpointing=checkpointing,
-            **_further(self.sharding),
+            sharding=self.sharding,
             # Neither weights nor data are read: both are made here.
             model=ModelConfig(init="unused", dtype=self.dtype if self.lora else "float32"),
             data=DataConfig(kind="problems", num_problems=1, sequence_length=self.length),
@@ -144,7 +166,7 @@ class TrainSetup:
         with TemporaryDirectory(prefix="d2f-bench-") as folder:
             config = self.config(micro_batch, checkpointing, folder)
             student, teacher = self._models(config)
-            yield StepBench(config, student, teacher)
+            yield StepBench(config, student, teacher, processes=self.processes)
 
     def _models(self, config: TrainConfig) -> tuple[Transformer, Transformer | None]:
         """The student with what it trains, and the teacher if it is another model."""
@@ -186,7 +208,9 @@ class TrainSetup:
                 "diffusion models, such as llada-8b and dream-7b"
             )
         if self.length > spec.max_positions:
-            raise ConfigError(f"--length {self.length}: the model has {spec.max_positions} positions")
+            raise ConfigError(
+                f"--length {self.length}: the model has {spec.max_positions} positions"
+            )
 
     def describe(self, student: Transformer) -> dict[str, Any]:
         """What is measured, for a result file."""
@@ -197,7 +221,3 @@ class TrainSetup:
         return describe_model(student, name, random=self.shape is not None) | {
             "num_trained_parameters": trained
         }
-
-
-def _further(sharding: str) -> dict[str, Any]:
-    return {} if sharding == "none" else {"sharding": sharding}

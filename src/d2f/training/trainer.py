@@ -287,9 +287,7 @@ class Trainer:
                 processes=self.processes,
             )  # fmt: skip
         state["optimizer"] = optimizer.state_dict()
-        self.processes.on_main(
-            lambda: save_checkpoint(self.student, self.config, state, step=step)
-        )
+        self.processes.on_main(lambda: save_checkpoint(self.student, self.config, state, step=step))
         return checkpoint_folder(self.config, step)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
