@@ -47,7 +47,12 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 
 def with_gradients(work: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of its product with a fixed random tensor."""
+    """The output and the gradients of its product with a fixed random tensor.
+
+    On a CPU, where attention in tiles has no backward pass, the output alone.
+    """
+    if inputs[0].device.type == "cpu":
+        return [work(*inputs)]
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = work(*leaves)
     draw = torch.Generator(out.device).manual_seed(1)
@@ -60,7 +65,7 @@ def compare(
     name: str, what: list[str], fast: list[Tensor], plain: list[Tensor], truth: list[Tensor]
 ) -> list[dict[str, Any]]:
     rows = []
-    for part, one, other, best in zip(what, fast, plain, truth, strict=True):
+    for part, one, other, best in zip(what[: len(fast)], fast, plain, truth, strict=True):
         errors = relative(one, best), relative(other, best)
         good = errors[0] <= MOST * errors[1] + LEAST
         rows.append({"name": name, "of": part, "fast": errors[0], "plain": errors[1], "ok": good})
