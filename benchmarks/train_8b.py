@@ -156,7 +156,7 @@ def small_jobs(options: argparse.Namespace) -> list[Job]:
     """The shipped student's recipe with the loss in chunks, scored beside the shipped one."""
     out, tiny = options.output, options.tiny
     settings = {
-        "model.init": json.dumps(str(ROOT / "src/d2f/shipped/teacher")),
+        "model.init": '"src/d2f/shipped/teacher"',
         "precision": '"bfloat16"',
         "loss_memory_mib": 64,
         "max_seconds": options.small_seconds,
@@ -236,8 +236,6 @@ def run_job(job: Job, output: Path, seconds: float) -> str:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    # What grows and shrinks would else leave holes that a micro-batch does not fit into.
-    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     log = output / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if job.name == "small_train":
@@ -278,6 +276,7 @@ def keep_small(output: Path) -> None:
     models.mkdir()
     (models / "student").symlink_to(run / "final", target_is_directory=True)
     summary = json.loads((run / "training_summary.json").read_text())
+    summary["folder"] = summary["recipe"]["output"] = "small/student"
     (output / "small_train.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

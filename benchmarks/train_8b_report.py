@@ -41,9 +41,9 @@ def head(results: Results) -> Iterator[str]:
     span = " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))
     yield f"# Training on {'; '.join(places)}, {span}"
     yield ""
-    yield "Made by `benchmarks/train_8b.py`; all numbers are in the JSON files, and what is counted"
-    yield "is in docs/measuring.md. Shapes have random weights and random tokens: speed and memory are"
-    yield "those of the real models, what they learn means nothing."
+    yield "Made by `benchmarks/train_8b.py`; docs/measuring.md says what is counted, the JSON files"
+    yield "have all numbers. Shapes have random weights and tokens: speed and memory are those of"
+    yield "the real models, what they learn means nothing."
 
 
 # --------------------------------------------------------------------------------------- verdicts
@@ -77,11 +77,10 @@ def verdicts(results: Results) -> Iterator[str]:
         steps = repeat["num_steps"] if repeat else 100
         name = f"{short}: loss on one batch after {steps} steps / before, no NaN"
         yield row(name, fallen, FALLEN, None, ".3g", most=True)
-    one = speed(results, "two_one")
     for name in ("two_ddp", "two_fsdp"):
-        two = speed(results, name)
-        ratio = two / one if one and two else None
+        ratio, eager = (over(results, name, one) for one in ("two_one", "two_one_eager"))
         yield row(f"{name}: tokens/s of two GPUs / of one", ratio, 1.8, 1.95, ".2f")
+        yield row("… / of one that is not compiled", eager, None, None, ".2f")
     full = best_row(results, "full")
     memory = full["peak_bytes"] / 2**30 if full and full["peak_bytes"] else None
     yield row("full fine-tuning on two GPUs: GiB of each", memory, None, None, ".1f")
@@ -129,6 +128,12 @@ def best_row(results: Results, name: str) -> dict[str, Any] | None:
 def speed(results: Results, name: str) -> float | None:
     found = best_row(results, name)
     return None if found is None else found["tokens_per_second"]
+
+
+def over(results: Results, name: str, other: str) -> float | None:
+    """Ratio of two speeds."""
+    one, two = speed(results, other), speed(results, name)
+    return two / one if one and two else None
 
 
 def largest_of(results: Results, short: str, recomputes: bool) -> int | None:

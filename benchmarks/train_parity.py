@@ -26,6 +26,7 @@ from d2f.ops.attention import AttentionMask, attention
 from d2f.ops.tiled_attention import tiled_attention, tiled_mask
 from d2f.training.chunked_loss import TeacherStates, chunked_loss
 from d2f.training.objective import OBJECTIVES, position_loss
+from d2f.training.processes import Processes
 
 # name, query heads, key heads, head size, length
 ATTENTION = (("llada-8b", 32, 32, 128, 1024), ("dream-7b", 28, 4, 128, 1000))
@@ -161,7 +162,7 @@ def compare_steps(device: str, tiny: Path | None) -> list[dict[str, Any]]:
                 None if tiny else shape, None if tiny is None else str(tiny / shape),
                 layers=None if tiny else 2, length=64 if tiny else 1024, lora=32, full=False,
                 dropout=0.0, sharding="none", loss_memory=None, lr=1e-4, compiled=compiled,
-                device=device, dtype="bfloat16",
+                processes=Processes.current(device), dtype="bfloat16",
             )  # fmt: skip
             with setup.bench(1, False) as bench:
                 losses.append(torch.tensor(bench.repeat(5)))

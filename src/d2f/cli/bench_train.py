@@ -71,6 +71,8 @@ def train_command(
     Example:  d2f bench train --shape llada-8b --micro-batch 1,4 --checkpointing both
     """
     check_one_source(shape, model)
+    import torch
+
     from d2f.cli.bench_train_setup import TrainSetup
     from d2f.cli.device import choose_device, fastest_dtype
     from d2f.evaluation.rates import measure_rates
@@ -78,6 +80,9 @@ def train_command(
 
     with Processes.current(choose_device(device) if device else None) as processes:
         log.quiet = out.quiet = not processes.is_main
+        if processes.device.index is not None and processes.device.type == "cuda":
+            # Events and limits are those of the current device.
+            torch.cuda.set_device(processes.device)
         if json_file is not None and processes.is_main:
             check_writable(json_file)
         setup = TrainSetup.of(
@@ -119,8 +124,8 @@ def _limit_memory(device: str, gib: float) -> None:
 
     if not device.startswith("cuda"):
         raise ConfigError("--memory-limit is for a GPU")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), device)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0))
 
 
 def _measure(
