@@ -67,6 +67,7 @@ def train(
     resume: bool = False,
     make_sampler: MakeSampler | None = None,
     reporter: Reporter | None = None,
+    processes: Processes | None = None,
 ) -> TrainingSummary:
     """Run a recipe: the model ends up in `<output>/final`, the log in `<output>/log.jsonl`.
 
@@ -81,7 +82,8 @@ def train(
         device: None: the GPU if there is one, else the CPU; of several processes each takes one.
         resume: Go on from the newest checkpoint in the output folder.
         make_sampler: Builds what gives sample answers during training.
-        reporter: Is told how the run goes.
+        reporter: Is told how the run goes; of several processes the main one's is.
+        processes: Those that train together, on their device; None: those that a launcher started.
 
     Raises:
         TrainingError: The output folder already holds a run and `resume` is False, or holds none
@@ -93,9 +95,10 @@ def train(
     Example:
         `train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))` takes some seconds.
     """
+    if processes is not None:
+        return _train(config, processes, resume, make_sampler, reporter)
     with Processes.current(device) as processes:
-        shown = reporter if reporter is not None and processes.is_main else Silent()
-        return _train(config, processes, resume, make_sampler, shown)
+        return _train(config, processes, resume, make_sampler, reporter)
 
 
 def _train(
@@ -103,8 +106,9 @@ def _train(
     processes: Processes,
     resume: bool,
     make_sampler: MakeSampler | None,
-    reporter: Reporter,
+    reporter: Reporter | None,
 ) -> TrainingSummary:
+    reporter = (reporter if processes.is_main else None) or Silent()
     checkpoint = processes.on_main(lambda: _find_checkpoint(config, resume, reporter))
     checkpoint = processes.from_main(checkpoint)
     with processes.first_one():

@@ -91,14 +91,13 @@ class Trainer:
         self.seconds = 0.0
         """Training time, without the first step, samples and checkpoints."""
         self.last_record: dict[str, Any] | None = None
-        # Engines put hooks into the model, which would cut a compiled graph into pieces.
-        alone = self.processes.world_size == 1
         self.loss = StageLoss(
             config,
             student,
             teacher,
-            compiled=config.compile and alone and self.device.type == "cuda",
+            compiled=config.compile and self.device.type == "cuda",
             forward=self.distributed.forward,
+            alone=self.processes.world_size == 1,
         )
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
