@@ -91,6 +91,7 @@ def train_command(
             dtype=dtype or processes.from_main(fastest_dtype(processes.device.type)),
             processes=processes,
         )  # fmt: skip
+        setup.check()
         plan = _plan(setup, micro_batch, checkpointing, repeat_batch)
         if memory_limit is not None:
             _limit_memory(setup.device, memory_limit)

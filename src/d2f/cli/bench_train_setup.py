@@ -11,6 +11,7 @@ from d2f.cli.bench_options import describe_model, source_label
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.training.config import TrainConfig
     from d2f.training.processes import Processes
@@ -57,21 +58,13 @@ class TrainSetup:
         lora: int | None,
         full: bool,
         loss_memory: int | None,
-        dtype: str,
         **others: Any,
     ) -> TrainSetup:
         """From the options, with the defaults that depend on the model.
 
         Raises:
-            ConfigError: Options exclude each other, or the shape or type is unknown.
+            ConfigError: Options exclude each other.
         """
-        from d2f.models.presets import preset_spec
-        from d2f.recipe import one_of
-        from d2f.training.sections import DTYPES
-
-        one_of("--dtype", dtype, DTYPES)
-        if shape is not None:
-            preset_spec(shape)
         if full and lora is not None:
             raise ConfigError("--lora and --full exclude each other")
         if layers is not None and shape is None:
@@ -85,7 +78,6 @@ class TrainSetup:
             layers=layers,
             length=length or (_SHIPPED["length"] if shipped else _LONGEST),
             lora=lora,
-            dtype=dtype,
             loss_memory=loss_memory or (_SHIPPED["loss_memory"] if shipped else 384),
             **others,
         )
@@ -178,7 +170,7 @@ class TrainSetup:
         from d2f.training.seeds import generator
 
         student = self._student(config.model.dtype)
-        self._check(student)
+        self._check(student.spec)
         if config.lora is not None:
             attach_adapter(student, config.lora, generator(config.seed, "adapter"))
             return student, None
@@ -200,8 +192,19 @@ class TrainSetup:
         source = self.model or shipped_model("student")
         return load_model(source, device=self.device, dtype=dtype)
 
-    def _check(self, student: Transformer) -> None:
-        spec = student.spec
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before anything is measured.
+
+        Raises:
+            ConfigError: A setting is out of range, or the shape cannot be distilled.
+        """
+        from d2f.models.presets import preset_spec
+
+        self.config(1, False, "unused")
+        if self.shape is not None:
+            self._check(preset_spec(self.shape, num_layers=self.layers))
+
+    def _check(self, spec: ModelSpec) -> None:
         if spec.architecture.causal:
             raise ConfigError(
                 f"{self.shape or self.model} is autoregressive; the measured stage distils "

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from d2f.cli import bench_train
+from d2f.evaluation import rates
+from d2f.evaluation.rates import Rates
 from d2f.models import presets
 from d2f.testing import tiny_spec, write_checkpoint
 from d2f.training.phase_clock import PHASES
@@ -23,6 +25,13 @@ SHAPE = ("--shape", "llada-8b", "--length", 32, "--micro-batch", 1)
 def tiny_presets(monkeypatch):
     for name, kind in (("llada-8b", "llada"), ("dream-7b", "Dream"), ("qwen2.5-7b", "qwen2")):
         monkeypatch.setitem(presets.PRESETS, name, tiny_spec(kind))
+
+
+@pytest.fixture
+def given_rates(monkeypatch):
+    """Rates that need not be measured."""
+    found = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e11, matmul_size=64)
+    monkeypatch.setattr(rates, "measure_rates", lambda *_: found)
 
 
 def test_all_rows_are_reported(d2f, tmp_path):
@@ -67,14 +76,14 @@ def test_all_rows_are_reported(d2f, tmp_path):
     assert "One batch again and again (forward_kl, lr 0.01)" in done.out
 
 
-def test_all_weights_of_a_checkpoint(d2f, tmp_path):
+def test_all_weights_of_a_checkpoint(d2f, given_rates, tmp_path):
     folder = write_checkpoint(tmp_path / "model", "llada")
     done = d2f(*TRAIN, "--model", folder, "--full", "--length", 32, "--micro-batch", 2)
     assert done.code == 0, done.err
     assert "its own weights, all weights, length 32" in done.out
 
 
-def test_the_shipped_student_by_default(d2f, tmp_path):
+def test_the_shipped_student_by_default(d2f, given_rates, tmp_path):
     file = tmp_path / "train.json"
     done = d2f(*TRAIN, "--length", 32, "--micro-batch", 1, "--json", file)
     assert done.code == 0, done.err
@@ -106,13 +115,13 @@ def test_the_shipped_student_by_default(d2f, tmp_path):
         (("--lora", 0), 2, "--lora"),
     ],
 )
-def test_bad_input_is_refused(d2f, arguments, code, words):
+def test_bad_input_is_refused(d2f, given_rates, arguments, code, words):
     done = d2f(*TRAIN, *arguments)
     assert done.code == code, done.err
     assert words in " ".join(done.err.replace("│", " ").split())
 
 
-def test_where_no_memory_is_left_the_row_says_so(d2f, tmp_path, monkeypatch):
+def test_where_no_memory_is_left_the_row_says_so(d2f, given_rates, tmp_path, monkeypatch):
     from d2f.training.step_bench import StepBench
 
     time = StepBench.time
