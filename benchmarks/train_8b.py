@@ -216,9 +216,9 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, gpus: int) -> None:
 
 def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> str | None:
     """Why a job is not run now."""
-    if (options.output / f"{job.name}.json").exists():
+    if is_done(options.output / f"{job.name}.json"):
         return "there already"
-    if job.needs is not None and not (options.output / f"{job.needs}.json").exists():
+    if job.needs is not None and not is_done(options.output / f"{job.needs}.json"):
         return f"not run, it needs {job.needs}"
     if options.tiny:
         return None if job.cpu else "not run, it needs a GPU"
@@ -227,6 +227,11 @@ def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> st
     if job.seconds > left:
         return f"not run, about {job.seconds} s do not fit into the {left:.0f} s left"
     return None
+
+
+def is_done(file: Path) -> bool:
+    """Whether a result is there, and not of a measure that was cut short."""
+    return file.exists() and json.loads(file.read_text()).get("complete", True)
 
 
 def run_job(job: Job, output: Path, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,7 +80,6 @@ def train_command(
     from d2f.training.processes import Processes
 
     with Processes.current(choose_device(device) if device else None) as processes:
-        log.quiet = out.quiet = not processes.is_main
         if processes.device.index is not None and processes.device.type == "cuda":
             # Events and limits are those of the current device.
             torch.cuda.set_device(processes.device)
@@ -96,11 +96,16 @@ def train_command(
         if memory_limit is not None:
             _limit_memory(setup.device, memory_limit)
         rates = measure_rates(setup.device, setup.dtype)
-        report = _measure(setup, rates, plan, steps, repeat_batch)
-        _print_report(report)
-        if json_file is not None and processes.is_main:
-            write_json(json_file, report | {"memory_limit_gib": memory_limit})
-            out.print(f"Numbers written to {json_file}")
+
+        def save(report: dict[str, Any]) -> None:
+            if json_file is not None and processes.is_main:
+                write_json(json_file, report | {"memory_limit_gib": memory_limit})
+
+        report = _measure(setup, rates, plan, steps, repeat_batch, save)
+        if processes.is_main:
+            _print_report(report)
+            if json_file is not None:
+                out.print(f"Numbers written to {json_file}")
 
 
 def _plan(
@@ -135,49 +140,70 @@ def _measure(
     plan: list[tuple[int | None, bool]],
     steps: int,
     repeat_batch: int,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """All rows, and the run on one batch."""
+    """All rows, and the run on one batch; what there is is saved after each row."""
     from d2f.evaluation.environment import describe_environment
-    from d2f.training.step_bench import survives
 
-    model: dict[str, Any] = {}
-    rows, largest = [], []
-    repeat: dict[str, Any] | None = {} if repeat_batch else None
-    for size, checkpointing in plan:
-        if size is None:
-            size = _largest(setup, checkpointing)
-            largest.append({"micro_batch": size, "checkpointing": checkpointing})
-            if size == 0:
-                continue
-        log.print(f"micro-batch {size}{', recomputing' * checkpointing} …", style="dim")
-        row: dict[str, Any] = {"micro_batch": size, "checkpointing": checkpointing}
-        rows.append(row)
-
-        def run(row: dict[str, Any] = row) -> None:
-            with setup.bench(row["micro_batch"], row["checkpointing"]) as bench:
-                model.update(setup.describe(bench.trainer.student))
-                if repeat is not None and not repeat:
-                    # First, as it is about fresh weights; what it leaves is as fast.
-                    repeat.update(row | _repeat(setup, bench, repeat_batch))
-                row.update(_costs(setup, bench, rates, steps))
-
-        # Of several processes all must agree that one lacks memory; here they end with its error.
-        if setup.processes.world_size == 1:
-            row["fits"] = survives(run)
-        else:
-            run()
-            row["fits"] = True
-    if not model:
-        raise ConfigError("not even the model fits into the memory; cut it by --layers")
-    return {
+    report: dict[str, Any] = {
         "environment": describe_environment(device=setup.device, dtype=setup.dtype),
-        "model": model,
+        "model": {},
         "settings": setup.to_dict(),
         "rates": rates.to_dict(),
-        "rows": rows,
-        "largest_micro_batch": largest,
-        "repeat": repeat,
+        "rows": [],
+        "largest_micro_batch": [],
+        "repeat": {} if repeat_batch else None,
     }
+    for number, (size, checkpointing) in enumerate(plan, 1):
+        if size is None:
+            size = _largest(setup, checkpointing)
+            report["largest_micro_batch"].append(
+                {"micro_batch": size, "checkpointing": checkpointing}
+            )
+        if size > 0:
+            _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
+            report["rows"].append(
+                _row(setup, rates, (size, checkpointing), steps, repeat_batch, report)
+            )
+        save(report | {"complete": number == len(plan)})
+    if not report["model"]:
+        raise ConfigError("not even the model fits into the memory; cut it by --layers")
+    return report
+
+
+def _row(
+    setup: TrainSetup,
+    rates: Rates,
+    how: tuple[int, bool],
+    steps: int,
+    repeat_batch: int,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """One setting, measured; the first also says what the model is and repeats a batch."""
+    from d2f.training.step_bench import survives
+
+    row: dict[str, Any] = {"micro_batch": how[0], "checkpointing": how[1]}
+
+    def run() -> None:
+        with setup.bench(*how) as bench:
+            report["model"] = setup.describe(bench.trainer.student)
+            if report["repeat"] == {}:
+                # First, as it is about fresh weights; what it leaves is as fast.
+                report["repeat"] = row | _repeat(setup, bench, repeat_batch)
+            row.update(_costs(setup, bench, rates, steps))
+
+    if setup.processes.world_size == 1:
+        row["fits"] = survives(run)
+    else:
+        # All would have to agree that one lacks memory; here they end with its error.
+        run()
+        row["fits"] = True
+    return row
+
+
+def _say(setup: TrainSetup, text: str) -> None:
+    if setup.processes.is_main:
+        log.print(text, style="dim")
 
 
 def _largest(setup: TrainSetup, checkpointing: bool) -> int:
@@ -190,7 +216,7 @@ def _largest(setup: TrainSetup, checkpointing: bool) -> int:
                 bench.time(1, num_warm_up=1)
 
         found = survives(run)
-        log.print(f"micro-batch {size} {'fits' if found else 'does not fit'}", style="dim")
+        _say(setup, f"micro-batch {size} {'fits' if found else 'does not fit'}")
         return found
 
     return largest(fits)

@@ -16,6 +16,7 @@ from d2f.evaluation.rates import Rates
 from d2f.models import presets
 from d2f.testing import tiny_spec, write_checkpoint
 from d2f.training.phase_clock import PHASES
+from d2f.training.step_bench import StepBench
 
 TRAIN = ("bench", "train", "--device", "cpu", "--dtype", "float32", "--steps", 1)
 SHAPE = ("--shape", "llada-8b", "--length", 32, "--micro-batch", 1)
@@ -43,6 +44,7 @@ def test_all_rows_are_reported(d2f, tmp_path):
     report = json.loads(file.read_text())
     assert report["model"]["random_weights"] is True
     assert report["model"]["num_layers"] == 1
+    assert report["complete"] is True
     assert report["model"]["num_trained_parameters"] > 0
     settings = report["settings"]
     assert settings["lora"] == 4
@@ -95,6 +97,24 @@ def test_the_shipped_student_by_default(d2f, given_rates, tmp_path):
     assert report["repeat"] is None
 
 
+def test_what_was_measured_survives_an_error(d2f, given_rates, tmp_path, monkeypatch):
+    phases = StepBench.phases
+
+    def failing(bench, *arguments):
+        if bench.config.batch_size > 1:
+            raise RuntimeError("the device is lost")
+        return phases(bench, *arguments)
+
+    monkeypatch.setattr(StepBench, "phases", failing)
+    file = tmp_path / "train.json"
+    done = d2f(*TRAIN, *SHAPE, "--micro-batch", "1,2", "--json", file)
+    assert done.code == 1
+    assert "the device is lost" in done.err
+    report = json.loads(file.read_text())
+    assert report["complete"] is False
+    assert [row["micro_batch"] for row in report["rows"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -122,8 +142,6 @@ def test_bad_input_is_refused(d2f, given_rates, arguments, code, words):
 
 
 def test_where_no_memory_is_left_the_row_says_so(d2f, given_rates, tmp_path, monkeypatch):
-    from d2f.training.step_bench import StepBench
-
     time = StepBench.time
 
     def limited(bench, *arguments, **options):
