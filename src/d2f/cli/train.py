@@ -53,6 +53,7 @@ def train_command(
     import os
     from dataclasses import asdict
 
+    from d2f.errors import ConfigError
     from d2f.training.config import load_recipe
     from d2f.training.progress import Silent, Terminal
     from d2f.training.run import train
@@ -60,7 +61,13 @@ def train_command(
     overrides = list(settings or [])
     if output is not None:
         overrides.append(f"output={json.dumps(str(output))}")
-    config = load_recipe(recipe, overrides)
+    try:
+        config = load_recipe(recipe, overrides)
+    except ConfigError:
+        # Of the processes on a machine, all of which read the same file, one says so.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise typer.Exit(1) from None
+        raise
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = Terminal() if is_main else Silent()
