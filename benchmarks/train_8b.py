@@ -264,11 +264,12 @@ def run_job(job: Job, output: Path, seconds: float) -> str:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Stop a job with all that it has started."""
+    """Stop a job with all that it has started, and give its memory time to be free."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
             process.wait(5)
+            time.sleep(1)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 
