@@ -310,6 +310,25 @@ class StageLoss:
                 target = self._logits(self.teacher or self.student, inputs.ids_BL, None)
         return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, inputs.block_BL)
 
+    def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
+
+        Those of the student under "", those of the teacher, where the objective has one, under
+        "teacher_". Without the compiler, so that it may be called now and then.
+        """
+        states = {}
+        if self._objective != "cross_entropy":
+            teacher = self.teacher or self.student
+            with self._teacher_view():
+                states_TE = self._compute_states(teacher, inputs.ids_BL, None)
+            states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
+        attended_BL = self._attended(inputs.ids_BL, inputs.block_BL)
+        states_TD = self._compute_states(self.student, inputs.ids_BL, attended_BL)
+        return {
+            "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
+            **states,
+        }
+
     def _teacher_view(self) -> AbstractContextManager[None]:
         return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
 
