@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from d2f.cli.console import log, out
-
-if TYPE_CHECKING:
-    from d2f.models.transformer import Transformer
-    from d2f.text import Tokenizer
-    from d2f.training.config import TrainConfig
-    from d2f.training.trainer import Sampler
-
-# How a stage's model answers during training. Vanilla takes two tokens a step, to be done soon.
-_STRATEGIES: dict[str, str] = {
-    "autoregressive": "autoregressive",
-    "masked-diffusion": "vanilla",
-    "d2f": "pipelined",
-}
 
 
 def train_command(
@@ -52,6 +38,7 @@ def train_command(
     import json
     from dataclasses import asdict
 
+    from d2f.cli.train_answers import make_evaluator, make_sampler
     from d2f.training.config import load_recipe
     from d2f.training.progress import Terminal
     from d2f.training.run import train
@@ -63,7 +50,12 @@ def train_command(
     reporter = Terminal()
     try:
         summary = train(
-            config, device=device, resume=resume, make_sampler=_make_sampler, reporter=reporter
+            config,
+            device=device,
+            resume=resume,
+            make_sampler=make_sampler,
+            make_evaluator=make_evaluator,
+            reporter=reporter,
         )
     finally:
         reporter.close()
@@ -79,36 +71,8 @@ def train_command(
         raise typer.Exit(1)
     if not as_json:
         out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
-
-
-def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
-    """What answers a few prompts with the model: held-out problems, or the first rows."""
-    from d2f.engine.generate import generate_ids
-    from d2f.training.pairs import encode_prompt
-    from d2f.training.sources import read_held_out
-
-    assert config.sample is not None
-    count, most = config.sample.num_prompts, config.sample.max_new_tokens
-    pairs = read_held_out(config.data, count)
-    chat = config.data.chat_template
-    prompts = [encode_prompt(tokenizer, prompt, chat) for prompt, _ in pairs]
-    strategy = _STRATEGIES[config.stage]
-    options: dict[str, Any] = {}
-    if strategy == "vanilla":
-        options = {"num_steps": max(most // 2, 1), "block_length": most}
-
-    def sample(model: Transformer) -> Sequence[Mapping[str, Any]]:
-        results = generate_ids(
-            model, prompts, config.policy, max_new_tokens=most, strategy=strategy, **options
-        )
-        return [
-            {
-                "prompt": "\n\n".join(pair.texts(response=False)),
-                "answer": tokenizer.decode(result.token_ids),
-                "expected": pair.response,
-                "num_forwards": result.num_forwards,
-            }
-            for pair, result in zip(pairs, results, strict=True)
-        ]
-
-    return sample
+        if summary.best is not None:
+            out.print(
+                f"{summary.best['folder']}  (best score, {summary.best['score']:.1%} at step "
+                f"{summary.best['step']})"
+            )

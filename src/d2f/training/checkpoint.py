@@ -5,18 +5,22 @@ A run's folder:
 - `log.jsonl`, `samples.jsonl`, `training_summary.json`, and `tokenizer/` if the run made one;
 - `checkpoint-00000100/`: config.json and weights, or the adapter, with training_state.pt (optimizer
   and random state), recipe.json (resolved) and provenance.json;
-- `final/`: the finished model and nothing else.
+- `final/`: the finished model with its tokenizer and a model card, and nothing else;
+- where the run is evaluated, `evaluations.jsonl` and `best/`: as `final/`, the model with the best
+  score so far, and evaluation.json, that score.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from d2f.errors import TrainingError
 from d2f.models.checkpoint import save_model
@@ -25,6 +29,8 @@ from d2f.models.storage import replaced_folder, write_json
 from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table
+from d2f.training.evaluations import BEST_FILE, BEST_FOLDER
+from d2f.training.model_card import CardFacts, model_card
 
 STATE_FILE = "training_state.pt"
 RECIPE_FILE = "recipe.json"
@@ -74,22 +80,69 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"cannot resume from {file}: {error}") from None
 
 
-def save_final(model: Transformer, config: TrainConfig, tokenizer_folder: Path | None) -> Path:
-    """Write `final/`: the model or adapter, its tokenizer and its decoding policy.
+def save_final(
+    model: Transformer, config: TrainConfig, tokenizer_folder: Path | None, facts: CardFacts
+) -> Path:
+    """Write `final/`: the model or adapter, its tokenizer, its decoding policy, a model card.
 
     The model is converted to `model.output_dtype` in place, which ends its training.
     """
-    folder = Path(config.output) / "final"
-    policy = config.policy or model.spec.recommended_policy
-    model.spec = replace(model.spec, recommended_policy=policy)
     if not has_adapter(model):
         model.to(getattr(torch, config.model.output_dtype))
+    return _save_result(model, config, tokenizer_folder, facts, "final", {})
+
+
+def save_best(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_folder: Path | None,
+    facts: CardFacts,
+    record: Mapping[str, Any],
+) -> Path:
+    """Write `best/`, which is like `final/`, with the evaluation; the model stays as it is."""
+    if not has_adapter(model):
+        model = _converted(model, getattr(torch, config.model.output_dtype))
+    return _save_result(
+        model, config, tokenizer_folder, facts, BEST_FOLDER, {BEST_FILE: dict(record)}
+    )
+
+
+def _save_result(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_folder: Path | None,
+    facts: CardFacts,
+    name: str,
+    extra: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    folder = Path(config.output) / name
+    spec = model.spec
+    policy = config.policy or spec.recommended_policy
     with replaced_folder(folder, ["*"]) as new:
-        _save_weights(model, config, new)
-        for name in _TOKENIZER_FILES:
-            if tokenizer_folder is not None and (tokenizer_folder / name).exists():
-                shutil.copyfile(tokenizer_folder / name, new / name)
+        model.spec = replace(spec, recommended_policy=policy)
+        try:
+            _save_weights(model, config, new)
+        finally:
+            model.spec = spec
+        for file in _TOKENIZER_FILES:
+            if tokenizer_folder is not None and (tokenizer_folder / file).exists():
+                shutil.copyfile(tokenizer_folder / file, new / file)
+        for file, content in extra.items():
+            write_json(new / file, content)
+        card = model_card(config, spec, policy, facts)
+        (new / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _converted(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model in another type on the CPU, so that a second one needs no memory of the GPU."""
+    with torch.device("meta"):
+        copy = Transformer(model.spec)
+    for name, module in model.named_modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            value = parameter.detach().to("cpu", dtype)
+            setattr(copy.get_submodule(name), attribute, nn.Parameter(value, requires_grad=False))
+    return copy
 
 
 def provenance() -> dict[str, Any]:

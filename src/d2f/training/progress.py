@@ -21,6 +21,9 @@ class Reporter(Protocol):
     def sample(self, sample: Record) -> None:
         """A sample answer."""
 
+    def evaluation(self, record: Record) -> None:
+        """A line of evaluations.jsonl, and `best_step`, where the best one was."""
+
     def note(self, text: str) -> None:
         """Something the user should know."""
 
@@ -50,6 +53,11 @@ class JsonLog:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _step(line: str) -> float:
     """The step of a log line; of one that a crash cut short, none that is kept."""
     try:
@@ -65,6 +73,9 @@ class Silent:
         """Nothing."""
 
     def sample(self, sample: Record) -> None:
+        """Nothing."""
+
+    def evaluation(self, record: Record) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -84,6 +95,7 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal
         self._last = 0.0
+        self._score = ""
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
@@ -100,7 +112,7 @@ class Terminal:
         left = seconds * (1 - share) / share if share else 0.0
         text = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{_duration(left)} left"
+            f"{_duration(left)} left{self._score}"
         )
         if self._live:
             self._progress.update(self._task, completed=share, step=record["step"], text=text)
@@ -113,6 +125,20 @@ class Terminal:
         prompt = " ".join(str(sample["prompt"]).split())[-60:]
         answer = " ".join(str(sample["answer"]).split())[:160]
         self.note(f"step {sample['step']}  … {prompt} -> {answer}")
+
+    def evaluation(self, record: Record) -> None:
+        """Show the score, and keep it in sight."""
+        rate = record.get("tokens_per_forward")
+        score = f"{record['score']:.1%}"
+        error = f" ±{100 * record['standard_error']:.1f}" if "standard_error" in record else ""
+        speed = f", {rate:.2f} tokens per forward" if rate is not None else ""
+        best = (
+            "the best so far"
+            if record["best_step"] == record["step"]
+            else (f"the best was at step {record['best_step']}")
+        )
+        self.note(f"step {record['step']}  score {score}{error}{speed}; {best}")
+        self._score = f"  score {score}"
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

@@ -20,13 +20,17 @@ from torch import Tensor
 from d2f.errors import D2FError, TrainingError
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import save_checkpoint
+from d2f.training.collapse import CollapseRule
+from d2f.training.confidence import measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset
+from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
 from d2f.training.objective import block_sums
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
-from d2f.training.progress import JsonLog, Reporter, Silent
+from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
 from d2f.training.step import StageLoss, StepInputs, make_inputs
+from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 """Answers some prompts; every record has `prompt` and `answer`."""
@@ -41,6 +45,9 @@ class Trainer:
         dataset: The samples.
         teacher: Stage d2f: a frozen model; None: the student with its adapter off.
         sampler: Gives sample answers; called every `sample.every` steps.
+        evaluator: Scores the model; called every `evaluate.every` steps and at the end.
+        save_best: Keeps the model that the evaluator scored best.
+        trackers: Get the numbers of every record.
         reporter: Is told of every record.
         state: What `load_state` read, to go on from there.
     """
@@ -53,6 +60,9 @@ class Trainer:
         *,
         teacher: Transformer | None = None,
         sampler: Sampler | None = None,
+        evaluator: Evaluator | None = None,
+        save_best: SaveBest | None = None,
+        trackers: Trackers | None = None,
         reporter: Reporter | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -64,8 +74,11 @@ class Trainer:
         self.seconds = 0.0
         """Training time, without the first step, samples and checkpoints."""
         self.last_record: dict[str, Any] | None = None
+        self.warnings: list[str] = []
+        """What the rule of `CollapseRule` had to say."""
         compiled = config.compile and self.device.type == "cuda"
-        self.loss = StageLoss(config, student, teacher, compiled=compiled)
+        self._models = StageLoss(config, student, teacher, compiled=compiled)
+        self.loss: StageLoss = self._models
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
@@ -81,6 +94,20 @@ class Trainer:
             self._restore(state)
         output = Path(config.output)
         self._log = JsonLog(output / "log.jsonl", after_step=self.step)
+        self.evaluations: Evaluations | None = None
+        if evaluator is not None and config.evaluate is not None:
+            self.evaluations = Evaluations(
+                config.evaluate,
+                output,
+                evaluator,
+                save_best or (lambda model, record: None),
+                self._reporter,
+                after_step=self.step,
+            )
+        self._trackers = trackers
+        self._rule = CollapseRule(config.optimizer.warmup_steps)
+        for record in read_log(self._log.path):
+            self._rule.add(record)
         self._samples = JsonLog(output / "samples.jsonl", after_step=self.step)
         self._window = _Window(self.step, self.seconds)
 
@@ -114,6 +141,7 @@ class Trainer:
                 start = time.perf_counter() - self.seconds
                 self._window.timed_from = (self.step, self.seconds)
             self.seconds = time.perf_counter() - start
+            start += self._evaluate_if_due()
             due = self.step % self.config.log_every == 0
             if due or self.progress >= 1:
                 self._wait()
@@ -130,6 +158,8 @@ class Trainer:
         self._check_finite()
         if self.progress < 1:
             self.save()
+        else:
+            self._evaluate_if_due()  # where only the clock ended the run, and not before now
         return self.progress >= 1
 
     @property
@@ -165,6 +195,8 @@ class Trainer:
             total += loss.detach()
             if logged:
                 self._window.add_blocks(moved, loss_BL, self._num_blocks)
+                if self._window.confidence is None:
+                    self._window.confidence = measure_confidence(self._models, moved)
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
         self._window.add(total, norm, lr)
@@ -181,9 +213,26 @@ class Trainer:
             "progress": round(self.progress, 6)
         }
         self._window = _Window(self.step, self.seconds)
+        if self.evaluations is not None:
+            record |= self.evaluations.take()
         self.last_record = record
         self._log.write([record])
         self._reporter.record(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
+        for warning in self._rule.add(record):
+            self.warnings.append(warning)
+            self._reporter.note(f"warning: {warning}")
+
+    def _evaluate_if_due(self) -> float:
+        """Score the model if it is time; the seconds that it took."""
+        if self.evaluations is None or not self.evaluations.due(self.step, last=self.progress >= 1):
+            return 0.0
+        self._check_finite()
+        pause = time.perf_counter()
+        self.evaluations.run(self.student, self.step)
+        self._wait()
+        return time.perf_counter() - pause
 
     def _sample_if_due(self) -> None:
         settings = self.config.sample
@@ -274,6 +323,8 @@ class _Window:
         self._norm: Tensor | None = None
         self._lr = 0.0
         self._blocks: list[tuple[Tensor, Tensor]] = []
+        self.confidence: dict[str, Any] | None = None
+        """What `measure_confidence` gave."""
 
     def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
         self._losses.append(loss)
@@ -295,6 +346,7 @@ class _Window:
             "grad_norm": self._norm.item(),
             "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
             "seconds": round(seconds, 3),
+            **(self.confidence or {}),
         }
         if self._blocks:
             sums_N = torch.stack([sums for sums, _ in self._blocks]).sum(0)
