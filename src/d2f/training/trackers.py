@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in known:
             raise ConfigError(unknown_name("tracker", name, known))
         packages = _PACKAGES.get(name, (name,))
-        if not any(importlib.util.find_spec(package) for package in packages):
+        if not any(find_spec(package) for package in packages):
             raise ConfigError(
                 f'trackers = ["{name}"] needs the package {packages[0]}: pip install {packages[0]}'
             )
