@@ -36,18 +36,21 @@ def train_command(
     Example:  d2f train recipes/tiny_cpu_autoregressive.toml --set steps=100
     """
     import json
+    import os
     from dataclasses import asdict
 
     from d2f.cli.train_answers import make_evaluator, make_sampler
     from d2f.training.config import load_recipe
-    from d2f.training.progress import Terminal
+    from d2f.training.progress import Silent, Terminal
     from d2f.training.run import train
 
     overrides = list(settings or [])
     if output is not None:
         overrides.append(f"output={json.dumps(str(output))}")
     config = load_recipe(recipe, overrides)
-    reporter = Terminal()
+    # Of several processes one speaks.
+    is_main = os.environ.get("RANK", "0") == "0"
+    reporter = Terminal() if is_main else Silent()
     try:
         summary = train(
             config,
@@ -59,17 +62,18 @@ def train_command(
         )
     finally:
         reporter.close()
-    if as_json:
+    if as_json and is_main:
         out.print_json(json.dumps(asdict(summary)))
     if not summary.finished:
-        log.print(
-            f"stopped at step {summary.steps}; saved in {summary.folder}; "
-            "go on with the same command and --resume",
-            markup=False,
-            soft_wrap=True,
-        )
+        if is_main:
+            log.print(
+                f"stopped at step {summary.steps}; saved in {summary.folder}; "
+                "go on with the same command and --resume",
+                markup=False,
+                soft_wrap=True,
+            )
         raise typer.Exit(1)
-    if not as_json:
+    if not as_json and is_main:
         out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
         if summary.best is not None:
             out.print(

@@ -12,6 +12,15 @@ import torch
 
 from d2f.evaluation.statistics import percentile
 
+_NOMINAL_BF16 = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 836e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -43,6 +52,19 @@ def measure_rates(device: str, dtype: str) -> Rates:
         matmul_flops_per_second=_matmul_rate(device, getattr(torch, dtype), size),
         matmul_size=size,
     )
+
+
+def nominal_bf16_rate(processor: str) -> float | None:
+    """What the maker says of dense bf16 products, in FLOP/s; None: not known here.
+
+    Args:
+        processor: The device's name.
+
+    Example:
+        >>> nominal_bf16_rate("NVIDIA H100 80GB HBM3")
+        989000000000000.0
+    """
+    return next((rate for name, rate in _NOMINAL_BF16.items() if name in processor), None)
 
 
 def _copy_rate(device: str, num_bytes: int) -> float:

@@ -41,7 +41,9 @@ _OWNED = ("adapter_model*.safetensors", "adapter_config.json", POLICY_FILE)
 class LoraLinear(nn.Module):
     """A frozen projection with a low-rank update beside it, which can be switched off.
 
-    The update is computed in its own dtype (fp32) and rounded once to that of the projection.
+    The update is computed in its own dtype (fp32) and rounded once to that of the projection;
+    under autocast in that of autocast, without an fp32 copy of x, as a trained adapter keeps what
+    it reads for the backward pass.
 
     Example:
         >>> a_RI, b_OR = torch.ones(2, 4), torch.ones(6, 2)
@@ -67,7 +69,9 @@ class LoraLinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        dropped = F.dropout(x, self.config.dropout, self.training).to(self.lora_A.dtype)
+        dropped = F.dropout(x, self.config.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):
+            dropped = dropped.to(self.lora_A.dtype)
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
         return out + update.to(out.dtype)
 

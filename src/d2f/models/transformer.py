@@ -6,11 +6,12 @@ E outputs of a packed projection, V vocabulary, H head dimension.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks, visible
 from d2f.errors import ConfigError
@@ -23,6 +24,10 @@ from d2f.ops.backend import Backend
 from d2f.ops.linear import linear_fp32
 from d2f.ops.packed import PackedTokens
 from d2f.ops.rope import apply_rope, rope_frequencies, rope_tables
+from d2f.ops.tiled_attention import tiled_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Layer(nn.Module):
@@ -42,6 +47,21 @@ class Layer(nn.Module):
         self.gate_proj = nn.Linear(width, spec.intermediate_size, bias=False)
         self.up_proj = nn.Linear(width, spec.intermediate_size, bias=False)
         self.down_proj = nn.Linear(spec.intermediate_size, width, bias=False)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask | BlockMask | None,
+    ) -> Tensor:
+        """The layer's output for whole sequences, residuals included: (B, L, D)."""
+        q, k, v = self.project(x_BLD, rope)
+        if mask is None or isinstance(mask, AttentionMask):
+            mixed_BLE = attention(q, k, v, mask)
+        else:
+            mixed_BLE = tiled_attention(q, k, v, mask)
+        x_BLD = x_BLD + self.o_proj(mixed_BLE)
+        return x_BLD + self.mlp(x_BLD)
 
     def project(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of the new tokens: (B, L, heads, H) each."""
@@ -129,6 +149,9 @@ class Transformer(nn.Module):
         ids_BL: Tensor,
         positions_BL: Tensor | None = None,
         blocks_BL: Tensor | None = None,
+        *,
+        mask: BlockMask | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Final hidden states (B, L, D) of whole sequences, not yet aligned.
 
@@ -137,17 +160,22 @@ class Transformer(nn.Module):
             positions_BL: Position of each token; None: 0, 1, ….
             blocks_BL: Block number of each token (B or 1, L); padding carries `PADDING_BLOCK`.
                 None: all tokens see each other, which needs no mask.
+            mask: Instead of `blocks_BL`, what `tiled_mask` makes of them: no mask of L² then, but
+                the caller must be compiled.
+            recompute: Keep of each layer its input only, and compute the layer once more in the
+                backward pass (activation checkpointing). Without gradients it changes nothing.
         """
         if positions_BL is None:
             positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
         x_BLD = self.embed(ids_BL)
         rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
-        mask = self._mask(blocks_BL)
+        attended = self._mask(blocks_BL) if mask is None else mask
+        recompute = recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            assert isinstance(layer, Layer)
-            q, k, v = layer.project(x_BLD, rope)
-            x_BLD = x_BLD + layer.o_proj(attention(q, k, v, mask))
-            x_BLD = x_BLD + layer.mlp(x_BLD)
+            if recompute:
+                x_BLD = checkpoint(layer, x_BLD, rope, attended, use_reentrant=False)
+            else:
+                x_BLD = layer(x_BLD, rope, attended)
         return self.norm(x_BLD)
 
     def pack(self) -> None:

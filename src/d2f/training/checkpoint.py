@@ -4,7 +4,8 @@ A run's folder:
 
 - `log.jsonl`, `samples.jsonl`, `training_summary.json`, and `tokenizer/` if the run made one;
 - `checkpoint-00000100/`: config.json and weights, or the adapter, with training_state.pt (optimizer
-  and random state), recipe.json (resolved) and provenance.json;
+  and random state), recipe.json (resolved) and provenance.json; where the optimizer's state is
+  sharded it is in `optimizer/` instead;
 - `final/`: the finished model with its tokenizer and a model card, and nothing else;
 - where the run is evaluated, `evaluations.jsonl` and `best/`: as `final/`, the model with the best
   score so far, and evaluation.json, that score.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,11 @@ from d2f.models.storage import replaced_folder, write_json
 from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table
+from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER
 from d2f.training.model_card import CardFacts, model_card
+from d2f.training.optimizer_state import save_shards
+from d2f.training.processes import Processes
 
 STATE_FILE = "training_state.pt"
 RECIPE_FILE = "recipe.json"
@@ -48,16 +53,78 @@ def save_checkpoint(
 
     A folder of that name appears only when it is complete.
     """
-    output = Path(config.output)
-    folder = output / f"checkpoint-{step:08d}"
+    folder = checkpoint_folder(config, step)
     with replaced_folder(folder, ["*"]) as new:
-        _save_weights(model, config, new)
-        torch.save(state, new / STATE_FILE)
-        write_json(new / RECIPE_FILE, to_table(config))
-        write_json(new / "provenance.json", provenance())
-    for old in list_checkpoints(output)[: -config.keep_checkpoints]:
-        shutil.rmtree(old, ignore_errors=True)
+        _write_checkpoint(model, config, state, new)
+    _remove_old(config)
     return folder
+
+
+def save_sharded_checkpoint(
+    distributed: DistributedModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    state: dict[str, Any],
+    *,
+    step: int,
+    processes: Processes,
+) -> Path:
+    """The same for an optimizer whose state is in shards; all processes must come here.
+
+    Each process writes its shards to a folder that all of them can write to, the main process the
+    weights as published; it renames the folder when all is there.
+
+    Raises:
+        TrainingError, CheckpointError: Something could not be written. The checkpoints from before
+            are as they were.
+    """
+    folder = checkpoint_folder(config, step)
+    with ExitStack() as stack:
+        # Leaves without renaming where an error of any process ends the block.
+        opened = processes.on_main(lambda: stack.enter_context(replaced_folder(folder, ["*"])))
+        new = processes.from_main(opened)
+        assert new is not None
+        if not all(processes.share(new.is_dir())):
+            raise TrainingError(
+                f"not all processes see {folder.parent}; sharded checkpoints need an output folder "
+                "on a disk that the machines share"
+            )
+        save_shards(distributed.model, optimizer, new, processes)
+        with distributed.whole(torch.device("cpu")) as model:
+            processes.on_main(lambda: _write_checkpoint(_present(model), config, state, new))
+        processes.on_main(stack.close)
+    processes.on_main(lambda: _remove_old(config))
+    return folder
+
+
+def _present(model: Transformer | None) -> Transformer:
+    assert model is not None
+    return model
+
+
+def checkpoint_folder(config: TrainConfig, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(config.output) / f"checkpoint-{step:08d}"
+
+
+def _write_checkpoint(
+    model: Transformer, config: TrainConfig, state: dict[str, Any], folder: Path
+) -> None:
+    _save_weights(model, config, folder)
+    try:
+        torch.save(state, folder / STATE_FILE)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise TrainingError(f"cannot write {folder / STATE_FILE}: {error}") from None
+    write_json(folder / RECIPE_FILE, to_table(config))
+    write_json(folder / "provenance.json", provenance())
+
+
+def _remove_old(config: TrainConfig) -> None:
+    for old in list_checkpoints(Path(config.output))[: -config.keep_checkpoints]:
+        shutil.rmtree(old, ignore_errors=True)
+    # What a process that was killed while it saved has left behind.
+    for stale in Path(config.output).glob(".checkpoint-*.new-*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def list_checkpoints(output: Path) -> list[Path]:

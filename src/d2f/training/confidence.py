@@ -5,6 +5,7 @@ Shapes: M positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,23 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
         if not prefix:
             eos = token in student.spec.eos_token_ids
             result["one_token_name"] = "EOS" if eos else f"token {token}"
+    return result
+
+
+def mean_confidence(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several processes measured, each on samples of its own, as one.
+
+    Example:
+        >>> mean_confidence([{"confidence": 0.5}, {"confidence": 0.25, "one_token": None}, {}])
+        {'confidence': 0.375, 'one_token': None}
+    """
+    result: dict[str, Any] = {}
+    for name in dict.fromkeys(name for found in measured for name in found):
+        values = [found[name] for found in measured if found.get(name) is not None]
+        if values and not isinstance(values[0], str):
+            result[name] = round(sum(values) / len(values), 4)
+        else:
+            result[name] = values[0] if values else None
     return result
 
 

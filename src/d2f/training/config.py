@@ -29,6 +29,7 @@ from d2f.training.sections import (
 )
 
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
+SHARDINGS = ("none", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,11 @@ class TrainConfig:
     batch_size: int
     """Sequences of an update."""
     micro_batch_size: int | None = None
-    """Sequences in memory at once; none: the whole batch. The gradient is the same."""
+    """Sequences in memory of a process at once; none: its whole share of the batch. The gradient is
+    the same."""
+    sharding: str = "none"
+    """With several processes: none, each holds all weights (DDP); full, each holds a part of weights,
+    gradients and optimizer state (FSDP2). The result is the same."""
     max_seconds: float | None = None
     """End, and drive the learning rate, by the seconds since the first step instead of by steps.
     Such a run cannot be repeated bit for bit."""
@@ -66,6 +71,9 @@ class TrainConfig:
     """Type of the products: float32, or bfloat16 (autocast; the weights stay as they are)."""
     compile: bool = True
     """Compile the forward and backward passes on a GPU."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass, which computes the layer once more: far
+    less memory for a third more work. The gradients are the same."""
     loss_memory_mib: int = 384
     """Memory in MiB for the loss over the vocabulary; logits that need more are computed in chunks
     of positions. The result is the same; on a GPU with `compile`, what fits is compiled whole."""
@@ -94,6 +102,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
         one_of("precision", self.precision, DTYPES)
+        one_of("sharding", self.sharding, SHARDINGS)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
             "checkpoint_every", "keep_checkpoints", "loss_memory_mib",

@@ -11,7 +11,6 @@ import torch
 
 from d2f.models.transformer import Transformer
 from d2f.training.progress import JsonLog, Reporter
-from d2f.training.sections import EvaluateConfig
 
 Evaluator = Callable[[Transformer], Mapping[str, Any]]
 """Scores the model: `score` (higher is better), `standard_error`, `tokens_per_forward`, ….."""
@@ -27,7 +26,6 @@ class Evaluations:
     """The evaluations of a run.
 
     Args:
-        settings: When they are due.
         output: The run's folder. A resumed run goes on with its lines and its best model.
         evaluator: Scores the model.
         save_best: Is called with each model that is better than all before.
@@ -37,7 +35,6 @@ class Evaluations:
 
     def __init__(
         self,
-        settings: EvaluateConfig,
         output: Path,
         evaluator: Evaluator,
         save_best: SaveBest,
@@ -45,7 +42,6 @@ class Evaluations:
         *,
         after_step: int = 0,
     ) -> None:
-        self._settings = settings
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
         self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
         # What lies there is the truth: a crash may have lost lines, but not this folder.
@@ -53,12 +49,7 @@ class Evaluations:
         """The line of the best evaluation."""
         self.last: Mapping[str, Any] | None = None
         """The line of the last step's evaluation; None if that failed or is not made yet."""
-        self._done = after_step
         self._unlogged: Mapping[str, Any] | None = None
-
-    def due(self, step: int, *, last: bool) -> bool:
-        """Whether the model is to be scored at this step."""
-        return step > self._done and (last or step % self._settings.every == 0)
 
     def run(self, model: Transformer, step: int) -> None:
         """Score the model, and keep it if it is the best.
@@ -66,7 +57,7 @@ class Evaluations:
         It is left as it was, random state included. What fails is told and not raised: hours of
         training must not end because problems cannot be scored.
         """
-        self._done, self.last = step, None
+        self.last = None
         devices = [model.device] if model.device.type == "cuda" else []
         training = model.training
         model.eval()

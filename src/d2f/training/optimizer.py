@@ -60,6 +60,8 @@ class GuardedUpdate:
     def apply(self, step: int, lr: float, loss: Tensor) -> Tensor:
         """Update from the gradients; `step` counts from 1. Returns the gradient's norm."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self._clip_norm)
+        if hasattr(norm, "full_tensor"):  # of gradients in shards, each process knows its part
+            norm = norm.full_tensor()
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         self._bad_step = torch.where((self._bad_step == 0) & bad, step, self._bad_step)
         for group in self.optimizer.param_groups:

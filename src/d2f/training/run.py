@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from d2f.errors import TrainingError
-from d2f.models.checkpoint import resolve_device
 from d2f.models.storage import write_json
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
@@ -29,6 +28,7 @@ from d2f.training.data import TokenDataset
 from d2f.training.evaluations import BEST_FOLDER, Evaluator
 from d2f.training.held_out import HeldOut, hold_out
 from d2f.training.model_card import CardFacts
+from d2f.training.processes import Processes
 from d2f.training.progress import Reporter, Silent
 from d2f.training.trackers import Trackers, check_trackers
 from d2f.training.trainer import Sampler, Trainer
@@ -65,6 +65,8 @@ class TrainingSummary:
     data: dict[str, Any]
     """Samples: rows, dropped, truncated, used, mean length; bad rows by reason. See `counts`."""
     device: str
+    world_size: int
+    """Processes that trained together."""
     recipe: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -83,9 +85,12 @@ def train(
     Ctrl-C and SIGTERM save a checkpoint and return. A run limited by steps gives the same weights
     each time on a CPU, resumed or not; one limited by `max_seconds` does not.
 
+    Started by `torchrun` or `accelerate launch` in several processes, all of them train the model
+    together; each calls this function and gets the same summary.
+
     Args:
         config: The recipe, from `load_recipe`.
-        device: None: the GPU if there is one, else the CPU.
+        device: None: the GPU if there is one, else the CPU; of several processes each takes one.
         resume: Go on from the newest checkpoint in the output folder.
         make_sampler: Builds what gives sample answers during training.
         make_evaluator: Builds what scores the model during training.
@@ -93,25 +98,43 @@ def train(
 
     Raises:
         TrainingError: The output folder already holds a run and `resume` is False, or holds none
-            to resume; the data cannot be read; a loss or gradient is not finite.
+            to resume; the data cannot be read; a loss or gradient is not finite; another process is
+            gone.
         ConfigError, CheckpointError: Model, tokenizer and recipe do not fit.
+        SystemExit: Another process has failed and said why.
 
     Example:
         `train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))` takes some seconds.
     """
-    reporter = reporter or Silent()
-    target = resolve_device(device)
+    with Processes.current(device) as processes:
+        shown = reporter if reporter is not None and processes.is_main else Silent()
+        return _train(config, processes, resume, make_sampler, make_evaluator, shown)
+
+
+def _train(
+    config: TrainConfig,
+    processes: Processes,
+    resume: bool,
+    make_sampler: MakeSampler | None,
+    make_evaluator: MakeEvaluator | None,
+    reporter: Reporter,
+) -> TrainingSummary:
     check_trackers(config.trackers)
-    checkpoint = _find_checkpoint(config, resume, reporter)
-    folder = tokenizer_folder(config)
-    tokenizer = Tokenizer.load(folder)
-    prepared = make_evaluator(config, tokenizer) if make_evaluator and config.evaluate else None
-    model, teacher = load_models(config, tokenizer, target, checkpoint)
-    reporter.note(f"{config.stage}: {_size(model)}; preparing data")
-    dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
+    checkpoint = processes.on_main(lambda: _find_checkpoint(config, resume, reporter))
+    checkpoint = processes.from_main(checkpoint)
+    prepared = None
+    with processes.first_one():
+        folder = tokenizer_folder(config)
+        tokenizer = Tokenizer.load(folder)
+        if make_evaluator is not None and config.evaluate is not None:
+            prepared = make_evaluator(config, tokenizer)
+    model, teacher = load_models(config, tokenizer, processes.device, checkpoint)
+    reporter.note(f"{config.stage}: {_size(model)}{_spread(config, processes)}; preparing data")
+    with processes.first_one():
+        dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
     held_out = _hold_out(config, dataset)
     reporter.note(_told(dataset))
-    trackers = Trackers(config, reporter)
+    trackers = processes.on_main(lambda: Trackers(config, reporter))
     trainer = Trainer(
         config,
         model,
@@ -125,15 +148,28 @@ def train(
         trackers=trackers,
         reporter=reporter,
         state=load_state(checkpoint) if checkpoint else None,
+        processes=processes,
     )
     try:
         finished = trainer.run()
     finally:
-        trackers.close()
-    summary = _summarise(config, trainer, dataset, finished)
+        if trackers is not None:
+            trackers.close()
     if finished:
-        save_final(model, config, folder, _facts(config, trainer, dataset, _last(trainer)))
-    write_json(Path(config.output) / "training_summary.json", asdict(summary))
+        with trainer.distributed.whole(torch.device("cpu")) as whole:
+            processes.on_main(
+                lambda: save_final(
+                    whole or model, config, folder, _facts(config, trainer, dataset, _last(trainer))
+                )
+            )
+
+    def summarise() -> TrainingSummary:
+        summary = _summarise(config, trainer, dataset, finished)
+        write_json(Path(config.output) / "training_summary.json", asdict(summary))
+        return summary
+
+    summary = processes.from_main(processes.on_main(summarise))
+    assert summary is not None
     return summary
 
 
@@ -194,6 +230,7 @@ def _summarise(
         num_trained_parameters=_num_trained(model),
         data=dataset.counts(),
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        world_size=trainer.processes.world_size,
         recipe=to_table(config),
         provenance=provenance(),
     )
@@ -245,6 +282,13 @@ def _identity(table: Mapping[str, Any], name: str) -> Any:
     if name == "data" and isinstance(part, Mapping):
         return {key: value for key, value in part.items() if key not in ("cache", "num_workers")}
     return part
+
+
+def _spread(config: TrainConfig, processes: Processes) -> str:
+    if processes.world_size == 1:
+        return ""
+    how = "in shards on" if config.sharding == "full" else "a copy on each of"
+    return f", {how} {processes.world_size} processes"
 
 
 def _num_trained(model: Transformer) -> int:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f.diffusion.corruption import corrupt
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout, causal_blocks
 from d2f.models.lora import adapter_disabled
 from d2f.models.transformer import Transformer
+from d2f.ops.tiled_attention import MIN_HEAD_DIM, tiled_mask
 from d2f.training.chunked_loss import TeacherStates, chunk_size, chunked_loss
 from d2f.training.config import TrainConfig
 from d2f.training.data import Batch
@@ -27,6 +29,12 @@ from d2f.training.objective import (
     position_loss,
 )
 from d2f.training.sections import NoiseConfig, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Seen = Union[Tensor, "BlockMask", None]
+"""Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
 
 FRONTIER_BLOCKS = 3
 """Blocks that count in the loss of `frontier_inputs`."""
@@ -265,12 +273,18 @@ class StageLoss:
         teacher: Transformer | None = None,
         *,
         compiled: bool = False,
+        forward: nn.Module | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
+        # What to call for the student's hidden states, where an engine wraps it.
+        self._forward = forward or student
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
         self._padded = config.noise is not None and config.noise.random_end
+        self._recompute = config.activation_checkpointing
+        # FlexAttention is a fused kernel only where it is compiled.
+        self._tiled = compiled and student.spec.head_dim >= MIN_HEAD_DIM
         objective = (config.objective or ObjectiveConfig()).objective
         self._objective = objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
@@ -308,7 +322,8 @@ class StageLoss:
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
                 target = self._logits(self.teacher or self.student, inputs.ids_BL, None)
-        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, inputs.block_BL)
+        seen = self._seen(inputs)
+        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
 
     def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
@@ -322,8 +337,7 @@ class StageLoss:
             with self._teacher_view():
                 states_TE = self._compute_states(teacher, inputs.ids_BL, None)
             states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
-        attended_BL = self._attended(inputs.ids_BL, inputs.block_BL)
-        states_TD = self._compute_states(self.student, inputs.ids_BL, attended_BL)
+        states_TD = self._compute_states(self.student, inputs.ids_BL, self._blocks(inputs))
         return {
             "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
             **states,
@@ -342,8 +356,7 @@ class StageLoss:
             target = TeacherStates(
                 hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
             )
-        attended_BL = self._attended(inputs.ids_BL, inputs.block_BL)
-        states_TD = self._states(self.student, inputs.ids_BL, attended_BL)
+        states_TD = self._states(self.student, inputs.ids_BL, self._seen(inputs))
         with self._products(inputs.ids_BL.device):
             loss, loss_M = chunked_loss(
                 _selected(states_TD, rows_M),
@@ -358,34 +371,41 @@ class StageLoss:
         return loss, loss_M.view(inputs.ids_BL.shape)
 
     def _whole_loss(
-        self, ids_BL: Tensor, target: Tensor, weight_BL: Tensor, block_BL: Tensor
+        self, ids_BL: Tensor, target: Tensor, weight_BL: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
         """The same from logits of all positions."""
-        logits_TV = self._compute_logits(self.student, ids_BL, self._attended(ids_BL, block_BL))
+        logits_TV = self._compute_logits(self.student, ids_BL, seen)
         loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
-    def _attended(self, ids_BL: Tensor, block_BL: Tensor) -> Tensor | None:
+    def _seen(self, inputs: StepInputs) -> Seen:
+        """What the student sees; made before what is compiled is entered."""
+        blocks_BL = self._blocks(inputs)
+        if blocks_BL is None or not self._tiled:
+            return blocks_BL
+        return tiled_mask(blocks_BL.expand(inputs.ids_BL.shape))
+
+    def _blocks(self, inputs: StepInputs) -> Tensor | None:
         """Block numbers that say what the student sees; None: everything."""
         if self._causal:
-            return causal_blocks(ids_BL.shape[1], ids_BL.device)
+            return causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
         if self._padded:
-            return torch.where(block_BL == PADDING_BLOCK, PADDING_BLOCK, 0).to(torch.int32)
-        return block_BL if self._distils else None
+            padding_BL = inputs.block_BL == PADDING_BLOCK
+            return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
+        return inputs.block_BL if self._distils else None
 
-    def _compute_states(
-        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None
-    ) -> Tensor:
+    def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned hidden states (T, D) of the flattened batch."""
+        given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
         with self._products(ids_BL.device):
-            return model.align(model(ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+            forward = self._forward if model is self.student else model
+            states_BLD = forward(ids_BL, recompute=self._recompute, **given)
+            return model.align(states_BLD).flatten(0, 1)
 
-    def _compute_logits(
-        self, model: Transformer, ids_BL: Tensor, blocks_BL: Tensor | None
-    ) -> Tensor:
+    def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned logits (T, V) of the flattened batch, fp32."""
         with self._products(ids_BL.device):
-            return model.head(self._compute_states(model, ids_BL, blocks_BL))
+            return model.head(self._compute_states(model, ids_BL, seen))
 
     def _products(self, device: torch.device) -> AbstractContextManager[object]:
         """The dtype of matrix products within the block."""

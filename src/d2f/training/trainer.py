@@ -2,6 +2,10 @@
 
 Everything random is a function of (seed, step), except dropout, whose generator state is part of
 a checkpoint. So a run that is resumed goes on as if it had not been stopped, bit for bit on a CPU.
+
+Several processes go through the same loop. Each takes its share of the micro-batches of the same
+batches; sums of losses and gradients, the clock and the wish to stop are those of all, so that all
+of them do the same at the same step. The main process writes.
 """
 
 from __future__ import annotations
@@ -11,22 +15,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2f.errors import D2FError, TrainingError
+from d2f.errors import ConfigError, D2FError, TrainingError
 from d2f.models.transformer import Transformer
-from d2f.training.checkpoint import save_checkpoint
+from d2f.training.checkpoint import (
+    checkpoint_folder,
+    save_checkpoint,
+    save_sharded_checkpoint,
+)
 from d2f.training.collapse import CollapseRule
-from d2f.training.confidence import measure_confidence
+from d2f.training.confidence import mean_confidence, measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset
+from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
 from d2f.training.objective import block_sums
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
+from d2f.training.optimizer_state import load_shards, load_whole
+from d2f.training.processes import Processes
 from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
 from d2f.training.step import StageLoss, StepInputs, make_inputs
@@ -36,20 +48,30 @@ Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 """Answers some prompts; every record has `prompt` and `answer`."""
 
 
+# A launcher passes on the Ctrl-C that its processes got from the terminal, too.
+_LAUNCHER_SECONDS = 3.0
+
+
 class Trainer:
-    """One run of one stage on one device.
+    """One run of one stage, on one device or on that of each process.
 
     Args:
         config: The recipe.
         student: The model, on its device, whose trained parameters require gradients.
         dataset: The samples.
         teacher: Stage d2f: a frozen model; None: the student with its adapter off.
-        sampler: Gives sample answers; called every `sample.every` steps.
-        evaluator: Scores the model; called every `evaluate.every` steps and at the end.
+        sampler: Gives sample answers; called every `sample.every` steps, on the main process.
+        evaluator: Scores the model, on the main process; called every `evaluate.every` steps and
+            at the end.
         save_best: Keeps the model that the evaluator scored best.
         trackers: Get the numbers of every record.
         reporter: Is told of every record.
         state: What `load_state` read, to go on from there.
+        processes: Those that train together; None: this one alone.
+
+    Raises:
+        ConfigError: The batch cannot be divided among the processes.
+        TrainingError: The state does not fit the recipe.
     """
 
     def __init__(
@@ -65,10 +87,16 @@ class Trainer:
         trackers: Trackers | None = None,
         reporter: Reporter | None = None,
         state: Mapping[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.config = config
         self.student = student
         self.device = student.device
+        self.processes = processes or Processes(self.device)
+        self._size, self._share = _share_of(config, self.processes)
+        self.distributed = DistributedModel(student, self.processes, config.sharding)
+        if teacher is not None:
+            DistributedModel(teacher, self.processes, config.sharding)
         self.step = 0
         """Updates made so far."""
         self.seconds = 0.0
@@ -76,8 +104,15 @@ class Trainer:
         self.last_record: dict[str, Any] | None = None
         self.warnings: list[str] = []
         """What the rule of `CollapseRule` had to say."""
-        compiled = config.compile and self.device.type == "cuda"
-        self._models = StageLoss(config, student, teacher, compiled=compiled)
+        # Engines put hooks into the model, which would cut a compiled graph into pieces.
+        alone = self.processes.world_size == 1
+        self._models = StageLoss(
+            config,
+            student,
+            teacher,
+            compiled=config.compile and alone and self.device.type == "cuda",
+            forward=self.distributed.forward,
+        )
         self.loss: StageLoss = self._models
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
@@ -87,32 +122,38 @@ class Trainer:
         )
         self._dataset = dataset
         self._sampler = sampler
-        self._reporter = reporter or Silent()
+        self._reporter = (reporter if self.processes.is_main else None) or Silent()
         self._state = state
         self._stop = threading.Event()
         if state is not None:
             self._restore(state)
-        output = Path(config.output)
-        self._log = JsonLog(output / "log.jsonl", after_step=self.step)
+        self._evaluator = evaluator
+        self._save_best = save_best or (lambda model, record: None)
+        self._evaluated = self.step
+        """Step of the last evaluation, or where the run goes on from."""
         self.evaluations: Evaluations | None = None
-        if evaluator is not None and config.evaluate is not None:
-            self.evaluations = Evaluations(
-                config.evaluate,
-                output,
-                evaluator,
-                save_best or (lambda model, record: None),
-                self._reporter,
-                after_step=self.step,
-            )
+        """On the main process, if the model is scored."""
         self._trackers = trackers
         self._rule = CollapseRule(config.optimizer.warmup_steps)
-        for record in read_log(self._log.path):
-            self._rule.add(record)
-        self._samples = JsonLog(output / "samples.jsonl", after_step=self.step)
+        logs = self.processes.on_main(self._open_logs)
+        self._log: JsonLog | None = logs[0] if logs else None
+        self._samples: JsonLog | None = logs[1] if logs else None
         self._window = _Window(self.step, self.seconds)
 
+    def _open_logs(self) -> tuple[JsonLog, JsonLog]:
+        output = Path(self.config.output)
+        names = ("log.jsonl", "samples.jsonl")
+        log, samples = (JsonLog(output / name, after_step=self.step) for name in names)
+        for record in read_log(log.path):
+            self._rule.add(record)
+        if self._evaluator is not None and self.config.evaluate is not None:
+            self.evaluations = Evaluations(
+                output, self._evaluator, self._save_best, self._reporter, after_step=self.step
+            )
+        return log, samples
+
     def stop(self) -> None:
-        """Ask the run to save a checkpoint and end after the step in progress."""
+        """Ask the run to save a checkpoint and end after the step in progress, on any process."""
         self._stop.set()
 
     def run(self) -> bool:
@@ -126,26 +167,27 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         # The caller's random state is none of our business.
         with torch.random.fork_rng(devices), self._signals():
-            torch.manual_seed(derive_seed(self.config.seed, "dropout"))
+            # Processes drop different things, as they have different samples.
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.processes.rank))
             if self._state is not None:
-                self._restore_rng(self._state["rng"])
+                self._restore_rng(self._state)
             return self._loop()
 
     def _loop(self) -> bool:
         start = None
-        while self.progress < 1 and not self._stop.is_set():
+        while self.progress < 1 and not self.processes.any(self._stop.is_set()):
             self._train_step()
             if start is None:
                 # The first step compiles; it would spoil speeds and time-driven schedules.
                 self._wait()
                 start = time.perf_counter() - self.seconds
                 self._window.timed_from = (self.step, self.seconds)
-            self.seconds = time.perf_counter() - start
+            self._read_clock(start)
             start += self._evaluate_if_due()
             due = self.step % self.config.log_every == 0
             if due or self.progress >= 1:
                 self._wait()
-                self.seconds = time.perf_counter() - start
+                self._read_clock(start)
                 self._write_log()
             elif self.device.type == "cpu":
                 self._check_finite()
@@ -162,6 +204,12 @@ class Trainer:
             self._evaluate_if_due()  # where only the clock ended the run, and not before now
         return self.progress >= 1
 
+    def _read_clock(self, start: float) -> None:
+        self.seconds = time.perf_counter() - start
+        if self.config.max_seconds is not None:
+            # The end and the rates follow from it, which must be those of all processes.
+            self.seconds = self.processes.from_main(self.seconds)
+
     @property
     def progress(self) -> float:
         """Share of the run that is done, by steps or, where the recipe limits them, seconds."""
@@ -176,7 +224,7 @@ class Trainer:
         return self._save(self.step)
 
     def _train_step(self) -> None:
-        """One update from one batch, in parts of `micro_batch_size`."""
+        """One update from one batch, of which this process takes some micro-batches."""
         lr = learning_rate(self.config.optimizer, self.step, self.progress)
         batch = self._dataset.batch(self.order.rows(self.step))
         inputs = make_inputs(
@@ -185,18 +233,21 @@ class Trainer:
             mask_token_id=self.student.spec.mask_token_id,
             generator=generator(self.config.seed, "noise", self.step),
         )
-        size = self.config.micro_batch_size or self.config.batch_size
         total = torch.zeros((), device=self.device)
         logged = (self.step + 1) % self.config.log_every == 0
-        for part in inputs.parts(size, select=self.loss.selects):
+        parts = inputs.parts(self._size, select=self.loss.selects)
+        for number, part in enumerate(islice(parts, self._share.start, self._share.stop), 1):
             moved = part.to(self.device)
-            loss, loss_BL = self.loss(moved)
-            loss.backward()
+            if logged and self._window.confidence is None:
+                # Before the pass that trains, whose end leaves sharded weights in their shards.
+                self._window.confidence = measure_confidence(self._models, moved)
+            with self.distributed.gradients(last=number == len(self._share)):
+                loss, loss_BL = self.loss(moved)
+                self.distributed.backward(loss)
             total += loss.detach()
             if logged:
                 self._window.add_blocks(moved, loss_BL, self._num_blocks)
-                if self._window.confidence is None:
-                    self._window.confidence = measure_confidence(self._models, moved)
+        total = self.processes.sum(total)
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
         self._window.add(total, norm, lr)
@@ -209,14 +260,15 @@ class Trainer:
     def _write_log(self) -> None:
         self._check_finite()
         tokens = self.config.batch_size * self._dataset.sequence_length
-        record = self._window.record(self.step, tokens, self.seconds) | {
+        record = self._window.record(self.step, tokens, self.seconds, self.processes) | {
             "progress": round(self.progress, 6)
         }
         self._window = _Window(self.step, self.seconds)
         if self.evaluations is not None:
             record |= self.evaluations.take()
         self.last_record = record
-        self._log.write([record])
+        if self._log is not None:
+            self._log.write([record])
         self._reporter.record(record)
         if self._trackers is not None:
             self._trackers.log(record)
@@ -226,12 +278,21 @@ class Trainer:
 
     def _evaluate_if_due(self) -> float:
         """Score the model if it is time; the seconds that it took."""
-        if self.evaluations is None or not self.evaluations.due(self.step, last=self.progress >= 1):
+        settings = self.config.evaluate
+        if self._evaluator is None or settings is None or self.step == self._evaluated:
             return 0.0
+        if self.step % settings.every and self.progress < 1:
+            return 0.0
+        self._evaluated = self.step
         self._check_finite()
         pause = time.perf_counter()
-        self.evaluations.run(self.student, self.step)
-        self._wait()
+        self.student.eval()
+        dtype = getattr(torch, self.config.model.output_dtype)
+        with self.distributed.whole(self.device, dtype) as model:
+            if model is not None and self.evaluations is not None:
+                self.evaluations.run(model, self.step)
+            self.processes.wait()
+        self.student.train()
         return time.perf_counter() - pause
 
     def _sample_if_due(self) -> None:
@@ -239,18 +300,28 @@ class Trainer:
         if self._sampler is None or settings is None or self.step % settings.every:
             return
         self.student.eval()
+        dtype = getattr(torch, self.config.model.output_dtype)
+        with self.distributed.whole(self.device, dtype) as model:
+            failed = model is not None and not self._sample(self._sampler, model)
+            if self.processes.any(failed):
+                self._sampler = None
+        self.student.train()
+
+    def _sample(self, sampler: Sampler, model: Transformer) -> bool:
+        """Write some answers; False if they could not be given."""
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), torch.no_grad():
-                answers = [{"step": self.step, **answer} for answer in self._sampler(self.student)]
+                answers = [{"step": self.step, **answer} for answer in sampler(model)]
         except D2FError as error:
             # Hours of training must not end because an example cannot be answered.
             self._reporter.note(f"no sample answers from here on: {error}")
-            self._sampler, answers = None, []
-        self.student.train()
+            return False
+        assert self._samples is not None
         self._samples.write(answers)
         if answers:
             self._reporter.sample(answers[0])
+        return True
 
     def _check_finite(self) -> None:
         bad = self.update.first_bad_step()
@@ -267,22 +338,42 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
-            "step": step,
-            "seconds": self.seconds,
-            "rng": rng,
-            "optimizer": self.update.optimizer.state_dict(),
-        }
-        return save_checkpoint(self.student, self.config, state, step=step)
+        state = {"step": step, "seconds": self.seconds, "rng": rng}
+        if self.processes.world_size > 1:
+            state["process_rng"] = self.processes.share(rng)
+        optimizer = self.update.optimizer
+        if self.distributed.shards_optimizer:
+            return save_sharded_checkpoint(
+                self.distributed, optimizer, self.config, state, step=step,
+                processes=self.processes,
+            )  # fmt: skip
+        state["optimizer"] = optimizer.state_dict()
+        self.processes.on_main(lambda: save_checkpoint(self.student, self.config, state, step=step))
+        return checkpoint_folder(self.config, step)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        optimizer = self.update.optimizer
         try:
             self.step, self.seconds = state["step"], state["seconds"]
-            self.update.optimizer.load_state_dict(state["optimizer"])
+            if "optimizer" in state:
+                shard = self.distributed.shards_optimizer
+                load_whole(self.student, optimizer, state["optimizer"], shard=shard)
         except (KeyError, ValueError) as error:
             raise TrainingError(f"the checkpoint does not fit this recipe: {error}") from None
+        if "optimizer" not in state:
+            folder = checkpoint_folder(self.config, self.step)
+            load_shards(self.student, optimizer, folder, self.processes)
 
-    def _restore_rng(self, rng: Mapping[str, Tensor]) -> None:
+    def _restore_rng(self, state: Mapping[str, Any]) -> None:
+        states = state.get("process_rng", [state["rng"]])
+        if len(states) != self.processes.world_size and self.config.lora is not None:
+            self._reporter.note(
+                f"the checkpoint is of {len(states)} processes and goes on with "
+                f"{self.processes.world_size}: dropout will differ"
+            )
+        if self.processes.rank >= len(states):
+            return
+        rng: Mapping[str, Tensor] = states[self.processes.rank]
         torch.set_rng_state(rng["cpu"])
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
@@ -299,10 +390,18 @@ class Trainer:
             return
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
+        asked = 0.0
+
         def stop(number: int, frame: object) -> None:
-            self.stop()
-            self._reporter.note("stopping after this step; once more Ctrl-C to stop at once")
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            nonlocal asked
+            if not self._stop.is_set():
+                asked = time.monotonic()
+                self.stop()
+                self._reporter.note("stopping after this step; once more Ctrl-C to stop at once")
+                if self.processes.world_size == 1:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+            elif number == signal.SIGINT and time.monotonic() - asked > _LAUNCHER_SECONDS:
+                raise KeyboardInterrupt
 
         for number in before:
             signal.signal(number, stop)
@@ -311,6 +410,19 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _share_of(config: TrainConfig, processes: Processes) -> tuple[int, range]:
+    """The size of a micro-batch, and which of a batch's a process takes."""
+    world_size = processes.world_size
+    size = config.micro_batch_size or config.batch_size // world_size
+    if size == 0 or config.batch_size % (size * world_size):
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be divided evenly among {world_size} processes"
+            + (f" with micro_batch_size {size}" if config.micro_batch_size else "")
+        )
+    count = config.batch_size // size // world_size
+    return size, range(processes.rank * count, (processes.rank + 1) * count)
 
 
 class _Window:
@@ -335,7 +447,9 @@ class _Window:
             counted_BL = inputs.weight_BL > 0
             self._blocks.append(block_sums(loss_BL, counted_BL, inputs.block_BL, num_blocks))
 
-    def record(self, step: int, tokens_per_step: int, seconds: float) -> dict[str, Any]:
+    def record(
+        self, step: int, tokens_per_step: int, seconds: float, processes: Processes
+    ) -> dict[str, Any]:
         """The line: mean loss over the window; block losses, norm and rate of its last step."""
         assert self._norm is not None
         steps, elapsed = step - self.timed_from[0], seconds - self.timed_from[1]
@@ -346,11 +460,11 @@ class _Window:
             "grad_norm": self._norm.item(),
             "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
             "seconds": round(seconds, 3),
-            **(self.confidence or {}),
+            **mean_confidence(processes.share(self.confidence or {})),
         }
         if self._blocks:
-            sums_N = torch.stack([sums for sums, _ in self._blocks]).sum(0)
-            counts_N = torch.stack([counts for _, counts in self._blocks]).sum(0)
+            sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))
+            counts_N = processes.sum(torch.stack([counts for _, counts in self._blocks]).sum(0))
             means = (sums_N / counts_N.clamp_min(1)).tolist()
             record["loss_per_block"] = [
                 round(mean, 6) if count else None

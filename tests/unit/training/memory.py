@@ -20,6 +20,11 @@ class LiveMemory(TorchDispatchMode):
         self.operations: set[Any] = set()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
+    @property
+    def alive(self) -> int:
+        """Bytes of the new tensors that still exist."""
+        return sum(size for storage, size in self._alive.values() if not storage.expired())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations.add(func)
         given = {

@@ -1,0 +1,309 @@
+"""`d2f bench train`: what a step of the distillation costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2f.cli.bench_options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    ShapeOption,
+    check_one_source,
+    numbers,
+)
+from d2f.cli.console import check_writable, log, out, write_json
+from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2f.cli.bench_train_setup import TrainSetup
+    from d2f.evaluation.rates import Rates
+    from d2f.training.step_bench import StepBench
+
+_REPORTED = (1, 10, 50, 100)
+"""Steps on the repeated batch whose loss is shown, and the last."""
+
+
+def train_command(
+    shape: ShapeOption = None,
+    model: Annotated[str | None, typer.Option(help="Or a model: folder or hub id.")] = None,
+    layers: LayersOption = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
+    ] = None,
+    micro_batch: Annotated[
+        str | None,
+        typer.Option(help="Sequences in memory at once; several as 1,4; max: what fits (GPU)."),
+    ] = None,
+    checkpointing: Annotated[
+        str, typer.Option(help="Activations are recomputed: no, yes or both.")
+    ] = "no",
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
+    dropout: Annotated[float, typer.Option(help="Of the adapter; the recipes have 0.1.")] = 0.0,
+    sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none",
+    loss_memory: Annotated[
+        int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps.", min=1)] = 10,
+    repeat_batch: Annotated[
+        int, typer.Option(help="Also train this many steps on one batch; 0: not.", min=0)
+    ] = 0,
+    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-4,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="Most GiB of the GPU, as if it were smaller.", min=1)
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="On a GPU.")] = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure training steps: time, tokens per second, FLOPs utilisation, memory, and the parts.
+
+    Without --shape or --model: the shipped student, distilled from the shipped teacher as its
+    recipe says, in small batches. Sequences are random tokens. torchrun measures several processes.
+
+    Example:  d2f bench train --shape llada-8b --micro-batch 1,4 --checkpointing both
+    """
+    check_one_source(shape, model)
+    if json_file is not None:
+        check_writable(json_file)
+    from d2f.cli.bench_train_setup import TrainSetup
+    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.evaluation.rates import measure_rates
+
+    device = choose_device(device)
+    setup = TrainSetup.of(
+        shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
+        sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled, device=device,
+        dtype=dtype or fastest_dtype(device),
+    )  # fmt: skip
+    plan = _plan(setup, micro_batch, checkpointing)
+    if memory_limit is not None:
+        _limit_memory(device, memory_limit)
+    rates = measure_rates(device, setup.dtype)
+    report = _measure(setup, rates, plan, steps, repeat_batch)
+    _print_report(report)
+    if json_file is not None:
+        write_json(json_file, report | {"memory_limit_gib": memory_limit})
+        out.print(f"Numbers written to {json_file}")
+
+
+def _plan(
+    setup: TrainSetup, micro_batch: str | None, checkpointing: str
+) -> list[tuple[int | None, bool]]:
+    """Micro-batch sizes (None: what fits), each with and without checkpointing as asked."""
+    chosen = {"no": [False], "yes": [True], "both": [False, True]}.get(checkpointing)
+    if chosen is None:
+        raise ConfigError(f"--checkpointing {checkpointing!r}; it must be no, yes or both")
+    sizes: list[int | None] = []
+    for word in (micro_batch or setup.default_micro_batch).split(","):
+        sizes += [None] if word.strip() == "max" else numbers(word)
+    if None in sizes and not setup.device.startswith("cuda"):
+        raise ConfigError("--micro-batch max is for a GPU; on a CPU, give numbers")
+    return [(size, checkpoint) for checkpoint in chosen for size in sizes]
+
+
+def _limit_memory(device: str, gib: float) -> None:
+    import torch
+
+    if not device.startswith("cuda"):
+        raise ConfigError("--memory-limit is for a GPU")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), device)
+
+
+def _measure(
+    setup: TrainSetup,
+    rates: Rates,
+    plan: list[tuple[int | None, bool]],
+    steps: int,
+    repeat_batch: int,
+) -> dict[str, Any]:
+    """All rows, and the run on one batch."""
+    from d2f.evaluation.environment import describe_environment
+    from d2f.training.step_bench import survives
+
+    model: dict[str, Any] = {}
+    rows, largest = [], []
+    repeat: dict[str, Any] | None = {} if repeat_batch else None
+    for size, checkpointing in plan:
+        if size is None:
+            size = _largest(setup, checkpointing)
+            largest.append({"micro_batch": size, "checkpointing": checkpointing})
+            if size == 0:
+                continue
+        log.print(f"micro-batch {size}{', recomputing' * checkpointing} …", style="dim")
+        row: dict[str, Any] = {"micro_batch": size, "checkpointing": checkpointing}
+        rows.append(row)
+
+        def run(row: dict[str, Any] = row) -> None:
+            with setup.bench(row["micro_batch"], row["checkpointing"]) as bench:
+                model.update(setup.describe(bench.trainer.student))
+                if repeat is not None and not repeat:
+                    # First, as it is about fresh weights; what it leaves is as fast.
+                    repeat.update(row | _repeat(setup, bench, repeat_batch))
+                row.update(_costs(setup, bench, rates, steps))
+
+        row["fits"] = survives(run)
+    if not model:
+        raise ConfigError("not even the model fits into the memory; cut it by --layers")
+    return {
+        "environment": describe_environment(device=setup.device, dtype=setup.dtype),
+        "model": model,
+        "settings": setup.to_dict(),
+        "rates": rates.to_dict(),
+        "rows": rows,
+        "largest_micro_batch": largest,
+        "repeat": repeat,
+    }
+
+
+def _largest(setup: TrainSetup, checkpointing: bool) -> int:
+    """Largest micro-batch of which two steps run."""
+    from d2f.training.step_bench import largest, survives
+
+    def fits(size: int) -> bool:
+        def run() -> None:
+            with setup.bench(size, checkpointing) as bench:
+                bench.time(1, num_warm_up=1)
+
+        found = survives(run)
+        log.print(f"micro-batch {size} {'fits' if found else 'does not fit'}", style="dim")
+        return found
+
+    return largest(fits)
+
+
+def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from d2f.evaluation.environment import describe_environment
+    from d2f.evaluation.rates import nominal_bf16_rate
+
+    bench.peak_memory()
+    times = bench.time(steps)
+    peak = bench.peak_memory()
+    flops, dense = bench.flops(), bench.flops(only_visible=False)
+    processor = describe_environment(device=setup.device, dtype=setup.dtype)["processor"]
+    nominal = nominal_bf16_rate(processor) if setup.dtype == "bfloat16" else None
+    tokens = bench.config.batch_size * bench.config.data.sequence_length
+    return {
+        "seconds": asdict(times),
+        "milliseconds": 1000 * times.mean,
+        "tokens_per_second": tokens / times.mean,
+        "flops": flops.to_dict(),
+        "flops_all_pairs": dense.total,
+        "nominal_flops_per_second": nominal,
+        "utilisation": {
+            "nominal": flops.total / times.mean / nominal if nominal else None,
+            "nominal_all_pairs": dense.total / times.mean / nominal if nominal else None,
+            "measured": flops.total / times.mean / rates.matmul_flops_per_second,
+        },
+        "phases_ms": bench.phases(max(steps // 2, 1)),
+        "loss_in_student": not bench.trainer.loss.selects,
+        "peak_bytes": peak,
+        "loss_peak_bytes": bench.loss_memory(),
+        "num_counted": bench.num_counted,
+    }
+
+
+def _repeat(setup: TrainSetup, bench: StepBench, num_steps: int) -> dict[str, Any]:
+    """Train on one batch, and hold the loss against the least that there is."""
+    losses = bench.repeat(num_steps)
+    shown = sorted({n for n in _REPORTED if n <= num_steps} | {num_steps})
+    return {
+        "num_steps": num_steps,
+        "lr": setup.lr,
+        "objective": setup.objective,
+        "floor": bench.floor(),
+        "loss_at": {str(n): losses[n - 1] for n in shown},
+        "losses": losses,
+    }
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    environment, model, settings = (report[n] for n in ("environment", "model", "settings"))
+    kind = "random weights" if model["random_weights"] else "its own weights"
+    trained = f"LoRA r={settings['lora']}" if settings["lora"] else "all weights"
+    out.print(
+        f"[bold]{model['name']}[/bold], {model['num_layers']} layers, {kind}, {trained}, length "
+        f"{settings['length']}, {environment['dtype']}, on {environment['processor']}; a product "
+        f"of {report['rates']['matmul_size']:,} x {report['rates']['matmul_size']:,} runs at "
+        f"{report['rates']['matmul_flops_per_second'] / 1e12:,.1f} TFLOP/s\n"
+    )
+    out.print(_costs_table(report["rows"]))
+    out.print()
+    out.print(_phases_table(report["rows"]))
+    for found in report["largest_micro_batch"]:
+        how = "with" if found["checkpointing"] else "without"
+        out.print(f"Largest micro-batch {how} checkpointing: [bold]{found['micro_batch']}[/bold]")
+    repeat = report["repeat"]
+    if repeat:
+        steps = ", ".join(f"{loss:.4g} at {step}" for step, loss in repeat["loss_at"].items())
+        out.print(
+            f"One batch again and again ({repeat['objective']}, lr {repeat['lr']:g}): loss {steps}; "
+            f"a student that says what its teacher says would have {repeat['floor']:.4g}"
+        )
+    out.print(
+        "\nof matmul: model FLOPs (teacher forward, student forward and backward; frozen weights' "
+        "gradients and recomputation not counted) / time / the product's rate; of peak: the "
+        "maker's dense bf16 rate. Phases: steps of their own, which the time does not contain.",
+        style="dim",
+    )
+
+
+def _costs_table(rows: list[dict[str, Any]]) -> Any:
+    table = _new_table(
+        "micro-\nbatch", "recom-\nputes", "ms", "tokens\nper s", "TFLOP", "of\npeak", "of\nmatmul",
+        "peak\nGiB", "loss\nGiB",
+    )  # fmt: skip
+    for row in rows:
+        start = str(row["micro_batch"]), "yes" if row["checkpointing"] else "no"
+        if not row["fits"]:
+            table.add_row(*start, "out of memory")
+            continue
+        share = row["utilisation"]
+        table.add_row(
+            *start,
+            f"{row['milliseconds']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['flops']['total'] / 1e12:.2f}",
+            "–" if share["nominal"] is None else f"{share['nominal']:.1%}",
+            f"{share['measured']:.1%}",
+            _gib(row["peak_bytes"]),
+            _gib(row["loss_peak_bytes"]),
+        )
+    return table
+
+
+def _phases_table(rows: list[dict[str, Any]]) -> Any:
+    from d2f.training.phase_clock import PHASES
+
+    table = _new_table("micro-\nbatch", "recom-\nputes", *(f"{phase}\nms" for phase in PHASES))
+    for row in rows:
+        if row["fits"]:
+            table.add_row(
+                str(row["micro_batch"]),
+                "yes" if row["checkpointing"] else "no",
+                *(f"{row['phases_ms'][phase]:.1f}" for phase in PHASES),
+            )
+    return table
+
+
+def _new_table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    return table
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "–" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
