@@ -25,6 +25,18 @@ def train_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, as optimizer.lr=1e-4."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it will need; train nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Dry run: for this GPU, as H100; default: this machine.")
+    ] = None,
+    peak_share: Annotated[
+        float, typer.Option(help="Dry run: share of the peak rate reached.", min=0.01, max=1.0)
+    ] = 0.4,
+    processes: Annotated[
+        int | None, typer.Option(help="Dry run: processes, a GPU each.", min=1)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON to stdout.")
     ] = False,
@@ -48,6 +60,15 @@ def train_command(
     if output is not None:
         overrides.append(f"output={json.dumps(str(output))}")
     config = load_recipe(recipe, overrides)
+    if dry_run:
+        from d2f.cli.train_plan import plan, print_plan
+
+        facts = plan(config, gpu=gpu, share=peak_share, processes=processes)
+        if as_json:
+            out.print_json(json.dumps(facts))
+        else:
+            print_plan(facts)
+        return
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = Terminal() if is_main else Silent()

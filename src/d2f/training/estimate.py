@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from d2f.errors import ConfigError
 from d2f.models.checkpoint import as_diffusion
 from d2f.models.lora import LoraLinear, attach_adapter
 from d2f.models.spec import ModelSpec
@@ -98,7 +99,8 @@ def estimate(config: TrainConfig, spec: ModelSpec, *, processes: int = 1) -> Est
         processes: GPUs, one process each.
 
     Raises:
-        ConfigError: The adapter names none of the model's modules.
+        ConfigError: The adapter names none of the model's modules, or the batch cannot be divided
+            among the processes.
 
     Example:
         >>> from d2f.models.presets import preset_spec
@@ -112,9 +114,13 @@ def estimate(config: TrainConfig, spec: ModelSpec, *, processes: int = 1) -> Est
         (64, 4)
     """
     model = _model(config, spec)
-    micro = config.micro_batch_size or config.batch_size
-    micro = min(micro, max(config.batch_size // processes, 1))
-    accumulated = max(config.batch_size // (micro * processes), 1)
+    micro = config.micro_batch_size or config.batch_size // processes
+    if micro == 0 or config.batch_size % (micro * processes):
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be divided evenly among {processes} processes"
+            + (f" with micro_batch_size {micro}" if config.micro_batch_size else "")
+        )
+    accumulated = config.batch_size // (micro * processes)
     length = config.data.sequence_length
     flops = _flops(config, model, config.batch_size * length)
     recomputed = flops["student"] if config.activation_checkpointing else 0
