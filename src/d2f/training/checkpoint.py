@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2f.errors import TrainingError
+from d2f.errors import CheckpointError, TrainingError
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
@@ -114,9 +114,31 @@ def _write_checkpoint(
     try:
         torch.save(state, folder / STATE_FILE)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise TrainingError(f"cannot write {folder / STATE_FILE}: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {reason}"
+        ) from None
     write_json(folder / RECIPE_FILE, to_table(config))
     write_json(folder / "provenance.json", provenance())
+
+
+@contextmanager
+def saving(output: Path) -> Iterator[None]:
+    """Around a save of a run: if it fails, the error says what is left and how to go on.
+
+    Raises:
+        TrainingError: The block could not write.
+    """
+    try:
+        yield
+    except (CheckpointError, TrainingError, OSError) as error:
+        found = list_checkpoints(output)
+        left = (
+            f"{found[-1]} is whole: make room, and go on with the same command and --resume"
+            if found
+            else "there is no earlier checkpoint; make room, and start again"
+        )
+        raise TrainingError(f"{str(error).rstrip('.')}. {left}") from error
 
 
 def _remove_old(config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -47,10 +48,21 @@ class JsonLog:
         os.replace(part, path)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append records."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Append records: all of them, or none where the disk is full.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError:
+            # Half a line would spoil the next one.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from d2f.training.checkpoint import (
     provenance,
     save_best,
     save_final,
+    saving,
 )
 from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.data import TokenDataset
@@ -156,7 +157,10 @@ def _train(
         if trackers is not None:
             trackers.close()
     if finished:
-        with trainer.distributed.whole(torch.device("cpu")) as whole:
+        with (
+            saving(Path(config.output)),
+            trainer.distributed.whole(torch.device("cpu")) as whole,
+        ):
             processes.on_main(
                 lambda: save_final(
                     whole or model, config, folder, _facts(config, trainer, dataset, _last(trainer))

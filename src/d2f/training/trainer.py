@@ -28,6 +28,7 @@ from d2f.training.checkpoint import (
     checkpoint_folder,
     save_checkpoint,
     save_sharded_checkpoint,
+    saving,
 )
 from d2f.training.collapse import CollapseRule
 from d2f.training.confidence import mean_confidence, measure_confidence
@@ -267,14 +268,25 @@ class Trainer:
         if self.evaluations is not None:
             record |= self.evaluations.take()
         self.last_record = record
-        if self._log is not None:
-            self._log.write([record])
+        self._write_lines(self._log, [record])
         self._reporter.record(record)
         if self._trackers is not None:
             self._trackers.log(record)
         for warning in self._rule.add(record):
             self.warnings.append(warning)
             self._reporter.note(f"warning: {warning}")
+
+    def _write_lines(self, log: JsonLog | None, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append to a log; that it cannot be written is no reason to end a training."""
+        if log is None:
+            return
+        try:
+            log.write(records)
+        except OSError as error:
+            self._reporter.note(
+                f"{log.path.name} misses step {self.step}: {error.strerror or error}; training "
+                "goes on, but a checkpoint will need room"
+            )
 
     def _evaluate_if_due(self) -> float:
         """Score the model if it is time; the seconds that it took."""
@@ -317,8 +329,7 @@ class Trainer:
             # Hours of training must not end because an example cannot be answered.
             self._reporter.note(f"no sample answers from here on: {error}")
             return False
-        assert self._samples is not None
-        self._samples.write(answers)
+        self._write_lines(self._samples, answers)
         if answers:
             self._reporter.sample(answers[0])
         return True
@@ -334,6 +345,10 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
+        with saving(Path(self.config.output)):
+            return self._write_checkpoint(step)
+
+    def _write_checkpoint(self, step: int) -> Path:
         self._wait()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
