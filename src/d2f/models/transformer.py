@@ -6,6 +6,8 @@ E outputs of a packed projection, V vocabulary, H head dimension.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +55,22 @@ class Layer(nn.Module):
         x_BLD: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: AttentionMask | BlockMask | None,
+        *,
+        compiled: bool = False,
     ) -> Tensor:
         """The layer's output for whole sequences, residuals included: (B, L, D)."""
+        # Around this stand the hooks of engines that gather a layer's weights; a graph has none.
+        outermost = compiled and not torch.compiler.is_compiling()
+        compute = _compiled_compute() if outermost else Layer.compute
+        return compute(self, x_BLD, rope, mask)
+
+    def compute(
+        self,
+        x_BLD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask | BlockMask | None,
+    ) -> Tensor:
+        """The same without compiling."""
         q, k, v = self.project(x_BLD, rope)
         if mask is None or isinstance(mask, AttentionMask):
             mixed_BLE = attention(q, k, v, mask)
@@ -106,6 +122,12 @@ class Layer(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD))
 
 
+@functools.cache
+def _compiled_compute() -> Callable[..., Tensor]:
+    # One function for all layers: those with the same shapes share what was compiled.
+    return torch.compile(Layer.compute, dynamic=False)
+
+
 class Transformer(nn.Module):
     """A LLaDA, Dream, Llama or Qwen2 model.
 
@@ -152,6 +174,7 @@ class Transformer(nn.Module):
         *,
         mask: BlockMask | None = None,
         recompute: bool = False,
+        compiled: bool = False,
     ) -> Tensor:
         """Final hidden states (B, L, D) of whole sequences, not yet aligned.
 
@@ -161,9 +184,11 @@ class Transformer(nn.Module):
             blocks_BL: Block number of each token (B or 1, L); padding carries `PADDING_BLOCK`.
                 None: all tokens see each other, which needs no mask.
             mask: Instead of `blocks_BL`, what `tiled_mask` makes of them: no mask of L² then, but
-                the caller must be compiled.
+                the layers, or the caller, must be compiled.
             recompute: Keep of each layer its input only, and compute the layer once more in the
                 backward pass (activation checkpointing). Without gradients it changes nothing.
+            compiled: Compile the layers, all as one function, rather than the whole model; new
+                shapes are compiled anew. Nothing changes where the caller is compiled.
         """
         if positions_BL is None:
             positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
@@ -173,9 +198,11 @@ class Transformer(nn.Module):
         recompute = recompute and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                x_BLD = checkpoint(layer, x_BLD, rope, attended, use_reentrant=False)
+                x_BLD = checkpoint(
+                    layer, x_BLD, rope, attended, compiled=compiled, use_reentrant=False
+                )
             else:
-                x_BLD = layer(x_BLD, rope, attended)
+                x_BLD = layer(x_BLD, rope, attended, compiled=compiled)
         return self.norm(x_BLD)
 
     def pack(self) -> None:

@@ -129,6 +129,14 @@ class TrainConfig:
             self.stage == "masked-diffusion"
         ):
             raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
+        noise = self.noise
+        ends = noise is None or noise.random_end or not noise.train_on_eos_blocks
+        if self.data.padding == "longest" and not ends:
+            raise ConfigError(
+                'data.padding = "longest" has nothing to leave out while noise.train_on_eos_blocks '
+                "trains on EOS up to data.sequence_length; set that to false, or padding to "
+                '"full"'
+            )
         if self.stage != "d2f" and (self.objective is not None or self.model.teacher != "init"):
             raise ConfigError(f"stage {self.stage} has no use for [objective] or model.teacher")
         hard = self.objective is not None and self.objective.objective == "cross_entropy"

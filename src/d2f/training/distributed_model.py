@@ -48,7 +48,6 @@ class DistributedModel:
 
             self.forward = self._ddp = DistributedDataParallel(
                 model,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 # Shards differ from process to process; whole weights are made to be the same.
                 init_sync=not self.is_sharded,

@@ -6,6 +6,7 @@ number of processes, one included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,15 @@ def load_shards(
 
     state = {_KEY: get_optimizer_state_dict(model, optimizer)}
     try:
-        dcp.load(
-            state,
-            storage_reader=dcp.FileSystemReader(folder / SHARDS_FOLDER),
-            process_group=processes.group,
-            no_dist=processes.world_size == 1,
-        )
+        with warnings.catch_warnings():
+            # A process alone is told that it is alone.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(
+                state,
+                storage_reader=dcp.FileSystemReader(folder / SHARDS_FOLDER),
+                process_group=processes.group,
+                no_dist=processes.world_size == 1,
+            )
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
         raise TrainingError(
             f"cannot resume from {folder}: its optimizer state is incomplete or of another model "

@@ -80,6 +80,7 @@ def train(
     make_sampler: MakeSampler | None = None,
     make_evaluator: MakeEvaluator | None = None,
     reporter: Reporter | None = None,
+    processes: Processes | None = None,
 ) -> TrainingSummary:
     """Run a recipe: the model ends up in `<output>/final`, the log in `<output>/log.jsonl`.
 
@@ -95,7 +96,8 @@ def train(
         resume: Go on from the newest checkpoint in the output folder.
         make_sampler: Builds what gives sample answers during training.
         make_evaluator: Builds what scores the model during training.
-        reporter: Is told how the run goes.
+        reporter: Is told how the run goes; of several processes the main one's is.
+        processes: Those that train together, on their device; None: those that a launcher started.
 
     Raises:
         TrainingError: The output folder already holds a run and `resume` is False, or holds none
@@ -107,9 +109,10 @@ def train(
     Example:
         `train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))` takes some seconds.
     """
+    if processes is not None:
+        return _train(config, processes, resume, make_sampler, make_evaluator, reporter)
     with Processes.current(device) as processes:
-        shown = reporter if reporter is not None and processes.is_main else Silent()
-        return _train(config, processes, resume, make_sampler, make_evaluator, shown)
+        return _train(config, processes, resume, make_sampler, make_evaluator, reporter)
 
 
 def _train(
@@ -118,8 +121,9 @@ def _train(
     resume: bool,
     make_sampler: MakeSampler | None,
     make_evaluator: MakeEvaluator | None,
-    reporter: Reporter,
+    reporter: Reporter | None,
 ) -> TrainingSummary:
+    reporter = (reporter if processes.is_main else None) or Silent()
     check_trackers(config.trackers)
     checkpoint = processes.on_main(lambda: _find_checkpoint(config, resume, reporter))
     checkpoint = processes.from_main(checkpoint)

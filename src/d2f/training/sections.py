@@ -19,6 +19,7 @@ BAD_ROWS = ("report", "refuse")
 ROLES = ("system", "user", "assistant", "tool")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OVER_LONG = ("drop", "truncate")
+PADDING = ("full", "longest")
 DTYPES = ("float32", "bfloat16")
 ANSWERS = ("number", "exact")
 
@@ -150,6 +151,11 @@ class DataConfig:
     over_long: str = "drop"
     """Samples whose prompt, response and EOS exceed `sequence_length`: drop, or truncate the
     response, which then has no EOS. Both are counted."""
+    padding: str = "full"
+    """full: every sequence has `sequence_length` tokens. longest: the samples of a batch are sorted
+    by length, and each micro-batch is cut to its longest, rounded up to one of eight lengths. A
+    sample then ends where its noise ends (in stage autoregressive, with its first EOS), and sees
+    nothing behind. Each of the lengths is compiled for."""
     num_workers: int | None = None
     """Processes that generate and encode problems; none: as many as there are cores, for large
     sets. The data do not depend on it."""
@@ -159,6 +165,7 @@ class DataConfig:
         one_of("data.over_long", self.over_long, OVER_LONG)
         one_of("data.long_prompt", self.long_prompt, OVER_LONG)
         one_of("data.bad_rows", self.bad_rows, BAD_ROWS)
+        one_of("data.padding", self.padding, PADDING)
         at_least("data.sequence_length", self.sequence_length, 2)
         for name in ("num_problems", "max_prompt_length", "num_workers"):
             at_least(f"data.{name}", getattr(self, name), 1)

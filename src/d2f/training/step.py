@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 Seen = Union[Tensor, "BlockMask", None]
 """Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
 
+NUM_LENGTHS = 8
+"""Lengths that micro-batches may have with `data.padding = "longest"`; each is compiled for."""
+
+GRAPHS_PER_LENGTH = 4
+"""What a layer may be compiled as: the teacher's, the student's, and that of the student's first,
+whose input needs no gradient below an adapter; and one to spare for a teacher of its own."""
+
 FRONTIER_BLOCKS = 3
 """Blocks that count in the loss of `frontier_inputs`."""
 
@@ -53,6 +60,8 @@ class StepInputs:
     losses of its parts add up."""
     block_BL: Tensor
     """Block numbers (int32): 0 for the prompt, then 1 … N; `PADDING_BLOCK` past the end."""
+    length_multiple: int | None = None
+    """Micro-batches are cut behind their longest sequence, at a multiple of this; None: never."""
     selected_M: Tensor | None = None
     """Positions of the flattened batch with a weight; None: the loss is computed at all of them,
     which keeps shapes the same from step to step."""
@@ -60,7 +69,9 @@ class StepInputs:
     def parts(self, size: int, *, select: bool) -> Iterator[StepInputs]:
         """Cut the batch into micro-batches; `select` leaves out positions without a weight."""
         columns = (self.ids_BL, self.target_BL, self.weight_BL, self.block_BL)
-        for ids, target, weight, block in zip(*(c.split(size) for c in columns), strict=True):
+        for part in zip(*(c.split(size) for c in columns), strict=True):
+            length = self._cut(part[-1])
+            ids, target, weight, block = (c[:, :length].contiguous() for c in part)
             yield StepInputs(
                 ids_BL=ids,
                 target_BL=target,
@@ -69,14 +80,33 @@ class StepInputs:
                 selected_M=weight.flatten().nonzero()[:, 0] if select else None,
             )
 
+    def sorted(self, multiple: int) -> StepInputs:
+        """The longest sequences first, to be cut at multiples of a length."""
+        length_B = (self.block_BL != PADDING_BLOCK).sum(dim=1)
+        order_B = length_B.argsort(descending=True, stable=True)
+        return StepInputs(
+            ids_BL=self.ids_BL[order_B],
+            target_BL=self.target_BL[order_B],
+            weight_BL=self.weight_BL[order_B],
+            block_BL=self.block_BL[order_B],
+            length_multiple=multiple,
+        )
+
+    def _cut(self, block_BL: Tensor) -> int:
+        """Where these sequences may be cut."""
+        if self.length_multiple is None:
+            return block_BL.shape[1]
+        longest = int((block_BL != PADDING_BLOCK).sum(dim=1).max())
+        return min(-(-longest // self.length_multiple) * self.length_multiple, block_BL.shape[1])
+
     def to(self, device: torch.device) -> StepInputs:
         """Copy to a device, without waiting for the copy."""
         if device.type == "cpu":
             return self
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if value is not None
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -88,7 +118,34 @@ def make_inputs(
     mask_token_id: int | None,
     generator: torch.Generator,
 ) -> StepInputs:
-    """Corrupt a clean batch as the stage asks; the same generator state gives the same noise."""
+    """Corrupt a clean batch as the stage asks; the same generator state gives the same noise.
+
+    The noise of a sample does not depend on `data.padding`, by which the batch is sorted last.
+    """
+    shortens = config.data.padding == "longest"
+    if shortens and not (config.noise is not None and config.noise.random_end):
+        ends = batch.end_B if config.noise is None else _noise_end(batch, config.noise)
+        batch = replace(batch, length_B=ends)
+    inputs = _stage_inputs(batch, config, mask_token_id, generator)
+    return inputs.sorted(length_multiple(batch.ids_BL.shape[1])) if shortens else inputs
+
+
+def length_multiple(sequence_length: int) -> int:
+    """What the lengths of micro-batches are multiples of with `data.padding = "longest"`.
+
+    A multiple of 64, for the sake of matrix products, and so large that there are at most
+    `NUM_LENGTHS` of them up to `sequence_length`, which is one itself.
+
+    Example:
+        >>> length_multiple(1024), length_multiple(200)
+        (256, 64)
+    """
+    return 64 * -(-sequence_length // (64 * NUM_LENGTHS))
+
+
+def _stage_inputs(
+    batch: Batch, config: TrainConfig, mask_token_id: int | None, generator: torch.Generator
+) -> StepInputs:
     if config.stage == "autoregressive":
         return autoregressive_inputs(batch)
     assert config.noise is not None
@@ -109,7 +166,7 @@ def autoregressive_inputs(batch: Batch) -> StepInputs:
         ids_BL=batch.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=mean_weights(counted_BL),
-        block_BL=counted_BL.to(torch.int32),
+        block_BL=_hidden_past_end(batch, counted_BL.to(torch.int32)),
     )
 
 
@@ -233,7 +290,7 @@ def d2f_inputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=distillation_weights(noised.masked_BL, noised.ratio_BL, weighting),
-        block_BL=layout.block_numbers(batch.ids_BL.shape[1]),
+        block_BL=_padded_blocks(batch, noise),
     )
 
 
@@ -243,9 +300,12 @@ def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
 
 def _padded_blocks(batch: Batch, noise: NoiseConfig) -> Tensor:
     """Block numbers (B, L), with that of padding past the sequences' ends."""
-    length = batch.ids_BL.shape[1]
-    inside_BL = torch.arange(length) < batch.length_B[:, None]
-    return torch.where(inside_BL, _blocks(batch, noise).block_numbers(length), PADDING_BLOCK)
+    return _hidden_past_end(batch, _blocks(batch, noise).block_numbers(batch.ids_BL.shape[1]))
+
+
+def _hidden_past_end(batch: Batch, block_BL: Tensor) -> Tensor:
+    inside_BL = torch.arange(batch.ids_BL.shape[1]) < batch.length_B[:, None]
+    return torch.where(inside_BL, block_BL, PADDING_BLOCK)
 
 
 def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
@@ -264,6 +324,14 @@ class StageLoss:
     Stage d2f runs the teacher first, under full attention and without gradients: another model,
     or, if `teacher` is None, the student with its adapter off. The student then reads the same
     noisy tokens under block-causal attention.
+
+    Args:
+        config: The recipe.
+        student: The model to be trained.
+        teacher: Stage d2f: another model.
+        compiled: Compile what pays; attention then runs in tiles. For GPUs.
+        forward: What to call for the student's hidden states, where an engine wraps it.
+        alone: No other process trains along, whose engine would have hooks in the models.
     """
 
     def __init__(
@@ -274,14 +342,15 @@ class StageLoss:
         *,
         compiled: bool = False,
         forward: nn.Module | None = None,
+        alone: bool = True,
     ) -> None:
         self.student = student
         self.teacher = teacher
-        # What to call for the student's hidden states, where an engine wraps it.
         self._forward = forward or student
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
-        self._padded = config.noise is not None and config.noise.random_end
+        random_end = config.noise is not None and config.noise.random_end
+        self._padded = random_end or config.data.padding == "longest"
         self._recompute = config.activation_checkpointing
         # FlexAttention is a fused kernel only where it is compiled.
         self._tiled = compiled and student.spec.head_dim >= MIN_HEAD_DIM
@@ -292,22 +361,24 @@ class StageLoss:
         positions = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
         # A compiler fuses the head's output, its softmax and the loss of a small vocabulary into
         # few passes, if all of them have the same shapes at each step. Logits that would not fit
-        # are never made: then the models alone are compiled, and the loss runs in chunks, whose
-        # matrices are large enough to need no compiler.
-        self._whole = compiled and positions <= chunk_size(
-            student.spec.vocab_size, self._memory_bytes
-        )
+        # are never made: then the layers alone are compiled, and the loss runs in chunks, whose
+        # matrices are large enough to need no compiler. So it is where there are hooks in the
+        # model, which would cut a graph of the whole into pieces.
+        fits = positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
+        self._whole = compiled and fits and alone
+        self._by_layer = compiled and not self._whole
         self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
         self._logits: Callable[..., Tensor] = self._compute_logits
         self._states: Callable[..., Tensor] = self._compute_states
         if compiled:
+            _allow_graphs(GRAPHS_PER_LENGTH * NUM_LENGTHS)
+        if self._whole:
             # Fills what the models compute once and keep, which would else compile them twice.
             with torch.no_grad():
                 for model in filter(None, (student, teacher)):
                     model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
             self._student_loss = torch.compile(self._whole_loss, dynamic=False)
             self._logits = torch.compile(self._compute_logits, dynamic=False)
-            self._states = torch.compile(self._compute_states, dynamic=False)
 
     @property
     def selects(self) -> bool:
@@ -321,8 +392,9 @@ class StageLoss:
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
-                target = self._logits(self.teacher or self.student, inputs.ids_BL, None)
-        seen = self._seen(inputs)
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
+        seen = self._seen(inputs, self._student_blocks(inputs))
         return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
 
     def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -335,9 +407,9 @@ class StageLoss:
         if self._objective != "cross_entropy":
             teacher = self.teacher or self.student
             with self._teacher_view():
-                states_TE = self._compute_states(teacher, inputs.ids_BL, None)
+                states_TE = self._plain_states(teacher, inputs, self._unordered_blocks(inputs))
             states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
-        states_TD = self._compute_states(self.student, inputs.ids_BL, self._blocks(inputs))
+        states_TD = self._plain_states(self.student, inputs, self._student_blocks(inputs))
         return {
             "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
             **states,
@@ -352,11 +424,13 @@ class StageLoss:
         if self._objective != "cross_entropy":
             teacher = self.teacher or self.student
             with torch.no_grad(), self._teacher_view():
-                states_TE = self._states(teacher, inputs.ids_BL, None)
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                states_TE = self._states(teacher, inputs.ids_BL, seen)
             target = TeacherStates(
                 hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
             )
-        states_TD = self._states(self.student, inputs.ids_BL, self._seen(inputs))
+        seen = self._seen(inputs, self._student_blocks(inputs))
+        states_TD = self._states(self.student, inputs.ids_BL, seen)
         with self._products(inputs.ids_BL.device):
             loss, loss_M = chunked_loss(
                 _selected(states_TD, rows_M),
@@ -378,29 +452,42 @@ class StageLoss:
         loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
-    def _seen(self, inputs: StepInputs) -> Seen:
-        """What the student sees; made before what is compiled is entered."""
-        blocks_BL = self._blocks(inputs)
+    def _seen(self, inputs: StepInputs, blocks_BL: Tensor | None) -> Seen:
+        """What a model is told; made before what is compiled is entered."""
         if blocks_BL is None or not self._tiled:
             return blocks_BL
         return tiled_mask(blocks_BL.expand(inputs.ids_BL.shape))
 
-    def _blocks(self, inputs: StepInputs) -> Tensor | None:
+    def _student_blocks(self, inputs: StepInputs) -> Tensor | None:
         """Block numbers that say what the student sees; None: everything."""
         if self._causal:
             return causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
-        if self._padded:
-            padding_BL = inputs.block_BL == PADDING_BLOCK
-            return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
-        return inputs.block_BL if self._distils else None
+        return inputs.block_BL if self._distils else self._unordered_blocks(inputs)
+
+    def _unordered_blocks(self, inputs: StepInputs) -> Tensor | None:
+        """The same under full attention, which hides padding only."""
+        if not self._padded:
+            return None
+        padding_BL = inputs.block_BL == PADDING_BLOCK
+        return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
 
     def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned hidden states (T, D) of the flattened batch."""
         given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
         with self._products(ids_BL.device):
             forward = self._forward if model is self.student else model
-            states_BLD = forward(ids_BL, recompute=self._recompute, **given)
+            states_BLD = forward(
+                ids_BL, recompute=self._recompute, compiled=self._by_layer, **given
+            )
             return model.align(states_BLD).flatten(0, 1)
+
+    def _plain_states(
+        self, model: Transformer, inputs: StepInputs, blocks_BL: Tensor | None
+    ) -> Tensor:
+        """The same without the compiler and without tiles."""
+        with self._products(inputs.ids_BL.device):
+            forward = self._forward if model is self.student else model
+            return model.align(forward(inputs.ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned logits (T, V) of the flattened batch, fp32."""
@@ -410,6 +497,14 @@ class StageLoss:
     def _products(self, device: torch.device) -> AbstractContextManager[object]:
         """The dtype of matrix products within the block."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _allow_graphs(number: int) -> None:
+    """Let a function be compiled for that many shapes, of which torch else gives up at eight."""
+    import torch._dynamo
+
+    limit = max(torch._dynamo.config.recompile_limit, number)
+    torch._dynamo.config.recompile_limit = limit
 
 
 def _selected(values: Tensor, rows_M: Tensor | None) -> Tensor:

@@ -105,14 +105,13 @@ class Trainer:
         self.last_record: dict[str, Any] | None = None
         self.warnings: list[str] = []
         """What the rule of `CollapseRule` had to say."""
-        # Engines put hooks into the model, which would cut a compiled graph into pieces.
-        alone = self.processes.world_size == 1
         self._models = StageLoss(
             config,
             student,
             teacher,
-            compiled=config.compile and alone and self.device.type == "cuda",
+            compiled=config.compile and self.device.type == "cuda",
             forward=self.distributed.forward,
+            alone=self.processes.world_size == 1,
         )
         self.loss: StageLoss = self._models
         self.update = GuardedUpdate(

@@ -6,20 +6,32 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from tests.unit.training.tiny_run import make_config, make_trainer
 
+from d2f.errors import CheckpointError, TrainingError
 from d2f.models.lora import LoraConfig
+from d2f.training.checkpoint import list_checkpoints
 from d2f.training.config import TrainConfig
 from d2f.training.processes import Processes
-from d2f.training.sections import ModelConfig, SampleConfig
+from d2f.training.run import train
+from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig, SampleConfig
+from d2f.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,10 +63,13 @@ def case_config(case: str, output: Path, **overrides: Any) -> TrainConfig:
         micro_batch_size=2,
         sharding=sharding,
         sample=SampleConfig(every=3),
+        model=ModelConfig(init="unused", output_dtype="float32"),
+        # A large eps, as without it Adam makes much of the rounding of gradients that are next to 0.
+        optimizer=OptimizerConfig(lr=3e-3, eps=1e-4),
         # Chunks of a few positions each.
         loss_memory_mib=1,
-        **settings,
     )
+    config = replace(config, **settings)
     return replace(config, **overrides)
 
 
@@ -78,6 +93,164 @@ def run_case(case: str, output: Path, processes: Processes | None) -> dict[str, 
             return None
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"weights": weights, "sampled": sampled}
+
+
+def stored_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    files = (Path(config.output) / "final").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def file_config(files: Path, name: str, lora: bool, sharding: str, **overrides: Any) -> TrainConfig:
+    """A run of six steps from the tiny checkpoint and the pairs in `files`."""
+    config = make_config(
+        files / name,
+        "d2f",
+        model=ModelConfig(init=str(files / "Dream"), output_dtype="float32"),
+        data=DataConfig(kind="jsonl", paths=(str(files / "pairs.jsonl"),), sequence_length=12),
+        lora=LoraConfig(r=4, alpha=8, dropout=0.3) if lora else None,
+        micro_batch_size=2,
+        sharding=sharding,
+    )
+    return replace(config, **overrides)
+
+
+@contextmanager
+def at_step(step: int, action: Callable[[Trainer], object], rank: int, processes: Processes):
+    """Something happens on one process before a step."""
+    inner = Trainer._train_step
+
+    def train_step(trainer):
+        if trainer.step + 1 == step and processes.rank == rank:
+            action(trainer)
+        inner(trainer)
+
+    with mock.patch.object(Trainer, "_train_step", train_step):
+        yield
+
+
+def terminate(trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def poison(trainer: Trainer) -> None:
+    loss = trainer.loss
+
+    def poisoned(inputs):
+        value, loss_BL = loss(inputs)
+        return value * float("nan"), loss_BL
+
+    poisoned.selects = True
+    trainer.loss = poisoned
+
+
+def refused(message: str, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except (TrainingError, CheckpointError) as error:
+        assert re.search(message, str(error)), error
+        return
+    raise AssertionError(f"not refused: {message}")
+
+
+def resume(files: Path, processes: Processes) -> None:
+    """Stopped by a signal to one process and gone on with, a run is as if it had not been."""
+    for lora, sharding in ((False, "full"), (True, "full"), (True, "none")):
+        name = f"{'lora' if lora else 'all'}-{sharding}"
+        straight = file_config(files, f"{name}-straight", lora, sharding)
+        assert train(straight, processes=processes).finished
+        stopped = file_config(files, f"{name}-stopped", lora, sharding)
+        with at_step(3, terminate, 1, processes):
+            summary = train(stopped, processes=processes)
+        assert (summary.finished, summary.steps) == (False, 3)
+        assert [path.name for path in list_checkpoints(Path(stopped.output))] == [
+            "checkpoint-00000003"
+        ]
+        if processes.is_main:
+            shutil.copytree(stopped.output, files / f"{name}-kept")
+        torch.manual_seed(12345 + processes.rank)  # what happens in between must not leak in
+        assert train(stopped, resume=True, processes=processes).steps == 6
+        one, other = stored_weights(straight), stored_weights(stopped)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+def reshard(files: Path, processes: Processes) -> None:
+    """Checkpoints of a process alone go on in shards, and those in shards as copies."""
+    straight = stored_weights(file_config(files, "all-full-straight", False, "full"))
+    if processes.is_main:
+        shutil.copytree(files / "all-full-kept", files / "as-copies")
+    for name, sharding in (("as-copies", "none"), ("alone", "full")):
+        config = file_config(files, name, False, sharding)
+        assert train(config, resume=True, processes=processes).finished
+        torch.testing.assert_close(stored_weights(config), straight, atol=5e-6, rtol=1e-5)
+
+
+def faults(files: Path, processes: Processes) -> None:
+    """What is broken ends the run on all processes with one message, and spoils nothing."""
+
+    def kept(name: str) -> TrainConfig:
+        if processes.is_main:
+            shutil.copytree(files / "all-full-kept", files / name)
+        processes.wait()
+        return file_config(files, name, False, "full")
+
+    def go_on(config: TrainConfig) -> None:
+        train(config, resume=True, processes=processes)
+
+    config = kept("missing-shard")
+    shards = files / "missing-shard" / "checkpoint-00000003" / "optimizer"
+    if processes.is_main:
+        (shards / "__1_0.distcp").unlink()
+    processes.wait()
+    refused("optimizer state is incomplete.*remove the folder", lambda: go_on(config))
+
+    config = kept("poisoned")
+    with at_step(5, poison, 1, processes):
+        refused("not finite at step 5.*checkpoint-00000004", lambda: go_on(config))
+
+    config = kept("full-disk")
+    for rank in (0, 1):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with at_step(4, terminate, 1, processes):
+            if processes.rank == rank:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+            refused("cannot save|cannot write", lambda: go_on(config))
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        processes.wait()
+        names = [path.name for path in (files / "full-disk").iterdir() if "checkpoint" in path.name]
+        assert names == ["checkpoint-00000003"], names
+    go_on(config)
+
+
+def clock(files: Path, processes: Processes) -> None:
+    """The main process's clock decides for all."""
+    config = file_config(files, "timed", True, "none", steps=10**6, max_seconds=1)
+    summary = train(config, processes=processes)
+    assert summary.finished
+    assert 1 < summary.steps < 10**6
+
+
+def killed(files: Path, processes: Processes) -> None:
+    """A process is gone in mid-run."""
+    config = file_config(files, "killed", False, "full", checkpoint_every=2)
+    with at_step(6, lambda _: os.kill(os.getpid(), signal.SIGKILL), 1, processes):
+        train(config, processes=processes)
+
+
+def failed(files: Path, processes: Processes) -> None:
+    """A process fails in mid-run."""
+
+    def fail(trainer):
+        raise TrainingError("the dog ate a batch")
+
+    config = file_config(files, "failed", True, "none")
+    with at_step(4, fail, 1, processes):
+        train(config, processes=processes)
+
+
+SCENARIOS = {f.__name__: f for f in (resume, reshard, faults, clock, killed, failed)}
 
 
 def start(world_size: int, *arguments: object, module: str = "tests.unit.training.parallel_runs"):
@@ -113,6 +286,9 @@ def main() -> None:
     output = Path(sys.argv[1])
     with Processes.current("cpu") as processes:
         for case in sys.argv[2:]:
+            if case in SCENARIOS:
+                SCENARIOS[case](output, processes)
+                continue
             result = run_case(case, output, processes)
             if result is not None:
                 torch.save(result, output / f"{case}.pt")

@@ -137,7 +137,7 @@ def test_it_is_the_mean_of_the_highest_probabilities(stage_config):
     student.eval()
     with torch.no_grad():
         logits_TV = trainer.loss._compute_logits(
-            student, inputs.ids_BL, trainer.loss._blocks(inputs)
+            student, inputs.ids_BL, trainer.loss._student_blocks(inputs)
         )
     top_M, token_M = logits_TV[rows_M].softmax(-1).max(-1)
     assert found["confidence"] == pytest.approx(top_M.mean().item(), abs=1e-4)

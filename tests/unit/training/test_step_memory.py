@@ -9,6 +9,7 @@ import torch
 from tests.unit.training.memory import LiveMemory
 from tests.unit.training.test_step import make_batch
 from tests.unit.training.tiny_run import FAMILY, make_config, make_trainer
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from d2f.models.lora import LoraConfig, adapter_parameters, attach_adapter
 from d2f.models.transformer import Layer
@@ -73,7 +74,9 @@ def test_a_run_is_the_same_with_recomputed_layers(tmp_path):
 def test_only_what_needs_gradients_is_computed_twice(tmp_path, monkeypatch):
     calls, forward = [], Layer.forward
     monkeypatch.setattr(
-        Layer, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args)
+        Layer,
+        "forward",
+        lambda *args, **given: calls.append(torch.is_grad_enabled()) or forward(*args, **given),
     )
     loss, _, inputs = make_step(tmp_path, "d2f", recompute=True)
     value, _ = loss(inputs)
@@ -131,6 +134,45 @@ def test_an_adapter_keeps_no_wide_copy_of_what_it_reads(dropout):
     copies = 2 if dropout == 0 else 6
     assert memory.alive <= x.numel() * copies + 512 * 2 * 2 * 2 + 2 * 2 * 32 * 2 * 2
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("head_dim", "recompute", "backend"), [(16, True, "aot_eager"), (8, False, "eager")]
+)
+def test_layers_are_compiled_as_one(head_dim, recompute, backend, tmp_path, monkeypatch):
+    """Tiles (of heads of 16), an adapter with dropout off, two lengths: on the CPU, not fused."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(Layer.compute, backend=counter, dynamic=False)
+    monkeypatch.setattr("d2f.models.transformer._compiled_compute", lambda: compiled)
+    # Only the check refuses gradients on the CPU; the operation has them.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    config = make_config(tmp_path, "d2f", activation_checkpointing=recompute)
+    model = tiny_model("Dream", hidden_size=4 * head_dim, num_hidden_layers=3)
+    attach_adapter(model, LoraConfig(r=4, alpha=8), torch.Generator().manual_seed(0))
+    for parameter in adapter_parameters(model):
+        parameter.data.fill_(0.02)
+    inputs = make_inputs(
+        make_batch(), config, mask_token_id=MASK_TOKEN_ID, generator=torch.Generator()
+    )
+    for length in (20, 12):
+        part = replace(
+            next(iter(inputs.parts(4, select=False))),
+            **{
+                name: value[:, :length].contiguous()
+                for name, value in vars(inputs).items()
+                if name.endswith("_BL")
+            },
+        )
+        results = []
+        for quick in (False, True):
+            value, _ = StageLoss(config, model, compiled=quick, alone=False)(part)
+            results.append([value, *torch.autograd.grad(value, adapter_parameters(model))])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+    # For each length the teacher's, the first layer's without a gradient of its input, the others'.
+    assert counter.frame_count == 2 * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
