@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
@@ -91,7 +92,10 @@ def _front_matter(config: TrainConfig, spec: ModelSpec) -> str:
 def _base(config: TrainConfig) -> str | None:
     """The hub id of the weights that the run started from, if that is what they are."""
     init = config.model.init
-    return init if init is not None and is_hub_id(init) and not init.startswith("runs/") else None
+    if init is None or not is_hub_id(init) or Path(init).is_dir():
+        return None
+    # A folder of an earlier run, which is gone, looks like an id.
+    return None if init.startswith("runs/") else init
 
 
 def _kind(config: TrainConfig, spec: ModelSpec) -> str:

@@ -56,6 +56,16 @@ def test_the_card_of_an_adapter_of_the_hubs_model(tmp_path):
         assert text in card
 
 
+def test_a_folder_that_looks_like_an_id_is_no_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for init in ("models/mine", "runs/teacher", str(tmp_path / "models" / "mine")):
+        config = make_config(tmp_path, "d2f", model=ModelConfig(init=init), lora=LORA)
+        card = model_card(config, tiny_spec("llada"), None, CardFacts(steps=1, data={}))
+        assert "base_model" not in front_matter(card)
+        assert str(tmp_path) not in card
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_a_runs_folders_have_cards_without_its_paths(files, lora):
     config = config_for(
