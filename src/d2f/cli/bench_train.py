@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,31 +72,44 @@ def train_command(
     Example:  d2f bench train --shape llada-8b --micro-batch 1,4 --checkpointing both
     """
     check_one_source(shape, model)
-    if json_file is not None:
-        check_writable(json_file)
+    import torch
+
     from d2f.cli.bench_train_setup import TrainSetup
     from d2f.cli.device import choose_device, fastest_dtype
     from d2f.evaluation.rates import measure_rates
+    from d2f.training.processes import Processes
 
-    device = choose_device(device)
-    setup = TrainSetup.of(
-        shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
-        sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled, device=device,
-        dtype=dtype or fastest_dtype(device),
-    )  # fmt: skip
-    plan = _plan(setup, micro_batch, checkpointing)
-    if memory_limit is not None:
-        _limit_memory(device, memory_limit)
-    rates = measure_rates(device, setup.dtype)
-    report = _measure(setup, rates, plan, steps, repeat_batch)
-    _print_report(report)
-    if json_file is not None:
-        write_json(json_file, report | {"memory_limit_gib": memory_limit})
-        out.print(f"Numbers written to {json_file}")
+    with Processes.current(choose_device(device) if device else None) as processes:
+        if processes.device.index is not None and processes.device.type == "cuda":
+            # Events and limits are those of the current device.
+            torch.cuda.set_device(processes.device)
+        if json_file is not None and processes.is_main:
+            check_writable(json_file)
+        setup = TrainSetup.of(
+            shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
+            sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled,
+            dtype=dtype or processes.from_main(fastest_dtype(processes.device.type)),
+            processes=processes,
+        )  # fmt: skip
+        setup.check()
+        plan = _plan(setup, micro_batch, checkpointing, repeat_batch)
+        if memory_limit is not None:
+            _limit_memory(setup.device, memory_limit)
+        rates = measure_rates(setup.device, setup.dtype)
+
+        def save(report: dict[str, Any]) -> None:
+            if json_file is not None and processes.is_main:
+                write_json(json_file, report | {"memory_limit_gib": memory_limit})
+
+        report = _measure(setup, rates, plan, steps, repeat_batch, save)
+        if processes.is_main:
+            _print_report(report)
+            if json_file is not None:
+                out.print(f"Numbers written to {json_file}")
 
 
 def _plan(
-    setup: TrainSetup, micro_batch: str | None, checkpointing: str
+    setup: TrainSetup, micro_batch: str | None, checkpointing: str, repeat_batch: int
 ) -> list[tuple[int | None, bool]]:
     """Micro-batch sizes (None: what fits), each with and without checkpointing as asked."""
     chosen = {"no": [False], "yes": [True], "both": [False, True]}.get(checkpointing)
@@ -104,6 +118,8 @@ def _plan(
     sizes: list[int | None] = []
     for word in (micro_batch or setup.default_micro_batch).split(","):
         sizes += [None] if word.strip() == "max" else numbers(word)
+    if setup.processes.world_size > 1 and (None in sizes or repeat_batch):
+        raise ConfigError("--micro-batch max and --repeat-batch are for one process")
     if None in sizes and not setup.device.startswith("cuda"):
         raise ConfigError("--micro-batch max is for a GPU; on a CPU, give numbers")
     return [(size, checkpoint) for checkpoint in chosen for size in sizes]
@@ -114,8 +130,8 @@ def _limit_memory(device: str, gib: float) -> None:
 
     if not device.startswith("cuda"):
         raise ConfigError("--memory-limit is for a GPU")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), device)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0))
 
 
 def _measure(
@@ -124,44 +140,70 @@ def _measure(
     plan: list[tuple[int | None, bool]],
     steps: int,
     repeat_batch: int,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """All rows, and the run on one batch."""
+    """All rows, and the run on one batch; what there is is saved after each row."""
     from d2f.evaluation.environment import describe_environment
-    from d2f.training.step_bench import survives
 
-    model: dict[str, Any] = {}
-    rows, largest = [], []
-    repeat: dict[str, Any] | None = {} if repeat_batch else None
-    for size, checkpointing in plan:
-        if size is None:
-            size = _largest(setup, checkpointing)
-            largest.append({"micro_batch": size, "checkpointing": checkpointing})
-            if size == 0:
-                continue
-        log.print(f"micro-batch {size}{', recomputing' * checkpointing} …", style="dim")
-        row: dict[str, Any] = {"micro_batch": size, "checkpointing": checkpointing}
-        rows.append(row)
-
-        def run(row: dict[str, Any] = row) -> None:
-            with setup.bench(row["micro_batch"], row["checkpointing"]) as bench:
-                model.update(setup.describe(bench.trainer.student))
-                if repeat is not None and not repeat:
-                    # First, as it is about fresh weights; what it leaves is as fast.
-                    repeat.update(row | _repeat(setup, bench, repeat_batch))
-                row.update(_costs(setup, bench, rates, steps))
-
-        row["fits"] = survives(run)
-    if not model:
-        raise ConfigError("not even the model fits into the memory; cut it by --layers")
-    return {
+    report: dict[str, Any] = {
         "environment": describe_environment(device=setup.device, dtype=setup.dtype),
-        "model": model,
+        "model": {},
         "settings": setup.to_dict(),
         "rates": rates.to_dict(),
-        "rows": rows,
-        "largest_micro_batch": largest,
-        "repeat": repeat,
+        "rows": [],
+        "largest_micro_batch": [],
+        "repeat": {} if repeat_batch else None,
     }
+    for number, (size, checkpointing) in enumerate(plan, 1):
+        if size is None:
+            size = _largest(setup, checkpointing)
+            report["largest_micro_batch"].append(
+                {"micro_batch": size, "checkpointing": checkpointing}
+            )
+        if size > 0:
+            _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
+            report["rows"].append(
+                _row(setup, rates, (size, checkpointing), steps, repeat_batch, report)
+            )
+        save(report | {"complete": number == len(plan)})
+    if not report["model"]:
+        raise ConfigError("not even the model fits into the memory; cut it by --layers")
+    return report
+
+
+def _row(
+    setup: TrainSetup,
+    rates: Rates,
+    how: tuple[int, bool],
+    steps: int,
+    repeat_batch: int,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """One setting, measured; the first also says what the model is and repeats a batch."""
+    from d2f.training.step_bench import survives
+
+    row: dict[str, Any] = {"micro_batch": how[0], "checkpointing": how[1]}
+
+    def run() -> None:
+        with setup.bench(*how) as bench:
+            report["model"] = setup.describe(bench.trainer.student)
+            if report["repeat"] == {}:
+                # First, as it is about fresh weights; what it leaves is as fast.
+                report["repeat"] = row | _repeat(setup, bench, repeat_batch)
+            row.update(_costs(setup, bench, rates, steps))
+
+    if setup.processes.world_size == 1:
+        row["fits"] = survives(run)
+    else:
+        # All would have to agree that one lacks memory; here they end with its error.
+        run()
+        row["fits"] = True
+    return row
+
+
+def _say(setup: TrainSetup, text: str) -> None:
+    if setup.processes.is_main:
+        log.print(text, style="dim")
 
 
 def _largest(setup: TrainSetup, checkpointing: bool) -> int:
@@ -174,7 +216,7 @@ def _largest(setup: TrainSetup, checkpointing: bool) -> int:
                 bench.time(1, num_warm_up=1)
 
         found = survives(run)
-        log.print(f"micro-batch {size} {'fits' if found else 'does not fit'}", style="dim")
+        _say(setup, f"micro-batch {size} {'fits' if found else 'does not fit'}")
         return found
 
     return largest(fits)
@@ -186,28 +228,31 @@ def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dic
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.rates import nominal_bf16_rate
 
+    processes = setup.processes
     bench.peak_memory()
     times = bench.time(steps)
-    peak = bench.peak_memory()
+    peaks = processes.share(bench.peak_memory())
+    mean = max(processes.share(times.mean))
     flops, dense = bench.flops(), bench.flops(only_visible=False)
     processor = describe_environment(device=setup.device, dtype=setup.dtype)["processor"]
     nominal = nominal_bf16_rate(processor) if setup.dtype == "bfloat16" else None
     tokens = bench.config.batch_size * bench.config.data.sequence_length
     return {
         "seconds": asdict(times),
-        "milliseconds": 1000 * times.mean,
-        "tokens_per_second": tokens / times.mean,
+        "milliseconds": 1000 * mean,
+        "tokens_per_second": tokens / mean,
         "flops": flops.to_dict(),
         "flops_all_pairs": dense.total,
         "nominal_flops_per_second": nominal,
         "utilisation": {
-            "nominal": flops.total / times.mean / nominal if nominal else None,
-            "nominal_all_pairs": dense.total / times.mean / nominal if nominal else None,
-            "measured": flops.total / times.mean / rates.matmul_flops_per_second,
+            "nominal": flops.total / mean / nominal if nominal else None,
+            "nominal_all_pairs": dense.total / mean / nominal if nominal else None,
+            "measured": flops.total / mean / rates.matmul_flops_per_second,
         },
         "phases_ms": bench.phases(max(steps // 2, 1)),
         "loss_in_student": not bench.trainer.loss.selects,
-        "peak_bytes": peak,
+        "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
+        "peak_bytes_of_each": peaks,
         "loss_peak_bytes": bench.loss_memory(),
         "num_counted": bench.num_counted,
     }
@@ -233,8 +278,9 @@ def _print_report(report: dict[str, Any]) -> None:
     trained = f"LoRA r={settings['lora']}" if settings["lora"] else "all weights"
     out.print(
         f"[bold]{model['name']}[/bold], {model['num_layers']} layers, {kind}, {trained}, length "
-        f"{settings['length']}, {environment['dtype']}, on {environment['processor']}; a product "
-        f"of {report['rates']['matmul_size']:,} x {report['rates']['matmul_size']:,} runs at "
+        f"{settings['length']}, {environment['dtype']}, on {settings['processes']} x "
+        f"{environment['processor']}; a product of "
+        f"{report['rates']['matmul_size']:,} x {report['rates']['matmul_size']:,} runs at "
         f"{report['rates']['matmul_flops_per_second'] / 1e12:,.1f} TFLOP/s\n"
     )
     out.print(_costs_table(report["rows"]))
@@ -247,8 +293,8 @@ def _print_report(report: dict[str, Any]) -> None:
     if repeat:
         steps = ", ".join(f"{loss:.4g} at {step}" for step, loss in repeat["loss_at"].items())
         out.print(
-            f"One batch again and again ({repeat['objective']}, lr {repeat['lr']:g}): loss {steps}; "
-            f"a student that says what its teacher says would have {repeat['floor']:.4g}"
+            f"One batch again and again ({repeat['objective']}, lr {repeat['lr']:g}): loss "
+            f"{steps}; a student that says what its teacher says would have {repeat['floor']:.4g}"
         )
     out.print(
         "\nof matmul: model FLOPs (teacher forward, student forward and backward; frozen weights' "
@@ -273,7 +319,7 @@ def _costs_table(rows: list[dict[str, Any]]) -> Any:
             *start,
             f"{row['milliseconds']:.1f}",
             f"{row['tokens_per_second']:.0f}",
-            f"{row['flops']['total'] / 1e12:.2f}",
+            f"{row['flops']['total'] / 1e12:.3g}",
             "–" if share["nominal"] is None else f"{share['nominal']:.1%}",
             f"{share['measured']:.1%}",
             _gib(row["peak_bytes"]),

@@ -11,8 +11,10 @@ from d2f.cli.bench_options import describe_model, source_label
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.training.config import TrainConfig
+    from d2f.training.processes import Processes
     from d2f.training.step_bench import StepBench
 
 _LONGEST = 1024
@@ -24,7 +26,10 @@ _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_si
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """Everything that the measured rows share."""
+    """Everything that the measured rows share.
+
+    An update has one micro-batch for each process.
+    """
 
     shape: str | None
     model: str | None
@@ -38,7 +43,7 @@ class TrainSetup:
     loss_memory: int
     lr: float
     compiled: bool
-    device: str
+    processes: Processes
     dtype: str
     objective: str = "forward_kl"
 
@@ -83,6 +88,11 @@ class TrainSetup:
         return _SHIPPED["micro_batch"] if self._shipped else "1,4"
 
     @property
+    def device(self) -> str:
+        """Where this process computes."""
+        return str(self.processes.device)
+
+    @property
     def _shipped(self) -> bool:
         return self.shape is None and self.model is None
 
@@ -92,10 +102,14 @@ class TrainSetup:
             "length", "lora", "dropout", "sharding", "loss_memory", "lr", "compiled", "objective",
         )  # fmt: skip
         noise = _SHIPPED_NOISE if self._shipped else _NOISE
-        return {name: getattr(self, name) for name in names} | {"noise": noise}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "noise": noise,
+            "processes": self.processes.world_size,
+        }
 
     def config(self, micro_batch: int, checkpointing: bool, output: str) -> TrainConfig:
-        """The recipe of a row: an update of one micro-batch."""
+        """The recipe of a row."""
         from d2f.models.lora import LoraConfig
         from d2f.training.config import TrainConfig
         from d2f.training.sections import (
@@ -111,13 +125,13 @@ class TrainSetup:
             output=output,
             steps=2**20,
             log_every=2**20,
-            batch_size=micro_batch,
+            batch_size=micro_batch * self.processes.world_size,
             micro_batch_size=micro_batch,
             precision=self.dtype,
             compile=self.compiled,
             loss_memory_mib=self.loss_memory,
             activation_checkpointing=checkpointing,
-            **_further(self.sharding),
+            sharding=self.sharding,
             # Neither weights nor data are read: both are made here.
             model=ModelConfig(init="unused", dtype=self.dtype if self.lora else "float32"),
             data=DataConfig(kind="problems", num_problems=1, sequence_length=self.length),
@@ -144,7 +158,7 @@ class TrainSetup:
         with TemporaryDirectory(prefix="d2f-bench-") as folder:
             config = self.config(micro_batch, checkpointing, folder)
             student, teacher = self._models(config)
-            yield StepBench(config, student, teacher)
+            yield StepBench(config, student, teacher, processes=self.processes)
 
     def _models(self, config: TrainConfig) -> tuple[Transformer, Transformer | None]:
         """The student with what it trains, and the teacher if it is another model."""
@@ -156,7 +170,7 @@ class TrainSetup:
         from d2f.training.seeds import generator
 
         student = self._student(config.model.dtype)
-        self._check(student)
+        self._check(student.spec)
         if config.lora is not None:
             attach_adapter(student, config.lora, generator(config.seed, "adapter"))
             return student, None
@@ -178,15 +192,28 @@ class TrainSetup:
         source = self.model or shipped_model("student")
         return load_model(source, device=self.device, dtype=dtype)
 
-    def _check(self, student: Transformer) -> None:
-        spec = student.spec
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before anything is measured.
+
+        Raises:
+            ConfigError: A setting is out of range, or the shape cannot be distilled.
+        """
+        from d2f.models.presets import preset_spec
+
+        self.config(1, False, "unused")
+        if self.shape is not None:
+            self._check(preset_spec(self.shape, num_layers=self.layers))
+
+    def _check(self, spec: ModelSpec) -> None:
         if spec.architecture.causal:
             raise ConfigError(
                 f"{self.shape or self.model} is autoregressive; the measured stage distils "
                 "diffusion models, such as llada-8b and dream-7b"
             )
         if self.length > spec.max_positions:
-            raise ConfigError(f"--length {self.length}: the model has {spec.max_positions} positions")
+            raise ConfigError(
+                f"--length {self.length}: the model has {spec.max_positions} positions"
+            )
 
     def describe(self, student: Transformer) -> dict[str, Any]:
         """What is measured, for a result file."""
@@ -197,7 +224,3 @@ class TrainSetup:
         return describe_model(student, name, random=self.shape is not None) | {
             "num_trained_parameters": trained
         }
-
-
-def _further(sharding: str) -> dict[str, Any]:
-    return {} if sharding == "none" else {"sharding": sharding}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2f.cli.console import log, out
+
+if TYPE_CHECKING:
+    from d2f.training.run import TrainingSummary
 
 
 def train_command(
@@ -52,6 +55,7 @@ def train_command(
     from dataclasses import asdict
 
     from d2f.cli.train_answers import make_evaluator, make_sampler
+    from d2f.errors import ConfigError
     from d2f.training.config import load_recipe
     from d2f.training.progress import Silent, Terminal
     from d2f.training.run import train
@@ -59,15 +63,17 @@ def train_command(
     overrides = list(settings or [])
     if output is not None:
         overrides.append(f"output={json.dumps(str(output))}")
-    config = load_recipe(recipe, overrides)
+    try:
+        config = load_recipe(recipe, overrides)
+    except ConfigError:
+        # Of the processes on a machine, all of which read the same file, one says so.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise typer.Exit(1) from None
+        raise
     if dry_run:
-        from d2f.cli.train_plan import plan, print_plan
+        from d2f.cli.train_plan import show_plan
 
-        facts = plan(config, gpu=gpu, share=peak_share, processes=processes)
-        if as_json:
-            out.print_json(json.dumps(facts))
-        else:
-            print_plan(facts)
+        show_plan(config, gpu=gpu, share=peak_share, processes=processes, as_json=as_json)
         return
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
@@ -95,9 +101,11 @@ def train_command(
             )
         raise typer.Exit(1)
     if not as_json and is_main:
-        out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
-        if summary.best is not None:
-            out.print(
-                f"{summary.best['folder']}  (best score, {summary.best['score']:.1%} at step "
-                f"{summary.best['step']})"
-            )
+        _print_summary(summary)
+
+
+def _print_summary(summary: TrainingSummary) -> None:
+    out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
+    if summary.best is not None:
+        score, step = summary.best["score"], summary.best["step"]
+        out.print(f"{summary.best['folder']}  (best score, {score:.1%} at step {step})")

@@ -136,6 +136,19 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def show_plan(
+    config: TrainConfig, *, gpu: str | None, share: float, processes: int | None, as_json: bool
+) -> None:
+    """Print what `plan` gives, as JSON or in lines; raises as it does."""
+    import json
+
+    facts = plan(config, gpu=gpu, share=share, processes=processes)
+    if as_json:
+        out.print_json(json.dumps(facts))
+    else:
+        print_plan(facts)
+
+
 def print_plan(facts: dict[str, Any]) -> None:
     """The plan in lines."""
     data, device = facts["data"], facts["device"]

@@ -137,9 +137,9 @@ def _backward(model: Transformer, work: Work) -> int:
         num_layers += flows
         per_token += _gradient(layer.o_proj, flows)
         flows |= _trained(layer.o_proj) or _trained(layer.mlp_norm)
-        readers = (layer.gate_proj, layer.up_proj)
-        per_token += sum(_gradient(module, flows) for module in readers)
-        flows |= any(map(_trained, readers))
+        gates = (layer.gate_proj, layer.up_proj)
+        per_token += sum(_gradient(module, flows) for module in gates)
+        flows |= any(map(_trained, gates))
         per_token += _gradient(layer.down_proj, flows)
         flows |= _trained(layer.down_proj)
     flows |= _trained(model.norm)

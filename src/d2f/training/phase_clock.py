@@ -48,7 +48,7 @@ class PhaseClock:
             return norm
 
         self._mark("start")
-        trainer.update.apply = update  # type: ignore[method-assign]
+        trainer.update.apply = update  # type: ignore[method-assign, assignment]
         trainer.loss = _WatchedLoss(loss, self._mark)  # type: ignore[assignment]
         for name, function in inner.items():
             setattr(loss, name, self._ended(function))

@@ -26,7 +26,7 @@ T = TypeVar("T")
 _FAILED = "d2f/failed"
 # Others wait as long as the main process samples, evaluates, or encodes data.
 _PATIENCE = timedelta(days=7)
-_STORE_SECONDS = 10
+_STORE_SECONDS = 3
 
 
 class Processes:
@@ -131,6 +131,8 @@ class _Group(Processes):
         try:
             from accelerate import PartialState
         except ImportError:
+            if os.environ["LOCAL_RANK"] != "0":
+                raise SystemExit(1) from None  # its neighbour says so
             raise TrainingError(
                 f"training with {os.environ['WORLD_SIZE']} processes needs accelerate: "
                 "pip install 'd2f[train]'"
@@ -259,7 +261,7 @@ class _Group(Processes):
             store = self._dist.distributed_c10d._get_default_store()
             store.set_timeout(timedelta(seconds=_STORE_SECONDS))
             return store.add(_FAILED, 1) == 1
-        except RuntimeError:  # gone with the process that kept it
+        except RuntimeError:  # gone with the launcher, or the process, that kept it
             return True
 
 

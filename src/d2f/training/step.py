@@ -138,7 +138,7 @@ def length_multiple(sequence_length: int) -> int:
 
     Example:
         >>> length_multiple(1024), length_multiple(200)
-        (256, 64)
+        (128, 64)
     """
     return 64 * -(-sequence_length // (64 * NUM_LENGTHS))
 
@@ -353,7 +353,9 @@ class StageLoss:
         self._padded = random_end or config.data.padding == "longest"
         self._recompute = config.activation_checkpointing
         # FlexAttention is a fused kernel only where it is compiled.
-        self._tiled = compiled and student.spec.head_dim >= MIN_HEAD_DIM
+        models = [model for model in (student, teacher) if model is not None]
+        smallest = min(model.spec.head_dim for model in models)
+        self._tiled = compiled and smallest >= MIN_HEAD_DIM
         objective = (config.objective or ObjectiveConfig()).objective
         self._objective = objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
@@ -375,7 +377,7 @@ class StageLoss:
         if self._whole:
             # Fills what the models compute once and keep, which would else compile them twice.
             with torch.no_grad():
-                for model in filter(None, (student, teacher)):
+                for model in models:
                     model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
             self._student_loss = torch.compile(self._whole_loss, dynamic=False)
             self._logits = torch.compile(self._compute_logits, dynamic=False)

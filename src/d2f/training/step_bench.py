@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from array import array
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from d2f.training.encoded import Encoded
 from d2f.training.flops import StepFlops, describe_work, step_flops
 from d2f.training.optimizer import learning_rate
 from d2f.training.phase_clock import PhaseClock
+from d2f.training.processes import Processes
 from d2f.training.seeds import generator
 from d2f.training.step import StepInputs, make_inputs
 from d2f.training.trainer import Trainer
@@ -52,15 +54,21 @@ class StepBench:
         config: The recipe; its output folder gets the trainer's (empty) logs.
         student: The model on its device, whose trained parameters require gradients.
         teacher: A frozen model; None: the student with its adapter off.
+        processes: Those that train together; None: this one alone.
     """
 
     def __init__(
-        self, config: TrainConfig, student: Transformer, teacher: Transformer | None = None
+        self,
+        config: TrainConfig,
+        student: Transformer,
+        teacher: Transformer | None = None,
+        *,
+        processes: Processes | None = None,
     ) -> None:
         self.config = config
         self._models = student, teacher
         self._dataset = random_dataset(config, student.spec)
-        self.trainer = Trainer(config, student, self._dataset, teacher=teacher)
+        self.trainer = Trainer(config, student, self._dataset, teacher=teacher, processes=processes)
         self.device = self.trainer.device
         self.trainer.student.train()
 
@@ -81,7 +89,7 @@ class StepBench:
         self._wait()
         seconds = time.perf_counter() - start
         self._check()
-        single = [_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+        single = [_between(a, b) for a, b in itertools.pairwise(marks)]
         return StepTimes(
             mean=seconds / num_steps,
             fastest=min(single),
@@ -120,9 +128,10 @@ class StepBench:
         """Most bytes that the loss of a micro-batch takes over its inputs, backward included.
 
         The inputs are the hidden states of both models at the counted positions and the heads. None
-        on a CPU, and where the loss is compiled together with the student.
+        on a CPU, with several processes, and where the loss is compiled together with the student.
         """
-        if self.device.type != "cuda" or not self.trainer.loss.selects:
+        alone = self.trainer.processes.world_size == 1
+        if self.device.type != "cuda" or not alone or not self.trainer.loss.selects:
             return None
         hidden_MD, head_VD, target, weight_M = self._loss_inputs()
         torch.cuda.synchronize(self.device)
@@ -169,6 +178,8 @@ class StepBench:
 
     def repeat(self, num_steps: int) -> list[float]:
         """Train on one batch with the same noise all the time: the loss before each update.
+
+        In one process; what several do to a batch is the same.
 
         Raises:
             TrainingError: A loss or gradient was not finite.
@@ -257,8 +268,8 @@ def random_dataset(config: TrainConfig, spec: ModelSpec) -> TokenDataset:
     draw = generator(config.seed, "random tokens")
     ids_T = torch.randint(spec.vocab_size, (num_rows * (length - 1),), generator=draw)
     plain = next(token for token in range(spec.vocab_size) if token not in special)
-    for token in special:
-        ids_T = torch.where(ids_T == token, plain, ids_T)
+    for token in special - {None}:
+        ids_T[ids_T == token] = plain
     prompt = length // 4
     encoded = Encoded(
         tokens=array("i", ids_T.tolist()),

@@ -136,8 +136,10 @@ class Trainer:
         self._trackers = trackers
         self._rule = CollapseRule(config.optimizer.warmup_steps)
         logs = self.processes.on_main(self._open_logs)
-        self._log: JsonLog | None = logs[0] if logs else None
-        self._samples: JsonLog | None = logs[1] if logs else None
+        self._log: JsonLog | None = None
+        self._samples: JsonLog | None = None
+        if logs is not None:
+            self._log, self._samples = logs
         self._window = _Window(self.step, self.seconds)
 
     def _open_logs(self) -> tuple[JsonLog, JsonLog]:
@@ -236,7 +238,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         logged = (self.step + 1) % self.config.log_every == 0
         parts = inputs.parts(self._size, select=self.loss.selects)
-        for number, part in enumerate(islice(parts, self._share.start, self._share.stop), 1):
+        own = islice(parts, self._share.start, self._share.stop, self._share.step)
+        for number, part in enumerate(own, 1):
             moved = part.to(self.device)
             if logged and self._window.confidence is None:
                 # Before the pass that trains, whose end leaves sharded weights in their shards.
@@ -435,8 +438,8 @@ def _share_of(config: TrainConfig, processes: Processes) -> tuple[int, range]:
             f"batch_size {config.batch_size} cannot be divided evenly among {world_size} processes"
             + (f" with micro_batch_size {size}" if config.micro_batch_size else "")
         )
-    count = config.batch_size // size // world_size
-    return size, range(processes.rank * count, (processes.rank + 1) * count)
+    # Neighbours go to different processes: they may be of like length, and then take as long.
+    return size, range(processes.rank, config.batch_size // size, world_size)
 
 
 class _Window:

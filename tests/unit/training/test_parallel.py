@@ -1,44 +1,177 @@
+"""Real processes on CPUs, few groups of them, as each takes seconds to start."""
+
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.training.parallel_runs import CASES, case_config, finish, run_case, start
+from tests.unit.training.parallel_runs import (
+    CASES,
+    FEW_CASES,
+    at_step,
+    case_config,
+    file_config,
+    finish,
+    run_case,
+    start,
+    stored_weights,
+    terminate,
+)
+
+from d2f.errors import ConfigError, TrainingError
+from d2f.testing import write_checkpoint, write_tokenizer
+from d2f.training.checkpoint import list_checkpoints
+from d2f.training.processes import Processes
+from d2f.training.run import train
 
 pytest.importorskip("accelerate")
 
-FOUR = ["d2f none", "d2f full", "d2f-lora-bfloat16 full"]
+ALONE = Processes(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders with the results of all cases, by the number of processes."""
-    folders = {size: tmp_path_factory.mktemp(f"of-{size}") for size in (1, 2, 4)}
-    for size, cases in ((2, CASES), (4, FOUR)):
-        results = finish(start(size, folders[size], *cases))
-        assert {code for code, _ in results} == {0}, "".join(text for _, text in results)
+def files(tmp_path_factory):
+    """A tiny checkpoint with its tokenizer, and pairs to train on."""
+    folder = tmp_path_factory.mktemp("files")
+    write_checkpoint(folder / "Dream", "Dream")
+    write_tokenizer(folder / "Dream")
+    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """All cases in this process."""
+    folder = tmp_path_factory.mktemp("one")
     for case in CASES:
-        torch.save(run_case(case, folders[1], None), folders[1] / f"{case}.pt")
-    return folders
+        torch.save(run_case(case, folder, ALONE), folder / f"{case}.pt")
+    return folder
 
 
-def log_of(case, folder):
-    path = f"{case_config(case, folder).output}/log.jsonl"
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+@pytest.fixture(scope="module")
+def two(files):
+    """All cases in two processes, then what else two processes can go through."""
+    config = file_config(files, "alone", False, "full")
+    with at_step(3, terminate, 0, ALONE):
+        assert not train(config, device="cpu").finished
+    results = finish(start(2, files, *CASES, "resume", "reshard", "faults", "clock"))
+    return files, results
+
+
+@pytest.fixture(scope="module")
+def four(files, tmp_path_factory):
+    """Some cases in four processes, of which one fails in the end."""
+    folder = tmp_path_factory.mktemp("four")
+    for name in ("Dream", "pairs.jsonl"):
+        (folder / name).symlink_to(files / name)
+    return folder, finish(start(4, folder, *FEW_CASES, "failed"))
+
+
+def assert_same_run(case, one, other, *, tolerance=1.0):
+    logs = []
+    for folder in (one, other):
+        lines = Path(case_config(case, folder).output, "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for record, twin in zip(*logs, strict=True):
+        assert record["step"] == twin["step"]
+        for name in ("loss", "grad_norm", "lr"):
+            assert record[name] == pytest.approx(twin[name], rel=1e-5 * tolerance), name
+        blocks = [line.get("loss_per_block") for line in (record, twin)]
+        assert (blocks[0] is None) == case.startswith("autoregressive")
+        torch.testing.assert_close(*blocks, atol=2e-6 * tolerance, rtol=1e-5 * tolerance)
+    results = [torch.load(folder / f"{case}.pt") for folder in (one, other)]
+    # Sums of fp32 in another order; logits are sums of many weights.
+    for name, atol in (("weights", 2e-6), ("sampled", 2e-5)):
+        torch.testing.assert_close(
+            *(result[name] for result in results), atol=atol * tolerance, rtol=1e-5 * tolerance
+        )
 
 
 @pytest.mark.parametrize(
-    ("case", "size"), [*((case, 2) for case in CASES), *((case, 4) for case in FOUR)]
+    ("case", "size"), [*((case, "two") for case in CASES), *((case, "four") for case in FEW_CASES)]
 )
-def test_processes_and_micro_batches_are_interchangeable(runs, case, size):
-    alone, together = (torch.load(runs[n] / f"{case}.pt") for n in (1, size))
-    for one, other in zip(log_of(case, runs[1]), log_of(case, runs[size]), strict=True):
-        assert one["step"] == other["step"]
-        for name in ("loss", "grad_norm", "lr"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5), name
-        blocks = [record.get("loss_per_block") for record in (one, other)]
-        assert (blocks[0] is None) == case.startswith("autoregressive")
-        torch.testing.assert_close(*blocks, atol=2e-6, rtol=1e-5)
-    # Sums of fp32 in another order; logits are sums of many weights.
-    torch.testing.assert_close(alone["weights"], together["weights"], atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(alone["sampled"], together["sampled"], atol=2e-5, rtol=1e-5)
+def test_processes_and_micro_batches_are_interchangeable(request, alone, case, size):
+    assert_same_run(case, alone, request.getfixturevalue(size)[0])
+
+
+def test_two_processes_resume_reshard_and_survive_faults(two):
+    files, results = two
+    assert [code for code, _ in results] == [0, 0], "".join(text for _, text in results)
+    # What two processes left in shards goes on in one.
+    config = file_config(files, "all-full-kept", False, "none")
+    assert train(config, device="cpu", resume=True).finished
+    straight = stored_weights(file_config(files, "all-full-straight", False, "full"))
+    torch.testing.assert_close(stored_weights(config), straight, atol=5e-6, rtol=1e-5)
+
+
+def test_a_process_that_fails_ends_the_run_with_one_message(four):
+    codes, texts = zip(*four[1], strict=True)
+    assert codes == (1, 1, 1, 1)
+    assert [bool(text) for text in texts] == [False, True, False, False], texts
+    assert texts[1].count("TrainingError: process 1: the dog ate a batch") == 1
+    assert texts[1].count("Traceback") == 1
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(files):
+    (main, said), (other, silent) = finish(start(2, files, "killed"))
+    assert (main, other, silent) == (1, -signal.SIGKILL, "")
+    assert said.count("TrainingError: another process of this run is gone") == 1
+    assert said.count("Traceback") == 1
+    assert list_checkpoints(files / "killed")[-1].name == "checkpoint-00000004"
+    config = file_config(files, "killed", False, "none", checkpoint_every=2)
+    assert train(config, device="cpu", resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "message"),
+    [
+        (7, None, "batch_size 7 cannot be divided evenly among 2 processes"),
+        (6, 2, "among 2 processes with micro_batch_size 2"),
+    ],
+)
+def test_batches_that_cannot_be_divided(files, monkeypatch, batch_size, micro_batch_size, message):
+    processes = Processes(torch.device("cpu"))
+    processes.world_size = 2
+    config = file_config(
+        files, "uneven", True, "none", batch_size=batch_size, micro_batch_size=micro_batch_size
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config, processes=processes)
+
+
+def test_a_launcher_must_say_what_there_is(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="RANK is not set; start several processes by torchrun"):
+        Processes.current("cpu")
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="start without DeepSpeed"):
+        Processes.current("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    with monkeypatch.context() as context:
+        context.setitem(__import__("sys").modules, "accelerate", None)
+        with pytest.raises(TrainingError, match=r"pip install 'd2f\[train\]'"):
+            Processes.current("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("mode", ["plain", "compile"])
+def test_two_gpus_are_interchangeable_with_one(tmp_path, mode):
+    cases = CASES if mode == "plain" else FEW_CASES
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for case in cases:
+        result = run_case(case, tmp_path / "one", Processes(torch.device("cuda", 0)))
+        torch.save(result, tmp_path / "one" / f"{case}.pt")
+    results = finish(start(2, tmp_path / "two", *cases, "cuda", mode))
+    assert [code for code, _ in results] == [0, 0], "".join(text for _, text in results)
+    for case in cases:
+        # Kernels that are compiled add in an order of their own.
+        tolerance = 10.0 if mode == "plain" else 100.0
+        assert_same_run(case, tmp_path / "one", tmp_path / "two", tolerance=tolerance)

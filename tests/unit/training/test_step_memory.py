@@ -17,6 +17,7 @@ from d2f.testing import tiny_model
 from d2f.testing.tiny import MASK_TOKEN_ID
 from d2f.training.step import StageLoss, make_inputs
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STAGES = ["autoregressive", "masked-diffusion", "d2f"]
 
 
@@ -175,7 +176,8 @@ def test_layers_are_compiled_as_one(head_dim, recompute, backend, tmp_path, monk
     assert counter.frame_count == 2 * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
@@ -201,3 +203,29 @@ def test_compiled_steps_in_tiles_are_those_of_the_cpu(stage, recompute, whole, t
         results.append([value.cpu(), *(p.grad.cpu() for p in model.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_drop_the_same_when_computed_again(recompute, tmp_path):
+    """Dropout in bf16 on a GPU: the layer by layer compiled step twice, from the same seed."""
+    results = []
+    for again in (False, recompute):
+        config = make_config(tmp_path, "d2f", activation_checkpointing=again, precision="bfloat16")
+        model = tiny_model("Dream", hidden_size=64)
+        g = torch.Generator().manual_seed(0)
+        attach_adapter(model, LoraConfig(r=4, alpha=8, dropout=0.3), g)
+        model = model.to("cuda").train()
+        for parameter in adapter_parameters(model):
+            parameter.data.fill_(0.02)
+        inputs = make_inputs(
+            make_batch(), config, mask_token_id=MASK_TOKEN_ID, generator=torch.Generator()
+        )
+        loss = StageLoss(config, model, compiled=True, alone=False)
+        torch.manual_seed(1)
+        value, _ = loss(next(iter(inputs.parts(4, select=True))).to(model.device))
+        value.backward()
+        results.append([value, *(p.grad for p in adapter_parameters(model))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)

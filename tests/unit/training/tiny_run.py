@@ -54,12 +54,14 @@ def make_dataset(config: TrainConfig, num_samples: int = 40) -> TokenDataset:
 
 def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
     """A trainer on a tiny model; for stage d2f with a LoRA adapter where the config has one."""
-    model = tiny_model(FAMILY[config.stage])
+    processes = options.get("processes")
+    device = torch.device("cpu") if processes is None else processes.device
+    model = tiny_model(FAMILY[config.stage]).to(device, getattr(torch, config.model.dtype))
     teacher = None
     if config.lora is not None:
         attach_adapter(model, config.lora, torch.Generator().manual_seed(0))
     else:
         model.requires_grad_(True)
         if config.stage == "d2f":
-            teacher = tiny_model("Dream")
+            teacher = tiny_model("Dream").to(device)
     return Trainer(config, model, make_dataset(config), teacher=teacher, **options)
