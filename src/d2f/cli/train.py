@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2f.cli.console import log, out
 
 if TYPE_CHECKING:
-    from d2f.models.transformer import Transformer
-    from d2f.text import Tokenizer
-    from d2f.training.config import TrainConfig
-    from d2f.training.trainer import Sampler
-
-# How a stage's model answers during training. Vanilla takes two tokens a step, to be done soon.
-_STRATEGIES: dict[str, str] = {
-    "autoregressive": "autoregressive",
-    "masked-diffusion": "vanilla",
-    "d2f": "pipelined",
-}
+    from d2f.training.run import TrainingSummary
 
 
 def train_command(
@@ -39,6 +28,18 @@ def train_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting, as optimizer.lr=1e-4."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it will need; train nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Dry run: for this GPU, as H100; default: this machine.")
+    ] = None,
+    peak_share: Annotated[
+        float, typer.Option(help="Dry run: share of the peak rate reached.", min=0.01, max=1.0)
+    ] = 0.4,
+    processes: Annotated[
+        int | None, typer.Option(help="Dry run: processes, a GPU each.", min=1)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON to stdout.")
     ] = False,
@@ -53,6 +54,7 @@ def train_command(
     import os
     from dataclasses import asdict
 
+    from d2f.cli.train_answers import make_evaluator, make_sampler
     from d2f.errors import ConfigError
     from d2f.training.config import load_recipe
     from d2f.training.progress import Silent, Terminal
@@ -68,12 +70,22 @@ def train_command(
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise typer.Exit(1) from None
         raise
+    if dry_run:
+        from d2f.cli.train_plan import show_plan
+
+        show_plan(config, gpu=gpu, share=peak_share, processes=processes, as_json=as_json)
+        return
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = Terminal() if is_main else Silent()
     try:
         summary = train(
-            config, device=device, resume=resume, make_sampler=_make_sampler, reporter=reporter
+            config,
+            device=device,
+            resume=resume,
+            make_sampler=make_sampler,
+            make_evaluator=make_evaluator,
+            reporter=reporter,
         )
     finally:
         reporter.close()
@@ -89,37 +101,11 @@ def train_command(
             )
         raise typer.Exit(1)
     if not as_json and is_main:
-        out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
+        _print_summary(summary)
 
 
-def _make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
-    """What answers a few prompts with the model: held-out problems, or the first rows."""
-    from d2f.engine.generate import generate_ids
-    from d2f.training.pairs import encode_prompt
-    from d2f.training.sources import read_held_out
-
-    assert config.sample is not None
-    count, most = config.sample.num_prompts, config.sample.max_new_tokens
-    pairs = read_held_out(config.data, count)
-    chat = config.data.chat_template
-    prompts = [encode_prompt(tokenizer, prompt, chat) for prompt, _ in pairs]
-    strategy = _STRATEGIES[config.stage]
-    options: dict[str, Any] = {}
-    if strategy == "vanilla":
-        options = {"num_steps": max(most // 2, 1), "block_length": most}
-
-    def sample(model: Transformer) -> Sequence[Mapping[str, Any]]:
-        results = generate_ids(
-            model, prompts, config.policy, max_new_tokens=most, strategy=strategy, **options
-        )
-        return [
-            {
-                "prompt": "\n\n".join(pair.texts(response=False)),
-                "answer": tokenizer.decode(result.token_ids),
-                "expected": pair.response,
-                "num_forwards": result.num_forwards,
-            }
-            for pair, result in zip(pairs, results, strict=True)
-        ]
-
-    return sample
+def _print_summary(summary: TrainingSummary) -> None:
+    out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
+    if summary.best is not None:
+        score, step = summary.best["score"], summary.best["step"]
+        out.print(f"{summary.best['folder']}  (best score, {score:.1%} at step {step})")

@@ -201,7 +201,7 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how a full disk shows there
         raise CheckpointError(f"cannot save to '{folder}': {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -10,9 +10,10 @@ import torch
 
 from d2f.errors import ConfigError, unknown_name
 from d2f.hub import resolve_folder
-from d2f.models.checkpoint import as_diffusion, build_model, load_model
+from d2f.models.checkpoint import as_diffusion, build_model, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
 from d2f.models.lora import adapter_parameters, attach_adapter, load_adapter
+from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
 from d2f.training.config import TrainConfig
@@ -28,19 +29,51 @@ def tokenizer_folder(config: TrainConfig) -> Path:
     Raises:
         CheckpointError: The folder or hub id holds none.
     """
-    settings = config.tokenizer
-    if settings is None:
-        assert config.model.init is not None
-        return resolve_folder(config.model.init, weights=False)
-    if settings.path is not None:
-        return resolve_folder(settings.path, weights=False)
-    folder = Path(config.output) / "tokenizer"
-    if not (folder / "tokenizer_config.json").exists():
+    folder = find_tokenizer(config)
+    if folder is None:
+        settings = config.tokenizer
+        assert settings is not None and settings.vocab_size is not None
+        folder = _own_tokenizer(config)
         pairs = read_pairs(config.data, settings.num_samples)
         texts = (text for pair in pairs for text in pair.texts())
-        assert settings.vocab_size is not None
         train_tokenizer(texts, folder, vocab_size=settings.vocab_size)
     return folder
+
+
+def find_tokenizer(config: TrainConfig) -> Path | None:
+    """Folder of the run's tokenizer; None where it is to be trained yet.
+
+    Raises:
+        CheckpointError: There is no such folder or hub id.
+    """
+    settings = config.tokenizer
+    path = config.model.init if settings is None else settings.path
+    if path is not None:
+        return resolve_folder(path, weights=False)
+    folder = _own_tokenizer(config)
+    return folder if (folder / "tokenizer_config.json").exists() else None
+
+
+def _own_tokenizer(config: TrainConfig) -> Path:
+    return Path(config.output) / "tokenizer"
+
+
+def initial_spec(config: TrainConfig) -> ModelSpec:
+    """The spec of the weights that the run starts from, which need not be there.
+
+    Raises:
+        ConfigError: `[model.config]` has an unknown entry.
+        CheckpointError: There is no config.json.
+    """
+    if config.model.init is not None:
+        return read_spec(resolve_folder(config.model.init, weights=False))
+    assert config.model.config is not None
+    spec = spec_from_config(config.model.config, "[model.config]")
+    known = config_from_spec(spec) | {"rope_parameters": None, "torch_dtype": None}
+    for name in config.model.config:
+        if name not in known:
+            raise ConfigError(f"[model.config]: {unknown_name('key', name, known)}")
+    return spec
 
 
 def load_models(
@@ -91,12 +124,7 @@ def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) ->
     if settings.init is not None:
         model = load_model(settings.init, device=device, dtype=settings.dtype)
     else:
-        assert settings.config is not None
-        spec = spec_from_config(settings.config, "[model.config]")
-        known = config_from_spec(spec) | {"rope_parameters": None, "torch_dtype": None}
-        for name in settings.config:
-            if name not in known:
-                raise ConfigError(f"[model.config]: {unknown_name('key', name, known)}")
+        spec = initial_spec(config)
         seed = derive_seed(config.seed, "weights")
         model = build_model(spec, seed=seed, device=device, dtype=settings.dtype)
     causal = model.spec.architecture.causal

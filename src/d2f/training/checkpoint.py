@@ -6,21 +6,25 @@ A run's folder:
 - `checkpoint-00000100/`: config.json and weights, or the adapter, with training_state.pt (optimizer
   and random state), recipe.json (resolved) and provenance.json; where the optimizer's state is
   sharded it is in `optimizer/` instead;
-- `final/`: the finished model and nothing else.
+- `final/`: the finished model with its tokenizer and a model card, and nothing else;
+- where the run is evaluated, `evaluations.jsonl` and `best/`: as `final/`, the model with the best
+  score so far, and evaluation.json, that score.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from d2f.errors import TrainingError
+from d2f.errors import CheckpointError, TrainingError
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
@@ -28,6 +32,8 @@ from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table
 from d2f.training.distributed_model import DistributedModel
+from d2f.training.evaluations import BEST_FILE, BEST_FOLDER
+from d2f.training.model_card import CardFacts, model_card
 from d2f.training.optimizer_state import save_shards
 from d2f.training.processes import Processes
 
@@ -108,9 +114,31 @@ def _write_checkpoint(
     try:
         torch.save(state, folder / STATE_FILE)
     except RuntimeError as error:  # what torch makes of a full disk
-        raise TrainingError(f"cannot write {folder / STATE_FILE}: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {reason}"
+        ) from None
     write_json(folder / RECIPE_FILE, to_table(config))
     write_json(folder / "provenance.json", provenance())
+
+
+@contextmanager
+def saving(output: Path) -> Iterator[None]:
+    """Around a save of a run: if it fails, the error says what is left and how to go on.
+
+    Raises:
+        TrainingError: The block could not write.
+    """
+    try:
+        yield
+    except (CheckpointError, TrainingError, OSError) as error:
+        found = list_checkpoints(output)
+        left = (
+            f"{found[-1]} is whole: make room, and go on with the same command and --resume"
+            if found
+            else "there is no earlier checkpoint; make room, and start again"
+        )
+        raise TrainingError(f"{str(error).rstrip('.')}. {left}") from error
 
 
 def _remove_old(config: TrainConfig) -> None:
@@ -141,22 +169,69 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"cannot resume from {file}: {error}") from None
 
 
-def save_final(model: Transformer, config: TrainConfig, tokenizer_folder: Path | None) -> Path:
-    """Write `final/`: the model or adapter, its tokenizer and its decoding policy.
+def save_final(
+    model: Transformer, config: TrainConfig, tokenizer_folder: Path | None, facts: CardFacts
+) -> Path:
+    """Write `final/`: the model or adapter, its tokenizer, its decoding policy, a model card.
 
     The model is converted to `model.output_dtype` in place, which ends its training.
     """
-    folder = Path(config.output) / "final"
-    policy = config.policy or model.spec.recommended_policy
-    model.spec = replace(model.spec, recommended_policy=policy)
     if not has_adapter(model):
         model.to(getattr(torch, config.model.output_dtype))
+    return _save_result(model, config, tokenizer_folder, facts, "final", {})
+
+
+def save_best(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_folder: Path | None,
+    facts: CardFacts,
+    record: Mapping[str, Any],
+) -> Path:
+    """Write `best/`, which is like `final/`, with the evaluation; the model stays as it is."""
+    if not has_adapter(model):
+        model = _converted(model, getattr(torch, config.model.output_dtype))
+    return _save_result(
+        model, config, tokenizer_folder, facts, BEST_FOLDER, {BEST_FILE: dict(record)}
+    )
+
+
+def _save_result(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_folder: Path | None,
+    facts: CardFacts,
+    name: str,
+    extra: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    folder = Path(config.output) / name
+    spec = model.spec
+    policy = config.policy or spec.recommended_policy
     with replaced_folder(folder, ["*"]) as new:
-        _save_weights(model, config, new)
-        for name in _TOKENIZER_FILES:
-            if tokenizer_folder is not None and (tokenizer_folder / name).exists():
-                shutil.copyfile(tokenizer_folder / name, new / name)
+        model.spec = replace(spec, recommended_policy=policy)
+        try:
+            _save_weights(model, config, new)
+        finally:
+            model.spec = spec
+        for file in _TOKENIZER_FILES:
+            if tokenizer_folder is not None and (tokenizer_folder / file).exists():
+                shutil.copyfile(tokenizer_folder / file, new / file)
+        for file, content in extra.items():
+            write_json(new / file, content)
+        card = model_card(config, spec, policy, facts)
+        (new / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _converted(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model in another type on the CPU, so that a second one needs no memory of the GPU."""
+    with torch.device("meta"):
+        copy = Transformer(model.spec)
+    for name, module in model.named_modules():
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            value = parameter.detach().to("cpu", dtype)
+            setattr(copy.get_submodule(name), attribute, nn.Parameter(value, requires_grad=False))
+    return copy
 
 
 def provenance() -> dict[str, Any]:

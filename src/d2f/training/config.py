@@ -19,6 +19,7 @@ from d2f.recipe import at_least, from_table, one_of, read_recipe
 from d2f.training.sections import (
     DTYPES,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     NoiseConfig,
     ObjectiveConfig,
@@ -92,6 +93,9 @@ class TrainConfig:
     noise: NoiseConfig | None = None
     objective: ObjectiveConfig | None = None
     sample: SampleConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    trackers: tuple[str, ...] = ()
+    """Where else the log goes: "tensorboard", "wandb" or another tracker of accelerate."""
     policy: DecodingPolicy | None = None
     """`[policy]`: the decoding policy that the final model carries."""
 

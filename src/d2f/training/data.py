@@ -80,6 +80,7 @@ class TokenDataset:
         self.num_dropped = int((~keep_E).sum())
         self.num_truncated = int(long_E.sum())
         self.num_truncated_prompts = int((cut_E[keep_E] > 0).sum())
+        self.num_held_out = 0
         self.bad_rows = encoded.bad_rows
         self.cache_file = encoded.cache_file
         tokens_T = _tensor(encoded.tokens)
@@ -99,6 +100,18 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._start_E)
 
+    def sample(self, row: int) -> tuple[list[int], list[int]]:
+        """Token ids of a sample: its prompt, and its response without EOS."""
+        start, prompt = int(self._start_E[row]), int(self._prompt_E[row])
+        ids = self._tokens_T[start : start + int(self._length_E[row])].tolist()
+        return ids[:prompt], ids[prompt:]
+
+    def keep(self, kept_E: Tensor) -> None:
+        """Forget the samples that a mask (E,) of bools leaves out; the others move up."""
+        self._start_E, self._prompt_E, self._length_E = (
+            values_E[kept_E] for values_E in (self._start_E, self._prompt_E, self._length_E)
+        )
+
     @property
     def mean_length(self) -> float:
         """Mean number of tokens of a sample, without EOS."""
@@ -107,8 +120,9 @@ class TokenDataset:
     def counts(self) -> dict[str, Any]:
         """What became of the rows, as training_summary.json has it.
 
-        `rows` are the good ones, of which `dropped` and `truncated` did not fit; `bad_rows` gave no
-        sample at all, and `bad_row_counts` and `first_bad_rows` say why and which.
+        `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
+        kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
+        `first_bad_rows` say why and which.
         """
         return {
             "rows": self.num_rows,
@@ -116,6 +130,7 @@ class TokenDataset:
             "long_prompts": self.num_long_prompts,
             "truncated": self.num_truncated,
             "truncated_prompts": self.num_truncated_prompts,
+            "held_out": self.num_held_out,
             "used": len(self),
             "mean_length": round(self.mean_length, 2),
             "bad_rows": self.bad_rows.count,

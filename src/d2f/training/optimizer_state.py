@@ -86,6 +86,13 @@ def load_whole(
     """
     if not shard:
         optimizer.load_state_dict(dict(state))
+        for parameter, entry in optimizer.state.items():
+            # The optimizer itself does not look, and would write past the ends.
+            if entry["exp_avg"].shape != parameter.shape:
+                raise ValueError(
+                    f"its optimizer has a moment of {tuple(entry['exp_avg'].shape)} for a "
+                    f"parameter of {tuple(parameter.shape)}"
+                )
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,6 +21,9 @@ class Reporter(Protocol):
 
     def sample(self, sample: Record) -> None:
         """A sample answer."""
+
+    def evaluation(self, record: Record) -> None:
+        """A line of evaluations.jsonl, and `best_step`, where the best one was."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -44,10 +48,26 @@ class JsonLog:
         os.replace(part, path)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append records."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Append records: all of them, or none where the disk is full.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError:
+            # Half a line would spoil the next one.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _step(line: str) -> float:
@@ -67,6 +87,9 @@ class Silent:
     def sample(self, sample: Record) -> None:
         """Nothing."""
 
+    def evaluation(self, record: Record) -> None:
+        """Nothing."""
+
     def note(self, text: str) -> None:
         """Nothing."""
 
@@ -84,6 +107,7 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal
         self._last = 0.0
+        self._score = ""
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
@@ -100,7 +124,7 @@ class Terminal:
         left = seconds * (1 - share) / share if share else 0.0
         text = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{_duration(left)} left"
+            f"{_duration(left)} left{self._score}"
         )
         if self._live:
             self._progress.update(self._task, completed=share, step=record["step"], text=text)
@@ -113,6 +137,20 @@ class Terminal:
         prompt = " ".join(str(sample["prompt"]).split())[-60:]
         answer = " ".join(str(sample["answer"]).split())[:160]
         self.note(f"step {sample['step']}  … {prompt} -> {answer}")
+
+    def evaluation(self, record: Record) -> None:
+        """Show the score, and keep it in sight."""
+        rate = record.get("tokens_per_forward")
+        score = f"{record['score']:.1%}"
+        error = f" ±{100 * record['standard_error']:.1f}" if "standard_error" in record else ""
+        speed = f", {rate:.2f} tokens per forward" if rate is not None else ""
+        best = (
+            "the best so far"
+            if record["best_step"] == record["step"]
+            else (f"the best was at step {record['best_step']}")
+        )
+        self.note(f"step {record['step']}  score {score}{error}{speed}; {best}")
+        self._score = f"  score {score}"
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

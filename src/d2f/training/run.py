@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,25 @@ from d2f.training.checkpoint import (
     list_checkpoints,
     load_state,
     provenance,
+    save_best,
     save_final,
+    saving,
 )
 from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.data import TokenDataset
+from d2f.training.evaluations import BEST_FOLDER, Evaluator
+from d2f.training.held_out import HeldOut, hold_out
+from d2f.training.model_card import CardFacts
 from d2f.training.processes import Processes
 from d2f.training.progress import Reporter, Silent
+from d2f.training.trackers import Trackers, check_trackers
 from d2f.training.trainer import Sampler, Trainer
 
 MakeSampler = Callable[[TrainConfig, Tokenizer], Sampler]
+MakeEvaluator = Callable[[TrainConfig, Tokenizer], Callable[[Sequence[HeldOut]], Evaluator]]
+"""Called before the model is loaded, and what it gives with the samples that were held out."""
 # A checkpoint continues only the run that made it; other settings may change on resuming.
-_IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora")
+_IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,10 @@ class TrainingSummary:
     """Positions computed: steps * batch_size * sequence_length."""
     last: dict[str, Any] | None
     """Last line of the log."""
+    best: dict[str, Any] | None
+    """The best evaluation, with the folder of that model."""
+    warnings: list[str]
+    """What was said of the student's confidence."""
     num_parameters: int
     num_trained_parameters: int
     data: dict[str, Any]
@@ -66,6 +78,7 @@ def train(
     device: str | torch.device | None = None,
     resume: bool = False,
     make_sampler: MakeSampler | None = None,
+    make_evaluator: MakeEvaluator | None = None,
     reporter: Reporter | None = None,
     processes: Processes | None = None,
 ) -> TrainingSummary:
@@ -82,6 +95,7 @@ def train(
         device: None: the GPU if there is one, else the CPU; of several processes each takes one.
         resume: Go on from the newest checkpoint in the output folder.
         make_sampler: Builds what gives sample answers during training.
+        make_evaluator: Builds what scores the model during training.
         reporter: Is told how the run goes; of several processes the main one's is.
         processes: Those that train together, on their device; None: those that a launcher started.
 
@@ -96,9 +110,9 @@ def train(
         `train(load_recipe("recipes/tiny_cpu_autoregressive.toml"))` takes some seconds.
     """
     if processes is not None:
-        return _train(config, processes, resume, make_sampler, reporter)
+        return _train(config, processes, resume, make_sampler, make_evaluator, reporter)
     with Processes.current(device) as processes:
-        return _train(config, processes, resume, make_sampler, reporter)
+        return _train(config, processes, resume, make_sampler, make_evaluator, reporter)
 
 
 def _train(
@@ -106,38 +120,56 @@ def _train(
     processes: Processes,
     resume: bool,
     make_sampler: MakeSampler | None,
+    make_evaluator: MakeEvaluator | None,
     reporter: Reporter | None,
 ) -> TrainingSummary:
     reporter = (reporter if processes.is_main else None) or Silent()
+    check_trackers(config.trackers)
     checkpoint = processes.on_main(lambda: _find_checkpoint(config, resume, reporter))
     checkpoint = processes.from_main(checkpoint)
+    prepared = None
     with processes.first_one():
         folder = tokenizer_folder(config)
-    tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
+        if make_evaluator is not None and config.evaluate is not None:
+            prepared = make_evaluator(config, tokenizer)
     model, teacher = load_models(config, tokenizer, processes.device, checkpoint)
     reporter.note(f"{config.stage}: {_size(model)}{_spread(config, processes)}; preparing data")
     with processes.first_one():
         dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
-    reporter.note(
-        f"{len(dataset):,} samples of {dataset.mean_length:.0f} tokens on average, "
-        f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long; "
-        f"too long a prompt: {dataset.num_long_prompts:,} of the dropped, "
-        f"{dataset.num_truncated_prompts:,} cut"
-    )
+    held_out = _hold_out(config, dataset)
+    reporter.note(_told(dataset))
+    trackers = processes.on_main(lambda: Trackers(config, reporter))
     trainer = Trainer(
         config,
         model,
         dataset,
         teacher=teacher,
         sampler=make_sampler(config, tokenizer) if make_sampler and config.sample else None,
+        evaluator=prepared(held_out) if prepared else None,
+        save_best=lambda best, record: save_best(
+            best, config, folder, _facts(config, trainer, dataset, record), record
+        ),
+        trackers=trackers,
         reporter=reporter,
         state=load_state(checkpoint) if checkpoint else None,
         processes=processes,
     )
-    finished = trainer.run()
+    try:
+        finished = trainer.run()
+    finally:
+        if trackers is not None:
+            trackers.close()
     if finished:
-        with trainer.distributed.whole(torch.device("cpu")) as whole:
-            processes.on_main(lambda: save_final(whole or model, config, folder))
+        with (
+            saving(Path(config.output)),
+            trainer.distributed.whole(torch.device("cpu")) as whole,
+        ):
+            processes.on_main(
+                lambda: save_final(
+                    whole or model, config, folder, _facts(config, trainer, dataset, _last(trainer))
+                )
+            )
 
     def summarise() -> TrainingSummary:
         summary = _summarise(config, trainer, dataset, finished)
@@ -147,6 +179,45 @@ def _train(
     summary = processes.from_main(processes.on_main(summarise))
     assert summary is not None
     return summary
+
+
+def _hold_out(config: TrainConfig, dataset: TokenDataset) -> list[HeldOut]:
+    """Take the samples that are evaluated on out of the data."""
+    settings = config.evaluate
+    if settings is None or settings.held_out is None:
+        return []
+    return hold_out(dataset, settings.held_out, settings.seed)
+
+
+def _told(dataset: TokenDataset) -> str:
+    held_out = f"{dataset.num_held_out:,} held out, " if dataset.num_held_out else ""
+    return (
+        f"{len(dataset):,} samples of {dataset.mean_length:.0f} tokens on average, {held_out}"
+        f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long; "
+        f"too long a prompt: {dataset.num_long_prompts:,} of the dropped, "
+        f"{dataset.num_truncated_prompts:,} cut"
+    )
+
+
+def _facts(
+    config: TrainConfig,
+    trainer: Trainer,
+    dataset: TokenDataset,
+    evaluation: Mapping[str, Any] | None,
+) -> CardFacts:
+    settings = config.evaluate
+    return CardFacts(
+        steps=trainer.step,
+        data=dataset.counts(),
+        loss=trainer.last_record["loss"] if trainer.last_record else None,
+        evaluation=evaluation,
+        task=(settings.task or "held-out samples") if settings else None,
+    )
+
+
+def _last(trainer: Trainer) -> Mapping[str, Any] | None:
+    """The evaluation of the finished model, if there was one."""
+    return trainer.evaluations.last if trainer.evaluations else None
 
 
 def _summarise(
@@ -161,6 +232,8 @@ def _summarise(
         seconds=round(trainer.seconds, 3),
         tokens=trainer.step * config.batch_size * config.data.sequence_length,
         last=trainer.last_record,
+        best=_best(trainer, output),
+        warnings=trainer.warnings,
         num_parameters=model.spec.num_parameters,
         num_trained_parameters=_num_trained(model),
         data=dataset.counts(),
@@ -169,6 +242,11 @@ def _summarise(
         recipe=to_table(config),
         provenance=provenance(),
     )
+
+
+def _best(trainer: Trainer, output: Path) -> dict[str, Any] | None:
+    record = trainer.evaluations.best if trainer.evaluations else None
+    return None if record is None else {**record, "folder": str(output / BEST_FOLDER)}
 
 
 def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> Path | None:
@@ -205,6 +283,10 @@ def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> P
 def _identity(table: Mapping[str, Any], name: str) -> Any:
     """A part of a recipe, without what does not change the data."""
     part = table.get(name)
+    if name == "evaluate":
+        # Only this table's choice of samples changes what is trained on.
+        held_out = part.get("held_out") if isinstance(part, Mapping) else None
+        return None if held_out is None else (held_out, (part or {}).get("seed"))
     if name == "data" and isinstance(part, Mapping):
         return {key: value for key, value in part.items() if key not in ("cache", "num_workers")}
     return part

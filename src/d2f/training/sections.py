@@ -1,4 +1,4 @@
-"""The tables of a training recipe: model, tokenizer, data, noise, objective, optimizer, samples."""
+"""The tables of a training recipe: model, data, noise, objective, optimizer, evaluation, …."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OVER_LONG = ("drop", "truncate")
 PADDING = ("full", "longest")
 DTYPES = ("float32", "bfloat16")
+ANSWERS = ("number", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,3 +301,49 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name in ("every", "num_prompts", "max_new_tokens"):
             at_least(f"sample.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`[evaluate]`: a score during training, on problems that are not trained on.
+
+    Each evaluation is a line of evaluations.jsonl, and the model with the best one is kept in
+    `best/`. The training is the same with it and without it.
+    """
+
+    every: int
+    """Steps between evaluations; the last step has one too."""
+    task: str | None = None
+    """A benchmark that `d2f eval` knows: word-problems, functions, gsm8k, …."""
+    held_out: int | None = None
+    """Instead of a task, so many samples of the run's own data, chosen by `seed`. Neither they nor
+    samples with the same prompt are trained on."""
+    answer: str = "number"
+    """held_out: right is the same last number in the text ("number"), or the same text but for
+    white space ("exact")."""
+    num_problems: int = 100
+    """task: the first so many problems."""
+    split: str | None = None
+    """task: "validation" or "test"; none: validation for the built-in problems, else test."""
+    data: str | None = None
+    """task: folder of the benchmark's files; none: from the hub."""
+    seed: int = 0
+    """Of the built-in problems, or of the choice of samples."""
+    strategy: str | None = None
+    """How the model answers; none: as the stage's samples are (autoregressive, vanilla with two
+    tokens a step, pipelined)."""
+    batch_size: int = 16
+    """Problems answered at once."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+
+    def __post_init__(self) -> None:
+        one_of("evaluate.answer", self.answer, ANSWERS)
+        for name in ("every", "held_out", "num_problems", "batch_size", "max_new_tokens"):
+            at_least(f"evaluate.{name}", getattr(self, name), 1)
+        if (self.task is None) == (self.held_out is None):
+            raise ConfigError("[evaluate] needs either task or held_out")
+        if self.held_out is not None and (self.data is not None or self.split is not None):
+            raise ConfigError("evaluate.data and evaluate.split belong to evaluate.task")
+        if self.split is not None:
+            one_of("evaluate.split", self.split, ("test", "validation"))

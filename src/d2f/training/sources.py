@@ -163,6 +163,18 @@ def _encode_read(config: DataConfig, tokenizer: Tokenizer, note: Note) -> Encode
     return result
 
 
+def cached_data(config: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
+    """Data that were read before, from the cache; None if they are not there.
+
+    Raises:
+        TrainingError: There is no such file, folder or data set.
+    """
+    folder = cache_folder(config.cache)
+    if folder is None:
+        return None
+    return read_cache(cache_file(folder, _cache_key(config, tokenizer, open_parts(config))))
+
+
 def _samples(
     config: DataConfig, tokenizer: Tokenizer, parts: list[Part], bad_rows: BadRows
 ) -> Iterator[Sample]:

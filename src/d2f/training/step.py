@@ -399,6 +399,24 @@ class StageLoss:
         seen = self._seen(inputs, self._student_blocks(inputs))
         return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
 
+    def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
+
+        Those of the student under "", those of the teacher, where the objective has one, under
+        "teacher_". Without the compiler, so that it may be called now and then.
+        """
+        states = {}
+        if self._objective != "cross_entropy":
+            teacher = self.teacher or self.student
+            with self._teacher_view():
+                states_TE = self._plain_states(teacher, inputs, self._unordered_blocks(inputs))
+            states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
+        states_TD = self._plain_states(self.student, inputs, self._student_blocks(inputs))
+        return {
+            "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
+            **states,
+        }
+
     def _teacher_view(self) -> AbstractContextManager[None]:
         return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
 
@@ -464,6 +482,14 @@ class StageLoss:
                 ids_BL, recompute=self._recompute, compiled=self._by_layer, **given
             )
             return model.align(states_BLD).flatten(0, 1)
+
+    def _plain_states(
+        self, model: Transformer, inputs: StepInputs, blocks_BL: Tensor | None
+    ) -> Tensor:
+        """The same without the compiler and without tiles."""
+        with self._products(inputs.ids_BL.device):
+            forward = self._forward if model is self.student else model
+            return model.align(forward(inputs.ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned logits (T, V) of the flattened batch, fp32."""

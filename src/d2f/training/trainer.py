@@ -28,17 +28,22 @@ from d2f.training.checkpoint import (
     checkpoint_folder,
     save_checkpoint,
     save_sharded_checkpoint,
+    saving,
 )
+from d2f.training.collapse import CollapseRule
+from d2f.training.confidence import mean_confidence, measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset
 from d2f.training.distributed_model import DistributedModel
+from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
 from d2f.training.objective import block_sums
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
 from d2f.training.optimizer_state import load_shards, load_whole
 from d2f.training.processes import Processes
-from d2f.training.progress import JsonLog, Reporter, Silent
+from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
 from d2f.training.step import StageLoss, StepInputs, make_inputs
+from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 """Answers some prompts; every record has `prompt` and `answer`."""
@@ -57,6 +62,10 @@ class Trainer:
         dataset: The samples.
         teacher: Stage d2f: a frozen model; None: the student with its adapter off.
         sampler: Gives sample answers; called every `sample.every` steps, on the main process.
+        evaluator: Scores the model, on the main process; called every `evaluate.every` steps and
+            at the end.
+        save_best: Keeps the model that the evaluator scored best.
+        trackers: Get the numbers of every record.
         reporter: Is told of every record.
         state: What `load_state` read, to go on from there.
         processes: Those that train together; None: this one alone.
@@ -74,6 +83,9 @@ class Trainer:
         *,
         teacher: Transformer | None = None,
         sampler: Sampler | None = None,
+        evaluator: Evaluator | None = None,
+        save_best: SaveBest | None = None,
+        trackers: Trackers | None = None,
         reporter: Reporter | None = None,
         state: Mapping[str, Any] | None = None,
         processes: Processes | None = None,
@@ -91,7 +103,9 @@ class Trainer:
         self.seconds = 0.0
         """Training time, without the first step, samples and checkpoints."""
         self.last_record: dict[str, Any] | None = None
-        self.loss = StageLoss(
+        self.warnings: list[str] = []
+        """What the rule of `CollapseRule` had to say."""
+        self._models = StageLoss(
             config,
             student,
             teacher,
@@ -99,6 +113,7 @@ class Trainer:
             forward=self.distributed.forward,
             alone=self.processes.world_size == 1,
         )
+        self.loss: StageLoss = self._models
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
@@ -112,6 +127,14 @@ class Trainer:
         self._stop = threading.Event()
         if state is not None:
             self._restore(state)
+        self._evaluator = evaluator
+        self._save_best = save_best or (lambda model, record: None)
+        self._evaluated = self.step
+        """Step of the last evaluation, or where the run goes on from."""
+        self.evaluations: Evaluations | None = None
+        """On the main process, if the model is scored."""
+        self._trackers = trackers
+        self._rule = CollapseRule(config.optimizer.warmup_steps)
         logs = self.processes.on_main(self._open_logs)
         self._log: JsonLog | None = None
         self._samples: JsonLog | None = None
@@ -123,6 +146,12 @@ class Trainer:
         output = Path(self.config.output)
         names = ("log.jsonl", "samples.jsonl")
         log, samples = (JsonLog(output / name, after_step=self.step) for name in names)
+        for record in read_log(log.path):
+            self._rule.add(record)
+        if self._evaluator is not None and self.config.evaluate is not None:
+            self.evaluations = Evaluations(
+                output, self._evaluator, self._save_best, self._reporter, after_step=self.step
+            )
         return log, samples
 
     def stop(self) -> None:
@@ -156,6 +185,7 @@ class Trainer:
                 start = time.perf_counter() - self.seconds
                 self._window.timed_from = (self.step, self.seconds)
             self._read_clock(start)
+            start += self._evaluate_if_due()
             due = self.step % self.config.log_every == 0
             if due or self.progress >= 1:
                 self._wait()
@@ -172,6 +202,8 @@ class Trainer:
         self._check_finite()
         if self.progress < 1:
             self.save()
+        else:
+            self._evaluate_if_due()  # where only the clock ended the run, and not before now
         return self.progress >= 1
 
     def _read_clock(self, start: float) -> None:
@@ -209,6 +241,9 @@ class Trainer:
         own = islice(parts, self._share.start, self._share.stop, self._share.step)
         for number, part in enumerate(own, 1):
             moved = part.to(self.device)
+            if logged and self._window.confidence is None:
+                # Before the pass that trains, whose end leaves sharded weights in their shards.
+                self._window.confidence = measure_confidence(self._models, moved)
             with self.distributed.gradients(last=number == len(self._share)):
                 loss, loss_BL = self.loss(moved)
                 self.distributed.backward(loss)
@@ -232,10 +267,47 @@ class Trainer:
             "progress": round(self.progress, 6)
         }
         self._window = _Window(self.step, self.seconds)
+        if self.evaluations is not None:
+            record |= self.evaluations.take()
         self.last_record = record
-        if self._log is not None:
-            self._log.write([record])
+        self._write_lines(self._log, [record])
         self._reporter.record(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
+        for warning in self._rule.add(record):
+            self.warnings.append(warning)
+            self._reporter.note(f"warning: {warning}")
+
+    def _write_lines(self, log: JsonLog | None, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append to a log; that it cannot be written is no reason to end a training."""
+        if log is None:
+            return
+        try:
+            log.write(records)
+        except OSError as error:
+            self._reporter.note(
+                f"{log.path.name} misses step {self.step}: {error.strerror or error}; training "
+                "goes on, but a checkpoint will need room"
+            )
+
+    def _evaluate_if_due(self) -> float:
+        """Score the model if it is time; the seconds that it took."""
+        settings = self.config.evaluate
+        if self._evaluator is None or settings is None or self.step == self._evaluated:
+            return 0.0
+        if self.step % settings.every and self.progress < 1:
+            return 0.0
+        self._evaluated = self.step
+        self._check_finite()
+        pause = time.perf_counter()
+        self.student.eval()
+        dtype = getattr(torch, self.config.model.output_dtype)
+        with self.distributed.whole(self.device, dtype) as model:
+            if model is not None and self.evaluations is not None:
+                self.evaluations.run(model, self.step)
+            self.processes.wait()
+        self.student.train()
+        return time.perf_counter() - pause
 
     def _sample_if_due(self) -> None:
         settings = self.config.sample
@@ -259,8 +331,7 @@ class Trainer:
             # Hours of training must not end because an example cannot be answered.
             self._reporter.note(f"no sample answers from here on: {error}")
             return False
-        assert self._samples is not None
-        self._samples.write(answers)
+        self._write_lines(self._samples, answers)
         if answers:
             self._reporter.sample(answers[0])
         return True
@@ -276,6 +347,10 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
+        with saving(Path(self.config.output)):
+            return self._write_checkpoint(step)
+
+    def _write_checkpoint(self, step: int) -> Path:
         self._wait()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -377,6 +452,8 @@ class _Window:
         self._norm: Tensor | None = None
         self._lr = 0.0
         self._blocks: list[tuple[Tensor, Tensor]] = []
+        self.confidence: dict[str, Any] | None = None
+        """What `measure_confidence` gave."""
 
     def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
         self._losses.append(loss)
@@ -400,6 +477,7 @@ class _Window:
             "grad_norm": self._norm.item(),
             "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
             "seconds": round(seconds, 3),
+            **mean_confidence(processes.share(self.confidence or {})),
         }
         if self._blocks:
             sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))

@@ -265,7 +265,9 @@ SCENARIOS = {f.__name__: f for f in (resume, reshard, faults, clock, killed, fai
 _stores: list[TCPStore] = []
 
 
-def start(world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+def start(
+    world_size: int, *arguments: object, module: str = "tests.unit.training.parallel_runs"
+) -> list[subprocess.Popen[str]]:
     """The processes of a group, started as torchrun does, which keeps the store they meet in."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _stores.append(store)
@@ -276,7 +278,7 @@ def start(world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.training.parallel_runs", *map(str, arguments)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             cwd=ROOT,
             env=os.environ
             | {name: str(value) for name, value in shared.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.unit.training.tiny_run import make_config
 
-from d2f.cli.train import _make_sampler
+from d2f.cli.train_answers import make_sampler
 from d2f.errors import ConfigError, TrainingError
 from d2f.models.lora import LoraConfig
 from d2f.testing import write_checkpoint, write_tokenizer
@@ -410,7 +410,7 @@ def test_a_run_tells_what_became_of_its_rows(tmp_path, columns):
         sample=SampleConfig(every=2, num_prompts=2, max_new_tokens=4),
     )
     reporter = Notes()
-    summary = train(config, device="cpu", make_sampler=_make_sampler, reporter=reporter)
+    summary = train(config, device="cpu", make_sampler=make_sampler, reporter=reporter)
     written = json.loads((tmp_path / "out/training_summary.json").read_text())["data"]
     assert written == summary.data
     kept = {name: written[name] for name in ("rows", "long_prompts", "dropped", "used", "bad_rows")}

@@ -1,0 +1,209 @@
+"""`d2f train --dry-run`: what a run will need, without weights and without training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from d2f.cli.console import out
+from d2f.errors import CheckpointError, ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
+    from d2f.training.config import TrainConfig
+
+# Memory in GB as sold, and dense products in FLOP/s as the maker says, in bf16 and in fp32.
+_GPUS: dict[str, tuple[float, float, float]] = {
+    "H200": (141, 989e12, 67e12),
+    "H100": (80, 989e12, 67e12),
+    "A100-80GB": (80, 312e12, 19.5e12),
+    "A100-40GB": (40, 312e12, 19.5e12),
+    "L40S": (48, 362e12, 91.6e12),
+    "RTX-4090": (24, 165e12, 82.6e12),
+}
+# Their config.json is that of a shape known here.
+_PRESETS = {
+    "GSAI-ML/LLaDA-8B-Base": "llada-8b",
+    "GSAI-ML/LLaDA-8B-Instruct": "llada-8b",
+    "Dream-org/Dream-v0-Base-7B": "dream-7b",
+    "Dream-org/Dream-v0-Instruct-7B": "dream-7b",
+}
+
+
+def plan(
+    config: TrainConfig, *, gpu: str | None, share: float, processes: int | None
+) -> dict[str, Any]:
+    """All that a dry run prints.
+
+    Args:
+        config: The recipe.
+        gpu: One of the known GPUs; None: this machine's device.
+        share: Of the GPU's peak rate, that training reaches.
+        processes: GPUs; None: as many as a launcher has started, else 1.
+
+    Raises:
+        ConfigError: An unknown GPU, or a batch that the processes cannot divide.
+        CheckpointError: The model's config.json cannot be had.
+    """
+    import os
+    from dataclasses import asdict
+
+    from d2f.training.data_plan import plan_data
+    from d2f.training.estimate import estimate
+
+    if processes is None:
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+    spec, source = _spec(config)
+    found = estimate(config, spec, processes=processes)
+    data = plan_data(config, spec)
+    device = _device(gpu, config)
+    epochs = None
+    if data.num_samples:
+        epochs = config.steps * config.batch_size / data.num_samples
+    seconds = None
+    if device["flops_per_second"] is not None:
+        seconds = found.seconds(config.steps, device["flops_per_second"], share)
+    return {
+        "stage": config.stage,
+        "model": {"name": spec.architecture.name, "source": source},
+        "num_parameters": found.num_parameters,
+        "num_trained_parameters": found.num_trained,
+        "processes": processes,
+        "sharding": config.sharding,
+        "sequences_per_update": found.sequences_per_update,
+        "tokens_per_update": found.tokens_per_update,
+        "micro_batch_size": found.micro_batch,
+        "micro_batches_per_process": found.accumulated,
+        "updates": config.steps,
+        "max_seconds": config.max_seconds,
+        "data": {**asdict(data), "epochs": epochs},
+        "activation_checkpointing": config.activation_checkpointing,
+        "memory_per_gpu": found.memory.to_dict(),
+        "memory_otherwise": found.other_memory.to_dict(),
+        "flops_per_update": found.flops_per_update,
+        "computed_flops_per_update": found.computed_per_update,
+        "device": device,
+        "share_of_peak": share,
+        "seconds": seconds,
+    }
+
+
+def _spec(config: TrainConfig) -> tuple[ModelSpec, str]:
+    """The model's sizes, and where they are from."""
+    from d2f.models.presets import preset_spec
+    from d2f.training.assemble import initial_spec
+
+    init = config.model.init
+    try:
+        return initial_spec(config), "[model.config]" if init is None else "config.json"
+    except CheckpointError as error:
+        if init in _PRESETS:
+            return preset_spec(_PRESETS[init]), f"shape '{_PRESETS[init]}' of d2f"
+        raise CheckpointError(
+            f"a dry run needs the model's config.json, and no more of it: {error}"
+        ) from None
+
+
+def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
+    """Name, memory and peak rate of a GPU; or of this machine, where a CPU's rate is measured."""
+    import torch
+
+    from d2f.evaluation.rates import measure_rates, nominal_bf16_rate
+
+    fast = config.precision == "bfloat16"
+    if gpu is not None:
+        if gpu not in _GPUS:
+            raise ConfigError(unknown_name("GPU", gpu, _GPUS))
+        memory, bf16, fp32 = _GPUS[gpu]
+        return {
+            "name": gpu,
+            "memory_bytes": round(memory * 1e9),
+            "flops_per_second": bf16 if fast else fp32,
+            "rate": f"the maker's, {config.precision}",
+        }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        nominal = nominal_bf16_rate(properties.name) if fast else None
+        name, memory_bytes = properties.name, properties.total_memory
+    else:
+        nominal, name, memory_bytes = None, "cpu", None
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    rate = nominal or measure_rates(kind, config.precision).matmul_flops_per_second
+    return {
+        "name": name,
+        "memory_bytes": memory_bytes,
+        "flops_per_second": rate,
+        "rate": f"the maker's, {config.precision}" if nominal else "of a measured matrix product",
+    }
+
+
+def show_plan(
+    config: TrainConfig, *, gpu: str | None, share: float, processes: int | None, as_json: bool
+) -> None:
+    """Print what `plan` gives, as JSON or in lines; raises as it does."""
+    import json
+
+    facts = plan(config, gpu=gpu, share=share, processes=processes)
+    if as_json:
+        out.print_json(json.dumps(facts))
+    else:
+        print_plan(facts)
+
+
+def print_plan(facts: dict[str, Any]) -> None:
+    """The plan in lines."""
+    data, device = facts["data"], facts["device"]
+    out.print(
+        f"{facts['stage']}: {facts['model']['name']} ({facts['model']['source']}), "
+        f"{facts['num_parameters'] / 1e6:,.1f}M parameters, "
+        f"{facts['num_trained_parameters'] / 1e6:,.2f}M trained"
+    )
+    out.print(
+        f"an update: {facts['sequences_per_update']:,} sequences, "
+        f"{facts['tokens_per_update']:,} tokens; on each of {facts['processes']} processes "
+        f"{facts['micro_batches_per_process']} x {facts['micro_batch_size']} sequences"
+    )
+    until = f", at most {facts['max_seconds']:,.0f} s" if facts["max_seconds"] else ""
+    if data["num_samples"] is None:
+        out.print(f"{facts['updates']:,} updates{until}; epochs not known: {data['note']}")
+    else:
+        out.print(
+            f"{facts['updates']:,} updates{until}: {data['epochs']:.2f} epochs of "
+            f"{data['num_samples']:,} samples ({data['note']})"
+        )
+    _print_memory(facts)
+    if facts["seconds"] is not None:
+        rate, update = device["flops_per_second"], facts["computed_flops_per_update"]
+        out.print(
+            f"\ntime: {_duration(facts['seconds'])} if {facts['processes']} x {device['name']} "
+            f"reach {facts['share_of_peak']:.0%} of {rate / 1e12:,.2f} TFLOP/s each "
+            f"({device['rate']}); {update / 1e12:,.2f} TFLOP an update. Evaluations, samples and "
+            "checkpoints come on top"
+        )
+
+
+def _print_memory(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    one, other = facts["memory_per_gpu"], facts["memory_otherwise"]
+    columns = [one, other] if not facts["activation_checkpointing"] else [other, one]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("GB per process")
+    table.add_column("activation\ncheckpointing off", justify="right")
+    table.add_column("on", justify="right", vertical="bottom")
+    for name in one:
+        table.add_row(name, *(f"{column[name] / 1e9:,.2f}" for column in columns))
+    out.print()
+    out.print(table)
+    chosen = "on" if facts["activation_checkpointing"] else "off"
+    room = facts["device"]["memory_bytes"]
+    told = ""
+    if room is not None:
+        fits = "less" if one["total"] < room else "more"
+        told = f"; that is {fits} than the {room / 1e9:,.0f} GB of {facts['device']['name']}"
+    out.print(f"The recipe has it {chosen}{told}. Not counted: about 1 GB of the libraries' own")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,143 @@
+"""The score of a model in memory, for looking at it while it is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.request import Request
+from d2f.engine.sizing import enough_bytes, free_bytes
+from d2f.errors import D2FError
+from d2f.evaluation.answering import Answered, Answering
+from d2f.evaluation.metrics import ratio, standard_error
+from d2f.evaluation.task import Example, Task
+from d2f.text import Tokenizer
+
+_MEMORY_SHARE = 0.8
+"""Of the free memory, at most, for keys and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickScore:
+    """Problems, and how they are put to a model.
+
+    Example:
+        >>> from d2f.shipped import shipped_model
+        >>> from d2f.evaluation.native import load_native_task
+        >>> tokenizer = Tokenizer.load(shipped_model("student"))
+        >>> problems = QuickScore(
+        ...     task=load_native_task("word-problems", num_examples=3), tokenizer=tokenizer)
+        >>> len(problems.prompts())
+        3
+    """
+
+    task: Task
+    tokenizer: Tokenizer
+    chat: bool | None = None
+    """Whether prompts go through the chat template; None: if there is one."""
+    prompt_ids: Sequence[Sequence[int]] | None = None
+    """The prompts in tokens, where they are known already."""
+    strategy: str = "pipelined"
+    policy: Any = None
+    """The decoding policy; None: the model's own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int = 256
+    batch_size: int = 16
+
+    def prompts(self) -> list[list[int]]:
+        """The prompts in tokens.
+
+        Raises:
+            RequestError: The chat template refuses one.
+        """
+        if self.prompt_ids is not None:
+            return [list(ids) for ids in self.prompt_ids]
+        return [self._encode(example) for example in self.task.examples()]
+
+    def _encode(self, example: Example) -> list[int]:
+        templated = self.chat is not False and self.tokenizer.chat_template is not None
+        if templated and example.messages is not None:
+            return self.tokenizer.encode_chat(example.messages)
+        return self.tokenizer.encode_prompt(example.prompt, chat=self.chat)
+
+    def of(self, model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Answer all problems and judge the answers.
+
+        Args:
+            model: As the engine takes it, in evaluation mode.
+            prompts: What `prompts` gave.
+
+        Returns:
+            `score` with its `standard_error`, `num_problems`, `num_errors`, `tokens_per_forward`
+            (None without an answer), `mean_tokens` and `seconds`.
+
+        Raises:
+            D2FError: No problem could be answered, or the answers cannot be judged.
+        """
+        start = time.perf_counter()
+        engine = self._engine(model, prompts)
+        answered: list[Answered] = []
+        try:
+            most = self.batch_size if self.batch_size == 1 else 2 * self.batch_size
+            indices = range(len(prompts))
+            for finished, _ in Answering(
+                engine, indices, lambda i: self._ask(prompts[i]), most=most
+            ):
+                answered += finished
+        finally:
+            # An error's traceback keeps the engine, which must not keep the cache.
+            engine.close()
+        good = [answer for answer in answered if answer.error is None]
+        if not good:
+            raise D2FError(f"no problem could be answered: {answered[0].error}")
+        return self._judge(good, len(prompts)) | {"seconds": round(time.perf_counter() - start, 3)}
+
+    def _ask(self, prompt: Sequence[int]) -> Request:
+        return Request(
+            prompt_ids=prompt,
+            max_new_tokens=self.max_new_tokens,
+            policy=self.policy,
+            strategy=self.strategy,
+            stop=tuple(self.task.stop),
+            options=self.options,
+        )
+
+    def _judge(self, good: Sequence[Answered], count: int) -> dict[str, Any]:
+        examples, stops = self.task.examples(), self.task.stop
+        texts = []
+        for answer in good:
+            text = self.tokenizer.decode(answer.token_ids)
+            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))
+            texts.append(text[:cut])
+        verdicts = self.task.judge([examples[answer.index] for answer in good], texts)
+        share = sum(verdict.correct for verdict in verdicts) / count
+        tokens = sum(len(answer.token_ids) for answer in good)
+        forwards = sum(answer.num_forwards for answer in good)
+        return {
+            "score": share,
+            "standard_error": round(standard_error(share, count), 6),
+            "num_problems": count,
+            "num_errors": count - len(good),
+            "tokens_per_forward": round(ratio(tokens, forwards), 4) if forwards else None,
+            "mean_tokens": round(tokens / len(good), 2),
+        }
+
+    def _engine(self, model: Any, prompts: Sequence[Sequence[int]]) -> Engine:
+        """An engine with no larger a cache than these problems can fill."""
+        config = EngineConfig(max_batch_size=self.batch_size)
+        longest = max(len(prompt) for prompt in prompts) + self.max_new_tokens
+        if longest > model.spec.max_positions:
+            longest = model.spec.max_positions
+        enough = enough_bytes(
+            model.spec,
+            [longest] * self.batch_size,
+            page_size=config.page_size,
+            max_batch_size=self.batch_size,
+            dtype=model.dtype,
+        )
+        room = max(int(_MEMORY_SHARE * free_bytes(model.device)), 1)
+        config = EngineConfig(max_batch_size=self.batch_size, kv_cache_bytes=min(enough, room))
+        return Engine(model, config, self.tokenizer)

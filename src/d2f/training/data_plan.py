@@ -1,0 +1,49 @@
+"""What can be said of a run's data without reading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from d2f.errors import D2FError
+from d2f.models.spec import ModelSpec
+from d2f.text import Tokenizer
+from d2f.training.assemble import find_tokenizer
+from d2f.training.config import TrainConfig
+from d2f.training.data import TokenDataset
+from d2f.training.sources import cached_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """How many samples a run has."""
+
+    num_samples: int | None
+    """None: not known without reading them."""
+    note: str
+    """How that is known, or why it is not."""
+
+
+def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
+    """Count the samples if that is cheap: problems that are generated, or data in the cache."""
+    settings = config.data
+    if settings.num_problems is not None:
+        return DataPlan(
+            num_samples=settings.num_problems,
+            note="generated; those that do not fit are dropped when the run starts",
+        )
+    try:
+        folder = find_tokenizer(config)
+        if folder is None:
+            return _unknown("the tokenizer is trained when the run starts")
+        encoded = cached_data(settings, Tokenizer.load(folder))
+        if encoded is None:
+            return _unknown("the data have not been read with these settings yet")
+        dataset = TokenDataset(encoded, settings, eos_token_id=(*spec.eos_token_ids, 0)[0])
+    except D2FError as error:
+        return _unknown(str(error).partition(". ")[0])
+    held_out = (config.evaluate.held_out or 0) if config.evaluate else 0
+    return DataPlan(num_samples=len(dataset) - held_out, note="counted in the cache of token ids")
+
+
+def _unknown(reason: str) -> DataPlan:
+    return DataPlan(num_samples=None, note=reason)

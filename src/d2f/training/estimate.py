@@ -1,0 +1,254 @@
+"""What a run will need, from its recipe and the sizes of its model alone: memory and operations.
+
+Counted per process (GPU). Shapes: D hidden size, Q query dims (heads times head size), K key/value
+dims, F intermediate size, V vocabulary; s and a are the bytes of a number in the residual stream
+(the weights' type) and in products (2 under bfloat16, else that of the weights).
+
+- Weights: those of the model in `model.dtype`, an adapter in fp32, and of a teacher of its own.
+- Gradients and AdamW's two moments: 4 and 8 bytes for each trained number.
+- Activations of a layer and token: 2D s (inputs of the two norms) + (2Q + 2K) a (queries, keys,
+  values, what attention gives; one more Q where heads share keys), and 3F a (gate, its SiLU, up).
+  Where all weights are trained, 4D s (what norms give, before and after their weights) and F a
+  more. Each adapted projection keeps its input, twice with dropout. With activation checkpointing a
+  layer keeps D s, and one layer at a time has all of the above.
+- The loss: chunks within `loss_memory_mib`, and at the masked positions hidden states with their
+  gradient in fp32.
+- bf16 copies of fp32 weights, which autocast keeps for the backward pass: 2 bytes each.
+
+Not counted: the CUDA context (about 0.5 GB), what libraries work with, fragmentation, and what
+`torch.compile` saves by recomputing, which makes activations smaller. Tests hold the activations
+against counted ones of tiny models, within 25%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from d2f.errors import ConfigError
+from d2f.models.checkpoint import as_diffusion
+from d2f.models.lora import LoraLinear, attach_adapter
+from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Layer, Transformer
+from d2f.training.chunked_loss import LOGIT_BYTES
+from d2f.training.config import TrainConfig
+from d2f.training.flops import Work, step_flops
+
+_GRADIENT_BYTES = 4
+_OPTIMIZER_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    copies: int
+    """bf16 copies of fp32 weights."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {**vars(self), "total": self.total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will need."""
+
+    num_parameters: int
+    num_trained: int
+    sequences_per_update: int
+    tokens_per_update: int
+    micro_batch: int
+    """Sequences on a GPU at once."""
+    accumulated: int
+    """Micro-batches of a process for an update."""
+    processes: int
+    flops_per_update: int
+    """That an update must do, on all GPUs together, as model FLOPs utilisation counts them."""
+    computed_per_update: int
+    """With what activation checkpointing computes twice."""
+    memory: Memory
+    """As the recipe says."""
+    other_memory: Memory
+    """The same with activation checkpointing the other way."""
+
+    def seconds(self, steps: int, peak: float, share: float) -> float:
+        """Time of so many updates on GPUs of a peak rate, of which they reach a share."""
+        return steps * self.computed_per_update / (peak * share * self.processes)
+
+
+def estimate(config: TrainConfig, spec: ModelSpec, *, processes: int = 1) -> Estimate:
+    """What a run of a recipe will need.
+
+    Args:
+        config: The recipe.
+        spec: Of `model.init` or `model.config`.
+        processes: GPUs, one process each.
+
+    Raises:
+        ConfigError: The adapter names none of the model's modules, or the batch cannot be divided
+            among the processes.
+
+    Example:
+        >>> from d2f.models.presets import preset_spec
+        >>> from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig
+        >>> config = TrainConfig(
+        ...     stage="autoregressive", output="x", steps=1, batch_size=8, micro_batch_size=2,
+        ...     model=ModelConfig(init="x"), optimizer=OptimizerConfig(lr=1e-4),
+        ...     data=DataConfig(kind="problems", num_problems=1, sequence_length=1024))
+        >>> result = estimate(config, preset_spec("llama-3-8b"))
+        >>> round(result.memory.optimizer / 1e9), result.accumulated
+        (64, 4)
+    """
+    model = _model(config, spec)
+    micro = config.micro_batch_size or config.batch_size // processes
+    if micro == 0 or config.batch_size % (micro * processes):
+        raise ConfigError(
+            f"batch_size {config.batch_size} cannot be divided evenly among {processes} processes"
+            + (f" with micro_batch_size {micro}" if config.micro_batch_size else "")
+        )
+    accumulated = config.batch_size // (micro * processes)
+    length = config.data.sequence_length
+    flops = _flops(config, model, config.batch_size * length)
+    recomputed = flops["student"] if config.activation_checkpointing else 0
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memories = {
+        recompute: _memory(config, model, micro, processes, recompute=recompute)
+        for recompute in (False, True)
+    }
+    return Estimate(
+        num_parameters=model.spec.num_parameters,
+        num_trained=num_trained,
+        sequences_per_update=config.batch_size,
+        tokens_per_update=config.batch_size * length,
+        micro_batch=micro,
+        accumulated=accumulated,
+        processes=processes,
+        flops_per_update=sum(flops.values()),
+        computed_per_update=sum(flops.values()) + recomputed,
+        memory=memories[config.activation_checkpointing],
+        other_memory=memories[not config.activation_checkpointing],
+    )
+
+
+def _model(config: TrainConfig, spec: ModelSpec) -> Transformer:
+    """The model as the run trains it, without memory for weights."""
+    with torch.device("meta"):
+        model = Transformer(spec)
+    if spec.architecture.causal and config.stage != "autoregressive":
+        model = as_diffusion(model, mask_token_id=0)
+    if config.lora is None:
+        return model.requires_grad_(True)
+    attach_adapter(model, config.lora, torch.Generator())
+    return model
+
+
+def _counted_share(config: TrainConfig) -> float:
+    """Share of all positions that count in the loss, if prompts were empty."""
+    noise = config.noise
+    return 1.0 if noise is None else (noise.low + noise.high) / 2
+
+
+def _has_teacher(config: TrainConfig) -> bool:
+    hard = config.objective is not None and config.objective.objective == "cross_entropy"
+    return config.stage == "d2f" and not hard
+
+
+def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[str, int]:
+    """Operations of an update; all tokens are taken to see all of their sequence."""
+    pairs = num_tokens * config.data.sequence_length
+    work = Work(
+        num_tokens=num_tokens,
+        num_counted=round(num_tokens * _counted_share(config)),
+        teacher_pairs=pairs,
+        student_pairs=pairs // 2 if config.stage == "autoregressive" else pairs,
+    )
+    found = step_flops(model, None, work).to_dict()
+    del found["total"]
+    if not _has_teacher(config):
+        found["teacher"] = 0
+    return found
+
+
+def _memory(
+    config: TrainConfig, model: Transformer, micro: int, processes: int, *, recompute: bool
+) -> Memory:
+    spec = model.spec
+    size = getattr(torch, config.model.dtype).itemsize
+    products = 2 if config.precision == "bfloat16" else size
+    own_teacher = _has_teacher(config) and (config.lora is None or config.model.teacher != "init")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = sum(
+        m.lora_A.numel() + m.lora_B.numel() for m in model.modules() if isinstance(m, LoraLinear)
+    )
+    shards = processes if config.sharding == "full" else 1
+    base = spec.num_parameters * size
+    # An adapter is not sharded; one layer, and embedding with head, are whole while they compute.
+    weights = (1 + own_teacher) * base // shards + 4 * adapter
+    if shards > 1:
+        weights += (1 - 1 / shards) * (base - (spec.num_layers - 1) * _layer_weights(model) * size)
+    kept = trained if adapter else trained // shards
+    tokens = micro * config.data.sequence_length
+    layer = layer_bytes(model, residual=size, products=products)
+    activations = spec.num_layers * layer
+    if recompute:
+        activations = spec.num_layers * spec.hidden_size * size + layer
+    counted = round(tokens * _counted_share(config))
+    chunks = min(config.loss_memory_mib * 2**20, LOGIT_BYTES * spec.vocab_size * max(counted, 1))
+    head = spec.vocab_size * spec.hidden_size * _GRADIENT_BYTES if not adapter else 0
+    # Autocast keeps copies until the pass ends; with recomputing, of a layer at a time.
+    layers = 1 if recompute else spec.num_layers
+    copied = layers * _layer_weights(model) + spec.vocab_size * spec.hidden_size
+    return Memory(
+        weights=round(weights),
+        gradients=_GRADIENT_BYTES * kept,
+        optimizer=_OPTIMIZER_BYTES * kept,
+        activations=tokens * activations,
+        loss=chunks + head + 2 * 4 * counted * spec.hidden_size,
+        copies=2 * copied if products < size else 0,
+    )
+
+
+def _layer_weights(model: Transformer) -> int:
+    """Numbers of a layer, without its adapter."""
+    spec = model.spec
+    tables = (1 if spec.tie_embeddings else 2) * spec.vocab_size * spec.hidden_size
+    return (spec.num_parameters - tables - spec.hidden_size) // spec.num_layers
+
+
+def layer_bytes(model: Transformer, *, residual: int, products: int) -> int:
+    """Bytes that a layer keeps of a token for the backward pass (the module's docstring says what).
+
+    Args:
+        model: Its trained parameters require gradients; may be on the meta device.
+        residual: Bytes of a number in the residual stream.
+        products: Bytes of a number in products.
+    """
+    spec = model.spec
+    query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    streams = 2 * spec.hidden_size
+    numbers = 2 * query + 2 * kv + 3 * spec.intermediate_size
+    if layer.attention_norm.weight.requires_grad:
+        streams += 4 * spec.hidden_size
+        numbers += spec.intermediate_size + (query if query != kv else 0)
+    for module in layer.modules():
+        if isinstance(module, LoraLinear):
+            base: nn.Linear = module.base
+            copies = 2 if module.config.dropout else 1
+            numbers += copies * base.in_features + len(module.lora_A)
+    return streams * residual + numbers * products

@@ -1,0 +1,117 @@
+"""Evaluations during training: when they are due, their lines, and the best model so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2f.models.transformer import Transformer
+from d2f.training.progress import JsonLog, Reporter
+
+Evaluator = Callable[[Transformer], Mapping[str, Any]]
+"""Scores the model: `score` (higher is better), `standard_error`, `tokens_per_forward`, ….."""
+SaveBest = Callable[[Transformer, Mapping[str, Any]], object]
+"""Keeps the model, with the line of its evaluation."""
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+BEST_FOLDER = "best"
+BEST_FILE = "evaluation.json"
+
+
+class Evaluations:
+    """The evaluations of a run.
+
+    Args:
+        output: The run's folder. A resumed run goes on with its lines and its best model.
+        evaluator: Scores the model.
+        save_best: Is called with each model that is better than all before.
+        reporter: Is told of each.
+        after_step: The step that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        evaluator: Evaluator,
+        save_best: SaveBest,
+        reporter: Reporter,
+        *,
+        after_step: int = 0,
+    ) -> None:
+        self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
+        self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
+        # What lies there is the truth: a crash may have lost lines, but not this folder.
+        self.best = read_best(output) if after_step else None
+        """The line of the best evaluation."""
+        self.last: Mapping[str, Any] | None = None
+        """The line of the last step's evaluation; None if that failed or is not made yet."""
+        self._unlogged: Mapping[str, Any] | None = None
+
+    def run(self, model: Transformer, step: int) -> None:
+        """Score the model, and keep it if it is the best.
+
+        It is left as it was, random state included. What fails is told and not raised: hours of
+        training must not end because problems cannot be scored.
+        """
+        self.last = None
+        devices = [model.device] if model.device.type == "cuda" else []
+        training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                record = {"step": step, **self._evaluator(model)}
+            self._log.write([record])
+            if is_better(record, self.best):
+                self._save_best(model, record)
+                self.best = record
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            self._reporter.note(
+                f"the evaluation at step {step} failed: {reason[0] if reason else repr(error)}; "
+                "training goes on"
+            )
+            return
+        finally:
+            model.train(training)
+            if devices:
+                torch.cuda.empty_cache()  # the engine's cache, which the next step may need
+        self.last = self._unlogged = record
+        self._reporter.evaluation(record | {"best_step": self.best["step"] if self.best else step})
+
+    def take(self) -> dict[str, Any]:
+        """What the next line of the log says: the evaluation since the last one, if any."""
+        record, self._unlogged = self._unlogged, None
+        if record is None:
+            return {}
+        names = ("step", "score", "tokens_per_forward")
+        return {"evaluation": {name: record[name] for name in names if name in record}}
+
+
+def is_better(record: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Whether the score is higher, or equal with more tokens per forward.
+
+    Example:
+        >>> is_better({"score": 0.5, "tokens_per_forward": 2.0}, {"score": 0.5})
+        True
+    """
+    if best is None:
+        return True
+    return _rank(record) > _rank(best)
+
+
+def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
+    return float(record["score"]), float(record.get("tokens_per_forward") or 0.0)
+
+
+def read_best(output: Path) -> dict[str, Any] | None:
+    """The evaluation of the model in `best/`; None where there is none."""
+    try:
+        record = json.loads((output / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
+        _rank(record)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return record
