@@ -241,7 +241,7 @@ def test_a_dream_folder_needs_no_code(qwen2, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_streamed_text_is_the_whole_text(llada_tokenizer, data):
     tokenizer = llada_tokenizer
     if data.draw(st.booleans()):
