@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
     from d2f.training.config import TrainConfig
 
-# Memory in GiB that a process finds there, which differs from what is sold as GB; and dense products
-# in FLOP/s as the maker says, in bf16 and in fp32.
+# Memory in GiB that a process finds there, which is not the number of GB it is sold by; and dense
+# products in FLOP/s as the maker says, in bf16 and in fp32.
 _GPUS: dict[str, tuple[float, float, float]] = {
     "H200": (139.7, 989e12, 67e12),
     "H100": (79.1, 989e12, 67e12),

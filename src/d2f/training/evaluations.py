@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class Evaluations:
         save_best: SaveBest,
         reporter: Reporter,
         *,
-        measure: Mapping[str, Any],
+        measure: str,
         after_step: int = 0,
     ) -> None:
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
@@ -115,14 +116,15 @@ def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
     return float(record["score"]), float(record.get("tokens_per_forward") or 0.0)
 
 
-def measure_of(config: TrainConfig) -> dict[str, Any]:
-    """The settings that scores depend on: those of other settings cannot be compared."""
+def measure_of(config: TrainConfig) -> str:
+    """A hash of the settings that scores depend on: those of others cannot be compared."""
     table = to_table(config)
     evaluate = {k: v for k, v in table["evaluate"].items() if k not in ("every", "batch_size")}
-    return {"evaluate": evaluate, "policy": table["policy"]}
+    text = json.dumps([evaluate, table["policy"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_best(output: Path, measure: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_best(output: Path, measure: str) -> dict[str, Any] | None:
     """The evaluation of the model in `best/`; None where there is none of this measure."""
     try:
         record = json.loads((output / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
