@@ -105,7 +105,9 @@ def train_command(
 
 
 def _print_summary(summary: TrainingSummary) -> None:
-    out.print(f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)")
+    line = f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)"
+    out.print(line, markup=False)
     if summary.best is not None:
         score, step = summary.best["score"], summary.best["step"]
-        out.print(f"{summary.best['folder']}  (best score, {score:.1%} at step {step})")
+        line = f"{summary.best['folder']}  (best score, {score:.1%} at step {step})"
+        out.print(line, markup=False)

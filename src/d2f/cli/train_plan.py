@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
     from d2f.training.config import TrainConfig
 
-# Memory in GB as sold, and dense products in FLOP/s as the maker says, in bf16 and in fp32.
+# Memory in GiB that a process finds there, which is not the number of GB it is sold by; and dense
+# products in FLOP/s as the maker says, in bf16 and in fp32.
 _GPUS: dict[str, tuple[float, float, float]] = {
-    "H200": (141, 989e12, 67e12),
-    "H100": (80, 989e12, 67e12),
-    "A100-80GB": (80, 312e12, 19.5e12),
-    "A100-40GB": (40, 312e12, 19.5e12),
-    "L40S": (48, 362e12, 91.6e12),
-    "RTX-4090": (24, 165e12, 82.6e12),
+    "H200": (139.7, 989e12, 67e12),
+    "H100": (79.1, 989e12, 67e12),
+    "A100-80GB": (79.1, 312e12, 19.5e12),
+    "A100-40GB": (39.4, 312e12, 19.5e12),
+    "L40S": (44.4, 362e12, 91.6e12),
+    "RTX-4090": (23.6, 165e12, 82.6e12),
 }
 # Their config.json is that of a shape known here.
 _PRESETS = {
@@ -57,11 +58,12 @@ def plan(
     data = plan_data(config, spec)
     device = _device(gpu, config)
     epochs = None
-    if data.num_samples:
+    if data.num_samples is not None:
         epochs = config.steps * config.batch_size / data.num_samples
     seconds = None
     if device["flops_per_second"] is not None:
         seconds = found.seconds(config.steps, device["flops_per_second"], share)
+        seconds = min(seconds, config.max_seconds or seconds)
     return {
         "stage": config.stage,
         "model": {"name": spec.architecture.name, "source": source},
@@ -109,16 +111,17 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
 
     from d2f.evaluation.rates import measure_rates, nominal_bf16_rate
 
-    fast = config.precision == "bfloat16"
+    fast = "bfloat16" in (config.precision, config.model.dtype)
+    precision = "bfloat16" if fast else "float32"
     if gpu is not None:
         if gpu not in _GPUS:
             raise ConfigError(unknown_name("GPU", gpu, _GPUS))
         memory, bf16, fp32 = _GPUS[gpu]
         return {
             "name": gpu,
-            "memory_bytes": round(memory * 1e9),
+            "memory_bytes": round(memory * 2**30),
             "flops_per_second": bf16 if fast else fp32,
-            "rate": f"the maker's, {config.precision}",
+            "rate": f"the maker's, {precision}",
         }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -127,12 +130,12 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
     else:
         nominal, name, memory_bytes = None, "cpu", None
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = nominal or measure_rates(kind, config.precision).matmul_flops_per_second
+    rate = nominal or measure_rates(kind, precision).matmul_flops_per_second
     return {
         "name": name,
         "memory_bytes": memory_bytes,
         "flops_per_second": rate,
-        "rate": f"the maker's, {config.precision}" if nominal else "of a measured matrix product",
+        "rate": f"the maker's, {precision}" if nominal else "of a measured matrix product",
     }
 
 
@@ -151,32 +154,34 @@ def show_plan(
 
 def print_plan(facts: dict[str, Any]) -> None:
     """The plan in lines."""
-    data, device = facts["data"], facts["device"]
-    out.print(
+    data, device, processes = facts["data"], facts["device"], facts["processes"]
+    _say(
         f"{facts['stage']}: {facts['model']['name']} ({facts['model']['source']}), "
         f"{facts['num_parameters'] / 1e6:,.1f}M parameters, "
         f"{facts['num_trained_parameters'] / 1e6:,.2f}M trained"
     )
-    out.print(
+    _say(
         f"an update: {facts['sequences_per_update']:,} sequences, "
-        f"{facts['tokens_per_update']:,} tokens; on each of {facts['processes']} processes "
-        f"{facts['micro_batches_per_process']} x {facts['micro_batch_size']} sequences"
+        f"{facts['tokens_per_update']:,} tokens; "
+        f"{f'on each of {processes} processes ' if processes > 1 else ''}"
+        f"{facts['micro_batches_per_process']} micro-batches of {facts['micro_batch_size']}"
     )
-    until = f", at most {facts['max_seconds']:,.0f} s" if facts["max_seconds"] else ""
+    most = "at most " if facts["max_seconds"] else ""
+    until = f" within {_duration(facts['max_seconds'])}" if facts["max_seconds"] else ""
     if data["num_samples"] is None:
-        out.print(f"{facts['updates']:,} updates{until}; epochs not known: {data['note']}")
+        _say(f"{most}{facts['updates']:,} updates{until}; epochs not known: {data['note']}")
     else:
-        out.print(
-            f"{facts['updates']:,} updates{until}: {data['epochs']:.2f} epochs of "
+        _say(
+            f"{most}{facts['updates']:,} updates{until}: {data['epochs']:.2f} epochs of "
             f"{data['num_samples']:,} samples ({data['note']})"
         )
     _print_memory(facts)
     if facts["seconds"] is not None:
         rate, update = device["flops_per_second"], facts["computed_flops_per_update"]
-        out.print(
-            f"\ntime: {_duration(facts['seconds'])} if {facts['processes']} x {device['name']} "
-            f"reach {facts['share_of_peak']:.0%} of {rate / 1e12:,.2f} TFLOP/s each "
-            f"({device['rate']}); {update / 1e12:,.2f} TFLOP an update. Evaluations, samples and "
+        _say(
+            f"\ntime: {_duration(facts['seconds'])} if {processes} x {device['name']} "
+            f"reach {facts['share_of_peak']:.0%} of {rate / 1e12:,.4g} TFLOP/s each "
+            f"({device['rate']}); {update / 1e12:,.4g} TFLOP an update. Evaluations, samples and "
             "checkpoints come on top"
         )
 
@@ -187,11 +192,11 @@ def _print_memory(facts: dict[str, Any]) -> None:
     one, other = facts["memory_per_gpu"], facts["memory_otherwise"]
     columns = [one, other] if not facts["activation_checkpointing"] else [other, one]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("GB per process")
+    table.add_column("GiB per process")
     table.add_column("activation\ncheckpointing off", justify="right")
     table.add_column("on", justify="right", vertical="bottom")
     for name in one:
-        table.add_row(name, *(f"{column[name] / 1e9:,.2f}" for column in columns))
+        table.add_row(name, *(f"{column[name] / 2**30:,.2f}" for column in columns))
     out.print()
     out.print(table)
     chosen = "on" if facts["activation_checkpointing"] else "off"
@@ -199,11 +204,16 @@ def _print_memory(facts: dict[str, Any]) -> None:
     told = ""
     if room is not None:
         fits = "less" if one["total"] < room else "more"
-        told = f"; that is {fits} than the {room / 1e9:,.0f} GB of {facts['device']['name']}"
-    out.print(f"The recipe has it {chosen}{told}. Not counted: about 1 GB of the libraries' own")
+        told = f"; that is {fits} than the {room / 2**30:,.1f} GiB of {facts['device']['name']}"
+    _say(f"The recipe has it {chosen}{told}. Not counted: about 1 GiB of the libraries' own")
+
+
+def _say(line: str) -> None:
+    # Names of folders and tables may have brackets, which would be read as colours.
+    out.print(line, markup=False, soft_wrap=not out.is_terminal)
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -32,7 +32,7 @@ from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table
 from d2f.training.distributed_model import DistributedModel
-from d2f.training.evaluations import BEST_FILE, BEST_FOLDER
+from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
 from d2f.training.model_card import CardFacts, model_card
 from d2f.training.optimizer_state import save_shards
 from d2f.training.processes import Processes
@@ -192,7 +192,12 @@ def save_best(
     if not has_adapter(model):
         model = _converted(model, getattr(torch, config.model.output_dtype))
     return _save_result(
-        model, config, tokenizer_folder, facts, BEST_FOLDER, {BEST_FILE: dict(record)}
+        model,
+        config,
+        tokenizer_folder,
+        facts,
+        BEST_FOLDER,
+        {BEST_FILE: {**record, "measure": measure_of(config)}},
     )
 
 

@@ -142,6 +142,11 @@ class TrainConfig:
         hard = self.objective is not None and self.objective.objective == "cross_entropy"
         if hard and self.model.teacher != "init":
             raise ConfigError("objective cross_entropy trains on the data; it has no model.teacher")
+        strategy = self.evaluate.strategy if self.evaluate else None
+        if strategy and (strategy == "autoregressive") != (self.stage == "autoregressive"):
+            raise ConfigError(
+                f'evaluate.strategy "{strategy}" cannot decode a model of stage {self.stage}'
+            )
         if self.tokenizer is None and self.model.init is None:
             raise ConfigError("new weights need a [tokenizer]")
 

@@ -27,10 +27,8 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
     """Count the samples if that is cheap: problems that are generated, or data in the cache."""
     settings = config.data
     if settings.num_problems is not None:
-        return DataPlan(
-            num_samples=settings.num_problems,
-            note="generated; those that do not fit are dropped when the run starts",
-        )
+        note = "generated; those that do not fit are dropped when the run starts"
+        return _without_held_out(settings.num_problems, config, note)
     try:
         folder = find_tokenizer(config)
         if folder is None:
@@ -41,8 +39,14 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
         dataset = TokenDataset(encoded, settings, eos_token_id=(*spec.eos_token_ids, 0)[0])
     except D2FError as error:
         return _unknown(str(error).partition(". ")[0])
+    return _without_held_out(len(dataset), config, "counted in the cache of token ids")
+
+
+def _without_held_out(count: int, config: TrainConfig, note: str) -> DataPlan:
     held_out = (config.evaluate.held_out or 0) if config.evaluate else 0
-    return DataPlan(num_samples=len(dataset) - held_out, note="counted in the cache of token ids")
+    if held_out >= count:
+        return _unknown(f"evaluate.held_out {held_out} leaves nothing of {count} samples")
+    return DataPlan(num_samples=count - held_out, note=note)
 
 
 def _unknown(reason: str) -> DataPlan:

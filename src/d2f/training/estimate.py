@@ -5,7 +5,8 @@ dims, F intermediate size, V vocabulary; s and a are the bytes of a number in th
 (the weights' type) and in products (2 under bfloat16, else that of the weights).
 
 - Weights: those of the model in `model.dtype`, an adapter in fp32, and of a teacher of its own.
-- Gradients and AdamW's two moments: 4 and 8 bytes for each trained number.
+- Gradients and AdamW's two moments: 4 and 8 bytes for each trained number. Sharded gradients are
+  whole while micro-batches are added up.
 - Activations of a layer and token: 2D s (inputs of the two norms) + (2Q + 2K) a (queries, keys,
   values, what attention gives; one more Q where heads share keys), and 3F a (gate, its SiLU, up).
   Where all weights are trained, 4D s (what norms give, before and after their weights) and F a
@@ -126,7 +127,7 @@ def estimate(config: TrainConfig, spec: ModelSpec, *, processes: int = 1) -> Est
     recomputed = flops["student"] if config.activation_checkpointing else 0
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memories = {
-        recompute: _memory(config, model, micro, processes, recompute=recompute)
+        recompute: _memory(config, model, micro, accumulated, processes, recompute=recompute)
         for recompute in (False, True)
     }
     return Estimate(
@@ -184,7 +185,13 @@ def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[
 
 
 def _memory(
-    config: TrainConfig, model: Transformer, micro: int, processes: int, *, recompute: bool
+    config: TrainConfig,
+    model: Transformer,
+    micro: int,
+    accumulated: int,
+    processes: int,
+    *,
+    recompute: bool,
 ) -> Memory:
     spec = model.spec
     size = getattr(torch, config.model.dtype).itemsize
@@ -214,7 +221,7 @@ def _memory(
     copied = layers * _layer_weights(model) + spec.vocab_size * spec.hidden_size
     return Memory(
         weights=round(weights),
-        gradients=_GRADIENT_BYTES * kept,
+        gradients=_GRADIENT_BYTES * (trained if accumulated > 1 else kept),
         optimizer=_OPTIMIZER_BYTES * kept,
         activations=tokens * activations,
         loss=chunks + head + 2 * 4 * counted * spec.hidden_size,

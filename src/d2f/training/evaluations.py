@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from d2f.models.transformer import Transformer
+from d2f.training.config import TrainConfig, to_table
 from d2f.training.progress import JsonLog, Reporter
 
 Evaluator = Callable[[Transformer], Mapping[str, Any]]
@@ -30,6 +32,7 @@ class Evaluations:
         evaluator: Scores the model.
         save_best: Is called with each model that is better than all before.
         reporter: Is told of each.
+        measure: What `measure_of` gives. A best model of another one is replaced by the next.
         after_step: The step that the run goes on from.
     """
 
@@ -40,13 +43,19 @@ class Evaluations:
         save_best: SaveBest,
         reporter: Reporter,
         *,
+        measure: str,
         after_step: int = 0,
     ) -> None:
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
         self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
         # What lies there is the truth: a crash may have lost lines, but not this folder.
-        self.best = read_best(output) if after_step else None
+        self.best = read_best(output, measure) if after_step else None
         """The line of the best evaluation."""
+        if after_step and self.best is None and (output / BEST_FOLDER).exists():
+            reporter.note(
+                f"{output / BEST_FOLDER} was not scored as this run scores; the next model that is "
+                "evaluated replaces it"
+            )
         self.last: Mapping[str, Any] | None = None
         """The line of the last step's evaluation; None if that failed or is not made yet."""
         self._unlogged: Mapping[str, Any] | None = None
@@ -107,11 +116,19 @@ def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
     return float(record["score"]), float(record.get("tokens_per_forward") or 0.0)
 
 
-def read_best(output: Path) -> dict[str, Any] | None:
-    """The evaluation of the model in `best/`; None where there is none."""
+def measure_of(config: TrainConfig) -> str:
+    """A hash of the settings that scores depend on: those of others cannot be compared."""
+    table = to_table(config)
+    evaluate = {k: v for k, v in table["evaluate"].items() if k not in ("every", "batch_size")}
+    text = json.dumps([evaluate, table["policy"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_best(output: Path, measure: str) -> dict[str, Any] | None:
+    """The evaluation of the model in `best/`; None where there is none of this measure."""
     try:
         record = json.loads((output / BEST_FOLDER / BEST_FILE).read_text(encoding="utf-8"))
         _rank(record)
+        return record if record.pop("measure") == measure else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return record

@@ -190,7 +190,9 @@ def _without_folders(value: Any) -> Any:
         return {name: _without_folders(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "\\")) or value[1:3] == ":\\"):
+    if isinstance(value, str) and (
+        value.startswith(("/", "~", "\\", "./", "../")) or value[1:3] == ":\\"
+    ):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return value
 

@@ -54,7 +54,7 @@ class TrainingSummary:
     seconds: float
     """Training time, without the first step, samples and checkpoints."""
     tokens: int
-    """Positions computed: steps * batch_size * sequence_length."""
+    """steps * batch_size * sequence_length; with `padding = "longest"` fewer are computed."""
     last: dict[str, Any] | None
     """Last line of the log."""
     best: dict[str, Any] | None

@@ -345,5 +345,11 @@ class EvaluateConfig:
             raise ConfigError("[evaluate] needs either task or held_out")
         if self.held_out is not None and (self.data is not None or self.split is not None):
             raise ConfigError("evaluate.data and evaluate.split belong to evaluate.task")
+        if self.held_out is not None and self.num_problems != EvaluateConfig.num_problems:
+            raise ConfigError(
+                "evaluate.num_problems belongs to evaluate.task; held_out is a number"
+            )
+        if self.task is not None and self.answer != EvaluateConfig.answer:
+            raise ConfigError("evaluate.answer belongs to evaluate.held_out; a task has its own")
         if self.split is not None:
             one_of("evaluate.split", self.split, ("test", "validation"))

@@ -67,7 +67,7 @@ class Trackers:
         self._trackers: dict[str, Any] = {}
         classes = _classes() if config.trackers else {}
         settings = dict(flat(to_table(config)))
-        for name in config.trackers:
+        for name in dict.fromkeys(config.trackers):
             try:
                 self._trackers[name] = _start(classes[name], name, Path(config.output))
                 self._trackers[name].store_init_configuration(settings)

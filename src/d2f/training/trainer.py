@@ -35,7 +35,7 @@ from d2f.training.confidence import mean_confidence, measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset
 from d2f.training.distributed_model import DistributedModel
-from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
+from d2f.training.evaluations import Evaluations, Evaluator, SaveBest, measure_of
 from d2f.training.objective import block_sums
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
 from d2f.training.optimizer_state import load_shards, load_whole
@@ -150,7 +150,12 @@ class Trainer:
             self._rule.add(record)
         if self._evaluator is not None and self.config.evaluate is not None:
             self.evaluations = Evaluations(
-                output, self._evaluator, self._save_best, self._reporter, after_step=self.step
+                output,
+                self._evaluator,
+                self._save_best,
+                self._reporter,
+                measure=measure_of(self.config),
+                after_step=self.step,
             )
         return log, samples
 

@@ -85,8 +85,8 @@ def test_the_papers_recipes_need_no_network():
     for expected in (
         "50,000 updates",
         "epochs not known",
-        "30% of 312.00 TFLOP/s",
-        "40 GB of A100",
+        "30% of 312 TFLOP/s",
+        "39.4 GiB of A100",
     ):
         assert expected in text
 
@@ -126,6 +126,9 @@ def test_samples_are_counted_where_that_is_cheap(recipe, tmp_path):
     facts = json.loads(dry_run(recipe, "--json"))
     assert (facts["data"]["num_samples"], facts["data"]["epochs"]) == (40, 2.0)
     assert "2.00 epochs of 40 samples" in dry_run(recipe)
+    held_out = ("--set", "evaluate.every=5", "--set")
+    assert "2.50 epochs of 32" in dry_run(recipe, *held_out, "evaluate.held_out=8")
+    assert "leaves nothing of 40" in dry_run(recipe, *held_out, "evaluate.held_out=40")
 
 
 def test_new_weights_and_generated_data(tmp_path):
@@ -135,9 +138,24 @@ def test_new_weights_and_generated_data(tmp_path):
             "--set", "activation_checkpointing=true",
         )
     )  # fmt: skip
+    assert "qwen2 ([model.config]), " in dry_run(RECIPES / "tiny_cpu_autoregressive.toml")
     config = load_recipe(RECIPES / "tiny_cpu_autoregressive.toml")
     assert facts["num_trained_parameters"] == facts["num_parameters"]
     assert facts["model"]["source"] == "[model.config]"
     assert facts["data"]["num_samples"] == config.data.num_problems
     assert facts["memory_otherwise"]["activations"] > facts["memory_per_gpu"]["activations"]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_ends_a_run_that_it_limits():
+    recipe = (RECIPES / "tiny_cpu_autoregressive.toml", "--set", "steps=100_000_000")
+    assert json.loads(dry_run(*recipe, "--json"))["seconds"] > 1000
+    limited = (*recipe, "--set", "max_seconds=90")
+    assert json.loads(dry_run(*limited, "--json"))["seconds"] == 90
+    assert "at most 100,000,000 updates within 90 s" in dry_run(*limited)
+
+
+def test_products_of_bf16_weights_have_their_rate():
+    recipe = RECIPES / "distill_llada_8b_instruct.toml"
+    facts = json.loads(dry_run(recipe, "--json", "--set", "precision=float32"))
+    assert facts["device"]["flops_per_second"] == 989e12

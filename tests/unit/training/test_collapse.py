@@ -145,3 +145,18 @@ def test_it_is_the_mean_of_the_highest_probabilities(stage_config):
     other_M = inputs.target_BL.flatten()[rows_M] != most
     share = (token_M[other_M] == most).float().mean().item()
     assert found["one_token"] == pytest.approx(share, abs=1e-4)
+
+
+def test_models_are_asked_where_nothing_is_masked_too(stage_config):
+    """In shards they are computed by all processes together, or each waits for ever."""
+    trainer = make_trainer(stage_config)
+    batch = make_dataset(stage_config).batch(torch.arange(4))
+    inputs = make_inputs(batch, stage_config, mask_token_id=94, generator=generator(0, "noise", 0))
+    calls = []
+    trainer.student.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    found = measure_confidence(trainer.loss, inputs)
+    once = len(calls)
+    nothing = replace(inputs, weight_BL=torch.zeros_like(inputs.weight_BL))
+    assert measure_confidence(trainer.loss, nothing) == {}
+    assert found
+    assert len(calls) == 2 * once > 0

@@ -95,6 +95,13 @@ def test_sharding_processes_and_checkpointing(tmp_path):
     sharded = estimate(replace(config, sharding="full"), spec, processes=4)
     assert sharded.memory.optimizer == pytest.approx(one.memory.optimizer / 4)
     assert one.memory.weights / 4 < sharded.memory.weights < one.memory.weights / 2
+    # All weights: gradients of micro-batches are added up before they are sharded.
+    full = replace(config, sharding="full", lora=None)
+    added, at_once = (
+        estimate(replace(full, micro_batch_size=size), spec, processes=4).memory.gradients
+        for size in (2, 4)
+    )
+    assert added == 4 * spec.num_parameters == 4 * at_once
     again = estimate(replace(config, activation_checkpointing=True), spec)
     assert again.memory == one.other_memory
     assert again.memory.activations < one.memory.activations / 8

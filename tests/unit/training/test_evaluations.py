@@ -175,6 +175,26 @@ def test_a_resumed_run_doubles_nothing_and_remembers_the_best(files, kill_at):
     assert all(torch.equal(kept[name], now[name]) for name in kept)
 
 
+def test_scores_of_different_measures_are_not_compared(files):
+    settings = EvaluateConfig(every=2, task="word-problems")
+    config = config_for(files, "d2f", evaluate=settings, checkpoint_every=3)
+
+    class Killed(Silent):
+        def record(self, record):
+            if record["step"] == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, device="cpu", make_evaluator=scores(0.9, 0.1), reporter=Killed())
+    harder = replace(config, evaluate=replace(settings, task="functions", every=1))
+    notes = Notes()
+    summary = train(
+        harder, device="cpu", make_evaluator=scores(0.2, 0.3, 0.1), resume=True, reporter=notes
+    )
+    assert (summary.best["step"], summary.best["score"]) == (5, 0.3)
+    assert any("was not scored as this run scores" in note for note in notes.notes)
+
+
 def test_the_last_step_is_evaluated_too(files):
     config = config_for(files, "d2f", evaluate=EvaluateConfig(every=4, task="word-problems"))
     train(config, device="cpu", make_evaluator=scores(0.1, 0.2))
@@ -231,9 +251,19 @@ def test_a_wrong_table_is_refused_before_the_weights_are_read(files):
                 device="cpu",
                 make_evaluator=make_evaluator,
             )
-    for wrong in ({}, {"task": "functions", "held_out": 3}, {"held_out": 3, "data": "x"}):
+    for wrong in (
+        {},
+        {"task": "functions", "held_out": 3},
+        {"held_out": 3, "data": "x"},
+        {"held_out": 3, "num_problems": 5},
+        {"task": "functions", "answer": "exact"},
+    ):
         with pytest.raises(ConfigError, match="evaluate"):
             EvaluateConfig(every=2, **wrong)
+    for stage, strategy in (("d2f", "autoregressive"), ("autoregressive", "pipelined")):
+        settings = EvaluateConfig(every=2, held_out=3, strategy=strategy)
+        with pytest.raises(ConfigError, match=f"cannot decode a model of stage {stage}"):
+            config_for(files, stage, evaluate=settings)
 
 
 # ------------------------------------------------------------------------------------- held out

@@ -13,7 +13,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.testing import tiny_spec
-from d2f.training.model_card import CardFacts, model_card
+from d2f.training.model_card import CardFacts, _without_folders, model_card
 from d2f.training.run import train
 from d2f.training.sections import EvaluateConfig, ModelConfig, SampleConfig
 
@@ -107,3 +107,8 @@ def test_peft_reads_the_adapter_of_a_run(files):
         hidden = ours(ids_BL, blocks_BL=torch.arange(4, dtype=torch.int32)[None])
         torch.testing.assert_close(ours.head(hidden), expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(bare.logits(ids_BL), ours.logits(ids_BL), atol=1e-4)
+
+
+def test_folders_keep_their_last_part():
+    given = ["/home/me/x.jsonl", "../private/y.jsonl", "./z", "org/name"]
+    assert _without_folders(given) == ["x.jsonl", "y.jsonl", "z", "org/name"]

@@ -1,11 +1,15 @@
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError
 from d2f.models.lora import LoraConfig
 from d2f.recipe import from_table
+from d2f.training import sections
 from d2f.training.config import TrainConfig, load_recipe, to_table
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
@@ -116,3 +120,16 @@ def test_distillation_trains_an_adapter_unless_told_otherwise(write):
     assert load_recipe(write(GOOD), ["lora=false"]).lora is None
     other = GOOD.replace('"d2f"', '"masked-diffusion"').replace("monotone", "uniform")
     assert load_recipe(write(other)).lora is None
+
+
+def test_the_docs_name_every_setting():
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`+[^`]+`+", text))
+    named = set(re.findall(r"\w+", code))
+    tables = [
+        t for t in vars(sections).values() if getattr(t, "__module__", "") == sections.__name__
+    ]
+    assert sections.EvaluateConfig in tables
+    for table in (TrainConfig, LoraConfig, DecodingPolicy, *tables):
+        for field in fields(table):
+            assert field.name in named, f"{table.__name__}.{field.name}"
