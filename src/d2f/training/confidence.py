@@ -35,8 +35,6 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
         `teacher_confidence`, `teacher_one_token`. Empty where nothing is masked.
     """
     rows_M = inputs.weight_BL.flatten().nonzero()[:, 0]
-    if not len(rows_M):
-        return {}
     if len(rows_M) > MOST_POSITIONS:
         spread = torch.linspace(0, len(rows_M) - 1, MOST_POSITIONS, device=rows_M.device)
         rows_M = rows_M[spread.long()]
@@ -48,6 +46,9 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
         states = loss.hidden_states(inputs, rows_M)
     finally:
         student.train(training)
+    if not len(rows_M):
+        # Not before the passes, in which processes may gather a model's shards together.
+        return {}
     result: dict[str, Any] = {}
     for prefix, (hidden_MD, head_VD) in states.items():
         confidence, token, share = _summary(hidden_MD, head_VD, target_M)

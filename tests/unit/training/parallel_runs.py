@@ -241,6 +241,25 @@ def clock(files: Path, processes: Processes) -> None:
     assert 1 < summary.steps < 10**6
 
 
+def unmasked(files: Path, processes: Processes) -> None:
+    """Where one process has nothing to predict and the other has, neither waits for ever."""
+    config = case_config("masked-diffusion full", files / "unmasked", batch_size=2, steps=6)
+    noise = replace(config.noise, low=0.01, high=0.02)
+    trainer = make_trainer(replace(config, noise=noise, micro_batch_size=1), processes=processes)
+    counts: list[int] = []
+    loss = trainer.loss
+
+    def counted(inputs):
+        counts.append(len(inputs.selected_M))
+        return loss(inputs)
+
+    counted.selects = True
+    trainer.loss = counted
+    assert trainer.run()
+    of_both = zip(*processes.share(counts), strict=True)
+    assert any(bool(one) != bool(other) for one, other in of_both)
+
+
 def killed(files: Path, processes: Processes) -> None:
     """A process is gone in mid-run."""
     config = file_config(files, "killed", False, "full", checkpoint_every=2)
@@ -259,7 +278,7 @@ def failed(files: Path, processes: Processes) -> None:
         train(config, processes=processes)
 
 
-SCENARIOS = {f.__name__: f for f in (resume, reshard, faults, clock, killed, failed)}
+SCENARIOS = {f.__name__: f for f in (resume, reshard, faults, clock, unmasked, killed, failed)}
 
 
 _stores: list[TCPStore] = []

@@ -58,7 +58,7 @@ def two(files):
     config = file_config(files, "alone", False, "full")
     with at_step(3, terminate, 0, ALONE):
         assert not train(config, device="cpu").finished
-    results = finish(start(2, files, *CASES, "resume", "reshard", "faults", "clock"))
+    results = finish(start(2, files, *CASES, "resume", "reshard", "faults", "clock", "unmasked"))
     return files, results
 
 
