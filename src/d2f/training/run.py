@@ -137,6 +137,11 @@ def _train(
     reporter.note(f"{config.stage}: {_size(model)}{_spread(config, processes)}; preparing data")
     with processes.first_one():
         dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
+    sizes = processes.share((dataset.num_rows, len(dataset), dataset.mean_length))
+    if len(set(sizes)) > 1:
+        raise TrainingError(
+            "the processes read different data; give each machine the same files, or a shared disk"
+        )
     held_out = _hold_out(config, dataset)
     reporter.note(_told(dataset))
     trackers = processes.on_main(lambda: Trackers(config, reporter))
