@@ -262,12 +262,12 @@ def unmasked(files: Path, processes: Processes) -> None:
 
 def at_once(files: Path, processes: Processes) -> None:
     """Stopped before the first step, a run in shards goes on as if it had not been."""
-    config = case_config("d2f full", files / "at-once", sample=None)
+    config = case_config("d2f full", files / "at-once", steps=1)
     trainer = make_trainer(config, processes=processes)
     trainer.stop()
     assert not trainer.run()
     state = load_state(list_checkpoints(Path(config.output))[-1])
-    straight = case_config("d2f full", files / "not-stopped", sample=None)
+    straight = case_config("d2f full", files / "not-stopped", steps=1)
     runs = [
         make_trainer(config, processes=processes, state=state),
         make_trainer(straight, processes=processes),
