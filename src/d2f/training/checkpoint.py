@@ -84,17 +84,26 @@ def save_sharded_checkpoint(
         opened = processes.on_main(lambda: stack.enter_context(replaced_folder(folder, ["*"])))
         new = processes.from_main(opened)
         assert new is not None
-        if not all(processes.share(new.is_dir())):
-            raise TrainingError(
-                f"not all processes see {folder.parent}; sharded checkpoints need an output folder "
-                "on a disk that the machines share"
-            )
+        require_shared(new, processes)
         save_shards(distributed.model, optimizer, new, processes)
         with distributed.whole(torch.device("cpu")) as model:
             processes.on_main(lambda: _write_checkpoint(_present(model), config, state, new))
         processes.on_main(stack.close)
     processes.on_main(lambda: _remove_old(config))
     return folder
+
+
+def require_shared(path: Path, processes: Processes) -> None:
+    """Make sure that what the main process made is there for all; all must come here.
+
+    Raises:
+        TrainingError: It is not.
+    """
+    if not all(processes.share(path.exists())):
+        raise TrainingError(
+            f"not all processes see {path.parent}; sharded checkpoints need an output folder on a "
+            "disk that the machines share"
+        )
 
 
 def _present(model: Transformer | None) -> Transformer:

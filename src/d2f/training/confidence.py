@@ -47,7 +47,8 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
     finally:
         student.train(training)
     if not len(rows_M):
-        return {}  # but not before the models, whose shards other processes are waiting for
+        # Not before the passes, in which processes may gather a model's shards together.
+        return {}
     result: dict[str, Any] = {}
     for prefix, (hidden_MD, head_VD) in states.items():
         confidence, token, share = _summary(hidden_MD, head_VD, target_M)

@@ -251,7 +251,8 @@ class _Group(Processes):
         if _is_lost_peer(error):
             raise TrainingError(
                 "another process of this run is gone (killed, out of memory, or its machine is "
-                "lost); the same command with --resume goes on from the newest checkpoint"
+                "lost); the same command with --resume goes on from the newest checkpoint "
+                f"({_first_line(error)})"
             ) from None
         if isinstance(error, D2FError) and not self.is_main:
             raise type(error)(f"process {self.rank}: {error}") from None
@@ -263,6 +264,11 @@ class _Group(Processes):
             return store.add(_FAILED, 1) == 1
         except RuntimeError:  # gone with the launcher, or the process, that kept it
             return True
+
+
+def _first_line(error: BaseException) -> str:
+    # Where NCCL itself is the trouble, this alone says so.
+    return str(error).strip().split("\n", 1)[0][:300]
 
 
 def _is_lost_peer(error: BaseException) -> bool:

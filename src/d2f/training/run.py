@@ -137,6 +137,7 @@ def _train(
     reporter.note(f"{config.stage}: {_size(model)}{_spread(config, processes)}; preparing data")
     with processes.first_one():
         dataset = load_dataset(config, tokenizer, folder, model, reporter.note)
+    _check_same_data(dataset, processes)
     held_out = _hold_out(config, dataset)
     reporter.note(_told(dataset))
     trackers = processes.on_main(lambda: Trackers(config, reporter))
@@ -179,6 +180,14 @@ def _train(
     summary = processes.from_main(processes.on_main(summarise))
     assert summary is not None
     return summary
+
+
+def _check_same_data(dataset: TokenDataset, processes: Processes) -> None:
+    sizes = processes.share((dataset.num_rows, len(dataset), dataset.mean_length))
+    if len(set(sizes)) > 1:
+        raise TrainingError(
+            "the processes read different data; give each machine the same files, or a shared disk"
+        )
 
 
 def _hold_out(config: TrainConfig, dataset: TokenDataset) -> list[HeldOut]:

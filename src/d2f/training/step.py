@@ -373,7 +373,7 @@ class StageLoss:
         self._logits: Callable[..., Tensor] = self._compute_logits
         self._states: Callable[..., Tensor] = self._compute_states
         if compiled:
-            _allow_graphs(GRAPHS_PER_LENGTH * NUM_LENGTHS)
+            _set_compiler(GRAPHS_PER_LENGTH * NUM_LENGTHS)
         if self._whole:
             # Fills what the models compute once and keep, which would else compile them twice.
             with torch.no_grad():
@@ -501,12 +501,14 @@ class StageLoss:
         return torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
 
 
-def _allow_graphs(number: int) -> None:
+def _set_compiler(num_graphs: int) -> None:
     """Let a function be compiled for that many shapes, of which torch else gives up at eight."""
     import torch._dynamo
 
-    limit = max(torch._dynamo.config.recompile_limit, number)
+    limit = max(torch._dynamo.config.recompile_limit, num_graphs)
     torch._dynamo.config.recompile_limit = limit
+    # Within DDP each graph would be cut where its buckets of gradients end: here, in a layer.
+    torch._dynamo.config.optimize_ddp = False
 
 
 def _selected(values: Tensor, rows_M: Tensor | None) -> Tensor:

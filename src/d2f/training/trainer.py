@@ -26,6 +26,7 @@ from d2f.errors import ConfigError, D2FError, TrainingError
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import (
     checkpoint_folder,
+    require_shared,
     save_checkpoint,
     save_sharded_checkpoint,
     saving,
@@ -72,7 +73,8 @@ class Trainer:
 
     Raises:
         ConfigError: The batch cannot be divided among the processes.
-        TrainingError: The state does not fit the recipe.
+        TrainingError: The state does not fit the recipe, or not all processes see the output
+            folder, to which each of them will write shards.
     """
 
     def __init__(
@@ -140,6 +142,9 @@ class Trainer:
         self._samples: JsonLog | None = None
         if logs is not None:
             self._log, self._samples = logs
+        if self.distributed.shards_optimizer:
+            # Now, not at the first checkpoint. A folder of that name may be on any machine.
+            require_shared(Path(config.output) / "log.jsonl", self.processes)
         self._window = _Window(self.step, self.seconds)
 
     def _open_logs(self) -> tuple[JsonLog, JsonLog]:
@@ -377,6 +382,8 @@ class Trainer:
         optimizer = self.update.optimizer
         try:
             self.step, self.seconds = state["step"], state["seconds"]
+            if self.step == 0:
+                return  # whatever state was written was made up to be written
             if "optimizer" in state:
                 shard = self.distributed.shards_optimizer
                 load_whole(self.student, optimizer, state["optimizer"], shard=shard)

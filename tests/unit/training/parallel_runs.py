@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 
 from d2f.errors import CheckpointError, TrainingError
 from d2f.models.lora import LoraConfig
-from d2f.training.checkpoint import list_checkpoints
+from d2f.training.checkpoint import list_checkpoints, load_state
 from d2f.training.config import TrainConfig
 from d2f.training.processes import Processes
 from d2f.training.run import train
@@ -241,6 +241,51 @@ def clock(files: Path, processes: Processes) -> None:
     assert 1 < summary.steps < 10**6
 
 
+def unmasked(files: Path, processes: Processes) -> None:
+    """Where one process has nothing to predict and the other has, neither waits for ever."""
+    config = case_config("masked-diffusion full", files / "unmasked", batch_size=2, steps=6)
+    noise = replace(config.noise, low=0.01, high=0.02)
+    trainer = make_trainer(replace(config, noise=noise, micro_batch_size=1), processes=processes)
+    counts: list[int] = []
+    loss = trainer.loss
+
+    def counted(inputs):
+        counts.append(len(inputs.selected_M))
+        return loss(inputs)
+
+    counted.selects = True
+    trainer.loss = counted
+    assert trainer.run()
+    of_both = zip(*processes.share(counts), strict=True)
+    assert any(bool(one) != bool(other) for one, other in of_both)
+
+
+def at_once(files: Path, processes: Processes) -> None:
+    """Stopped before the first step, a run in shards goes on as if it had not been."""
+    config = case_config("d2f full", files / "at-once", steps=1)
+    trainer = make_trainer(config, processes=processes)
+    trainer.stop()
+    assert not trainer.run()
+    state = load_state(list_checkpoints(Path(config.output))[-1])
+    straight = case_config("d2f full", files / "not-stopped", steps=1)
+    runs = [
+        make_trainer(config, processes=processes, state=state),
+        make_trainer(straight, processes=processes),
+    ]
+    assert all(trainer.run() for trainer in runs)
+    for one, other in zip(*(trainer.student.parameters() for trainer in runs), strict=True):
+        assert torch.equal(one.to_local(), other.to_local())
+
+
+def apart(files: Path, processes: Processes) -> None:
+    """Machines that share no disk are told so before the first step."""
+    config = file_config(files, f"apart-{processes.rank}", False, "full")
+    refused("not all processes see .*apart", lambda: train(config, processes=processes))
+    paths = (str(files / "pairs.jsonl"),) * (1 + processes.rank)
+    other = replace(config, data=replace(config.data, paths=paths), output=str(files / "apart"))
+    refused("the processes read different data", lambda: train(other, processes=processes))
+
+
 def killed(files: Path, processes: Processes) -> None:
     """A process is gone in mid-run."""
     config = file_config(files, "killed", False, "full", checkpoint_every=2)
@@ -259,7 +304,10 @@ def failed(files: Path, processes: Processes) -> None:
         train(config, processes=processes)
 
 
-SCENARIOS = {f.__name__: f for f in (resume, reshard, faults, clock, killed, failed)}
+SCENARIOS = {
+    f.__name__: f
+    for f in (resume, reshard, faults, clock, unmasked, at_once, apart, killed, failed)
+}
 
 
 _stores: list[TCPStore] = []

@@ -58,7 +58,8 @@ def two(files):
     config = file_config(files, "alone", False, "full")
     with at_step(3, terminate, 0, ALONE):
         assert not train(config, device="cpu").finished
-    results = finish(start(2, files, *CASES, "resume", "reshard", "faults", "clock"))
+    others = ("resume", "reshard", "faults", "clock", "unmasked", "at_once", "apart")
+    results = finish(start(2, files, *CASES, *others))
     return files, results
 
 
