@@ -101,7 +101,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
                     most, "--micro-batch", "max", "--checkpointing", "both", "--steps", "3",
                     *EIGHTY_GB,
                 ),
-                seconds=240,
+                seconds=300,
                 cpu=False,
             ),
         ]  # fmt: skip
@@ -209,9 +209,17 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, gpus: int) -> None:
             begun = time.monotonic()
             state = run_job(job, options.output, seconds)
             say(f"{head}: {state} after {time.monotonic() - begun:.0f} s")
-            write_report(options.output)
+            report(options.output)
         else:
             say(f"{head}: {reason}")
+
+
+def report(output: Path) -> None:
+    """Write README.md and train.png; what is wrong with a result must not stop the next measure."""
+    try:
+        write_report(output)
+    except Exception as error:
+        say(f"no report: {type(error).__name__}: {error}; the results are in {output}")
 
 
 def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> str | None:
@@ -230,8 +238,11 @@ def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> st
 
 
 def is_done(file: Path) -> bool:
-    """Whether a result is there, and not of a measure that was cut short."""
-    return file.exists() and json.loads(file.read_text()).get("complete", True)
+    """Whether a result is there, whole, and not of a measure that was cut short."""
+    try:
+        return json.loads(file.read_text()).get("complete", True)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def run_job(job: Job, output: Path, seconds: float) -> str:
@@ -339,7 +350,7 @@ def main() -> None:
     if options.tiny:
         make_tiny_models(options.output / "tiny")
     run_jobs(jobs, options, num_gpus())
-    write_report(options.output)
+    report(options.output)
     say(f"report: {options.output / 'README.md'}")
 
 

@@ -116,7 +116,7 @@ def row(
 
 
 def rows_of(results: Results, short: str) -> Iterator[dict[str, Any]]:
-    for name in (f"{short}_1", f"{short}_4"):
+    for name in (f"{short}_1", f"{short}_4", f"{short}_max"):
         yield from (r for r in results.get(name, {}).get("rows", []) if r["fits"])
 
 
@@ -231,7 +231,7 @@ def largest(results: Results) -> Iterator[str]:
                 [
                     name,
                     "yes" if found["checkpointing"] else "no",
-                    f"{found['micro_batch']}",
+                    f"{found['micro_batch']}{' or more' * found['at_least']}",
                     f"{results[name]['memory_limit_gib']:g}",
                 ]
             )

@@ -91,7 +91,10 @@ def compare_attention(device: str, dtype: torch.dtype, sizes: Any) -> list[dict[
             heads // kv_heads,
         )
         tiles = tiled_mask(blocks_BL)
-        tiled = torch.compile(tiled_attention) if device != "cpu" else tiled_attention
+        # As the training compiles it: without dynamic, the second sizes would get another kernel.
+        tiled = tiled_attention
+        if device != "cpu":
+            tiled = torch.compile(tiled_attention, dynamic=False)
         narrow = [tensor.to(dtype) for tensor in (q, k, v)]
         rows += compare(
             f"attention {name}, length {length}",

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _REPORTED = (1, 10, 50, 100)
 """Steps on the repeated batch whose loss is shown, and the last."""
 
+_MOST_TRIED = 32
+"""Where `--micro-batch max` ends: a GPU has enough to do long before, and each try compiles."""
+
 
 def train_command(
     shape: ShapeOption = None,
@@ -37,7 +40,7 @@ def train_command(
     ] = None,
     micro_batch: Annotated[
         str | None,
-        typer.Option(help="Sequences in memory at once; several as 1,4; max: what fits (GPU)."),
+        typer.Option(help="Sequences in memory at once, as 1,4; max: what fits, to 32 (GPU)."),
     ] = None,
     checkpointing: Annotated[
         str, typer.Option(help="Activations are recomputed: no, yes or both.")
@@ -158,7 +161,11 @@ def _measure(
         if size is None:
             size = _largest(setup, checkpointing)
             report["largest_micro_batch"].append(
-                {"micro_batch": size, "checkpointing": checkpointing}
+                {
+                    "micro_batch": size,
+                    "checkpointing": checkpointing,
+                    "at_least": size == _MOST_TRIED,
+                }
             )
         if size > 0:
             _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
@@ -219,7 +226,7 @@ def _largest(setup: TrainSetup, checkpointing: bool) -> int:
         _say(setup, f"micro-batch {size} {'fits' if found else 'does not fit'}")
         return found
 
-    return largest(fits)
+    return largest(fits, first=4, most=_MOST_TRIED)
 
 
 def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
@@ -288,7 +295,8 @@ def _print_report(report: dict[str, Any]) -> None:
     out.print(_phases_table(report["rows"]))
     for found in report["largest_micro_batch"]:
         how = "with" if found["checkpointing"] else "without"
-        out.print(f"Largest micro-batch {how} checkpointing: [bold]{found['micro_batch']}[/bold]")
+        number = f"{found['micro_batch']}{' or more' * found['at_least']}"
+        out.print(f"Largest micro-batch {how} checkpointing: [bold]{number}[/bold]")
     repeat = report["repeat"]
     if repeat:
         steps = ", ".join(f"{loss:.4g} at {step}" for step, loss in repeat["loss_at"].items())

@@ -279,15 +279,20 @@ def random_dataset(config: TrainConfig, spec: ModelSpec) -> TokenDataset:
     return TokenDataset(encoded, config.data, eos_token_id=spec.eos_token_ids[0])
 
 
-def largest(fits: Callable[[int], bool], *, most: int = 4096) -> int:
+def largest(fits: Callable[[int], bool], *, first: int = 1, most: int = 4096) -> int:
     """Largest number up to `most` that fits, by doubling and bisection; 0 if not even 1 does.
+
+    Args:
+        fits: Whether a number does.
+        first: The number to begin with, at most `most`.
+        most: Larger ones are not tried.
 
     Example:
         >>> tried = []
-        >>> largest(lambda n: tried.append(n) or n <= 11), tried
-        (11, [1, 2, 4, 8, 16, 12, 10, 11])
+        >>> largest(lambda n: tried.append(n) or n <= 11, first=4), tried
+        (11, [4, 8, 16, 12, 10, 11])
     """
-    good, bad = 0, 1
+    good, bad = 0, first
     while bad <= most and fits(bad):
         good, bad = bad, 2 * bad
     bad = min(bad, most + 1)

@@ -162,3 +162,14 @@ def test_micro_batches_that_do_not_fit_are_in_the_report(script, tmp_path):
     (tmp_path / "llada_4.json").write_text(json.dumps(result))
     script.write_report(tmp_path)
     assert "| 64 | no | out of memory |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_result_that_cannot_be_read_stops_nothing(script, tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{")
+    write = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'b.json').write_text('{{}}')"
+    jobs = [make_job(script, "a", "pass"), make_job(script, "b", write)]
+    script.run_jobs(jobs, make_options(tmp_path), gpus=1)
+    said = capsys.readouterr().err
+    assert "a: done" in said
+    assert "no report: JSONDecodeError" in said
+    assert "b: done" in said

@@ -102,9 +102,10 @@ def test_random_sequences_have_neither_masks_nor_ends_inside(tmp_path):
     assert (batch.end_B == 24).all()
 
 
+@pytest.mark.parametrize("first", [1, 4])
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 100])
-def test_the_largest_that_fits(limit):
-    assert largest(lambda n: n <= limit, most=64) == min(limit, 64)
+def test_the_largest_that_fits(limit, first):
+    assert largest(lambda n: n <= limit, first=first, most=64) == min(limit, 64)
 
 
 def test_only_lack_of_memory_is_survived():
