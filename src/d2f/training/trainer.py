@@ -73,8 +73,7 @@ class Trainer:
 
     Raises:
         ConfigError: The batch cannot be divided among the processes.
-        TrainingError: The state does not fit the recipe, or not all processes see the output
-            folder, to which each of them will write shards.
+        TrainingError: The state does not fit the recipe.
     """
 
     def __init__(
@@ -142,9 +141,6 @@ class Trainer:
         self._samples: JsonLog | None = None
         if logs is not None:
             self._log, self._samples = logs
-        if self.distributed.shards_optimizer:
-            # Now, not at the first checkpoint. A folder of that name may be on any machine.
-            require_shared(Path(config.output) / "log.jsonl", self.processes)
         self._window = _Window(self.step, self.seconds)
 
     def _open_logs(self) -> tuple[JsonLog, JsonLog]:
@@ -172,9 +168,13 @@ class Trainer:
         """Train to the end; False if it was stopped before, with a checkpoint saved.
 
         Raises:
-            TrainingError: A loss or gradient was not finite. The weights of the step before are
-                saved as a checkpoint.
+            TrainingError: A loss or gradient was not finite; the weights of the step before are
+                saved as a checkpoint. Or not all processes see the output folder, to which each of
+                them will write shards.
         """
+        if self.distributed.shards_optimizer:
+            # Now, not at the first checkpoint. A folder of that name may be on any machine.
+            require_shared(Path(self.config.output) / "log.jsonl", self.processes)
         self.student.train()
         devices = [self.device] if self.device.type == "cuda" else []
         # The caller's random state is none of our business.

@@ -180,7 +180,7 @@ def test_two_processes_measure_together(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "d2f", *map(str, TRAIN), "--model", str(folder), "--length", "32",
-        "--micro-batch", "2", "--sharding", "full", "--json", str(file),
+        "--micro-batch", "2", "--full", "--sharding", "full", "--json", str(file),
     ]  # fmt: skip
     source = str(Path(bench_train.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
