@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.training.step import StageLoss, StepInputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import StepInputs
 
 MOST_POSITIONS = 256
 _ROWS = 64

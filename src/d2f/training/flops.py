@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from d2f.models.lora import LoraLinear
 from d2f.models.transformer import Layer, Transformer
-from d2f.training.step import StepInputs
+from d2f.training.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.training.step import StageLoss, StepInputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import StepInputs
 from d2f.training.trainer import Trainer
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")

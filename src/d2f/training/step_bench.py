@@ -25,7 +25,7 @@ from d2f.training.optimizer import learning_rate
 from d2f.training.phase_clock import PhaseClock
 from d2f.training.processes import Processes
 from d2f.training.seeds import generator
-from d2f.training.step import StepInputs, make_inputs
+from d2f.training.step_inputs import StepInputs, make_inputs
 from d2f.training.trainer import Trainer
 
 NUM_BATCHES = 4

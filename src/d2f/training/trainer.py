@@ -43,7 +43,8 @@ from d2f.training.optimizer_state import load_shards, load_whole
 from d2f.training.processes import Processes
 from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
-from d2f.training.step import StageLoss, StepInputs, make_inputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import StepInputs, make_inputs
 from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]

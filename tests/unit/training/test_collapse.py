@@ -13,7 +13,7 @@ from d2f.training.confidence import MOST_POSITIONS, measure_confidence
 from d2f.training.progress import Silent
 from d2f.training.sections import OptimizerConfig
 from d2f.training.seeds import generator
-from d2f.training.step import make_inputs
+from d2f.training.step_inputs import make_inputs
 
 
 def warnings(series, **options):

@@ -14,7 +14,8 @@ from d2f.testing import tiny_model
 from d2f.testing.tiny import MASK_TOKEN_ID
 from d2f.training.data import Batch
 from d2f.training.flops import Work, describe_work, step_flops, visible_pairs
-from d2f.training.step import StageLoss, make_inputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import make_inputs
 
 SIZE, LENGTH = 3, 24
 

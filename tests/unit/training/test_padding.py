@@ -14,7 +14,8 @@ from d2f.models.lora import LoraConfig, adapter_parameters
 from d2f.testing import tiny_model
 from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID
 from d2f.training.data import Batch
-from d2f.training.step import NUM_LENGTHS, StageLoss, length_multiple, make_inputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import NUM_LENGTHS, length_multiple, make_inputs
 
 STAGES = ["autoregressive", "masked-diffusion", "d2f"]
 LENGTH = 200

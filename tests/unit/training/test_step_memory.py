@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.unit.training.memory import LiveMemory
-from tests.unit.training.test_step import make_batch
+from tests.unit.training.test_stage_loss import make_batch
 from tests.unit.training.tiny_run import FAMILY, make_config, make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,7 +15,8 @@ from d2f.models.lora import LoraConfig, adapter_parameters, attach_adapter
 from d2f.models.transformer import Layer
 from d2f.testing import tiny_model
 from d2f.testing.tiny import MASK_TOKEN_ID
-from d2f.training.step import StageLoss, make_inputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import make_inputs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STAGES = ["autoregressive", "masked-diffusion", "d2f"]

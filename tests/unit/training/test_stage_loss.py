@@ -16,7 +16,8 @@ from d2f.training.objective import (
     masked_diffusion_loss,
 )
 from d2f.training.sections import NoiseConfig, ObjectiveConfig
-from d2f.training.step import StageLoss, make_inputs
+from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import make_inputs
 
 LENGTH = 20
 

@@ -1,0 +1,231 @@
+"""The loss of a part of a batch: forward passes of teacher and student, and what compares them.
+
+Shapes: B sequences, L positions, T positions of all sequences, M selected positions, D and E
+hidden sizes of student and teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor, nn
+
+from d2f.diffusion.layout import PADDING_BLOCK, causal_blocks
+from d2f.models.lora import adapter_disabled
+from d2f.models.transformer import Transformer
+from d2f.ops.tiled_attention import MIN_HEAD_DIM, tiled_mask
+from d2f.training.chunked_loss import TeacherStates, chunk_size, chunked_loss
+from d2f.training.config import TrainConfig
+from d2f.training.objective import position_loss
+from d2f.training.sections import ObjectiveConfig
+from d2f.training.step_inputs import NUM_LENGTHS, StepInputs
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Seen = Union[Tensor, "BlockMask", None]
+"""Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
+
+GRAPHS_PER_LENGTH = 4
+"""What a layer may be compiled as: the teacher's, the student's, and that of the student's first,
+whose input needs no gradient below an adapter; and one to spare for a teacher of its own."""
+
+
+class StageLoss:
+    """The loss of a part of a batch: `loss(inputs)` gives (scalar, loss_BL without gradient).
+
+    Stage d2f runs the teacher first, under full attention and without gradients: another model,
+    or, if `teacher` is None, the student with its adapter off. The student then reads the same
+    noisy tokens under block-causal attention.
+
+    Args:
+        config: The recipe.
+        student: The model to be trained.
+        teacher: Stage d2f: another model.
+        compiled: Compile what pays; attention then runs in tiles. For GPUs.
+        forward: What to call for the student's hidden states, where an engine wraps it.
+        alone: No other process trains along, whose engine would have hooks in the models.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Transformer,
+        teacher: Transformer | None = None,
+        *,
+        compiled: bool = False,
+        forward: nn.Module | None = None,
+        alone: bool = True,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self._forward = forward or student
+        self._distils = config.stage == "d2f"
+        self._causal = config.stage == "autoregressive"
+        random_end = config.noise is not None and config.noise.random_end
+        self._padded = random_end or config.data.padding == "longest"
+        self._recompute = config.activation_checkpointing
+        # FlexAttention is a fused kernel only where it is compiled.
+        models = [model for model in (student, teacher) if model is not None]
+        smallest = min(model.spec.head_dim for model in models)
+        self._tiled = compiled and smallest >= MIN_HEAD_DIM
+        objective = (config.objective or ObjectiveConfig()).objective
+        self._objective = objective if self._distils else "cross_entropy"
+        self._autocast = config.precision == "bfloat16"
+        self._memory_bytes = config.loss_memory_mib * 2**20
+        positions = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
+        # A compiler fuses the head's output, its softmax and the loss of a small vocabulary into
+        # few passes, if all of them have the same shapes at each step. Logits that would not fit
+        # are never made: then the layers alone are compiled, and the loss runs in chunks, whose
+        # matrices are large enough to need no compiler. So it is where there are hooks in the
+        # model, which would cut a graph of the whole into pieces.
+        fits = positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
+        self._whole = compiled and fits and alone
+        self._by_layer = compiled and not self._whole
+        self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
+        self._logits: Callable[..., Tensor] = self._compute_logits
+        self._states: Callable[..., Tensor] = self._compute_states
+        if compiled:
+            _set_compiler(GRAPHS_PER_LENGTH * NUM_LENGTHS)
+        if self._whole:
+            # Fills what the models compute once and keep, which would else compile them twice.
+            with torch.no_grad():
+                for model in models:
+                    model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
+            self._student_loss = torch.compile(self._whole_loss, dynamic=False)
+            self._logits = torch.compile(self._compute_logits, dynamic=False)
+
+    @property
+    def selects(self) -> bool:
+        """Whether inputs should name the positions with a weight; the others then cost no head."""
+        return not self._whole
+
+    def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """The weighted sum, and the loss of each position (0 where it was not computed)."""
+        if not self._whole:
+            return self._chunked_loss(inputs)
+        target = inputs.target_BL.flatten()
+        if self._objective != "cross_entropy":
+            with torch.no_grad(), self._teacher_view():
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
+        seen = self._seen(inputs, self._student_blocks(inputs))
+        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
+
+    def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
+
+        Those of the student under "", those of the teacher, where the objective has one, under
+        "teacher_". Without the compiler, so that it may be called now and then.
+        """
+        states = {}
+        if self._objective != "cross_entropy":
+            teacher = self.teacher or self.student
+            with self._teacher_view():
+                states_TE = self._plain_states(teacher, inputs, self._unordered_blocks(inputs))
+            states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
+        states_TD = self._plain_states(self.student, inputs, self._student_blocks(inputs))
+        return {
+            "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
+            **states,
+        }
+
+    def _teacher_view(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
+
+    def _chunked_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        rows_M = inputs.selected_M
+        target: Tensor | TeacherStates = _selected(inputs.target_BL.flatten(), rows_M)
+        if self._objective != "cross_entropy":
+            teacher = self.teacher or self.student
+            with torch.no_grad(), self._teacher_view():
+                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                states_TE = self._states(teacher, inputs.ids_BL, seen)
+            target = TeacherStates(
+                hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
+            )
+        seen = self._seen(inputs, self._student_blocks(inputs))
+        states_TD = self._states(self.student, inputs.ids_BL, seen)
+        with self._products(inputs.ids_BL.device):
+            loss, loss_M = chunked_loss(
+                _selected(states_TD, rows_M),
+                self.student.head_weight_VD,
+                target,
+                _selected(inputs.weight_BL.flatten(), rows_M),
+                self._objective,
+                memory_bytes=self._memory_bytes,
+            )
+        if rows_M is not None:
+            loss_M = loss_M.new_zeros(inputs.ids_BL.numel()).index_copy(0, rows_M, loss_M)
+        return loss, loss_M.view(inputs.ids_BL.shape)
+
+    def _whole_loss(
+        self, ids_BL: Tensor, target: Tensor, weight_BL: Tensor, seen: Seen
+    ) -> tuple[Tensor, Tensor]:
+        """The same from logits of all positions."""
+        logits_TV = self._compute_logits(self.student, ids_BL, seen)
+        loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
+        return (weight_BL * loss_BL).sum(), loss_BL.detach()
+
+    def _seen(self, inputs: StepInputs, blocks_BL: Tensor | None) -> Seen:
+        """What a model is told; made before what is compiled is entered."""
+        if blocks_BL is None or not self._tiled:
+            return blocks_BL
+        return tiled_mask(blocks_BL.expand(inputs.ids_BL.shape))
+
+    def _student_blocks(self, inputs: StepInputs) -> Tensor | None:
+        """Block numbers that say what the student sees; None: everything."""
+        if self._causal:
+            return causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
+        return inputs.block_BL if self._distils else self._unordered_blocks(inputs)
+
+    def _unordered_blocks(self, inputs: StepInputs) -> Tensor | None:
+        """The same under full attention, which hides padding only."""
+        if not self._padded:
+            return None
+        padding_BL = inputs.block_BL == PADDING_BLOCK
+        return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
+
+    def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
+        """Aligned hidden states (T, D) of the flattened batch."""
+        given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
+        with self._products(ids_BL.device):
+            forward = self._forward if model is self.student else model
+            states_BLD = forward(
+                ids_BL, recompute=self._recompute, compiled=self._by_layer, **given
+            )
+            return model.align(states_BLD).flatten(0, 1)
+
+    def _plain_states(
+        self, model: Transformer, inputs: StepInputs, blocks_BL: Tensor | None
+    ) -> Tensor:
+        """The same without the compiler and without tiles."""
+        with self._products(inputs.ids_BL.device):
+            forward = self._forward if model is self.student else model
+            return model.align(forward(inputs.ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+
+    def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
+        """Aligned logits (T, V) of the flattened batch, fp32."""
+        with self._products(ids_BL.device):
+            return model.head(self._compute_states(model, ids_BL, seen))
+
+    def _products(self, device: torch.device) -> AbstractContextManager[object]:
+        """The dtype of matrix products within the block."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _set_compiler(num_graphs: int) -> None:
+    """Let a function be compiled for that many shapes, of which torch else gives up at eight."""
+    import torch._dynamo
+
+    limit = max(torch._dynamo.config.recompile_limit, num_graphs)
+    torch._dynamo.config.recompile_limit = limit
+    # Within DDP each graph would be cut where its buckets of gradients end: here, in a layer.
+    torch._dynamo.config.optimize_ddp = False
+
+
+def _selected(values: Tensor, rows_M: Tensor | None) -> Tensor:
+    return values if rows_M is None else values.index_select(0, rows_M)
