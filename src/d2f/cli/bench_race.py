@@ -25,7 +25,7 @@ from d2f.cli.bench_options import (
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -377,9 +377,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column("batch", justify="right", vertical="bottom", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import DeviceOption, JsonOption
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json
 from d2f.errors import ConfigError, D2FError
 
 if TYPE_CHECKING:
@@ -227,9 +227,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A column for each mode: they are compared line by line."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table(3)
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["name"], justify="right", no_wrap=True)

@@ -20,7 +20,7 @@ from d2f.cli.bench_options import (
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -244,9 +244,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _table(steps: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column("", no_wrap=True)
     for column in (
         "batch", "window", "cached", "ms", "GB\nread", "TFLOP", "floor\nms", "x\nfloor",

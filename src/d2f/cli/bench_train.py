@@ -16,7 +16,7 @@ from d2f.cli.bench_options import (
     check_one_source,
     numbers,
 )
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -351,9 +351,7 @@ def _phases_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _new_table(*columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table()
     for column in columns:
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     return table

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from d2f.cli.console import plain_table
 from d2f.decoding.batch import GenerationResult
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
@@ -84,7 +83,7 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
     from d2f.cli.live import harmless
 
     gap = 2 if console.width >= 70 else 1
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table(gap)
     table.add_column("", no_wrap=True)
     for column in ("tokens", "forwards", "tokens/\nforward", "ms/\nforward", "s", "tokens\nper s"):
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)

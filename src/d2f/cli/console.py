@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from d2f.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 out = Console(highlight=False, soft_wrap=True)
 log = Console(stderr=True, highlight=False)
@@ -20,6 +23,13 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(part, path)
+
+
+def plain_table(gap: int = 1) -> Table:
+    """A table without lines, with so many spaces between its columns."""
+    from rich.table import Table
+
+    return Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
 
 
 def check_writable(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.console import check_writable, log, out, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -182,10 +182,8 @@ def _race(
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """All columns fit in 80 characters."""
-    from rich.table import Table
-
     gap = 1 if out.width < 100 else 3
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table(gap)
     table.add_column("", no_wrap=True)
     for column in (
         "prob-\nlems", "score", "tokens\nper s", "tokens/\nforward", "query\ntokens/\nforward",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import BackendOption, DeviceOption, DtypeOption, source_label
-from d2f.cli.console import log, out
+from d2f.cli.console import log, out, plain_table
 from d2f.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -198,9 +198,7 @@ def weights_sha256(source: str, adapter: str | None) -> str:
 
 def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> None:
     """All columns fit in 80 characters where names are short."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column("", no_wrap=True)
     for column in (
         "prob-\nlems", "score", "tokens/\nforward", "query\ntokens/\nforward", "mean\ntokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from d2f.cli.console import out
+from d2f.cli.console import out, plain_table
 from d2f.errors import CheckpointError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from d2f.training.config import TrainConfig
 
 # Memory in GiB that a process finds there, which is not the number of GB it is sold by; and dense
-# products in FLOP/s as the maker says, in bf16 and in fp32.
-_GPUS: dict[str, tuple[float, float, float]] = {
-    "H200": (139.7, 989e12, 67e12),
-    "H100": (79.1, 989e12, 67e12),
-    "A100-80GB": (79.1, 312e12, 19.5e12),
-    "A100-40GB": (39.4, 312e12, 19.5e12),
-    "L40S": (44.4, 362e12, 91.6e12),
-    "RTX-4090": (23.6, 165e12, 82.6e12),
+# products in fp32, in FLOP/s as the maker says.
+_GPUS: dict[str, tuple[float, float]] = {
+    "H200": (139.7, 67e12),
+    "H100": (79.1, 67e12),
+    "A100-80GB": (79.1, 19.5e12),
+    "A100-40GB": (39.4, 19.5e12),
+    "L40S": (44.4, 91.6e12),
+    "RTX-4090": (23.6, 82.6e12),
 }
 # Their config.json is that of a shape known here.
 _PRESETS = {
@@ -116,11 +116,11 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
     if gpu is not None:
         if gpu not in _GPUS:
             raise ConfigError(unknown_name("GPU", gpu, _GPUS))
-        memory, bf16, fp32 = _GPUS[gpu]
+        memory, fp32 = _GPUS[gpu]
         return {
             "name": gpu,
             "memory_bytes": round(memory * 2**30),
-            "flops_per_second": bf16 if fast else fp32,
+            "flops_per_second": nominal_bf16_rate(gpu) if fast else fp32,
             "rate": f"the maker's, {precision}",
         }
     if torch.cuda.is_available():
@@ -187,11 +187,9 @@ def print_plan(facts: dict[str, Any]) -> None:
 
 
 def _print_memory(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
     one, other = facts["memory_per_gpu"], facts["memory_otherwise"]
     columns = [one, other] if not facts["activation_checkpointing"] else [other, one]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table = plain_table(2)
     table.add_column("GiB per process")
     table.add_column("activation\ncheckpointing off", justify="right")
     table.add_column("on", justify="right", vertical="bottom")

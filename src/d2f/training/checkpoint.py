@@ -154,8 +154,9 @@ def _remove_old(config: TrainConfig) -> None:
     for old in list_checkpoints(Path(config.output))[: -config.keep_checkpoints]:
         shutil.rmtree(old, ignore_errors=True)
     # What a process that was killed while it saved has left behind.
-    for stale in Path(config.output).glob(".checkpoint-*.new-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    for kind in ("new", "old"):
+        for stale in Path(config.output).glob(f".checkpoint-*.{kind}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def list_checkpoints(output: Path) -> list[Path]:

@@ -15,6 +15,8 @@ from d2f.training.stage_loss import StageLoss
 from d2f.training.step_inputs import StepInputs
 
 MOST_POSITIONS = 256
+MOST_SEQUENCES = 16
+"""Enough for so many positions; the pass is one that training does not need."""
 _ROWS = 64
 """Logits of so many positions are made at once."""
 _LEAST = 16
@@ -25,9 +27,9 @@ _LEAST = 16
 def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
     """How sure the student is of what it predicts, and the teacher, where the stage has one.
 
-    One forward pass of each over the given part of a batch, without dropout; no gradient and no
-    random number is touched. Positions are at most `MOST_POSITIONS` of those that count in the
-    loss, evenly spread.
+    One forward pass of each over the first `MOST_SEQUENCES` sequences of the given part of a batch,
+    without dropout; no gradient and no random number is touched. Positions are at most
+    `MOST_POSITIONS` of those that count in the loss, evenly spread.
 
     Returns:
         `confidence`: the mean of the highest probability; `one_token`: of the positions where
@@ -35,7 +37,9 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
         predicted (None if they are fewer than 16); `one_token_name`: "EOS" or "token 17"; and
         `teacher_confidence`, `teacher_one_token`. Empty where nothing is masked.
     """
-    rows_M = inputs.weight_BL.flatten().nonzero()[:, 0]
+    inputs = next(inputs.parts(MOST_SEQUENCES, select=True))
+    rows_M = inputs.selected_M
+    assert rows_M is not None
     if len(rows_M) > MOST_POSITIONS:
         spread = torch.linspace(0, len(rows_M) - 1, MOST_POSITIONS, device=rows_M.device)
         rows_M = rows_M[spread.long()]

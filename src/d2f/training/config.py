@@ -120,6 +120,20 @@ class TrainConfig:
                 'weights faster, keep float32 and set precision = "bfloat16"'
             )
 
+    def micro_batches(self, processes: int = 1) -> tuple[int, int]:
+        """Sequences of a micro-batch, and how many of those each process has for an update.
+
+        Raises:
+            ConfigError: The batch cannot be divided among the processes.
+        """
+        size = self.micro_batch_size or self.batch_size // processes
+        if size == 0 or self.batch_size % (size * processes):
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be divided evenly among {processes} processes"
+                + (f" with micro_batch_size {size}" if self.micro_batch_size else "")
+            )
+        return size, self.batch_size // (size * processes)
+
     def _check_tables(self) -> None:
         if (self.noise is None) != (self.stage == "autoregressive"):
             raise ConfigError(

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from d2f.errors import ConfigError
 from d2f.models.checkpoint import as_diffusion
 from d2f.models.lora import LoraLinear, attach_adapter
 from d2f.models.spec import ModelSpec
@@ -115,13 +114,7 @@ def estimate(config: TrainConfig, spec: ModelSpec, *, processes: int = 1) -> Est
         (64, 4)
     """
     model = _model(config, spec)
-    micro = config.micro_batch_size or config.batch_size // processes
-    if micro == 0 or config.batch_size % (micro * processes):
-        raise ConfigError(
-            f"batch_size {config.batch_size} cannot be divided evenly among {processes} processes"
-            + (f" with micro_batch_size {micro}" if config.micro_batch_size else "")
-        )
-    accumulated = config.batch_size // (micro * processes)
+    micro, accumulated = config.micro_batches(processes)
     length = config.data.sequence_length
     flops = _flops(config, model, config.batch_size * length)
     recomputed = flops["student"] if config.activation_checkpointing else 0

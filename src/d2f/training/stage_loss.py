@@ -76,7 +76,7 @@ class StageLoss:
         self._objective = objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
         self._memory_bytes = config.loss_memory_mib * 2**20
-        positions = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
+        positions = config.micro_batches()[0] * config.data.sequence_length
         # A compiler fuses the head's output, its softmax and the loss of a small vocabulary into
         # few passes, if all of them have the same shapes at each step. Logits that would not fit
         # are never made: then the layers alone are compiled, and the loss runs in chunks, whose

@@ -185,7 +185,7 @@ class StepBench:
             TrainingError: A loss or gradient was not finite.
         """
         trainer, losses = self.trainer, []
-        size = self.config.micro_batch_size or self.config.batch_size
+        size, _ = self.config.micro_batches()
         parts = list(self._inputs().parts(size, select=trainer.loss.selects))
         for step in range(num_steps):
             total = torch.zeros((), device=self.device)
@@ -206,7 +206,7 @@ class StepBench:
         0 for the divergences; of soft_cross_entropy the teacher's entropy.
         """
         loss, total = self.trainer.loss, 0.0
-        size = self.config.micro_batch_size or self.config.batch_size
+        size, _ = self.config.micro_batches()
         for part in self._inputs().parts(size, select=True):
             moved = part.to(self.device)
             teacher = loss.teacher or loss.student
@@ -230,7 +230,7 @@ class StepBench:
         )
 
     def _part(self) -> StepInputs:
-        size = self.config.micro_batch_size or self.config.batch_size
+        size, _ = self.config.micro_batches()
         return next(self._inputs().parts(size, select=True))
 
     def _check(self) -> None:

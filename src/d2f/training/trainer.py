@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import ConfigError, D2FError, TrainingError
+from d2f.errors import D2FError, TrainingError
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import (
     checkpoint_folder,
@@ -32,19 +32,19 @@ from d2f.training.checkpoint import (
     saving,
 )
 from d2f.training.collapse import CollapseRule
-from d2f.training.confidence import mean_confidence, measure_confidence
+from d2f.training.confidence import measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset
 from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import Evaluations, Evaluator, SaveBest, measure_of
-from d2f.training.objective import block_sums
+from d2f.training.log_window import LogWindow
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
 from d2f.training.optimizer_state import load_shards, load_whole
 from d2f.training.processes import Processes
 from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
 from d2f.training.stage_loss import StageLoss
-from d2f.training.step_inputs import StepInputs, make_inputs
+from d2f.training.step_inputs import make_inputs
 from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
@@ -96,7 +96,12 @@ class Trainer:
         self.student = student
         self.device = student.device
         self.processes = processes or Processes(self.device)
-        self._size, self._share = _share_of(config, self.processes)
+        self._size, count = config.micro_batches(self.processes.world_size)
+        # Neighbours go to different processes: they may be of like length, and then take as long.
+        self._share = range(
+            self.processes.rank, count * self.processes.world_size, self.processes.world_size
+        )
+        """Which of a batch's micro-batches this process takes."""
         self.distributed = DistributedModel(student, self.processes, config.sharding)
         if teacher is not None:
             DistributedModel(teacher, self.processes, config.sharding)
@@ -115,7 +120,7 @@ class Trainer:
             forward=self.distributed.forward,
             alone=self.processes.world_size == 1,
         )
-        self.loss: StageLoss = self._models
+        self.loss: StageLoss = self._models  # which those who measure steps wrap
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
@@ -142,7 +147,7 @@ class Trainer:
         self._samples: JsonLog | None = None
         if logs is not None:
             self._log, self._samples = logs
-        self._window = _Window(self.step, self.seconds)
+        self._window = LogWindow(self.step, self.seconds)
 
     def _open_logs(self) -> tuple[JsonLog, JsonLog]:
         output = Path(self.config.output)
@@ -277,7 +282,7 @@ class Trainer:
         record = self._window.record(self.step, tokens, self.seconds, self.processes) | {
             "progress": round(self.progress, 6)
         }
-        self._window = _Window(self.step, self.seconds)
+        self._window = LogWindow(self.step, self.seconds)
         if self.evaluations is not None:
             record |= self.evaluations.take()
         self.last_record = record
@@ -440,64 +445,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _share_of(config: TrainConfig, processes: Processes) -> tuple[int, range]:
-    """The size of a micro-batch, and which of a batch's a process takes."""
-    world_size = processes.world_size
-    size = config.micro_batch_size or config.batch_size // world_size
-    if size == 0 or config.batch_size % (size * world_size):
-        raise ConfigError(
-            f"batch_size {config.batch_size} cannot be divided evenly among {world_size} processes"
-            + (f" with micro_batch_size {size}" if config.micro_batch_size else "")
-        )
-    # Neighbours go to different processes: they may be of like length, and then take as long.
-    return size, range(processes.rank, config.batch_size // size, world_size)
-
-
-class _Window:
-    """Sums since the last line of the log; they stay on the device until the line is written."""
-
-    def __init__(self, step: int, seconds: float) -> None:
-        self.timed_from = (step, seconds)
-        """Where the clock of the window started."""
-        self._losses: list[Tensor] = []
-        self._norm: Tensor | None = None
-        self._lr = 0.0
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-        self.confidence: dict[str, Any] | None = None
-        """What `measure_confidence` gave."""
-
-    def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
-        self._losses.append(loss)
-        self._norm, self._lr = norm, lr
-
-    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
-        if num_blocks:
-            counted_BL = inputs.weight_BL > 0
-            self._blocks.append(block_sums(loss_BL, counted_BL, inputs.block_BL, num_blocks))
-
-    def record(
-        self, step: int, tokens_per_step: int, seconds: float, processes: Processes
-    ) -> dict[str, Any]:
-        """The line: mean loss over the window; block losses, norm and rate of its last step."""
-        assert self._norm is not None
-        steps, elapsed = step - self.timed_from[0], seconds - self.timed_from[1]
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": torch.stack(self._losses).mean().item(),
-            "lr": self._lr,
-            "grad_norm": self._norm.item(),
-            "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
-            "seconds": round(seconds, 3),
-            **mean_confidence(processes.share(self.confidence or {})),
-        }
-        if self._blocks:
-            sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))
-            counts_N = processes.sum(torch.stack([counts for _, counts in self._blocks]).sum(0))
-            means = (sums_N / counts_N.clamp_min(1)).tolist()
-            record["loss_per_block"] = [
-                round(mean, 6) if count else None
-                for mean, count in zip(means, counts_N.tolist(), strict=True)
-            ]
-        return record

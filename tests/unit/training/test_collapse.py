@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.training.tiny_run import make_config, make_dataset, make_trainer
+from tests.unit.training.tiny_run import Notes, make_config, make_dataset, make_trainer
 
 from d2f.models.lora import LoraConfig
 from d2f.training.collapse import NUM_LINES, CollapseRule
-from d2f.training.confidence import MOST_POSITIONS, measure_confidence
-from d2f.training.progress import Silent
+from d2f.training.confidence import MOST_POSITIONS, MOST_SEQUENCES, measure_confidence
 from d2f.training.sections import OptimizerConfig
 from d2f.training.seeds import generator
 from d2f.training.step_inputs import make_inputs
@@ -76,14 +75,6 @@ def logged(config):
         return [json.loads(line) for line in file]
 
 
-class Notes(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 def test_healthy_runs_do_not_warn(stage_config):
     config = replace(
         stage_config, steps=40, log_every=1, optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3)
@@ -121,7 +112,8 @@ def test_a_resumed_run_knows_the_lines_before(tmp_path):
 
 
 def test_it_is_the_mean_of_the_highest_probabilities(stage_config):
-    config = replace(stage_config, batch_size=40)
+    data = replace(stage_config.data, sequence_length=60)
+    config = replace(stage_config, batch_size=40, data=data)
     trainer = make_trainer(config)
     student = trainer.student.train()
     batch = make_dataset(config).batch(torch.arange(40))
@@ -131,7 +123,9 @@ def test_it_is_the_mean_of_the_highest_probabilities(stage_config):
     assert torch.equal(torch.get_rng_state(), state)
     assert student.training
     assert all(parameter.grad is None for parameter in student.parameters())
+    inputs = next(inputs.parts(MOST_SEQUENCES, select=False))
     rows_M = inputs.weight_BL.flatten().nonzero()[:, 0]
+    assert (len(rows_M) > MOST_POSITIONS) == (config.stage != "autoregressive")
     if len(rows_M) > MOST_POSITIONS:
         rows_M = rows_M[torch.linspace(0, len(rows_M) - 1, MOST_POSITIONS).long()]
     student.eval()

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset
+from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset, write_files
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import ConfigError, D2FError, TrainingError
 from d2f.evaluation.own_rows import OwnRows, last_number
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
-from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training.evaluations import is_better
 from d2f.training.held_out import hold_out
@@ -29,13 +28,7 @@ LORA = LoraConfig(r=4, alpha=8, dropout=0.3)
 
 @pytest.fixture
 def files(tmp_path):
-    for family in ("qwen2", "llada", "Dream"):
-        write_checkpoint(tmp_path / family, family)
-        write_tokenizer(tmp_path / family)
-    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(40)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
-    return tmp_path
+    return write_files(tmp_path)
 
 
 def config_for(files, stage, name="run", **overrides):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from tests.unit.training.tiny_run import FAMILY, make_config
+from tests.unit.training.tiny_run import FAMILY, make_config, write_files
 from typer.testing import CliRunner
 
 from d2f.cli.train import train_command
@@ -50,14 +50,7 @@ def terminate():
 
 @pytest.fixture
 def files(tmp_path):
-    """A tiny checkpoint of each family with a tokenizer, and pairs to train on."""
-    for family in ("qwen2", "llada", "Dream"):
-        write_checkpoint(tmp_path / family, family)
-        write_tokenizer(tmp_path / family)
-    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(40)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
-    return tmp_path
+    return write_files(tmp_path)
 
 
 def config_for(files, stage, name="run", **overrides):

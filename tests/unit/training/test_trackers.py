@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from tests.unit.training.tiny_run import make_config, make_trainer
+from tests.unit.training.tiny_run import Notes, make_config, make_trainer
 
 from d2f.errors import ConfigError
 from d2f.training import trackers as module
@@ -12,14 +12,6 @@ from d2f.training.progress import Silent
 from d2f.training.trackers import Trackers, check_trackers
 
 accelerate = pytest.importorskip("accelerate")
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture

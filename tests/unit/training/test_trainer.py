@@ -154,3 +154,15 @@ def test_learning_rate(schedule, expected):
     assert rates == pytest.approx(expected, abs=1e-4)
     warm = replace(config, warmup_steps=4)
     assert [learning_rate(warm, step, 0) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["new", "old"])
+def test_what_a_killed_process_left_is_removed(tmp_path, kind):
+    trainer = make_trainer(make_config(tmp_path, "d2f", steps=1))
+    left = tmp_path / f".checkpoint-00000007.{kind}-123"
+    left.mkdir()
+    (left / "file").touch()
+    trainer.run()
+    assert left.exists()
+    assert trainer.save().exists()
+    assert not left.exists()

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from tests.unit.training.tiny_run import make_config
+from tests.unit.training.tiny_run import Notes, make_config
 
 from d2f.cli.train_answers import make_sampler
 from d2f.errors import ConfigError, TrainingError
@@ -19,7 +19,6 @@ from d2f.text import Tokenizer
 from d2f.training.config import load_recipe, to_table, with_defaults
 from d2f.training.data import TokenDataset
 from d2f.training.pairs import encode_prompt
-from d2f.training.progress import Silent
 from d2f.training.run import train
 from d2f.training.sections import ColumnConfig, DataConfig, ModelConfig, SampleConfig
 from d2f.training.sources import encode_data, read_held_out, read_pairs
@@ -28,14 +27,6 @@ from d2f.training.tokenizer import train_tokenizer
 RECIPES = Path(__file__).parents[3] / "recipes"
 ROWS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(5)]
 SHARE_GPT = ColumnConfig(messages="conversations", role="from", content="value", system="system")
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture

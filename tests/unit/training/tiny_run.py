@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2f.models.lora import attach_adapter
-from d2f.testing import tiny_model
+from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
 from d2f.training.encoded import Encoded
+from d2f.training.progress import Silent
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 from d2f.training.trainer import Trainer
 
@@ -65,3 +68,24 @@ def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
         if config.stage == "d2f":
             teacher = tiny_model("Dream").to(device)
     return Trainer(config, model, make_dataset(config), teacher=teacher, **options)
+
+
+def write_files(folder: Path) -> Path:
+    """A tiny checkpoint of each family with a tokenizer, and pairs to train on."""
+    for family in FAMILY.values():
+        write_checkpoint(folder / family, family)
+        write_tokenizer(folder / family)
+    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+class Notes(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
