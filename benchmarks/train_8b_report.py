@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from d2f.training.phase_clock import PHASES
+
 Results = dict[str, dict[str, Any]]
-PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 COLORS = ("#999999", "#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b")
 TRAININGS = (
     "llada_1", "llada_4", "llada_max", "dream_1", "dream_4", "dream_max",
