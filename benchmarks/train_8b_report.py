@@ -79,9 +79,11 @@ def verdicts(results: Results) -> Iterator[str]:
         name = f"{short}: loss on one batch after {steps} steps / before, no NaN"
         yield row(name, fallen, FALLEN, None, ".3g", most=True)
     for name in ("two_ddp", "two_fsdp"):
-        one, two = speed(results, "two_one"), speed(results, name)
-        ratio = two / one if one and two else None
-        yield row(f"{name}: tokens/s of two GPUs / of one", ratio, 1.8, 1.95, ".2f")
+        one, two = speeds(results, "two_one"), speeds(results, name)
+        for size in sorted(one.keys() & two.keys()) or [None]:
+            ratio = None if size is None else two[size] / one[size]
+            of = "" if size is None else f", micro-batch {size}"
+            yield row(f"{name}: tokens/s of two GPUs / of one{of}", ratio, 1.8, 1.95, ".2f")
     full = best_row(results, "full")
     memory = full["peak_bytes"] / 2**30 if full and full["peak_bytes"] else None
     yield row("full fine-tuning on two GPUs: GiB of each", memory, None, None, ".1f")
@@ -126,9 +128,10 @@ def best_row(results: Results, name: str) -> dict[str, Any] | None:
     return max(rows, key=lambda r: r["tokens_per_second"], default=None)
 
 
-def speed(results: Results, name: str) -> float | None:
-    found = best_row(results, name)
-    return None if found is None else found["tokens_per_second"]
+def speeds(results: Results, name: str) -> dict[int, float]:
+    """Tokens per second by micro-batch."""
+    rows = results.get(name, {}).get("rows", [])
+    return {r["micro_batch"]: r["tokens_per_second"] for r in rows if r["fits"]}
 
 
 def largest_of(results: Results, short: str, recomputes: bool) -> int | None:
@@ -189,7 +192,7 @@ def costs(results: Results) -> Iterator[str]:
                 *start,
                 f"{found['milliseconds']:.1f}",
                 f"{found['tokens_per_second']:.0f}",
-                f"{found['flops']['total'] / 1e12:.3g}",
+                f"{found['flops']['total'] / 1e12:.4g}",
                 percent(share["nominal"]),
                 percent(share["nominal_all_pairs"]),
                 percent(share["measured"]),

@@ -172,6 +172,7 @@ def test_fused_attention_is_that_of_the_dense_mask(length, kv_heads):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_making_the_mask_waits_for_nothing():
     blocks = paper_blocks(1024, [7, 500]).cuda()
     tiled_mask(blocks)
