@@ -44,7 +44,7 @@ def head(results: Results) -> Iterator[str]:
     yield ""
     yield "Made by `benchmarks/train_8b.py`; docs/measuring.md says what is counted, the JSON files"
     yield "have all numbers. Shapes have random weights and tokens: speed and memory are those of"
-    yield "the real models, what they learn means nothing."
+    yield "the real models, what they learn means nothing. The rows two_* are of one run."
 
 
 # --------------------------------------------------------------------------------------- verdicts

@@ -147,8 +147,8 @@ def test_verdicts_of_a_report(script, tmp_path):
     assert found[name] == ("0.40", "aim met")
     name = "llada: loss on one batch after 100 steps / before, no NaN"
     assert found[name] == ("0.2", "bar met")
-    assert found["two_ddp: tokens/s of two GPUs / of one"] == ("1.96", "aim met")
-    assert found["two_fsdp: tokens/s of two GPUs / of one"] == ("1.70", "missed")
+    assert found["two_ddp: tokens/s of two GPUs / of one, micro-batch 4"] == ("1.96", "aim met")
+    assert found["two_fsdp: tokens/s of two GPUs / of one, micro-batch 4"] == ("1.70", "missed")
     assert found["dream: model FLOPs utilisation, best row"] == ("–", "not measured")
     assert found["small model: score - that of the shipped one"][1] == "bar met"
     text = (tmp_path / "README.md").read_text()
