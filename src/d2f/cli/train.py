@@ -36,7 +36,7 @@ def train_command(
     ] = None,
     peak_share: Annotated[
         float, typer.Option(help="Dry run: share of the peak rate reached.", min=0.01, max=1.0)
-    ] = 0.4,
+    ] = 0.5,
     processes: Annotated[
         int | None, typer.Option(help="Dry run: processes, a GPU each.", min=1)
     ] = None,

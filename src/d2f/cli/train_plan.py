@@ -54,9 +54,10 @@ def plan(
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE") or 1)
     spec, source = _spec(config)
-    found = estimate(config, spec, processes=processes)
-    data = plan_data(config, spec)
     device = _device(gpu, config)
+    compiled = config.compile and device["name"] != "cpu"
+    found = estimate(config, spec, processes=processes, compiled=compiled)
+    data = plan_data(config, spec)
     epochs = None
     if data.num_samples is not None:
         epochs = config.steps * config.batch_size / data.num_samples

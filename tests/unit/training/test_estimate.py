@@ -1,6 +1,8 @@
 """Estimates against what tiny models really hold."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from tests.unit.training.tiny_run import make_config, make_trainer
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.models.presets import preset_spec
 from d2f.testing import tiny_model, tiny_spec
+from d2f.training.config import TrainConfig
 from d2f.training.estimate import estimate, layer_bytes
-from d2f.training.sections import DataConfig
+from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 
+REPORT = Path(__file__).parents[3] / "benchmarks" / "reports" / "2026-11-22-train-h200"
 LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
 LENGTH = 256
 WIDE = {
@@ -65,6 +69,44 @@ def test_activations_are_those_counted(family, lora, dtype, autocast):
     assert found == pytest.approx(counted, rel=0.25)
     counted, _ = kept_per_layer(family, lora, dtype, autocast, recompute=True)
     assert model.spec.hidden_size * size == pytest.approx(counted, rel=0.25)
+
+
+def measured_rows():
+    """What `d2f bench train` found on GPUs."""
+    for file in sorted(REPORT.glob("*.json")):
+        report = json.loads(file.read_text())
+        if "largest_micro_batch" in report:
+            yield from (
+                pytest.param(
+                    report, row, id=f"{file.stem}-{row['micro_batch']}-{row['checkpointing']}"
+                )
+                for row in report["rows"]
+            )
+
+
+@pytest.mark.parametrize(("report", "row"), list(measured_rows()))
+def test_memory_at_8b_is_that_measured_on_a_gpu(report, row):
+    settings, size = report["settings"], row["micro_batch"]
+    rank = settings["lora"]
+    config = TrainConfig(
+        stage="d2f",
+        output="unused",
+        steps=1,
+        batch_size=size * settings["processes"],
+        micro_batch_size=size,
+        model=ModelConfig(init="unused", dtype="float32" if rank is None else "bfloat16"),
+        lora=None if rank is None else LoraConfig(r=rank, alpha=rank, dropout=settings["dropout"]),
+        optimizer=OptimizerConfig(lr=1e-4),
+        noise=NoiseConfig(**settings["noise"]),
+        data=DataConfig(kind="problems", num_problems=1, sequence_length=settings["length"]),
+        precision="bfloat16",
+        loss_memory_mib=settings["loss_memory"],
+        sharding=settings["sharding"],
+        activation_checkpointing=row["checkpointing"],
+    )
+    spec = preset_spec(report["model"]["name"])
+    found = estimate(config, spec, processes=settings["processes"], compiled=True)
+    assert found.memory.total == pytest.approx(row["peak_bytes"], rel=0.1)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
