@@ -131,7 +131,8 @@ def test_what_a_run_leaves_behind(files):
     assert written["steps"] == 6
     assert written["tokens"] == 6 * 8 * 12
     assert written["data"]["used"] == 40
-    assert written["provenance"]["torch"] == torch.__version__
+    # The version of a package for CUDA lacks what torch itself says behind a plus.
+    assert torch.__version__.startswith(written["provenance"]["torch"])
 
 
 def test_shards(files):
