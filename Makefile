@@ -36,7 +36,7 @@ kernels: $(STAMP) ## run the kernels' tests, interpreted where there is no GPU; 
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "Installing Triton"; \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) 'triton>=3.6,<3.8'; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/ops tests/unit/engine/test_backends.py \
-	  tests/unit/models/test_feature_cache.py
+	  tests/unit/models/test_feature_cache.py tests/architecture/test_public_api.py
 
 check: $(STAMP) ## lint, formatting, types, import contract
 	$(BIN)/ruff check

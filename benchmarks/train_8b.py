@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,7 +257,7 @@ def run_job(job: Job, output: Path, seconds: float) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     if job.name == "small_train":
         # What a run cut short has left cannot be told from a whole one in the time that is left.
-        remove(output / "small")
+        shutil.rmtree(output / "small", ignore_errors=True)
     with log.open("w") as file:
         process = subprocess.Popen(
             job.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
@@ -295,12 +296,6 @@ def keep_small(output: Path) -> None:
     summary = json.loads((run / "training_summary.json").read_text())
     summary["folder"] = summary["recipe"]["output"] = "small/student"
     (output / "small_train.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_line(log: Path) -> str:

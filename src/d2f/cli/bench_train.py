@@ -327,7 +327,7 @@ def _costs_table(rows: list[dict[str, Any]]) -> Any:
             *start,
             f"{row['milliseconds']:.1f}",
             f"{row['tokens_per_second']:.0f}",
-            f"{row['flops']['total'] / 1e12:.3g}",
+            f"{row['flops']['total'] / 1e12:.4g}",
             "–" if share["nominal"] is None else f"{share['nominal']:.1%}",
             f"{share['measured']:.1%}",
             _gib(row["peak_bytes"]),

@@ -244,24 +244,22 @@ def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: b
         model: Its trained parameters require gradients; may be on the meta device.
         residual: Bytes of a number in the residual stream.
         products: Bytes of a number in products.
-        compiled: The compiler decides what is kept.
+        compiled: The compiler decides what is kept, as is known where only an adapter is trained.
     """
     spec = model.spec
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     layer = model.layers[0]
     assert isinstance(layer, Layer)
-    streams = 2 * spec.hidden_size
-    numbers = 2 * query + 2 * kv + 3 * spec.intermediate_size
-    if layer.attention_norm.weight.requires_grad:
+    trained = layer.attention_norm.weight.requires_grad
+    saves = compiled and not trained
+    streams = (3 if saves else 2) * spec.hidden_size
+    numbers = 2 * query + 2 * kv + (2 if saves else 3) * spec.intermediate_size
+    if trained:
         streams += 4 * spec.hidden_size
         numbers += spec.intermediate_size + (query if query != kv else 0)
-        compiled = False  # what it keeps of these is not known
-    if compiled:
-        streams += spec.hidden_size
-        numbers -= spec.intermediate_size
     for module in layer.modules():
         if isinstance(module, LoraLinear):
             base: nn.Linear = module.base
-            copies = (2 if module.config.dropout else 1) - compiled
+            copies = (2 if module.config.dropout else 1) - saves
             numbers += copies * base.in_features + len(module.lora_A)
     return streams * residual + numbers * products

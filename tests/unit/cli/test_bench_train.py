@@ -175,7 +175,6 @@ def test_tables_fit_in_80_columns():
 
 @pytest.mark.slow
 def test_two_processes_measure_together(tmp_path):
-    pytest.importorskip("accelerate")
     folder, file = write_checkpoint(tmp_path / "model", "Dream"), tmp_path / "train.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

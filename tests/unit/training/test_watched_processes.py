@@ -1,11 +1,9 @@
 """Evaluation, confidence and the best model with two processes, as copies and in shards."""
 
-import pytest
 from tests.unit.training.parallel_runs import finish, start
 from tests.unit.training.test_evaluations import files
 
 assert files  # the fixture
-pytest.importorskip("accelerate")
 
 
 def test_two_processes_are_watched_as_one_is(files):
