@@ -250,9 +250,9 @@ class _Group(Processes):
             raise SystemExit(1) from None
         if _is_lost_peer(error):
             raise TrainingError(
-                "another process of this run is gone (killed, out of memory, or its machine is "
-                "lost); the same command with --resume goes on from the newest checkpoint "
-                f"({_first_line(error)})"
+                f"this process lost the others of its run ({_first_line(error)}): one was killed "
+                "or out of memory, or the network or a GPU failed; the same command with --resume "
+                "goes on from the newest checkpoint"
             ) from None
         if isinstance(error, D2FError) and not self.is_main:
             raise type(error)(f"process {self.rank}: {error}") from None
@@ -267,12 +267,12 @@ class _Group(Processes):
 
 
 def _first_line(error: BaseException) -> str:
-    # Where NCCL itself is the trouble, this alone says so.
+    # Which of the causes it was, this alone says.
     return str(error).strip().split("\n", 1)[0][:300]
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """Whether it is what a process meets when another one has ended."""
+    """Whether it is what a process meets when another one, or the way to it, has failed."""
     if not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()

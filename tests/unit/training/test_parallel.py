@@ -118,7 +118,7 @@ def test_a_process_that_fails_ends_the_run_with_one_message(four):
 def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(files):
     (main, said), (other, silent) = finish(start(2, files, "killed"))
     assert (main, other, silent) == (1, -signal.SIGKILL, "")
-    assert said.count("TrainingError: another process of this run is gone") == 1
+    assert said.count("TrainingError: this process lost the others of its run") == 1
     assert said.count("Traceback") == 1
     assert list_checkpoints(files / "killed")[-1].name == "checkpoint-00000004"
     config = file_config(files, "killed", False, "none", checkpoint_every=2)
