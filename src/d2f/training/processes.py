@@ -250,9 +250,9 @@ class _Group(Processes):
             raise SystemExit(1) from None
         if _is_lost_peer(error):
             raise TrainingError(
-                f"this process lost the others of its run ({_first_line(error)}): one was killed "
-                "or out of memory, or the network or a GPU failed; the same command with --resume "
-                "goes on from the newest checkpoint"
+                "this process lost the others of its run: one was killed or out of memory, or the "
+                "network or a GPU failed; the same command with --resume goes on from the newest "
+                f"checkpoint ({_first_line(error)})"
             ) from None
         if isinstance(error, D2FError) and not self.is_main:
             raise type(error)(f"process {self.rank}: {error}") from None
