@@ -9,12 +9,13 @@ import torch
 from tests.unit.training.memory import LiveMemory
 from tests.unit.training.tiny_run import make_config, make_trainer
 
+from d2f.cli.bench_train_setup import TrainSetup
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.models.presets import preset_spec
 from d2f.testing import tiny_model, tiny_spec
-from d2f.training.config import TrainConfig
 from d2f.training.estimate import estimate, layer_bytes
-from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
+from d2f.training.processes import Processes
+from d2f.training.sections import DataConfig, NoiseConfig
 
 REPORT = Path(__file__).parents[3] / "benchmarks" / "reports" / "2026-11-22-train-h200"
 LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
@@ -86,26 +87,21 @@ def measured_rows():
 
 @pytest.mark.parametrize(("report", "row"), list(measured_rows()))
 def test_memory_at_8b_is_that_measured_on_a_gpu(report, row):
-    settings, size = report["settings"], row["micro_batch"]
-    rank = settings["lora"]
-    config = TrainConfig(
-        stage="d2f",
-        output="unused",
-        steps=1,
-        batch_size=size * settings["processes"],
-        micro_batch_size=size,
-        model=ModelConfig(init="unused", dtype="float32" if rank is None else "bfloat16"),
-        lora=None if rank is None else LoraConfig(r=rank, alpha=rank, dropout=settings["dropout"]),
-        optimizer=OptimizerConfig(lr=1e-4),
-        noise=NoiseConfig(**settings["noise"]),
-        data=DataConfig(kind="problems", num_problems=1, sequence_length=settings["length"]),
-        precision="bfloat16",
-        loss_memory_mib=settings["loss_memory"],
-        sharding=settings["sharding"],
-        activation_checkpointing=row["checkpointing"],
+    settings = dict(report["settings"])
+    noise = NoiseConfig(**settings.pop("noise"))
+    processes = Processes(torch.device("meta"))
+    processes.world_size = settings.pop("processes")
+    setup = TrainSetup(
+        shape=report["model"]["name"],
+        model=None,
+        layers=None,
+        dtype="bfloat16",
+        processes=processes,
+        **settings,
     )
+    config = replace(setup.config(row["micro_batch"], row["checkpointing"], "unused"), noise=noise)
     spec = preset_spec(report["model"]["name"])
-    found = estimate(config, spec, processes=settings["processes"], compiled=True)
+    found = estimate(config, spec, processes=processes.world_size, compiled=config.compile)
     assert found.memory.total == pytest.approx(row["peak_bytes"], rel=0.1)
 
 
