@@ -156,6 +156,7 @@ def show_plan(
 def print_plan(facts: dict[str, Any]) -> None:
     """The plan in lines."""
     data, device, processes = facts["data"], facts["device"], facts["processes"]
+    accumulated = facts["micro_batches_per_process"]
     _say(
         f"{facts['stage']}: {facts['model']['name']} ({facts['model']['source']}), "
         f"{facts['num_parameters'] / 1e6:,.1f}M parameters, "
@@ -165,7 +166,7 @@ def print_plan(facts: dict[str, Any]) -> None:
         f"an update: {facts['sequences_per_update']:,} sequences, "
         f"{facts['tokens_per_update']:,} tokens; "
         f"{f'on each of {processes} processes ' if processes > 1 else ''}"
-        f"{facts['micro_batches_per_process']} micro-batches of {facts['micro_batch_size']}"
+        f"{accumulated} micro-batch{'es' if accumulated > 1 else ''} of {facts['micro_batch_size']}"
     )
     most = "at most " if facts["max_seconds"] else ""
     until = f" within {_duration(facts['max_seconds'])}" if facts["max_seconds"] else ""
