@@ -17,8 +17,10 @@ from d2f.hub import resolve_folder
 from d2f.models.families import DREAM, config_from_spec, spec_from_config
 from d2f.models.lora import has_adapter, load_adapter, read_adapter
 from d2f.models.names import published_modules, published_parameters
+from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
+    FLOATS,
     POLICY_FILE,
     StoredTensor,
     compare_tensors,
@@ -37,6 +39,15 @@ _DTYPES = {
     "float16": torch.float16,
 }
 _INIT_STD = 0.02
+_TRUNK = "model."
+"""What stands before the names of the trunk in a whole model, and is missing where it was saved by
+itself."""
+_BUFFERS = (
+    "rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias", ".self_attn.bias",
+    ".self_attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+)  # fmt: skip
+"""Ends of the names of buffers in floating point; no module of these ends has a bias of its own."""
 _OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
 
 
@@ -84,7 +95,7 @@ def load_model(
         read_adapter(adapter_folder, spec)  # a wrong one shows before gigabytes are read
     kept = to_dtype or _main_dtype(stored)
     for name, (module, attribute) in places.items():
-        _assign(module, attribute, read_tensor(name, stored[name], target, kept))
+        _assign(module, attribute, read_tensor(stored[name], target, kept))
     model.eval()
     if adapter_folder is not None:
         load_adapter(model, adapter_folder, merge=merge_adapter)
@@ -112,11 +123,17 @@ def match_headers(
         with torch.device("meta"):
             places = published_parameters(Transformer(spec))
     wanted = {name: tuple(getattr(*place).shape) for name, place in places.items()}
+    tensors = _published_names(read_headers(folder, "model"), wanted)
+    refuse_quantised(folder, read_json(folder / "config.json"), tensors, wanted)
+    if spec.tie_embeddings:
+        embed, head = _tied_names(spec)
+        # Stored under one of the two names, or under both; `_check_tied_head` compares them.
+        tensors = {embed: tensors[head]} | tensors if head in tensors else tensors
+        tensors.pop(head, None)
     stored = {
         name: tensor
-        for name, tensor in read_headers(folder, "model").items()
-        # Old checkpoints store the rotary frequencies, which follow from the config.
-        if not name.endswith("rotary_emb.inv_freq") and name != _tied_head(spec)
+        for name, tensor in tensors.items()
+        if name in wanted or not _is_buffer(name, tensor)
     }
     problems = compare_tensors(stored, wanted)
     if problems:
@@ -124,26 +141,44 @@ def match_headers(
     return stored
 
 
-def _tied_head(spec: ModelSpec) -> str | None:
-    return f"{spec.architecture.names['lm_head']}.weight" if spec.tie_embeddings else None
+def _published_names(
+    tensors: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """The tensors by the names of the whole model, where the trunk was saved by itself."""
+    if any(name in tensors for name in wanted if name.startswith(_TRUNK)):
+        return dict(tensors)
+    return {
+        _TRUNK + name if _TRUNK + name in wanted else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _is_buffer(name: str, tensor: StoredTensor) -> bool:
+    """What old checkpoints store beside the weights: masks, positions, rotary frequencies."""
+    return tensor.kind not in FLOATS or name.endswith(_BUFFERS)
+
+
+def _tied_names(spec: ModelSpec) -> tuple[str, str]:
+    names = spec.architecture.names
+    return f"{names['embed']}.weight", f"{names['lm_head']}.weight"
 
 
 def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
     """A tied checkpoint may store its head once more, but not another one."""
-    name = _tied_head(spec)
-    if name is None:
+    if not spec.tie_embeddings:
         return
+    embed, head = _tied_names(spec)
     tensors = read_headers(folder, "model")
-    if name not in tensors:
+    embed = embed if embed in tensors else embed.removeprefix(_TRUNK)
+    if head not in tensors or embed not in tensors:
         return
-    embed = f"{spec.architecture.names['embed']}.weight"
     cpu = torch.device("cpu")
-    same = tensors[name].shape == tensors[embed].shape and torch.equal(
-        read_tensor(name, tensors[name], cpu), read_tensor(embed, tensors[embed], cpu)
+    same = tensors[head].shape == tensors[embed].shape and torch.equal(
+        read_tensor(tensors[head], cpu), read_tensor(tensors[embed], cpu)
     )
     if not same:
         raise CheckpointError(
-            f"{folder}: config.json ties the embeddings, but {name} differs from {embed}; "
+            f"{folder}: config.json ties the embeddings, but {head} differs from {embed}; "
             "correct config.json, or remove the tensor"
         )
 
@@ -153,7 +188,9 @@ def _main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     count: Counter[torch.dtype] = Counter()
     for tensor in stored.values():
         count[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
-    return count.most_common(1)[0][0]
+    most = count.most_common(1)[0][0]
+    # Nothing here computes in fp64.
+    return torch.float32 if most == torch.float64 else most
 
 
 def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:

@@ -86,7 +86,9 @@ QWEN2 = Architecture(
 def spec_from_config(config: Config, where: str = "config.json") -> ModelSpec:
     """Read a published config.json.
 
-    Raises `CheckpointError` for an unknown `model_type`, a missing entry, or a setting that this
+    What a config leaves out is what transformers, or the authors' code, takes for it.
+
+    Raises `CheckpointError` for an unknown `model_type`, a missing size, or a setting that this
     core does not compute (ALiBi, sliding windows, other activations or norms, …).
 
     Example:
@@ -99,7 +101,7 @@ def spec_from_config(config: Config, where: str = "config.json") -> ModelSpec:
         raise CheckpointError(f"{where}: {unknown_name('model_type', model_type, FAMILIES)}")
     architecture, read = FAMILIES[model_type]
     try:
-        spec = read(config, architecture, where)
+        spec = read(_DEFAULTS[model_type] | dict(config), architecture, where)
     except KeyError as error:
         raise CheckpointError(f"{where}: the entry {error} is missing") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -178,20 +180,93 @@ _SIZES = (
     "head_dim",
     "max_positions",
 )
-_HUGGING_FACE_FIXED = {
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
+# What the published classes take for an entry that is missing. Of the sizes only those of
+# transformers' own classes: Dream's and LLaDA's published models are of none of their defaults.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llada": {
+        "mlp_ratio": 4,
+        "max_sequence_length": 1024,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "weight_tying": True,
+    },
+    "Dream": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+    },
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+    },
 }
+# Where a setting is off, the published code only asks whether it is true, so null is off too.
+_OFF = (False, None)
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
+_FIRST_WINDOW_LAYER = 28
 
 
 def _refuse_other(config: Config, fixed: Config, where: str) -> None:
     for name, value in fixed.items():
-        if config.get(name, value) != value:
+        given = config.get(name, value)
+        if given != value and not (value is False and given in _OFF):
+            raise CheckpointError(f"{where}: {name} is {given!r}; only {value!r} is supported")
+
+
+def _refuse_windows(config: Config, where: str) -> None:
+    """Layers that see a window only; whether there are any is as transformers tells it."""
+    kinds, first = config.get("layer_types"), config.get("max_window_layers", _FIRST_WINDOW_LAYER)
+    for kind in kinds or ():
+        if kind != "full_attention":
+            raise CheckpointError(f"{where}: layer type {kind!r}; only full_attention is supported")
+    windows = kinds is None and config.get("sliding_window", 1) and config.get("use_sliding_window")
+    if windows and first < config["num_hidden_layers"]:
+        raise CheckpointError(
+            f"{where}: use_sliding_window is {windows!r}, for the layers from {first} on; only full "
+            "attention is supported"
+        )
+
+
+def _rope(config: Config, where: str) -> tuple[float, Config | None]:
+    """The base of the rotary frequencies, and their scaling if there is any."""
+    # transformers 5 writes the entries into one table, earlier versions beside the others; where
+    # a file has both, transformers takes the older one.
+    table = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    theta = float(table.pop("rope_theta", config["rope_theta"]))
+    kind = table.get("rope_type", table.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"{where}: {unknown_name('rope type', kind, ['default', 'llama3'])}")
+    for entries in (config, table):
+        share = entries.get("partial_rotary_factor")
+        if share not in (None, 1):
             raise CheckpointError(
-                f"{where}: {name} is {config[name]!r}; only {value!r} is supported"
+                f"{where}: partial_rotary_factor is {share!r}; only 1 is supported"
             )
+    if kind == "default":
+        return theta, None
+    length = "original_max_position_embeddings"
+    table[length] = config.get(length, table.get(length, config["max_position_embeddings"]))
+    return theta, table
 
 
 def _check(spec: ModelSpec, where: str) -> None:
@@ -264,20 +339,16 @@ def _read_llada(config: Config, architecture: Architecture, where: str) -> Model
 
 
 def _read_hugging_face(config: Config, architecture: Architecture, where: str) -> ModelSpec:
-    # In Llama `attention_bias` is one on o_proj too; the others ignore the entry.
-    llama = {"attention_bias": False} if architecture is LLAMA else {}
-    _refuse_other(config, _HUGGING_FACE_FIXED | llama, where)
-    for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
-            raise CheckpointError(f"{where}: layer type {kind!r}; only full_attention is supported")
-    # transformers 5 writes the rope entries into one table, earlier versions beside the others.
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or config["rope_theta"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(f"{where}: {unknown_name('rope type', kind, ['default', 'llama3'])}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise CheckpointError(f"{where}: only rotation of whole heads is supported")
+    if config.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{where}: hidden_act is {config['hidden_act']!r}; only 'silu' is supported"
+        )
+    # transformers' Llama heeds these biases and no sliding window; Qwen2 and Dream do the opposite.
+    if architecture is LLAMA:
+        _refuse_other(config, {"attention_bias": False, "mlp_bias": False}, where)
+        config = dict(config) | {"use_sliding_window": False}
+    _refuse_windows(config, where)
+    theta, scaling = _rope(config, where)
     heads = config["num_attention_heads"]
     return ModelSpec(
         architecture=architecture,
@@ -288,10 +359,10 @@ def _read_hugging_face(config: Config, architecture: Architecture, where: str) -
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        rope_theta=float(theta),
+        rope_theta=theta,
         norm_eps=float(config["rms_norm_eps"]),
         max_positions=config["max_position_embeddings"],
-        rope_scaling=rope if kind == "llama3" else None,
+        rope_scaling=scaling,
         # Qwen2 and Dream have it always and do not say so.
         qkv_bias=architecture is not LLAMA,
         tie_embeddings=bool(config.get("tie_word_embeddings")),

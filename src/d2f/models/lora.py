@@ -153,7 +153,7 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
         base = model.get_submodule(ours)
         assert isinstance(base, nn.Linear)
         a_RI, b_OR = (
-            read_tensor(name, stored[name], base.weight.device, torch.float32)
+            read_tensor(stored[name], base.weight.device, torch.float32)
             for name in _keys(published)
         )
         new[ours] = LoraLinear(base, a_RI, b_OR, config, config.scale(published))

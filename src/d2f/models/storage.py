@@ -21,7 +21,13 @@ from d2f.errors import CheckpointError, ConfigError
 
 POLICY_FILE = "decoding_policy.json"
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""Types of a header that weights may have."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NUM_NAMED = 8
 
@@ -31,8 +37,16 @@ class StoredTensor:
     """What a safetensors header says about one tensor."""
 
     file: Path
+    name: str
+    """Its name in the file."""
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: str
+    """Its type as the header names it; weights have one of `FLOATS`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of a weight."""
+        return FLOATS[self.kind]
 
     @property
     def num_bytes(self) -> int:
@@ -72,11 +86,10 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """Names, shapes and dtypes of `stem`.safetensors, or of the shards that its index lists.
+    """Names, shapes and types of `stem`.safetensors, or of the shards that its index lists.
 
     Raises:
-        CheckpointError: The file is missing, broken, pickled, or of a dtype other than fp32, bf16
-            and fp16.
+        CheckpointError: The file is missing, broken or pickled.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
@@ -87,8 +100,8 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
         )
         if pickles:
             raise CheckpointError(
-                f"{folder} holds pickled weights only ({_some(pickles)}), which can run code when "
-                "they are loaded; convert them to safetensors"
+                f"{folder} holds pickled weights only ({some_names(pickles)}), which can run code "
+                "when they are loaded; convert them to safetensors"
             )
         raise CheckpointError(f"{folder} holds neither {single.name} nor {index.name}")
     shard_of = read_json(index).get("weight_map")
@@ -101,7 +114,7 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
         tensors |= _read_header(folder / name)
     absent = [name for name in shard_of if name not in tensors]
     if absent:
-        raise CheckpointError(f"{index} lists tensors that no shard holds: {_some(absent)}")
+        raise CheckpointError(f"{index} lists tensors that no shard holds: {some_names(absent)}")
     return tensors
 
 
@@ -110,25 +123,20 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     with _opened(file) as stored:
         for name in stored.keys():  # noqa: SIM118 (the handle is no dict)
             part = stored.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise CheckpointError(
-                    f"{file}: {name} is {part.get_dtype()}; only {', '.join(_DTYPES)} are "
-                    "supported, so quantised weights must be converted first"
-                )
             tensors[name] = StoredTensor(
-                file=file, shape=tuple(part.get_shape()), dtype=_DTYPES[part.get_dtype()]
+                file=file, name=name, shape=tuple(part.get_shape()), kind=part.get_dtype()
             )
     return tensors
 
 
 def read_tensor(
-    name: str, stored: StoredTensor, device: torch.device, dtype: torch.dtype | None = None
+    stored: StoredTensor, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
     """One tensor, copied to `device` and converted (None: as stored)."""
     # Opened anew for each tensor, and copied: a map of the whole file would stay resident beside
     # the copies, and a tensor that lies in the map is not aligned as CPU kernels like it.
     with _opened(stored.file) as file:
-        return file.get_tensor(name).to(device, dtype or stored.dtype, copy=True)
+        return file.get_tensor(stored.name).to(device, dtype or stored.dtype, copy=True)
 
 
 @contextmanager
@@ -159,11 +167,12 @@ def compare_tensors(
         "wrongly shaped": misshaped,
     }
     return "; ".join(
-        f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names
+        f"{len(names)} {kind}: {some_names(names)}" for kind, names in problems.items() if names
     )
 
 
-def _some(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
+    """The first of these names, and how many more there are."""
     listed = list(names)
     more = len(listed) - _NUM_NAMED
     return ", ".join(listed[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")

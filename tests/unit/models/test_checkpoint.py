@@ -135,9 +135,10 @@ def test_tied_head_may_be_stored_once_more(tmp_path):
 
 
 def test_stored_rotary_frequencies_are_ignored(folder):
+    expected = load_model(folder, device="cpu").logits(IDS)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(folder, lambda t: t.update({name: torch.ones(4)}))
-    load_model(folder, device="cpu")
+    assert torch.equal(load_model(folder, device="cpu").logits(IDS), expected)
 
 
 # ------------------------------------------------------------------------------ wrong folders
@@ -220,6 +221,54 @@ def test_a_long_list_of_keys_is_cut(folder):
 def test_quantised_weights(folder):
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.ones(96, 32).to(torch.int8)}))
     refused(folder, "lm_head.weight is I8", "converted")
+
+
+def packed(tensors, suffixes, kinds):
+    """A projection's weight replaced by what a scheme stores for it."""
+    weight = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    for suffix, kind in zip(suffixes, kinds, strict=True):
+        size = weight.shape if kind.itemsize == 1 else (4, 4)
+        tensors[f"model.layers.0.mlp.up_proj.{suffix}"] = torch.zeros(size).to(kind)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "kinds", "config", "scheme"),
+    [
+        (
+            ["qweight", "qzeros", "scales", "g_idx"],
+            [torch.int32, torch.int32, torch.float16, torch.int32],
+            {"quant_method": "gptq", "bits": 4},
+            "GPTQ, 4 bits",
+        ),
+        (["qweight", "g_idx"], [torch.int32, torch.int32], None, "GPTQ"),
+        (["qweight", "qzeros", "scales"], [torch.int32] * 2 + [torch.half], None, "GPTQ or AWQ"),
+        (["qweight", "scales"], [torch.int32, torch.half], {"quant_method": "awq"}, "AWQ"),
+        (["weight", "weight.absmax"], [torch.uint8] * 2, None, "bitsandbytes, 4 bits"),
+        (
+            ["weight", "weight.absmax"],
+            [torch.uint8, torch.float32],
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes, 4 bits",
+        ),
+        (["weight", "SCB"], [torch.int8, torch.float32], None, "bitsandbytes, 8 bits"),
+        (["weight", "weight_scale_inv"], [torch.float8_e4m3fn, torch.float32], None, "fp8"),
+        (["weight"], [torch.float8_e5m2], {"quant_method": "fbgemm_fp8"}, "fp8"),
+        (["weight"], [torch.int8], {}, "int8"),
+        (["weight"], [torch.int8], {"quant_method": "quanto"}, "quanto"),
+        (["weight_packed", "weight_scale"], [torch.int32, torch.half], None, "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_scheme(folder, suffixes, kinds, config, scheme):
+    edit_tensors(folder, lambda t: packed(t, suffixes, kinds))
+    edit_json(folder / "config.json", quantization_config=config)
+    refused(folder, f"the weights are quantised ({scheme}): model.layers.0.mlp.up_proj.")
+
+
+@pytest.mark.parametrize("config", [None, {}, {"quant_method": "gptq", "bits": 4}])
+def test_weights_that_were_converted_back_are_loaded(folder, config):
+    expected = load_model(folder, device="cpu").logits(IDS)
+    edit_json(folder / "config.json", quantization_config=config)
+    assert torch.equal(load_model(folder, device="cpu").logits(IDS), expected)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.pt"])
