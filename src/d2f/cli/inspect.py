@@ -93,14 +93,16 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
 def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
     from d2f.models.lora import read_adapter
 
-    config, targets, tensors = read_adapter(folder, spec)
+    found = read_adapter(folder, spec)
+    config, targets = found.config, found.targets
     return {
+        "base_model": found.base_model,
         "r": config.r,
         "alpha": config.alpha,
         "use_rslora": config.use_rslora,
         "targets": sorted({published.rsplit(".", 1)[-1] for published in targets}),
         "modules": len(targets),
-        "parameters": sum(_numel(tensor) for tensor in tensors.values()),
+        "parameters": sum(_numel(tensor) for tensor in found.halves.values()),
     }
 
 

@@ -242,8 +242,8 @@ def _refuse_windows(config: Config, where: str) -> None:
     windows = kinds is None and config.get("sliding_window", 1) and config.get("use_sliding_window")
     if windows and first < config["num_hidden_layers"]:
         raise CheckpointError(
-            f"{where}: use_sliding_window is {windows!r}, for the layers from {first} on; only full "
-            "attention is supported"
+            f"{where}: use_sliding_window is {windows!r}, for the layers from {first} on; only "
+            "full attention is supported"
         )
 
 

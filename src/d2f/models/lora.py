@@ -6,9 +6,9 @@ Shapes: R rank, I inputs, O outputs of a projection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError
 from d2f.hub import resolve_folder
 from d2f.models.lora_config import LoraConfig, read_config, written_config
-from d2f.models.names import published_modules
+from d2f.models.lora_tensors import MERGE, lora_keys, misfit, sort_tensors
+from d2f.models.names import published_modules, published_parameters
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
+    FLOATS,
     POLICY_FILE,
     StoredTensor,
     compare_tensors,
@@ -30,11 +32,11 @@ from d2f.models.storage import (
     read_policy,
     read_tensor,
     replaced_folder,
+    some_names,
     write_json,
 )
 from d2f.models.transformer import Transformer
 
-_PREFIX = "base_model.model."
 _OWNED = ("adapter_model*.safetensors", "adapter_config.json", POLICY_FILE)
 
 
@@ -146,17 +148,18 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
     """
     _require_no_adapter(model)
     folder = resolve_folder(path_or_hub_id)
-    config, targets, stored = read_adapter(folder, model.spec)
+    found = read_adapter(folder, model.spec)
     policy = read_policy(folder)
+    _require_equal_copies(folder, found.copies, model)
     new = {}
-    for published, ours in targets.items():
+    for published, ours in found.targets.items():
         base = model.get_submodule(ours)
         assert isinstance(base, nn.Linear)
         a_RI, b_OR = (
-            read_tensor(stored[name], base.weight.device, torch.float32)
-            for name in _keys(published)
+            read_tensor(found.halves[name], base.weight.device, torch.float32)
+            for name in lora_keys(published)
         )
-        new[ours] = LoraLinear(base, a_RI, b_OR, config, config.scale(published))
+        new[ours] = LoraLinear(base, a_RI, b_OR, found.config, found.config.scale(published))
     for ours, module in new.items():
         _replace(model, ours, module.requires_grad_(False).train(model.training))
     if policy is not None:
@@ -165,10 +168,23 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
         merge_adapter(model)
 
 
-def read_adapter(
-    folder: Path, spec: ModelSpec
-) -> tuple[LoraConfig, dict[str, str], dict[str, StoredTensor]]:
-    """An adapter's config, targets (published name -> ours) and tensors, checked by header.
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """An adapter's folder, as its config and headers describe it."""
+
+    config: LoraConfig
+    targets: dict[str, str]
+    """Modules that it adapts: published name -> ours."""
+    halves: dict[str, StoredTensor]
+    """Its tensors by `lora_keys`."""
+    copies: dict[str, StoredTensor]
+    """Tensors of the base model that were saved with it, by their published names."""
+    base_model: str | None
+    """What it was trained on, as the one who saved it called that."""
+
+
+def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
+    """What an adapter's folder holds, checked by header.
 
     Raises `CheckpointError` if it is not supported or does not belong to a model of this spec.
     """
@@ -181,21 +197,100 @@ def read_adapter(
         targets = config.targets(spec)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
+    halves, copies = sort_tensors(folder, read_headers(folder, "adapter_model"), spec)
+    _check_saved_modules(values.get("modules_to_save"), copies, where)
     modules = published_modules(spec)
-    stored = read_headers(folder, "adapter_model")
-    shapes = _linear_shapes(spec)
+    sizes = _linear_shapes(spec)
+    shapes = {
+        published: sizes[ours.rsplit(".", 1)[-1]]
+        for published, ours in modules.items()
+        if ours.rsplit(".", 1)[-1] in sizes
+    }
     wanted: dict[str, tuple[int, ...]] = {}
     for published in targets:
-        rows, columns = shapes[modules[published].rsplit(".", 1)[-1]]
+        rows, columns = shapes[published]
         rank = config.rank(published)
-        wanted |= dict(zip(_keys(published), [(rank, columns), (rows, rank)], strict=True))
-    problems = compare_tensors(stored, wanted)
+        wanted |= dict(zip(lora_keys(published), [(rank, columns), (rows, rank)], strict=True))
+    problems = compare_tensors(halves, wanted)
     if problems:
+        raise CheckpointError(misfit(folder, problems, halves, shapes, spec))
+    base = values.get("base_model_name_or_path")
+    return StoredAdapter(
+        config=config,
+        targets=targets,
+        halves=halves,
+        copies=_check_copies(folder, copies, spec),
+        base_model=base if isinstance(base, str) and base else None,
+    )
+
+
+def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], where: Path) -> None:
+    """Of modules that were trained whole the file must hold the tensors, which are compared later."""
+    stored = {name.rpartition(".")[0] for name in copies}
+    for module in named if isinstance(named, list) else [] if named is None else [named]:
+        if not any(f".{name}".endswith(f".{module}") for name in stored):
+            raise CheckpointError(
+                f"{where}: modules_to_save is {named!r}, which is not supported; {MERGE}"
+            )
+
+
+def _check_copies(
+    folder: Path, copies: Mapping[str, StoredTensor], spec: ModelSpec
+) -> dict[str, StoredTensor]:
+    """Those copies that are parameters of the model, by header; buffers are left out.
+
+    Raises `CheckpointError` for what is no tensor of the model, or one of another shape.
+    """
+    kept = {}
+    places = _places(spec) if copies else {}
+    for name, tensor in copies.items():
+        if name not in places:
+            if tensor.kind not in FLOATS or name.endswith("inv_freq"):
+                continue
+            raise CheckpointError(
+                f"{folder} holds {tensor.name}, which is no tensor of an adapter nor of this "
+                f"{spec.architecture.name}; remove it"
+            )
+        shape = tuple(getattr(*places[name]).shape)
+        if tensor.kind not in FLOATS or tensor.shape != shape:
+            raise CheckpointError(
+                f"{folder} holds {name} as {tensor.kind} of {list(tensor.shape)}, where the model "
+                f"has {list(shape)}; {MERGE}"
+            )
+        kept[name] = tensor
+    return kept
+
+
+def _require_equal_copies(
+    folder: Path, copies: Mapping[str, StoredTensor], model: Transformer
+) -> None:
+    """Refuse tensors beside the adapter that differ from the model's own."""
+    places = _places(model.spec, model)
+    different = []
+    for name, tensor in copies.items():
+        own = getattr(*places[name]).detach()
+        saved = read_tensor(tensor, own.device)
+        # One of them may have been rounded to a narrower type.
+        types = (saved.dtype, own.dtype)
+        if not any(torch.equal(saved.to(kind), own.to(kind)) for kind in types):
+            different.append(name)
+    if different:
         raise CheckpointError(
-            f"{folder} is an adapter for another model than this {spec.architecture.name} of "
-            f"{spec.num_layers} layers and width {spec.hidden_size}: {problems}"
+            f"{folder} holds {some_names(different)} otherwise than the model, so it was trained "
+            f"with the adapter or is another model's; {MERGE}"
         )
-    return config, targets, stored
+
+
+def _places(spec: ModelSpec, model: Transformer | None = None) -> dict[str, tuple[nn.Module, str]]:
+    """Published names of the parameters, a tied head among them."""
+    if model is None:
+        with torch.device("meta"):
+            model = Transformer(spec)
+    places = published_parameters(model)
+    if spec.tie_embeddings:
+        embed, head = (spec.architecture.names[name] for name in ("embed", "lm_head"))
+        places[f"{head}.weight"] = places[f"{embed}.weight"]
+    return places
 
 
 def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -207,10 +302,6 @@ def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def _keys(published: str) -> tuple[str, str]:
-    return tuple(f"{_PREFIX}{published}.lora_{half}.weight" for half in "AB")  # type: ignore[return-value]
 
 
 def _require_no_adapter(model: Transformer) -> None:
@@ -284,7 +375,7 @@ def save_adapter(model: Transformer, folder: str | Path, *, base_model: str = ""
         halves = (module.lora_A, module.lora_B)
         tensors |= {
             key: half.detach().contiguous()
-            for key, half in zip(_keys(published[ours]), halves, strict=True)
+            for key, half in zip(lora_keys(published[ours]), halves, strict=True)
         }
     config = next(iter(adapted.values())).config
     with replaced_folder(Path(folder), _OWNED) as new:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.errors import CheckpointError, ConfigError
+from d2f.models.lora_tensors import MERGE
 from d2f.models.names import published_modules
 from d2f.models.spec import ModelSpec
 
@@ -20,7 +21,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
     "fan_in_fan_out": (None, False),
     "use_qalora": (None, False),
-    "modules_to_save": (None, []),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -143,10 +143,7 @@ def read_config(values: Mapping[str, Any], spec: ModelSpec, where: Path) -> Lora
     for name, off in _REFUSED.items():
         value = values.get(name)
         if not any(value == other and type(value) is type(other) for other in off):
-            raise CheckpointError(
-                f"{where}: {name} is {value!r}, which is not supported; merge the adapter into "
-                "its base model with peft and load the result"
-            )
+            raise CheckpointError(f"{where}: {name} is {value!r}, which is not supported; {MERGE}")
     targets = values.get("target_modules")
     config = LoraConfig(
         r=values.get("r", 8),

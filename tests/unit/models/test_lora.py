@@ -228,8 +228,11 @@ def test_unsupported_adapter_config(tmp_path, change, part):
 
 def test_unknown_entries_are_ignored(tmp_path):
     folder = write_adapter(tmp_path, "llada")
+    expected, model = tiny_model("llada"), tiny_model("llada")
+    load_adapter(expected, folder)
     edit_config(folder, arrow_config=None, some_future_entry={"a": 1}, modules_to_save=[])
-    load_adapter(tiny_model("llada"), folder)
+    load_adapter(model, folder)
+    assert torch.equal(model.logits(IDS), expected.logits(IDS))
 
 
 def test_adapter_for_another_model(tmp_path):
@@ -294,7 +297,149 @@ def test_layers_and_exclusions_narrow_the_targets(tmp_path):
     load_adapter(loaded, tmp_path, merge=False)
     assert torch.equal(loaded.logits(IDS), model.logits(IDS))
     save_adapter(loaded, tmp_path / "again")
-    load_adapter(tiny_model("llada"), tmp_path / "again")
+    again = tiny_model("llada")
+    load_adapter(again, tmp_path / "again", merge=False)
+    assert torch.equal(again.logits(IDS), model.logits(IDS))
+
+
+# ------------------------------------------------------------------------------ names of tensors
+
+SPELLINGS = {
+    "adapter's name": lambda n: n.replace(".weight", ".default.weight"),
+    "other adapter's name": lambda n: n.replace(".weight", ".my-adapter_2.weight"),
+    "compiled": lambda n: f"_orig_mod.{n}",
+    "compiled inside": lambda n: n.replace("base_model.model.", "base_model.model._orig_mod."),
+    "compiled layers": lambda n: n.replace(".0.", ".0._orig_mod.").replace(".1.", ".1._orig_mod."),
+    "data parallel": lambda n: f"module.{n}",
+    "FSDP": lambda n: n.replace("base_model.", "_fsdp_wrapped_module.base_model."),
+    "checkpointed": lambda n: n.replace(".1.", ".1._checkpoint_wrapped_module."),
+    "all of them": lambda n: f"module._orig_mod.{n}".replace(".weight", ".default.weight"),
+    "no prefix": lambda n: n.removeprefix("base_model.model."),
+    "trunk": lambda n: n.replace("base_model.model.model.", "base_model.model."),
+}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_any_spelling_of_the_names(tmp_path, model_type, spelling):
+    folder = write_adapter(tmp_path, model_type)
+    expected, model = tiny_model(model_type), tiny_model(model_type)
+    load_adapter(expected, folder)
+
+    def rename(tensors):
+        renamed = {SPELLINGS[spelling](name): value for name, value in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_tensors(folder, rename)
+    load_adapter(model, folder)
+    assert torch.equal(model.logits(IDS), expected.logits(IDS))
+
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+@pytest.mark.parametrize(
+    "name", ["{}.weight", "{}.base_layer.weight", "{}.modules_to_save.x.weight"]
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_embeddings_that_equal_the_bases(tmp_path, name, tied, dtype):
+    folder = write_adapter(tmp_path, "Dream")
+    bases = [tiny_model("Dream", tie_word_embeddings=tied).to(dtype) for _ in range(2)]
+    load_adapter(bases[0], folder)
+
+    def add(tensors, change=0.0):
+        for module, table in ((EMBED, bases[1].embed.weight), (HEAD, bases[1].head_weight_VD)):
+            # As saved from a base in the other type.
+            saved = table.to(torch.bfloat16 if dtype == torch.float32 else torch.float32)
+            tensors[f"base_model.model.{name.format(module)}"] = saved.detach() + change
+
+    edit_tensors(folder, add)
+    edit_config(folder, modules_to_save=["embed_tokens", "lm_head"])
+    load_adapter(bases[1], folder)
+    assert torch.equal(bases[1].logits(IDS), bases[0].logits(IDS))
+    edit_tensors(folder, lambda tensors: add(tensors, 0.5))
+    model = tiny_model("Dream", tie_word_embeddings=tied).to(dtype)
+    refused(model, folder, "embed_tokens.weight", "otherwise than the model", "merge the adapter")
+
+
+def grown(tensors):
+    tensors[f"base_model.model.{EMBED}.weight"] = torch.ones(98, 32)
+
+
+def a_second(tensors):
+    first = dict(tensors)
+    tensors.update({n.replace(".weight", ".other.weight"): v.clone() for n, v in first.items()})
+
+
+def added(name, value):
+    return lambda tensors: tensors.update({f"base_model.model.{name}": value})
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "parts"),
+    [
+        (grown, {}, ["embed_tokens.weight as F32 of [98, 32], where the model has [96, 32]"]),
+        (a_second, {}, ["holds several adapters (None, other)"]),
+        (added(f"{Q_PROJ}.lora_magnitude_vector", torch.ones(32)), {}, ["belongs to DoRA"]),
+        (added(f"{EMBED}.lora_embedding_A", torch.ones(4, 96)), {}, ["LoRA of an embedding"]),
+        (added(f"{Q_PROJ}.lora_B.bias", torch.ones(32)), {}, ["LoRA with a bias"]),
+        (added("score.weight", torch.ones(2, 32)), {}, ["score.weight, which is no tensor of an"]),
+        (
+            added(f"{Q_PROJ}.lora_A.weight", torch.ones(4, 32).to(torch.int8)),
+            {},
+            [f"{Q_PROJ}.lora_A.weight is I8; only F64, F32, BF16, F16 are supported"],
+        ),
+        (None, {"r": 8}, ["r and rank_pattern do not fit the tensors, of rank 4"]),
+        (None, {"rank_pattern": {"q_proj": 2}}, ["r and rank_pattern do not fit the tensors"]),
+        (
+            None,
+            {"target_modules": ["q_proj"]},
+            ["target_modules does not fit the tensors: 12 unexpected"],
+        ),
+        (
+            None,
+            {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]},
+            ["target_modules does not fit the tensors: 4 missing"],
+        ),
+    ],
+)
+def test_the_true_reason_is_named(tmp_path, change, config, parts):
+    folder = write_adapter(tmp_path, "Dream")
+    if change is not None:
+        edit_tensors(folder, change)
+    edit_config(folder, **config)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(tiny_model("Dream"), folder)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "another model" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 48}, {"num_key_value_heads": 4}, {"num_hidden_layers": 1}]
+)
+def test_another_model_is_named_as_such(tmp_path, other):
+    refused(
+        tiny_model("Dream", **other),
+        write_adapter(tmp_path, "Dream"),
+        "is an adapter for another model than this Dream",
+    )
+
+
+def test_buffers_in_an_adapter_are_left_out(tmp_path):
+    folder = write_adapter(tmp_path, "Dream")
+    expected, model = tiny_model("Dream"), tiny_model("Dream")
+    load_adapter(expected, folder)
+    edit_tensors(folder, added("model.position_ids", torch.arange(8)))
+    edit_tensors(folder, added("model.rotary_emb.inv_freq", torch.ones(4)))
+    load_adapter(model, folder)
+    assert torch.equal(model.logits(IDS), expected.logits(IDS))
 
 
 # --------------------------------------------------------------------------------- with peft
@@ -356,6 +501,8 @@ def test_peft_reads_ours(tmp_path, peft, model_type, config):
             "rank_pattern": {r"layers\.1\.mlp\.down_proj": 2},
             "alpha_pattern": {"q_proj": 12},
         },
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"r": 4, "target_modules": ["q_proj"], "save_embeddings": True},
     ],
 )
 def test_we_read_pefts(tmp_path, peft, options):
@@ -364,9 +511,13 @@ def test_we_read_pefts(tmp_path, peft, options):
     write_checkpoint(tmp_path / "m", "qwen2")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     torch.manual_seed(0)
+    embeddings = options.pop("save_embeddings", False)
     config = peft.LoraConfig(init_lora_weights=False, **options)
     theirs = peft.get_peft_model(theirs, config).eval()
-    theirs.save_pretrained(tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=embeddings)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    whole = embeddings or "modules_to_save" in options
+    assert any("embed_tokens" in name for name in stored) == whole
     for merge in (False, True):
         edit_config(tmp_path / "a", init_lora_weights=True)
         ours = load_model(tmp_path / "m", tmp_path / "a", "cpu", merge_adapter=merge)
