@@ -32,6 +32,10 @@ class CheckpointError(D2FError):
     """A model, adapter or tokenizer folder is missing, broken or of another kind."""
 
 
+class D2FWarning(UserWarning):
+    """Something works, but perhaps not as it was meant; the command line prints it as one line."""
+
+
 class TrainingError(D2FError):
     """A training run cannot start, resume or go on."""
 

@@ -74,7 +74,7 @@ def chat_command(
     model: ModelOption = None,
     adapter: AdapterOption = None,
     strategy: StrategyOption = None,
-    max_new_tokens: LimitOption = 256,
+    max_new_tokens: LimitOption = None,
     block_size: BlockSizeOption = None,
     add_threshold: AddOption = None,
     activate_threshold: ActivateOption = None,
@@ -109,7 +109,7 @@ def chat_command(
     loaded, tokenizer = load_answerer(model, adapter, device, dtype)
     from d2f.cli.chat_session import ChatSession
 
-    strategy = strategy or default_strategy(loaded.spec)
+    strategy = strategy or default_strategy(loaded.spec, changed)
     chosen_policy(loaded.spec, strategy, changed)
     session = ChatSession(
         model=loaded,

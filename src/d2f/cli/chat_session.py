@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.policy import changed_policy, check_decoding, unheeded
+from d2f.engine.policy import changed_policy, check_decoding, default_limit, unheeded
 from d2f.engine.request import Request, resolve
 from d2f.errors import ConfigError, RequestError
 from d2f.models.transformer import Transformer
@@ -45,7 +45,8 @@ class ChatSession:
     """What only this strategy takes."""
     changed: dict[str, Any] = field(default_factory=dict)
     """Fields of the policy that differ from the model's own."""
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
+    """None: what the model names, else 256, or what the prompt leaves room for."""
     temperature: float = 0.0
     seed: int = 0
     """Of the first answer; each further one has the next, so that asking again helps."""
@@ -158,9 +159,12 @@ class ChatSession:
     ) -> Request:
         useless = unheeded(strategy, self.changed)
         heeded = {name: value for name, value in self.changed.items() if name not in useless}
+        limit = self.max_new_tokens
+        if limit is None:
+            limit = default_limit(self.model.spec, len(prompt_ids))
         return Request(
             prompt_ids=prompt_ids,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=limit,
             policy=changed_policy(self.model.spec, heeded),
             strategy=strategy,
             temperature=self.temperature,

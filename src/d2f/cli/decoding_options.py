@@ -23,10 +23,14 @@ StrategyOption = Annotated[
     str | None,
     typer.Option(
         help="pipelined, serial, autoregressive, vanilla, parallel, prefix-cache, dual-cache, "
-        "dllm-cache or reference. Default: pipelined, or autoregressive for such a model."
+        "dllm-cache or reference. Default: pipelined; autoregressive for such a model; vanilla for "
+        "a diffusion model that was not distilled."
     ),
 ]
-LimitOption = Annotated[int, typer.Option(help="Most tokens of the response.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of the response. Default: what the model names, else 256."),
+]
 BlockSizeOption = Annotated[int | None, typer.Option(help="Tokens of a block.")]
 AddOption = Annotated[
     float | None, typer.Option(help="Open a block at this decoded share of the last.")
@@ -54,8 +58,8 @@ BlockLengthOption = Annotated[
 AlgorithmOption = Annotated[
     str | None,
     typer.Option(
-        help="vanilla: low_confidence (LLaDA's), maskgit_plus, topk_margin, entropy or origin "
-        "(Dream's)."
+        help="vanilla: low_confidence (LLaDA's own), maskgit_plus, topk_margin, entropy (Dream's "
+        "own) or origin. Default: the model's own."
     ),
 ]
 EpsOption = Annotated[float | None, typer.Option(help="vanilla: where Dream's time ends.")]
@@ -140,9 +144,11 @@ def load_answerer(
     return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
 
 
-def default_strategy(spec: ModelSpec) -> str:
-    """What a model is decoded with unless somebody says otherwise."""
-    return "autoregressive" if spec.architecture.causal else "pipelined"
+def default_strategy(spec: ModelSpec, changed: dict[str, Any] | None = None) -> str:
+    """What a model is decoded with unless somebody says otherwise; `changed` is of the policy."""
+    from d2f.engine.policy import default_strategy as rule
+
+    return rule(spec, policy=bool(changed))
 
 
 def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 NUM_LIVE = 3
+VANILLA_BLOCK_LENGTH = 32
+"""The teacher was trained on blocks, so LLaDA's sampler suits it."""
 # name, shipped model, strategy, early stop
 ROWS = (
     ("autoregressive", "autoregressive", "autoregressive", True),
@@ -156,6 +158,7 @@ def _race(
             engine=engines[model],
             tokenizer=tokenizer,
             strategy=strategy,
+            options={"block_length": VANILLA_BLOCK_LENGTH} if strategy == "vanilla" else {},
             early_stop=early_stop,
             num_problems=num_vanilla if strategy == "vanilla" else len(problems),
         )

@@ -60,7 +60,7 @@ def generate_command(
     model: ModelOption = None,
     adapter: AdapterOption = None,
     strategy: StrategyOption = None,
-    max_new_tokens: LimitOption = 256,
+    max_new_tokens: LimitOption = None,
     block_size: BlockSizeOption = None,
     add_threshold: AddOption = None,
     activate_threshold: ActivateOption = None,
@@ -114,11 +114,15 @@ def generate_command(
     )
     check_choices(strategy, changed, options)
     loaded, tokenizer = load_answerer(model, adapter, device, dtype)
+    from d2f.engine.policy import default_limit
     from d2f.engine.request import Request
 
-    strategy = strategy or default_strategy(loaded.spec)
+    strategy = strategy or default_strategy(loaded.spec, changed)
+    prompt_ids = tokenizer.encode_prompt(_read(prompt), chat=chat)
+    if max_new_tokens is None:
+        max_new_tokens = default_limit(loaded.spec, len(prompt_ids))
     request = Request(
-        prompt_ids=tokenizer.encode_prompt(_read(prompt), chat=chat),
+        prompt_ids=prompt_ids,
         max_new_tokens=max_new_tokens,
         policy=chosen_policy(loaded.spec, strategy, changed),
         strategy=strategy,

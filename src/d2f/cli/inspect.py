@@ -51,20 +51,22 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         >>> inspect_model(write_checkpoint(tempfile.mkdtemp(), "llada"))["architecture"]
         'llada'
     """
+    from d2f.engine.policy import default_limit, default_strategy
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import match_headers, read_spec
-    from d2f.models.storage import read_policy
+    from d2f.models.lora import with_adapter
 
     folder = resolve_folder(path, weights=False)
     spec = read_spec(folder)
     # A folder given by its path must hold its weights; that of a hub id need not hold them yet.
     local = Path(path).expanduser().is_dir()
     stored = match_headers(folder, spec) if local or any(folder.glob("*.safetensors")) else None
-    policy, adapted = spec.recommended_policy, None
+    adapted = None
     if adapter is not None:
         adapter_folder = resolve_folder(adapter)
-        policy = read_policy(adapter_folder) or policy
         adapted = {"path": str(adapter)} | _adapter(adapter_folder, spec)
+        spec = with_adapter(spec, adapter_folder)
+    policy = spec.recommended_policy
     return {
         "path": str(path),
         "architecture": spec.architecture.name,
@@ -79,6 +81,8 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "pad": spec.pad_token_id,
         },
         "adapter": adapted,
+        "strategy": default_strategy(spec),
+        "max_new_tokens": default_limit(spec),
         "recommended_policy": None if policy is None else policy.to_dict(),
         "memory": {
             "weights_bf16_bytes": 2 * spec.num_parameters,
@@ -156,6 +160,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("positions", f"{sizes['max_positions']:,}"),
         ("token ids", _pairs(report["token_ids"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
+        ("decoded by", f"{report['strategy']}, at most {report['max_new_tokens']} new tokens"),
         ("adapter", "none" if adapter is None else _adapter_line(adapter)),
         (
             "weights",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, TextIO
 
 import typer
 
@@ -19,7 +20,7 @@ from d2f.cli.inspect import inspect_command
 from d2f.cli.report import report_command
 from d2f.cli.serve import serve_command
 from d2f.cli.train import train_command
-from d2f.errors import D2FError
+from d2f.errors import D2FError, D2FWarning
 
 app = typer.Typer(
     name="d2f",
@@ -53,10 +54,31 @@ def common(
         raise typer.Exit
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours as one line; others as Python writes them."""
+    if not issubclass(category, D2FWarning):
+        (file or sys.stderr).write(
+            warnings.formatwarning(message, category, filename, lineno, line)
+        )
+        return
+    log.print("[yellow]warning:[/yellow]", end=" ")
+    log.print(" ".join(str(message).split()), markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line: exit code 0 done, 1 failed with one clear line, 2 usage."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=D2FWarning)
+            warnings.showwarning = _show_warning
+            app()
     except KeyboardInterrupt:
         log.print("stopped")
         sys.exit(130)

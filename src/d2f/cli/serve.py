@@ -196,14 +196,11 @@ def _race_model(
         max_batch_size=RACE_BATCH_SIZE,
         dtype=loaded.dtype,
     )
-    strategy = default_strategy(spec)
-    if strategy == "pipelined" and spec.recommended_policy is None:
-        strategy = "vanilla"
     return ServedModel(
         name=name,
         engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
         tokenizer=tokenizer,
-        strategy=strategy,
+        strategy=default_strategy(spec),
     )
 
 

@@ -18,7 +18,7 @@ from d2f.decoding.fast_dllm import FastBatch
 from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.pipelined import PipelinedDecoder
 from d2f.decoding.reference import ReferenceBatch
-from d2f.decoding.vanilla import VanillaBatch, vanilla_plan
+from d2f.decoding.vanilla import VanillaBatch, own_algorithm, vanilla_plan
 from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError, RequestError, unknown_name
 from d2f.models.cache import PagedCache
@@ -166,7 +166,8 @@ def check_strategy(
         raise RequestError(f"this {architecture.name} checkpoint names no mask_token_id")
     check = STRATEGIES[strategy].check
     if check is not None:
-        check(max_new_tokens, **options)
+        own = own_algorithm(architecture, options) if strategy == "vanilla" else options
+        check(max_new_tokens, **own)
 
 
 def start_batch(

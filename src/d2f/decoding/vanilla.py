@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from d2f.decoding.canvas import Canvas
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError, unknown_name
+from d2f.models.spec import Architecture
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import MARGIN, NEG_ENTROPY, uniform_noise
 
@@ -41,6 +42,23 @@ MOST_STEPS = 2**16
 Step = tuple[int, int, float]
 """First position of the block, its end, and how many tokens are kept (`origin`: with which
 probability each is)."""
+
+
+def own_algorithm(architecture: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with an algorithm, which is that of the model's authors where none is named.
+
+    A block length alone means `low_confidence`, which is the one that has blocks.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> own_algorithm(tiny_spec("Dream").architecture, {"num_steps": 8})
+        {'num_steps': 8, 'algorithm': 'entropy'}
+    """
+    algorithm = options.get("algorithm")
+    if algorithm is None:
+        has_blocks = options.get("block_length") is not None
+        algorithm = "low_confidence" if has_blocks else architecture.sampler
+    return {**options, "algorithm": algorithm}
 
 
 def vanilla_plan(
@@ -57,7 +75,8 @@ def vanilla_plan(
         max_new_tokens: Length of the response.
         num_steps: Forwards; None: one for each token.
         block_length: Of `low_confidence`; None: 32.
-        algorithm: One of `ALGORITHMS`; None: `low_confidence`.
+        algorithm: One of `ALGORITHMS`; None: `low_confidence`, or `entropy` if `eps` is given
+            alone, as for a model that is not known yet.
         eps: Of the others: the time at which their last step ends; None: 0.001.
 
     Raises:
@@ -69,7 +88,8 @@ def vanilla_plan(
         >>> vanilla_plan(5, num_steps=2, algorithm="entropy")
         [(0, 5, 2), (0, 5, 3)]
     """
-    algorithm = algorithm or "low_confidence"
+    if algorithm is None:
+        algorithm = "low_confidence" if eps is None or block_length is not None else "entropy"
     if algorithm not in ALGORITHMS:
         raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
     if num_steps is not None and num_steps < 1:
@@ -164,7 +184,8 @@ class VanillaBatch:
         **options: Any,
     ) -> None:
         self.model, self.sequences, self.workspace = model, sequences, workspace
-        self.algorithm = options.get("algorithm") or "low_confidence"
+        options = own_algorithm(model.spec.architecture, options)
+        self.algorithm = options["algorithm"]
         self.plans = [vanilla_plan(limit, **options) for limit in sequences.max_new_tokens]
         self.steps = [0] * len(sequences)
         self.done = [False] * len(sequences)

@@ -312,7 +312,7 @@ class Engine:
             RequestError: There is no such request.
         """
         task = self._task(request_id)
-        if STRATEGIES[task.request.strategy].paged:
+        if STRATEGIES[task.strategy].paged:
             return task.view()
         return task.blocks or self._unpaged.view(task)
 
@@ -336,7 +336,7 @@ class Engine:
             result = self._ready[request_id].result
             if result is not None:
                 return Progress(token_ids=result.token_ids, num_forwards=result.num_forwards)
-        if STRATEGIES[task.request.strategy].paged:
+        if STRATEGIES[task.strategy].paged:
             return task.progress()
         return self._unpaged.progress(task)
 
@@ -405,7 +405,7 @@ class Engine:
                 )
             decode = self._tokenizer.decode
         task = Task(number=next(self._numbers), request=resolved, decode=decode)
-        if STRATEGIES[resolved.strategy].paged:
+        if STRATEGIES[task.strategy].paged:
             self._paged.check(task)
         return task
 
@@ -420,7 +420,7 @@ class Engine:
             raise RequestError("the engine is closed; make a new one")
 
     def _lane_of(self, task: Task) -> PagedLane | UnpagedLane:
-        return self._paged if STRATEGIES[task.request.strategy].paged else self._unpaged
+        return self._paged if STRATEGIES[task.strategy].paged else self._unpaged
 
     def _paged_lanes(self) -> list[PagedLane]:
         """The paged lane, if a request has needed it yet: asking for it would make its cache."""

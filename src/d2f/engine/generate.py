@@ -22,7 +22,7 @@ def generate_ids(
     *,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
-    strategy: str = "pipelined",
+    strategy: str | None = None,
     early_stop: bool = True,
     **strategy_options: Any,
 ) -> GenerationResult: ...
@@ -36,7 +36,7 @@ def generate_ids(
     *,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
-    strategy: str = "pipelined",
+    strategy: str | None = None,
     early_stop: bool = True,
     **strategy_options: Any,
 ) -> list[GenerationResult]: ...
@@ -49,7 +49,7 @@ def generate_ids(
     *,
     max_new_tokens: int = 256,
     eos_token_id: int | Sequence[int] | None = None,
-    strategy: str = "pipelined",
+    strategy: str | None = None,
     early_stop: bool = True,
     **strategy_options: Any,
 ) -> GenerationResult | list[GenerationResult]:
@@ -62,7 +62,9 @@ def generate_ids(
             defaults.
         max_new_tokens: Exact upper bound of each response.
         eos_token_id: One or several; None: the model's own, `()`: none.
-        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`; `reference`,
+        strategy: None: `pipelined`, but `autoregressive` for such a model, and `vanilla` for a
+            diffusion model's checkpoint that carries no decoding policy, which was not distilled,
+            unless `policy` is given. The others: `serial`, one block after the other; `reference`,
             the pipeline without a cache, slow; and with options of their own `vanilla`, LLaDA's and
             Dream's samplers; Fast-dLLM's `parallel`, `prefix-cache`, `dual-cache`; `dllm-cache`.
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
@@ -70,9 +72,10 @@ def generate_ids(
         strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy. An option
             without effect is refused by name.
 
-            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's default
-              `low_confidence` or Dream's `maskgit_plus`, `topk_margin`, `entropy`, `origin`;
-              `block_length` (32) of the former; `eps` (0.001), where the latter's time ends.
+            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's
+              `low_confidence`, Dream's `entropy`, or `maskgit_plus`, `topk_margin`, `origin`; each
+              model's own is the default; `block_length` (32) of the first, which it implies; `eps`
+              (0.001), where the others' time ends.
             - `parallel`, `prefix-cache`, `dual-cache`: `block_length` (32), and `threshold` (0.9),
               the probability from which tokens are kept, or `factor`: keep the n surest for the
               largest n with (n + 1) (1 - the n-th probability) < factor.

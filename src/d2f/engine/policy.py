@@ -68,6 +68,40 @@ def heeds_policy(strategy: str) -> bool:
     return strategy in _HEEDED
 
 
+def default_strategy(spec: ModelSpec, *, policy: bool = False) -> str:
+    """What a model is decoded with unless somebody says otherwise.
+
+    The pipeline takes for granted that a diffusion model was distilled for it; on another one it
+    gives poor answers, so that gets `vanilla`.
+
+    Args:
+        spec: The model's.
+        policy: Whether a decoding policy was asked for, which only the pipeline heeds.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> default_strategy(tiny_spec("qwen2")), default_strategy(tiny_spec("llada"))
+        ('autoregressive', 'pipelined')
+    """
+    if spec.architecture.causal:
+        return "autoregressive"
+    return "pipelined" if spec.distilled or policy else "vanilla"
+
+
+def default_limit(spec: ModelSpec, prompt_length: int = 0) -> int:
+    """Most new tokens unless somebody says otherwise: what the checkpoint names, or 256.
+
+    Where the prompt leaves less room, that.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> default_limit(tiny_spec("llada")), default_limit(tiny_spec("llada"), 500)
+        (256, 12)
+    """
+    wanted = spec.recommended_max_new_tokens or 256
+    return max(min(wanted, spec.max_positions - prompt_length), 1)
+
+
 def useful_strategies(spec: ModelSpec) -> list[str]:
     """The strategies that make sense on a model; the slow reference is for comparisons only.
 

@@ -11,6 +11,7 @@ from typing import Any
 from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, check_strategy
 from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.policy import default_strategy
 from d2f.errors import RequestError
 from d2f.models.spec import ModelSpec
 
@@ -23,8 +24,8 @@ class Request:
     """A prompt and how to answer it.
 
     Example:
-        >>> Request(prompt_ids=[1, 2, 3], max_new_tokens=16).strategy
-        'pipelined'
+        >>> Request(prompt_ids=[1, 2, 3], strategy="serial").max_new_tokens
+        256
     """
 
     prompt_ids: Sequence[int]
@@ -34,7 +35,9 @@ class Request:
     """None: the one the checkpoint recommends, else the defaults."""
     eos_token_id: int | Sequence[int] | None = None
     """None: the model's own; `()`: none."""
-    strategy: str = "pipelined"
+    strategy: str | None = None
+    """None: `autoregressive` for such a model; `pipelined`, but `vanilla` for a checkpoint that was
+    not distilled, unless a policy is given."""
     early_stop: bool = True
     """Stop once everything before an accepted EOS is decoded."""
     temperature: float = 0.0
@@ -106,16 +109,20 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
             f"the prompt's {len(prompt)} tokens and max_new_tokens {limit} exceed the model's "
             f"{spec.max_positions} positions; shorten the prompt or lower max_new_tokens"
         )
-    check_strategy(request.strategy, request.options, spec, len(prompt), limit)
+    strategy = request.strategy
+    if strategy is None:
+        strategy = default_strategy(spec, policy=request.policy is not None)
+    check_strategy(strategy, request.options, spec, len(prompt), limit)
     _check_sampling(request)
     stop = _stop_strings(request)
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
-    fixed: dict[str, Any] = dict(STRATEGIES[request.strategy].policy)
+    fixed: dict[str, Any] = dict(STRATEGIES[strategy].policy)
     return dataclasses.replace(
         request,
         prompt_ids=prompt,
+        strategy=strategy,
         eos_token_id=eos_ids,
         policy=dataclasses.replace(policy, **fixed),
         stop=stop,

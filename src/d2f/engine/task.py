@@ -61,9 +61,15 @@ class Task:
     """As they were at the end, of unpaged strategies."""
 
     @property
+    def strategy(self) -> str:
+        """Of its request, which is resolved."""
+        assert self.request.strategy is not None
+        return self.request.strategy
+
+    @property
     def is_autoregressive(self) -> bool:
         """It gets one token per step."""
-        return self.request.strategy == "autoregressive"
+        return self.strategy == "autoregressive"
 
     @property
     def longest(self) -> int:

@@ -115,9 +115,9 @@ class UnpagedLane:
     def _select(self) -> DecodingBatch | None:
         """The running batch, or a new one of compatible waiting requests."""
         if self._batch is None and self.waiting:
-            first = self.waiting[0].request
+            first, strategy = self.waiting[0].request, self.waiting[0].strategy
             fits = [task for task in self.waiting if _same_settings(first, task.request)]
-            most = STRATEGIES[first.strategy].max_rows or self._max_rows
+            most = STRATEGIES[strategy].max_rows or self._max_rows
             chosen = fits[: min(most, self._fitting_rows)]
             requests = [task.request for task in chosen]
             self._rows = list(chosen)
@@ -125,7 +125,7 @@ class UnpagedLane:
             for task in chosen:
                 task.tokens = []
             self._batch = start_batch(
-                first.strategy, self.model, _sequences(requests), first.options, self._workspace
+                strategy, self.model, _sequences(requests), first.options, self._workspace
             )
         return self._batch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Runner:
     engine: Engine
     tokenizer: Tokenizer
     strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     early_stop: bool = True
     num_problems: int
     """The first so many problems; slow methods take fewer."""
@@ -136,6 +137,7 @@ def answer_problem(runner: Runner, problem: Problem, *, max_new_tokens: int) -> 
         prompt_ids=prompt,
         max_new_tokens=max_new_tokens,
         strategy=runner.strategy,
+        options=runner.options,
         early_stop=runner.early_stop,
     )
     # The same problem was answered before, at least by the unclocked run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,20 +13,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2f.errors import CheckpointError, ConfigError, unknown_name
+from d2f.errors import CheckpointError, ConfigError, D2FWarning, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.families import DREAM, config_from_spec, spec_from_config
 from d2f.models.lora import has_adapter, load_adapter, read_adapter
+from d2f.models.lora_base import other_base
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
     FLOATS,
+    GENERATION_FILE,
     POLICY_FILE,
     StoredTensor,
     compare_tensors,
     read_headers,
     read_json,
+    read_max_new_tokens,
     read_policy,
     read_tensor,
     replaced_folder,
@@ -75,6 +79,9 @@ def load_model(
             model. All keys at fault are named at once, before any weight is loaded.
         ConfigError: `device` or `dtype` is unknown.
 
+    Warns:
+        D2FWarning: The adapter names another base model than the loaded one.
+
     Example:
         >>> from d2f.testing import write_checkpoint
         >>> import tempfile
@@ -92,7 +99,11 @@ def load_model(
     stored = match_headers(folder, spec, places)
     _check_tied_head(folder, spec)
     if adapter_folder is not None:
-        read_adapter(adapter_folder, spec)  # a wrong one shows before gigabytes are read
+        # A wrong one shows before gigabytes are read.
+        base = read_adapter(adapter_folder, spec).base_model
+        warning = other_base(base, path_or_hub_id, folder)
+        if warning is not None:
+            warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or _main_dtype(stored)
     for name, (module, attribute) in places.items():
         _assign(module, attribute, read_tensor(stored[name], target, kept))
@@ -109,7 +120,13 @@ def read_spec(folder: Path) -> ModelSpec:
             f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
         )
     spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    return replace(spec, recommended_policy=read_policy(folder))
+    policy = read_policy(folder)
+    return replace(
+        spec,
+        recommended_policy=policy,
+        recommended_max_new_tokens=read_max_new_tokens(folder),
+        distilled=policy is not None or spec.architecture.causal,
+    )
 
 
 def match_headers(
@@ -270,6 +287,9 @@ def save_model(
         write_json(new / "config.json", config)
         if model.spec.recommended_policy is not None:
             write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
+        limit = model.spec.recommended_max_new_tokens
+        if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
+            write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
         files: dict[str, str] = {}
         for i, shard in enumerate(shards):
             single = len(shards) == 1
@@ -362,6 +382,7 @@ def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
         mask_token_id=mask_token_id,
         qkv_bias=True,
         recommended_policy=None,
+        recommended_max_new_tokens=None,
     )
     with torch.device("meta"):
         new = Transformer(new_spec)

@@ -52,6 +52,7 @@ LLADA = Architecture(
     causal=False,
     rope_full_precision=True,
     lora_targets=("q_proj", "k_proj", "v_proj", "attn_out"),
+    sampler="low_confidence",
     names=_LLADA_NAMES,
 )
 DREAM = Architecture(
@@ -61,6 +62,7 @@ DREAM = Architecture(
     causal=False,
     rope_full_precision=False,
     lora_targets=_ATTENTION,
+    sampler="entropy",
     names=_HUGGING_FACE_NAMES,
 )
 LLAMA = Architecture(
@@ -70,6 +72,7 @@ LLAMA = Architecture(
     causal=True,
     rope_full_precision=False,
     lora_targets=_ATTENTION,
+    sampler=None,
     names=_HUGGING_FACE_NAMES,
 )
 QWEN2 = Architecture(
@@ -79,6 +82,7 @@ QWEN2 = Architecture(
     causal=True,
     rope_full_precision=False,
     lora_targets=_ATTENTION,
+    sampler=None,
     names=_HUGGING_FACE_NAMES,
 )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
 from d2f.hub import resolve_folder
 from d2f.models.lora_config import LoraConfig, read_config, written_config
@@ -149,7 +150,6 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
     _require_no_adapter(model)
     folder = resolve_folder(path_or_hub_id)
     found = read_adapter(folder, model.spec)
-    policy = read_policy(folder)
     _require_equal_copies(folder, found.copies, model)
     new = {}
     for published, ours in found.targets.items():
@@ -162,10 +162,21 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
         new[ours] = LoraLinear(base, a_RI, b_OR, found.config, found.config.scale(published))
     for ours, module in new.items():
         _replace(model, ours, module.requires_grad_(False).train(model.training))
-    if policy is not None:
-        model.spec = replace(model.spec, recommended_policy=policy)
+    model.spec = with_adapter(model.spec, folder)
     if merge:
         merge_adapter(model)
+
+
+def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec of a model with the adapter of this folder, which may carry a decoding policy.
+
+    A diffusion model with an adapter counts as distilled: those that the paper's authors publish
+    carry no policy, and are decoded with the default one.
+    """
+    policy = read_policy(folder) or spec.recommended_policy
+    if policy is None and not spec.architecture.causal:
+        policy = DecodingPolicy()
+    return replace(spec, recommended_policy=policy, distilled=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +236,7 @@ def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
 
 
 def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], where: Path) -> None:
-    """Of modules that were trained whole the file must hold the tensors, which are compared later."""
+    """Of modules that were trained whole the file must hold the tensors; compared later."""
     stored = {name.rpartition(".")[0] for name in copies}
     for module in named if isinstance(named, list) else [] if named is None else [named]:
         if not any(f".{name}".endswith(f".{module}") for name in stored):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
@@ -25,6 +25,8 @@ class Architecture:
     """Queries and keys are rotated in fp32 whatever the model's dtype (LLaDA)."""
     lora_targets: tuple[str, ...]
     """Published names of the four attention projections, which LoRA adapts by default."""
+    sampler: str | None
+    """Algorithm of `vanilla` by which its authors decode it; None: it is autoregressive."""
     names: Mapping[str, str]
     """Our module name -> published module name; `{i}` stands for the layer."""
 
@@ -61,6 +63,12 @@ class ModelSpec:
     pad_token_id: int | None = None
     recommended_policy: DecodingPolicy | None = None
     """The decoding policy that the checkpoint carries, if any."""
+    recommended_max_new_tokens: int | None = None
+    """The response length that the checkpoint's generation_config.json names, if any."""
+    # How a model came about, not what it is.
+    distilled: bool = field(default=True, compare=False)
+    """Whether it was trained to be decoded in blocks. False: a diffusion model's checkpoint without
+    a decoding policy; of a model that was made here nobody asks."""
 
     @property
     def num_parameters(self) -> int:

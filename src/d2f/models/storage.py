@@ -20,6 +20,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
 
 POLICY_FILE = "decoding_policy.json"
+GENERATION_FILE = "generation_config.json"
 
 FLOATS = {
     "F64": torch.float64,
@@ -78,6 +79,19 @@ def read_policy(folder: Path) -> DecodingPolicy | None:
         return DecodingPolicy.from_dict(read_json(file))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def read_max_new_tokens(folder: Path) -> int | None:
+    """The response length that a model's generation_config.json names, if any."""
+    file = folder / GENERATION_FILE
+    value = read_json(file).get("max_new_tokens") if file.exists() else None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{file}: max_new_tokens is {value!r}; it must be a whole number of at least 1"
+        )
+    return value
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from d2f.engine.policy import changed_policy, useful_strategies
+from d2f.engine.policy import changed_policy, default_limit, useful_strategies
 from d2f.errors import unknown_name
 from d2f.serving.errors import ApiError
 from d2f.serving.served_model import ServedModel
@@ -52,6 +52,7 @@ def _entry(model: ServedModel, created: int) -> dict[str, Any]:
             "strategy": model.strategy,
             "policy": changed_policy(spec, {}).to_dict(),
             "max_positions": spec.max_positions,
+            "max_tokens": default_limit(spec),
             "chat_template": model.tokenizer.chat_template is not None,
             "examples": list(model.examples),
             "num_parameters": spec.num_parameters,

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2f.engine.policy import changed_policy, check_decoding
+from d2f.engine.policy import (
+    changed_policy,
+    check_decoding,
+    default_limit,
+    default_strategy,
+    heeds_policy,
+)
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, unknown_name
 from d2f.serving.errors import ApiError
@@ -125,8 +131,13 @@ def _next_seed(seed: int, index: int) -> int:
 
 
 def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
-    strategy = model.strategy if body.strategy is None else body.strategy
     changes = body.policy.changes() if body.policy is not None else {}
+    strategy = body.strategy
+    if strategy is None:
+        # Who sends a policy means a strategy that heeds one.
+        heeded = not changes or heeds_policy(model.strategy)
+        spec = model.engine.model.spec
+        strategy = model.strategy if heeded else default_strategy(spec, policy=True)
     options = {name: value for name, value in (body.options or {}).items() if value is not None}
     try:
         check_decoding(strategy, changes, options)
@@ -161,7 +172,8 @@ def _limit(
     positions = model.engine.model.spec.max_positions
     room, most = positions - prompt_length, most_tokens(model, settings)
     if wanted is None:
-        return min(settings.default_max_tokens, room, most)
+        own = default_limit(model.engine.model.spec)
+        return min(settings.default_max_tokens or own, room, most)
     if wanted > most:
         raise _refused(name, f"{wanted} is more than the {most} that this server allows")
     if wanted > room:

@@ -12,7 +12,7 @@ _WHOLE = (
     "max_waiting", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_max_tokens",
     "max_choices",
 )  # fmt: skip
-_OPTIONAL = ("max_prompt_tokens", "max_tokens")
+_OPTIONAL = ("max_prompt_tokens", "max_tokens", "default_max_tokens")
 _SECONDS = ("request_timeout", "body_timeout", "drain_seconds")
 
 
@@ -59,8 +59,9 @@ class ServeSettings:
     """None: what the model has room for."""
     max_tokens: int | None = None
     """Most tokens that a response may be asked to have; None: what the model has room for."""
-    default_max_tokens: int = 256
-    """Of requests that do not say; fewer where the prompt leaves no more room."""
+    default_max_tokens: int | None = None
+    """Of requests that do not say; None: what the model names, else 256. Fewer where the prompt
+    leaves no more room."""
     max_choices: int = 64
     """Most responses to one request: its prompts times `n`."""
     drain_seconds: float = 30.0

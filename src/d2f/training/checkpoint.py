@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, TrainingError
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
@@ -222,6 +223,8 @@ def _save_result(
     folder = Path(config.output) / name
     spec = model.spec
     policy = config.policy or spec.recommended_policy
+    if policy is None and config.stage == "d2f":
+        policy = DecodingPolicy()  # which says that the model is distilled
     with replaced_folder(folder, ["*"]) as new:
         model.spec = replace(spec, recommended_policy=policy)
         try:

@@ -9,6 +9,7 @@
  * @typedef {{block_size: number, add_threshold: number, activate_threshold: number,
  *            confidence_threshold: number}} Policy
  * @typedef {{strategies: string[], strategy: string, policy: Policy, max_positions: number,
+ *            max_tokens: number,
  *            chat_template: boolean, examples: string[], num_parameters: number, device: string,
  *            dtype: string}} ModelFacts
  * @typedef {{id: string, d2f: ModelFacts}} Model

@@ -84,10 +84,10 @@ export class Settings {
   /** Back to what the model recommends. */
   reset() {
     if (this.model === null) return;
-    const { policy, strategy } = this.model.d2f;
+    const { policy, strategy, max_tokens: maxTokens } = this.model.d2f;
     for (const [name, input] of this.inputs) input.value = policy[name];
     this.strategy.value = strategy;
-    this.maxTokens.value = Math.min(192, Math.floor(this.model.d2f.max_positions / 2));
+    this.maxTokens.value = maxTokens;
     this.temperature.value = 0;
     this.refresh();
   }
