@@ -6,10 +6,11 @@ import pytest
 
 from d2f.engine.engine import Engine
 from d2f.engine.generate import generate_ids
+from d2f.engine.policy import default_limit, default_strategy
 from d2f.engine.request import Request
 from d2f.evaluation.score import score_problems
-from d2f.models.checkpoint import load_model
-from d2f.problems import generate_problems
+from d2f.models.checkpoint import load_model, read_spec
+from d2f.problems import extract_answer, generate_problems
 from d2f.shipped import MODELS, shipped_model
 from d2f.text import Tokenizer
 
@@ -53,6 +54,20 @@ def test_pipeline_agrees_with_the_oracle_and_with_its_batches(student, tokenizer
         assert result.token_ids == alone.token_ids == oracle.token_ids
         assert result.num_forwards == alone.num_forwards == oracle.num_forwards
         assert result.finish_reason == "eos"
+
+
+def test_what_the_models_are_offered_by_default():
+    strategies = {"autoregressive": "autoregressive", "teacher": "vanilla", "student": "pipelined"}
+    for name in MODELS:
+        spec = read_spec(shipped_model(name))
+        assert (default_strategy(spec), default_limit(spec)) == (strategies[name], 192)
+
+
+def test_teacher_is_right_by_default(tokenizer):
+    """Through the pipeline it is not; few steps, as the test has little time."""
+    teacher = load_model(shipped_model("teacher"), device="cpu", dtype="float32")
+    result = answer(teacher, tokenizer.encode_prompt(FEW[0].prompt), num_steps=32)
+    assert extract_answer(tokenizer.decode(result.token_ids)) == FEW[0].answer
 
 
 def test_models_share_one_tokenizer():
