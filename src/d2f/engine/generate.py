@@ -62,20 +62,18 @@ def generate_ids(
             defaults.
         max_new_tokens: Exact upper bound of each response.
         eos_token_id: One or several; None: the model's own, `()`: none.
-        strategy: None: `pipelined`, but `autoregressive` for such a model, and `vanilla` for a
-            diffusion model's checkpoint that carries no decoding policy, which was not distilled,
-            unless `policy` is given. The others: `serial`, one block after the other; `reference`,
+        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`; `reference`,
             the pipeline without a cache, slow; and with options of their own `vanilla`, LLaDA's and
             Dream's samplers; Fast-dLLM's `parallel`, `prefix-cache`, `dual-cache`; `dllm-cache`.
+            None: what suits the model (`d2f.engine.policy.default_strategy`).
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
         strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy. An option
             without effect is refused by name.
 
-            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's
-              `low_confidence`, Dream's `entropy`, or `maskgit_plus`, `topk_margin`, `origin`; each
-              model's own is the default; `block_length` (32) of the first, which it implies; `eps`
-              (0.001), where the others' time ends.
+            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's own
+              `low_confidence`, Dream's own `entropy`, or `maskgit_plus`, `topk_margin`, `origin`;
+              `block_length` (32) of the first; `eps` (0.001), where the others' time ends.
             - `parallel`, `prefix-cache`, `dual-cache`: `block_length` (32), and `threshold` (0.9),
               the probability from which tokens are kept, or `factor`: keep the n surest for the
               largest n with (n + 1) (1 - the n-th probability) < factor.
