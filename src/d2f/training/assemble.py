@@ -187,5 +187,5 @@ def load_dataset(
             f"data.sequence_length is {config.data.sequence_length}; the model has "
             f"{model.spec.max_positions} positions"
         )
-    encoded = encode_data(config.data, tokenizer, folder, note)
+    encoded = encode_data(config.data, tokenizer, folder, note, model.spec)
     return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])
