@@ -106,6 +106,31 @@ class Tokenizer:
             return self.encode_chat([{"role": "user", "content": text}])
         return self._begin(self.encode(text))
 
+    @functools.cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """What the chat template drops from a conversation without a word, found by trying.
+
+        Of `system`, a system message, and `history`, all before the user's last message, those
+        that leave the token ids as they are. What a template refuses is not dropped.
+
+        Example:
+            >>> from d2f.shipped import shipped_model
+            >>> Tokenizer.load(shipped_model()).left_out
+            ('system', 'history')
+        """
+        question = {"role": "user", "content": "a"}
+        before = {
+            "system": [{"role": "system", "content": "b"}],
+            "history": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
+        }
+        return tuple(name for name, given in before.items() if self._drops(given, question))
+
+    def _drops(self, given: list[dict[str, str]], question: dict[str, str]) -> bool:
+        try:
+            return self.encode_chat([*given, question]) == self.encode_chat([question])
+        except RequestError:  # no template, or one that says no
+            return False
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
 

@@ -78,6 +78,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "bos": spec.bos_token_id,
             "pad": spec.pad_token_id,
         },
+        "chat": _chat(folder),
         "adapter": adapted,
         "recommended_policy": None if policy is None else policy.to_dict(),
         "memory": {
@@ -88,6 +89,20 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         },
         "files": None if stored is None else _files(stored),
     }
+
+
+def _chat(folder: Path) -> dict[str, Any] | None:
+    """What the chat template leaves out of a conversation; None without one."""
+    from d2f.errors import CheckpointError
+    from d2f.text import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except CheckpointError:  # a model needs no tokenizer to be looked at
+        return None
+    if tokenizer.chat_template is None:
+        return None
+    return {"leaves_out": list(tokenizer.left_out)}
 
 
 def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -153,6 +168,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
         ("positions", f"{sizes['max_positions']:,}"),
         ("token ids", _pairs(report["token_ids"])),
+        ("chat", _chat_line(report["chat"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         ("adapter", "none" if adapter is None else _adapter_line(adapter)),
         (
@@ -170,6 +186,14 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         size = _human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {file['tensors']} tensors"))
     return lines
+
+
+def _chat_line(chat: dict[str, Any] | None) -> str:
+    if chat is None:
+        return "no chat template"
+    words = {"system": "system messages", "history": "all before the user's last message"}
+    left_out = " and ".join(words[name] for name in chat["leaves_out"])
+    return f"template, which leaves out {left_out}" if left_out else "template"
 
 
 def _adapter_line(adapter: dict[str, Any]) -> str:

@@ -53,6 +53,7 @@ def _entry(model: ServedModel, created: int) -> dict[str, Any]:
             "policy": changed_policy(spec, {}).to_dict(),
             "max_positions": spec.max_positions,
             "chat_template": model.tokenizer.chat_template is not None,
+            "leaves_out": list(model.tokenizer.left_out),
             "examples": list(model.examples),
             "num_parameters": spec.num_parameters,
             "device": str(network.device),

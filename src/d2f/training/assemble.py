@@ -36,7 +36,12 @@ def tokenizer_folder(config: TrainConfig) -> Path:
         folder = _own_tokenizer(config)
         pairs = read_pairs(config.data, settings.num_samples)
         texts = (text for pair in pairs for text in pair.texts())
-        train_tokenizer(texts, folder, vocab_size=settings.vocab_size)
+        train_tokenizer(
+            texts,
+            folder,
+            vocab_size=settings.vocab_size,
+            single_questions=not config.data.columns.conversations,
+        )
     return folder
 
 

@@ -99,6 +99,11 @@ class ColumnConfig:
         for name, role in self.roles.items():
             one_of(f"data.columns.roles.{name}", role, ROLES)
 
+    @property
+    def conversations(self) -> bool:
+        """Whether more than one message may precede a response."""
+        return self.messages is not None or self.system is not None
+
     def used(self) -> tuple[str, ...]:
         """The columns that a row must have."""
         texts = (self.messages,) if self.messages else (self.prompt, self.response)

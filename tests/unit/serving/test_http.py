@@ -249,6 +249,7 @@ def test_models(client, server):
     assert told["d2f"]["strategies"] == ["autoregressive"]
     assert told["d2f"]["policy"] == DecodingPolicy().to_dict()
     assert told["d2f"]["chat_template"] is False
+    assert told["d2f"]["leaves_out"] == []
     assert (told["d2f"]["max_positions"], told["d2f"]["dtype"]) == (512, "float32")
     assert client.models.retrieve("other").id == "other"
 
