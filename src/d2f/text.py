@@ -59,6 +59,8 @@ class Tokenizer:
         self.bos_token_id = self._id("bos_token")
         self.eos_token_id = self._id("eos_token")
         self.mask_token_id = self._id("mask_token")
+        self.pad_token_id = self._id("pad_token")
+        self.unk_token_id = self._id("unk_token")
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         # Some files ask for cutting and padding, which is for their trainer to know.
         backend.no_truncation()
@@ -147,6 +149,33 @@ class Tokenizer:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise RequestError(f"{message!r} is no message; it needs 'role' and 'content'")
         return self._begin(self.encode(_render(self.chat_template, messages, self._special)))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Text of a conversation that is over: no answer of the assistant's begins behind it.
+
+        Raises:
+            RequestError: There is no chat template, or it refuses the messages.
+            CheckpointError: The template is broken.
+        """
+        if self.chat_template is None:
+            raise RequestError("this tokenizer has no chat template")
+        return _render(self.chat_template, messages, self._special, add_generation_prompt=False)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that the vocabulary, or an added token, spells like this."""
+        return self._backend.token_to_id(text)
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """Texts of the tokens that are kept whole wherever they stand in a text, by id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items()}
+
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokens that `decode` leaves out unless it is told to show them."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token.content for token in added.values() if token.special)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
@@ -318,14 +347,22 @@ def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> _Backend:
 
 
 def _render(
-    template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """The text of a conversation, as `transformers` renders it."""
     from jinja2 import TemplateSyntaxError
 
     try:
         return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special,
         )
     except TemplateSyntaxError as error:
         raise CheckpointError(f"the chat template is broken: {error}") from None

@@ -17,6 +17,7 @@ from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
 from d2f.engine.request import Output, Progress, Request, resolve
 from d2f.engine.sizing import cache_pages
+from d2f.engine.stops import StopStrings
 from d2f.engine.task import Task
 from d2f.engine.unpaged import UnpagedLane
 from d2f.errors import ConfigError, RequestError
@@ -26,7 +27,7 @@ from d2f.ops.backend import select_backend
 
 
 class Decodes(Protocol):
-    """What the engine needs of a tokenizer."""
+    """What the engine needs of a tokenizer; `StopStrings` says what more it makes use of."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -397,14 +398,14 @@ class Engine:
     def _checked(self, request: Request) -> Task:
         self._require_open()
         resolved = resolve(request, self.model.spec)
-        decode = None
+        stops = None
         if resolved.stop:
             if self._tokenizer is None:
                 raise RequestError(
                     "stop strings need the engine's tokenizer: Engine(model, config, tokenizer)"
                 )
-            decode = self._tokenizer.decode
-        task = Task(number=next(self._numbers), request=resolved, decode=decode)
+            stops = StopStrings(resolved.stop, self._tokenizer)
+        task = Task(number=next(self._numbers), request=resolved, stops=stops)
         if STRATEGIES[resolved.strategy].paged:
             self._paged.check(task)
         return task

@@ -45,7 +45,8 @@ class Request:
     """Sample among the fewest most probable tokens of this mass. Matters with a temperature."""
     seed: int = 0
     stop: Sequence[str] = ()
-    """The response ends with the token that completes one; needs the engine's tokenizer."""
+    """The response ends with the token that completes one, which may be a special token; needs the
+    engine's tokenizer."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only this strategy takes."""
 

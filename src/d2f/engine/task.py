@@ -5,9 +5,9 @@ What the host knows of a running request is one step old where the device runs a
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,17 @@ from d2f.decoding.batch import (
 from d2f.decoding.paged import TokenRecord
 from d2f.decoding.rows import RowStart
 from d2f.engine.request import Progress, Request
+from d2f.engine.stops import StopStrings
 from d2f.errors import RequestError
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """The tokenizer is the caller's; other requests have nothing to do with its errors."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
 
 
 @dataclass(eq=False)
@@ -33,8 +43,8 @@ class Task:
 
     number: int
     request: Request
-    decode: Callable[[Sequence[int]], str] | None = None
-    """From token ids to text, where the request has stop strings."""
+    stops: StopStrings | None = None
+    """Where the request has any."""
     tokens: list[int | None] = field(default_factory=list)
     """The response, None where not decoded."""
     probabilities: list[float | None] = field(default_factory=list)
@@ -150,16 +160,10 @@ class Task:
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        return bool(self.request.stop) and self._has_stop(self.decoded())
-
-    def _has_stop(self, token_ids: Sequence[int]) -> bool:
-        assert self.decode is not None
-        try:
-            text = self.decode(token_ids)
-        except Exception as error:
-            # The tokenizer is the caller's; other requests have nothing to do with it.
-            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
-        return any(stop in text for stop in self.request.stop)
+        if self.stops is None:
+            return False
+        with _decoding():
+            return self.stops.found(self.decoded())
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
         """A response up to the token that completes a stop string, if there is one.
@@ -167,12 +171,13 @@ class Task:
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        token_ids = result.token_ids
-        if not self.request.stop or not self._has_stop(token_ids):
+        if self.stops is None:
             return result
-        fewest = bisect.bisect_left(
-            range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
-        )
+        token_ids = result.token_ids
+        with _decoding():
+            fewest = self.stops.num_tokens(token_ids)
+        if fewest is None:
+            return result
         return dataclasses.replace(
             result,
             token_ids=token_ids[:fewest],

@@ -10,6 +10,7 @@ from typing import Any
 
 from d2f.engine.policy import changed_policy, heeds_policy
 from d2f.engine.request import Request, resolve
+from d2f.engine.stops import StopStrings
 from d2f.errors import ConfigError, D2FError, RequestError
 from d2f.evaluation.eval_recipe import GOLD, EvalRecipe, RowSettings
 from d2f.evaluation.race import gold_limit
@@ -61,6 +62,7 @@ class EvalRow:
         self.name = settings.name
         self._task, self.examples = task, examples
         self.stop = tuple(task.stop)
+        self._stops = StopStrings(self.stop, loaded.tokenizer)
         self._verdicts: dict[tuple[int, str], Verdict] = {}
         try:
             self.chat = self._uses_chat(recipe)
@@ -161,13 +163,12 @@ class EvalRow:
         return max((length for length in lengths if length <= most), default=most)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What is judged: the answer up to its first stop string.
+        """What is judged: the answer up to its first stop string, special tokens left out.
 
         Example:
             "7 apples." of "7 apples. Question: …" where " Question:" is one.
         """
-        text = self.loaded.tokenizer.decode(token_ids)
-        return text[: min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))]
+        return self._stops.cut_text(token_ids)
 
     def judge(self, indices: Sequence[int], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers; the same answer to the same problem is marked once."""

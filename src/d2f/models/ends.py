@@ -1,0 +1,193 @@
+"""The tokens that end an answer, and where a checkpoint says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import CheckpointError, ConfigError, D2FError
+from d2f.models.spec import ModelSpec
+from d2f.models.storage import read_json
+from d2f.text import Tokenizer
+
+_GENERATION = "generation_config.json"
+_ANSWER_PADDING = "<|dlm_pad|>"
+"""DiffuCoder fills what is left behind an answer with it; its authors' scripts cut there."""
+_ANSWER = "The answer of the assistant."
+_QUESTION = {"role": "user", "content": "The question of the user."}
+_CONVERSATIONS = (
+    [_QUESTION, {"role": "assistant", "content": _ANSWER}],
+    # Some templates want to be told who the assistant is.
+    [
+        {"role": "system", "content": "The task of the assistant."},
+        _QUESTION,
+        {"role": "assistant", "content": _ANSWER},
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToken:
+    """A token that ends an answer."""
+
+    id: int
+    text: str | None
+    """None without a tokenizer."""
+    sources: tuple[str, ...]
+    """What names it: `config.json`, `generation_config.json`, `tokenizer's EOS`, `chat template`,
+    `padding`."""
+    has_row: bool = True
+    """False: the model's vocabulary ends before it, so no answer can hold it."""
+
+
+def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
+    """All tokens that end an answer of the model in a folder, those of config.json first.
+
+    They are `eos_token_id` of config.json and of generation_config.json, the tokenizer's EOS, the
+    token with which the chat template closes an assistant's turn and, of diffusion models, the
+    padding: they are trained to decode it behind the answer, where an autoregressive model has no
+    positions. The mask token never ends an answer. A tokenizer need not be there; one that cannot
+    be read names no ends.
+
+    Args:
+        folder: With config.json and, as the case may be, the other files.
+        spec: What config.json says.
+
+    Raises:
+        CheckpointError: generation_config.json is broken.
+
+    Example:
+        >>> from d2f.testing import tiny_spec, write_checkpoint
+        >>> import tempfile
+        >>> folder = write_checkpoint(tempfile.mkdtemp(), "qwen2", tokenizer=True)
+        >>> [end] = find_ends(folder, tiny_spec("qwen2"))
+        >>> end.id, end.text, end.sources
+        (95, '<|endoftext|>', ('config.json', "tokenizer's EOS"))
+    """
+    tokenizer = _tokenizer(folder)
+    masks = {spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id}
+    sources: dict[int, dict[str, None]] = {}
+    for token, source in _named(folder, spec, tokenizer):
+        if token not in masks:
+            sources.setdefault(token, {})[source] = None
+    return [
+        EndToken(
+            id=token,
+            text=None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False),
+            sources=tuple(names),
+            has_row=0 <= token < spec.vocab_size,
+        )
+        for token, names in sources.items()
+    ]
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    try:
+        return Tokenizer.load(folder)
+    except D2FError:
+        return None
+
+
+def _named(
+    folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None
+) -> Iterator[tuple[int, str]]:
+    """Tokens with what names them; several sources may name one."""
+    file = folder / _GENERATION
+    generation = read_json(file) if file.exists() else {}
+    yield from ((token, "config.json") for token in spec.eos_token_ids)
+    yield from ((token, _GENERATION) for token in _ids(generation, file))
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is not None:
+            yield tokenizer.eos_token_id, "tokenizer's EOS"
+        closing = _closing_token(tokenizer)
+        if closing is not None:
+            yield closing, "chat template"
+    if not spec.architecture.causal:
+        yield from ((token, "padding") for token in _padding(spec, tokenizer))
+
+
+def _ids(generation: Mapping[str, Any], file: Path) -> list[int]:
+    value = generation.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise CheckpointError(f"{file}: eos_token_id is {value!r}; {token!r} is no token id")
+    return ids
+
+
+def _closing_token(tokenizer: Tokenizer) -> int | None:
+    """The added token that follows an assistant's words in a rendered conversation."""
+    if tokenizer.chat_template is None:
+        return None
+    for conversation in _CONVERSATIONS:
+        try:
+            text = tokenizer.render_chat(conversation)
+        except D2FError:
+            continue
+        before, answer, behind = text.rpartition(_ANSWER)
+        if answer:
+            added = tokenizer.added_tokens
+            tokens = (token for token in tokenizer.encode(behind) if token in added)
+            # Some tokenizers add runs of spaces to their vocabulary.
+            return next((token for token in tokens if added[token].strip()), None)
+    return None
+
+
+def _padding(spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[int]:
+    """What a diffusion model decodes behind its answers.
+
+    A token that has another use, as BOS or for the unknown, is no sign of an end.
+    """
+    others = {spec.bos_token_id}
+    named = [spec.pad_token_id]
+    if tokenizer is not None:
+        others |= {tokenizer.bos_token_id, tokenizer.unk_token_id}
+        named += [tokenizer.pad_token_id, tokenizer.token_id(_ANSWER_PADDING)]
+    yield from (token for token in named if token is not None and token not in others)
+
+
+def choose_ends(
+    named: Sequence[int | str], tokenizer: Tokenizer, spec: ModelSpec, *, ignore_own: bool = False
+) -> tuple[int, ...]:
+    """The model's own ends and those that somebody names beside them, or these alone.
+
+    Args:
+        named: Ids, or texts of single tokens.
+        tokenizer: Knows the texts.
+        spec: The model's.
+        ignore_own: Leave the model's own ends out.
+
+    Raises:
+        ConfigError: An id has no row in the vocabulary, or a text is not one token.
+
+    Example:
+        >>> from d2f.testing import tiny_spec, write_tokenizer
+        >>> import tempfile
+        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+        >>> choose_ends(["a", 7], tokenizer, tiny_spec("Dream"))
+        (95, 66, 7)
+    """
+    own = () if ignore_own else spec.eos_token_ids
+    return tuple(dict.fromkeys((*own, *(_chosen(token, tokenizer, spec) for token in named))))
+
+
+def _chosen(named: int | str, tokenizer: Tokenizer, spec: ModelSpec) -> int:
+    token = named
+    if isinstance(token, str):
+        ids = tokenizer.encode(token)
+        exact = tokenizer.token_id(token)
+        if exact is None and len(ids) == 1 and tokenizer.decode(ids) == token:
+            [exact] = ids
+        if exact is None:
+            raise ConfigError(
+                f"eos {named!r} is not one token but {len(ids)}: only a single token ends an "
+                "answer; use a stop string for a longer text, or give the id of a token"
+            )
+        token = exact
+    if isinstance(token, bool) or not 0 <= token < spec.vocab_size:
+        raise ConfigError(f"eos {named!r}: the vocabulary holds ids 0 to {spec.vocab_size - 1}")
+    if token == spec.mask_token_id:
+        raise ConfigError(f"eos {named!r} is the mask token, which no answer holds")
+    return token
