@@ -20,9 +20,11 @@ from d2f.cli.decoding_options import (
     ConfidenceOption,
     DeviceOption,
     DtypeOption,
+    EosOption,
     LimitOption,
     LiveBlocksOption,
     ModelOption,
+    ReplaceEosOption,
     SeedOption,
     StrategyOption,
     TemperatureOption,
@@ -85,6 +87,8 @@ def chat_command(
     seed: SeedOption = 0,
     history: HistoryOption = None,
     slow: SlowOption = None,
+    eos: EosOption = None,
+    replace_eos: ReplaceEosOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -106,7 +110,9 @@ def chat_command(
         max_live_blocks=max_live_blocks,
     )
     check_choices(strategy, changed, {})
-    loaded, tokenizer = load_answerer(model, adapter, device, dtype)
+    loaded, tokenizer = load_answerer(
+        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
+    )
     from d2f.cli.chat_session import ChatSession
 
     strategy = strategy or default_strategy(loaded.spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     """
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import match_headers, read_spec
+    from d2f.models.ends import find_ends
     from d2f.models.storage import read_policy
 
     folder = resolve_folder(path, weights=False)
@@ -79,6 +81,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "pad": spec.pad_token_id,
         },
         "chat": _chat(folder),
+        "ends": [asdict(end) | {"sources": list(end.sources)} for end in find_ends(folder, spec)],
         "adapter": adapted,
         "recommended_policy": None if policy is None else policy.to_dict(),
         "memory": {
@@ -169,6 +172,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("positions", f"{sizes['max_positions']:,}"),
         ("token ids", _pairs(report["token_ids"])),
         ("chat", _chat_line(report["chat"])),
+        *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         ("adapter", "none" if adapter is None else _adapter_line(adapter)),
         (
@@ -194,6 +198,12 @@ def _chat_line(chat: dict[str, Any] | None) -> str:
     words = {"system": "system messages", "history": "all before the user's last message"}
     left_out = " and ".join(words[name] for name in chat["leaves_out"])
     return f"template, which leaves out {left_out}" if left_out else "template"
+
+
+def _end(end: dict[str, Any]) -> str:
+    text = "" if end["text"] is None else f" {end['text']!r}"
+    row = "" if end["has_row"] else "; left out: the model has no row for it"
+    return f"{end['id']}{text} ({', '.join(end['sources'])}{row})"
 
 
 def _adapter_line(adapter: dict[str, Any]) -> str:

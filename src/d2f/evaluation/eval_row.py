@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from d2f.engine.ends import choose_ends
 from d2f.engine.policy import changed_policy, heeds_policy
 from d2f.engine.request import Request, resolve
 from d2f.engine.stops import StopStrings
@@ -66,6 +67,7 @@ class EvalRow:
         self._verdicts: dict[tuple[int, str], Verdict] = {}
         try:
             self.chat = self._uses_chat(recipe)
+            self._ends = self._chosen_ends(recipe)
             self.max_new_tokens = self._limit(recipe)
             self._policy = changed_policy(loaded.model.spec, settings.policy)
             self._prompts = [self._prompt(example) for example in examples]
@@ -85,6 +87,16 @@ class EvalRow:
                 f"set models.{self.settings.model}.chat_template = false"
             )
         return there if wanted is None else wanted
+
+    def _chosen_ends(self, recipe: EvalRecipe) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        own, entry = self.settings, recipe.models[self.settings.model]
+        return choose_ends(
+            entry.eos if own.eos is None else own.eos,
+            self.loaded.tokenizer,
+            self.loaded.model.spec,
+            replace=entry.replace_eos if own.replace_eos is None else own.replace_eos,
+        )
 
     def _limit(self, recipe: EvalRecipe) -> int:
         limit = self.settings.max_new_tokens or recipe.max_new_tokens
@@ -115,6 +127,7 @@ class EvalRow:
             max_new_tokens=self.max_new_tokens,
             policy=self._policy,
             strategy=settings.strategy,
+            eos_token_id=self._ends,
             early_stop=settings.early_stop,
             temperature=settings.temperature,
             seed=settings.seed + index,
@@ -168,7 +181,10 @@ class EvalRow:
         Example:
             "7 apples." of "7 apples. Question: …" where " Question:" is one.
         """
-        return self._stops.cut_text(token_ids)
+        ended = bool(token_ids) and token_ids[-1] in self._ends
+        text = self._stops.cut_text(token_ids)
+        # An end is no part of the text, even one that is an ordinary word.
+        return min(text, self._stops.cut_text(token_ids[:-1]), key=len) if ended else text
 
     def judge(self, indices: Sequence[int], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers; the same answer to the same problem is marked once."""
@@ -188,6 +204,7 @@ class EvalRow:
             "policy": self.policy.to_dict() if heeds_policy(settings.strategy) else None,
             "options": dict(settings.options),
             "max_new_tokens": self.max_new_tokens,
+            "eos_token_ids": list(self._ends),
             "early_stop": settings.early_stop,
             "temperature": settings.temperature,
             "seed": settings.seed,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import CheckpointError, ConfigError, D2FError
+from d2f.errors import CheckpointError, D2FError
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import read_json
 from d2f.text import Tokenizer
@@ -34,7 +34,7 @@ class EndToken:
 
     id: int
     text: str | None
-    """None without a tokenizer."""
+    """None where no tokenizer knows it."""
     sources: tuple[str, ...]
     """What names it: `config.json`, `generation_config.json`, `tokenizer's EOS`, `chat template`,
     `padding`."""
@@ -72,15 +72,16 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
     for token, source in _named(folder, spec, tokenizer):
         if token not in masks:
             sources.setdefault(token, {})[source] = None
-    return [
-        EndToken(
-            id=token,
-            text=None if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False),
-            sources=tuple(names),
-            has_row=0 <= token < spec.vocab_size,
-        )
-        for token, names in sources.items()
-    ]
+    return [_end(token, tuple(names), spec, tokenizer) for token, names in sources.items()]
+
+
+def _end(
+    token: int, sources: tuple[str, ...], spec: ModelSpec, tokenizer: Tokenizer | None
+) -> EndToken:
+    text = None
+    if tokenizer is not None and 0 <= token < tokenizer.vocab_size:
+        text = tokenizer.decode([token], skip_special_tokens=False)
+    return EndToken(id=token, text=text, sources=sources, has_row=0 <= token < spec.vocab_size)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -90,9 +91,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         return None
 
 
-def _named(
-    folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None
-) -> Iterator[tuple[int, str]]:
+def _named(folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:
     """Tokens with what names them; several sources may name one."""
     file = folder / _GENERATION
     generation = read_json(file) if file.exists() else {}
@@ -126,7 +125,7 @@ def _closing_token(tokenizer: Tokenizer) -> int | None:
             text = tokenizer.render_chat(conversation)
         except D2FError:
             continue
-        before, answer, behind = text.rpartition(_ANSWER)
+        _, answer, behind = text.rpartition(_ANSWER)
         if answer:
             added = tokenizer.added_tokens
             tokens = (token for token in tokenizer.encode(behind) if token in added)
@@ -146,48 +145,3 @@ def _padding(spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[int]:
         others |= {tokenizer.bos_token_id, tokenizer.unk_token_id}
         named += [tokenizer.pad_token_id, tokenizer.token_id(_ANSWER_PADDING)]
     yield from (token for token in named if token is not None and token not in others)
-
-
-def choose_ends(
-    named: Sequence[int | str], tokenizer: Tokenizer, spec: ModelSpec, *, ignore_own: bool = False
-) -> tuple[int, ...]:
-    """The model's own ends and those that somebody names beside them, or these alone.
-
-    Args:
-        named: Ids, or texts of single tokens.
-        tokenizer: Knows the texts.
-        spec: The model's.
-        ignore_own: Leave the model's own ends out.
-
-    Raises:
-        ConfigError: An id has no row in the vocabulary, or a text is not one token.
-
-    Example:
-        >>> from d2f.testing import tiny_spec, write_tokenizer
-        >>> import tempfile
-        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
-        >>> choose_ends(["a", 7], tokenizer, tiny_spec("Dream"))
-        (95, 66, 7)
-    """
-    own = () if ignore_own else spec.eos_token_ids
-    return tuple(dict.fromkeys((*own, *(_chosen(token, tokenizer, spec) for token in named))))
-
-
-def _chosen(named: int | str, tokenizer: Tokenizer, spec: ModelSpec) -> int:
-    token = named
-    if isinstance(token, str):
-        ids = tokenizer.encode(token)
-        exact = tokenizer.token_id(token)
-        if exact is None and len(ids) == 1 and tokenizer.decode(ids) == token:
-            [exact] = ids
-        if exact is None:
-            raise ConfigError(
-                f"eos {named!r} is not one token but {len(ids)}: only a single token ends an "
-                "answer; use a stop string for a longer text, or give the id of a token"
-            )
-        token = exact
-    if isinstance(token, bool) or not 0 <= token < spec.vocab_size:
-        raise ConfigError(f"eos {named!r}: the vocabulary holds ids 0 to {spec.vocab_size - 1}")
-    if token == spec.mask_token_id:
-        raise ConfigError(f"eos {named!r} is the mask token, which no answer holds")
-    return token

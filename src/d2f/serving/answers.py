@@ -24,7 +24,7 @@ def new_choice(plan: Plan, texts: TokenTexts) -> Choice:
     """An empty response to one of a plan's requests."""
     return Choice(
         plan.model.tokenizer,
-        eos_token_ids=plan.model.engine.model.spec.eos_token_ids,
+        eos_token_ids=plan.eos_token_ids,
         stop=plan.stop,
         texts=texts if plan.logprobs else None,
     )

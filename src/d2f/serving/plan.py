@@ -35,6 +35,8 @@ class Plan:
     requests: list[Request]
     chat: bool
     stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end each response and are no part of its text."""
     logprobs: bool = False
     top_logprobs: bool = False
     """Of completions: repeat the accepted token as the top one."""
@@ -67,6 +69,7 @@ async def make_plan(
     if options is not None and not body.stream:
         raise _refused("stream_options", "only a stream has them; add stream: true")
     decoding = _decoding(body, model)
+    ends = _ends(body, model)
     seed = body.seed
     if seed is None:
         seed = secrets.randbits(31) if body.temperature else 0
@@ -79,6 +82,7 @@ async def make_plan(
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
             stop=body.stops,
+            eos_token_id=ends,
             early_stop=body.early_stop is not False,
             **decoding,
         )
@@ -91,6 +95,7 @@ async def make_plan(
         requests=requests,
         chat=isinstance(body, ChatBody),
         stop=body.stops,
+        eos_token_ids=ends,
         logprobs=wanted is not None and wanted is not False,
         top_logprobs=isinstance(body, CompletionBody) and wanted == 1,
         stream=bool(body.stream),
@@ -135,6 +140,18 @@ def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
         param = "options" if options else "policy" if changes else "strategy"
         raise ApiError(400, str(error), param=param, code="invalid_value") from None
     return {"strategy": strategy, "policy": policy, "options": options}
+
+
+def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
+    """Tokens that end a response: the body's, and beside them or not the model's own."""
+    spec = model.engine.model.spec
+    own = () if body.replace_eos else spec.eos_token_ids
+    for token in body.stop_token_ids or ():
+        if token >= spec.vocab_size:
+            raise _refused(
+                "stop_token_ids", f"{token} is outside the vocabulary of {spec.vocab_size} tokens"
+            )
+    return tuple(dict.fromkeys((*own, *(body.stop_token_ids or ()))))
 
 
 def most_prompt_tokens(model: ServedModel, settings: ServeSettings) -> int:

@@ -64,6 +64,8 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
 
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None
+TokenId = Annotated[int, Field(ge=0, le=_MOST_TOKEN_ID)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=_MOST_STOPS, fail_fast=True)] | None
 Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)] | None
 Count = Annotated[int, Field(ge=1, lt=2**31)] | None
@@ -138,6 +140,11 @@ class GenerationBody(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Of the first choice, the next has one more; None: drawn for each request."""
     stop: Stop = None
+    """Texts that end a response and are cut off it; one may be, or hold, a special token."""
+    stop_token_ids: StopTokenIds = None
+    """Tokens that end a response, beside the model's own ends."""
+    replace_eos: bool | None = None
+    """True: `stop_token_ids` stand in place of the model's own ends, or nothing does."""
     n: Count = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
