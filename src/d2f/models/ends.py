@@ -12,7 +12,7 @@ from d2f.models.spec import ModelSpec
 from d2f.models.storage import read_json
 from d2f.text import Tokenizer
 
-_GENERATION = "generation_config.json"
+_CONFIGS = ("config.json", "generation_config.json")
 _ANSWER_PADDING = "<|dlm_pad|>"
 """DiffuCoder fills what is left behind an answer with it; its authors' scripts cut there."""
 _ANSWER = "The answer of the assistant."
@@ -53,10 +53,10 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
 
     Args:
         folder: With config.json and, as the case may be, the other files.
-        spec: What config.json says.
+        spec: Of the model in the folder.
 
     Raises:
-        CheckpointError: generation_config.json is broken.
+        CheckpointError: config.json or generation_config.json is broken.
 
     Example:
         >>> from d2f.testing import tiny_spec, write_checkpoint
@@ -93,10 +93,10 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 def _named(folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:
     """Tokens with what names them; several sources may name one."""
-    file = folder / _GENERATION
-    generation = read_json(file) if file.exists() else {}
-    yield from ((token, "config.json") for token in spec.eos_token_ids)
-    yield from ((token, _GENERATION) for token in _ids(generation, file))
+    for name in _CONFIGS:
+        file = folder / name
+        if file.exists():
+            yield from ((token, name) for token in _ids(read_json(file), file))
     if tokenizer is not None:
         if tokenizer.eos_token_id is not None:
             yield tokenizer.eos_token_id, "tokenizer's EOS"
@@ -107,8 +107,8 @@ def _named(folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterat
         yield from ((token, "padding") for token in _padding(spec, tokenizer))
 
 
-def _ids(generation: Mapping[str, Any], file: Path) -> list[int]:
-    value = generation.get("eos_token_id")
+def _ids(config: Mapping[str, Any], file: Path) -> list[int]:
+    value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):

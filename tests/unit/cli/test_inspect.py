@@ -70,6 +70,21 @@ def test_it_says_what_the_chat_template_leaves_out(tmp_path):
     assert inspect_model(folder)["chat"] == {"leaves_out": []}
 
 
+def test_ends_are_told_with_their_sources(tmp_path):
+    folder = write_checkpoint(tmp_path, "llada", tokenizer=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [34, 96]}')
+    ends = json.loads(run(folder, "--json").stdout)["ends"]
+    assert [(end["id"], end["text"], end["sources"], end["has_row"]) for end in ends] == [
+        (95, "<|endoftext|>", ["config.json", "tokenizer's EOS", "padding"], True),
+        (34, "A", ["generation_config.json"], True),
+        (96, None, ["generation_config.json"], False),
+    ]
+    text = " ".join(run(folder).stdout.split())
+    assert "ends at 95 '<|endoftext|>' (config.json, tokenizer's EOS, padding)" in text
+    assert "34 'A' (generation_config.json)" in text
+    assert "96 (generation_config.json; left out: the model has no row for it)" in text
+
+
 def test_wrong_folders(tmp_path):
     folder = write_checkpoint(tmp_path / "m", "llada")
     with pytest.raises(CheckpointError, match="an adapter for another model"):

@@ -105,13 +105,17 @@ def test_the_text_ends_before_what_begins_first(ids, stops):
 @given(
     ids=IDS,
     stops=STOPS,
-    cuts=st.lists(st.integers(0, 12), max_size=5),
+    piece=st.tuples(st.integers(0, 30), st.integers(1, 16)),
+    cuts=st.just(range(13)) | st.lists(st.integers(0, 12), max_size=5),
     logprobs=st.booleans(),
     eos=st.sampled_from([(), (EOS,), (EOS, EOS - 1)]),
 )
-def test_a_stream_shows_nothing_of_a_stop(ids, stops, cuts, logprobs, eos):
+def test_a_stream_shows_nothing_of_a_stop(ids, stops, piece, cuts, logprobs, eos):
     """As the engine hands it out: up to an EOS, or the token that completes a stop string."""
     tokenizer = make_tokenizer("plain")
+    # A stop that does come, most often.
+    come = tokenizer.decode(ids, skip_special_tokens=False)[piece[0] : sum(piece)]
+    stops = [*stops, come] if come and holds_special(come) else stops
     ids = ids[: next((place + 1 for place, token in enumerate(ids) if token in eos), len(ids))]
     ids = ids[: ends_slowly(tokenizer, ids, stops)]
     expected = cut_slowly(tokenizer, ids, stops)
@@ -121,6 +125,15 @@ def test_a_stream_shows_nothing_of_a_stop(ids, stops, cuts, logprobs, eos):
         shown += choice.grow(ids[: min(cut, len(ids))])
         assert expected.startswith(shown)
     assert shown + choice.end(ids) == expected
+
+
+def test_what_follows_a_special_token_that_begins_a_stop_is_held_back():
+    choice = Choice(make_tokenizer("plain"), stop=["<|x|>ab</s>"])
+    ids = [1, EOS - 2, 0, 1, EOS - 1]
+    shown = [choice.grow(ids[:count]) for count in range(1, 5)]
+    assert shown == ["b", "", "", ""]
+    assert choice.end(ids) == ""
+    assert choice.grow(ids[:4]) == ""
 
 
 def test_an_ordinary_word_that_ends_an_answer_completes_a_stop():

@@ -250,7 +250,7 @@ def test_the_same_end_as_transformers(tmp_path, kind):
     def theirs(*ends):
         told = their_model.generate(
             torch.tensor([prompt]),
-            max_new_tokens=24,
+            max_new_tokens=16,
             do_sample=False,
             eos_token_id=list(ends) or None,
         )
