@@ -56,6 +56,9 @@ class GenerationResult:
     already do not count, what was computed again after an interruption does."""
     finish_reason: str
     """`eos`, `length` or `stop`."""
+    num_decoded_tokens: int | None = field(default=None, compare=False)
+    """Tokens that were decoded in all but for EOS tokens, those behind the response's end among
+    them; None where it is not told."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -170,6 +173,16 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
     return (token_ids[: min(ends) + 1], "eos") if ends else (token_ids, "length")
 
 
+def count_decoded(tokens: Iterable[int | None], eos_token_ids: tuple[int, ...]) -> int:
+    """Tokens that were decoded, wherever they stand, but for EOS tokens.
+
+    Example:
+        >>> count_decoded([5, 9, 7, None, 8], (9,))
+        3
+    """
+    return sum(token is not None and token not in eos_token_ids for token in tokens)
+
+
 def result_of(
     response: Iterable[int | None],
     probabilities: Sequence[float | None],
@@ -201,7 +214,8 @@ def result_of(
             "the model's logits are not finite, so there is no answer; its weights may be broken, "
             "or the temperature too close to 0"
         )
-    token_ids, reason = cut_at_eos(decoded_prefix(response), eos_token_ids)
+    tokens = list(response)
+    token_ids, reason = cut_at_eos(decoded_prefix(tokens), eos_token_ids)
     return GenerationResult(
         token_ids=token_ids,
         probabilities=known_prefix(probabilities, len(token_ids)),
@@ -209,4 +223,5 @@ def result_of(
         num_prefill_forwards=0,
         num_query_tokens=num_query_tokens,
         finish_reason=reason,
+        num_decoded_tokens=count_decoded(tokens, eos_token_ids),
     )

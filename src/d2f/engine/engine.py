@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from d2f.decoding.batch import BlockView, GenerationResult
+from d2f.decoding.batch import BlockView, GenerationResult, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
 from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
@@ -292,12 +292,14 @@ class Engine:
                     raise RequestError(f"the result of request {number} was handed out by step()")
                 self._advance()
                 if number not in self._ready and number in self._tasks:
-                    blocks = self.view(number)
+                    task, blocks = self._tasks[number], self.view(number)
+                    tokens = decoded_prefix(t for block in blocks for t in block.token_ids)
                     if blocks:
                         yield Output(
                             request_id=number,
                             blocks=blocks,
-                            eos_token_ids=self._tasks[number].eos_token_ids,
+                            eos_token_ids=task.eos_token_ids,
+                            stop_at=task.stop_at(tokens),
                         )
             output = self._ready[number]
             if output.error is not None:

@@ -36,7 +36,8 @@ class Request:
     """None: the model's own; `()`: none."""
     strategy: str = "pipelined"
     early_stop: bool = True
-    """Stop once everything before an accepted EOS is decoded."""
+    """Stop once everything before an accepted EOS, or a stop string, is decoded; False decodes what
+    would be decoded without stop strings, every block that was opened. The response is the same."""
     temperature: float = 0.0
     """0: the most probable tokens; above, they are sampled."""
     top_k: int = 0
@@ -60,6 +61,8 @@ class Output:
     """The response's blocks as they stand; of streamed requests only."""
     eos_token_ids: tuple[int, ...] = ()
     """Those of the request."""
+    stop_at: int | None = None
+    """Tokens that complete a stop string, where the request goes on behind it."""
     result: GenerationResult | None = None
     """Set when the request is done."""
     error: RequestError | None = None
@@ -71,7 +74,7 @@ class Output:
         if self.result is not None:
             return self.result.token_ids
         tokens = (token for block in self.blocks for token in block.token_ids)
-        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0]
+        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0][: self.stop_at]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class Progress:
     """
 
     token_ids: list[int]
-    """The response so far, up to its first gap or EOS; it only grows."""
+    """The response so far, up to its first gap, EOS or stop string; it only grows."""
     num_forwards: int
     """Model calls so far that refined it."""
 

@@ -6,7 +6,7 @@ What the host knows of a running request is one step old where the device runs a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from d2f.decoding.batch import (
     BlockState,
     BlockView,
     GenerationResult,
+    count_decoded,
     cut_at_eos,
     decoded_prefix,
     known_prefix,
@@ -151,19 +152,38 @@ class Task:
 
     def progress(self) -> Progress:
         """How far it is."""
-        token_ids, _ = cut_at_eos(self.decoded(), self.eos_token_ids)
+        token_ids = self.up_to_end(self.decoded())
         return Progress(token_ids=token_ids, num_forwards=self.num_forwards)
 
+    @property
+    def ends_at_stop(self) -> bool:
+        """A stop string ends it; without `early_stop` it only cuts the finished response."""
+        return self.request.early_stop and bool(self.request.stop)
+
     def reaches_stop(self) -> bool:
-        """Whether the response up to its first gap holds a stop string.
+        """Whether the response up to its first gap holds a stop string that ends it.
 
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        if self.stops is None:
+        if self.stops is None or not self.ends_at_stop:
             return False
         with _decoding():
             return self.stops.found(self.decoded())
+
+    def stop_at(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string behind which a running request goes on."""
+        if self.ends_at_stop:
+            return None
+        try:
+            return self._num_until_stop(token_ids)
+        except RequestError:  # its result will fail with the same
+            return None
+
+    def up_to_end(self, token_ids: list[int]) -> list[int]:
+        """Of a running request's tokens those that its result will have."""
+        token_ids, _ = cut_at_eos(token_ids, self.eos_token_ids)
+        return token_ids[: self.stop_at(token_ids)]
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
         """A response up to the token that completes a stop string, if there is one.
@@ -171,11 +191,8 @@ class Task:
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        if self.stops is None:
-            return result
         token_ids = result.token_ids
-        with _decoding():
-            fewest = self.stops.num_tokens(token_ids)
+        fewest = self._num_until_stop(token_ids)
         if fewest is None:
             return result
         return dataclasses.replace(
@@ -184,6 +201,13 @@ class Task:
             probabilities=result.probabilities[:fewest],
             finish_reason="stop",
         )
+
+    def _num_until_stop(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string; None: they have none."""
+        if self.stops is None:
+            return None
+        with _decoding():
+            return self.stops.num_tokens(token_ids)
 
     def result(self) -> GenerationResult:
         """The finished response, up to the first EOS or the token that completes a stop string."""
@@ -195,6 +219,7 @@ class Task:
             num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
             finish_reason=reason,
+            num_decoded_tokens=count_decoded(self.tokens, self.eos_token_ids),
         )
         return self.cut_at_stop(result)
 
