@@ -6,6 +6,7 @@ import takes a tenth of a second where `transformers` takes several.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -84,6 +85,27 @@ class Tokenizer:
         folder = resolve_folder(path_or_hub_id, weights=False)
         config = _read_config(folder)
         return cls(_read_backend(folder, config), config, _read_chat_template(folder, config))
+
+    def with_bos(self, add_bos: bool) -> Tokenizer:
+        """The same tokenizer, whose prompts begin with its BOS, or with none that it adds itself.
+
+        A BOS that a chat template writes stays, and there are never two.
+
+        Raises:
+            CheckpointError: A BOS is asked for, and the tokenizer has none.
+
+        Example:
+            >>> from d2f.testing import write_tokenizer
+            >>> import tempfile
+            >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+            >>> [len(tokenizer.with_bos(add).encode_prompt("ab")) for add in (True, False)]
+            [3, 2]
+        """
+        if add_bos and self.bos_token_id is None:
+            raise CheckpointError("this tokenizer has no BOS token to begin prompts with")
+        changed = copy.copy(self)
+        changed._begins = add_bos
+        return changed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a BOS or other additions."""

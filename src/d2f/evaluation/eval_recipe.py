@@ -46,6 +46,9 @@ class ModelEntry:
     """Tokens that end an answer beside the model's own ends: ids, or texts of single tokens."""
     replace_eos: bool = False
     """Leave the model's own ends out, so that only `eos` and stop strings end an answer."""
+    add_bos: bool | None = None
+    """Begin prompts with the tokenizer's BOS, never with two; false adds none; none: as the
+    tokenizer says."""
     simulated: str | None = None
     """What of it is not real, as random weights; the tables say so."""
 

@@ -66,6 +66,7 @@ class EvalRow:
         self._stops = StopStrings(self.stop, loaded.tokenizer)
         self._verdicts: dict[tuple[int, str], Verdict] = {}
         try:
+            self._tokenizer = self._beginning(recipe)
             self.chat = self._uses_chat(recipe)
             self._ends = self._chosen_ends(recipe)
             self.max_new_tokens = self._limit(recipe)
@@ -98,6 +99,19 @@ class EvalRow:
             replace=entry.replace_eos if own.replace_eos is None else own.replace_eos,
         )
 
+    def _beginning(self, recipe: EvalRecipe) -> Tokenizer:
+        """The tokenizer, with prompts that begin as the recipe says."""
+        name, tokenizer = self.settings.model, self.loaded.tokenizer
+        self.add_bos = recipe.models[name].add_bos
+        if self.add_bos is None:
+            return tokenizer
+        if self.add_bos and tokenizer.bos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of model {name} has no BOS; set models.{name}.add_bos = false, "
+                "or leave it out"
+            )
+        return tokenizer.with_bos(self.add_bos)
+
     def _limit(self, recipe: EvalRecipe) -> int:
         limit = self.settings.max_new_tokens or recipe.max_new_tokens
         if isinstance(limit, int):
@@ -112,7 +126,7 @@ class EvalRow:
         return gold_limit(gold, self.loaded.tokenizer, GOLD_BLOCK)
 
     def _prompt(self, example: Example) -> list[int] | RequestError:
-        tokenizer = self.loaded.tokenizer
+        tokenizer = self._tokenizer
         try:
             if self.chat and example.messages is not None:
                 return tokenizer.encode_chat(example.messages)
@@ -210,4 +224,5 @@ class EvalRow:
             "seed": settings.seed,
             "stop": list(self.stop),
             "chat_template": self.chat,
+            "add_bos": self.add_bos,
         }

@@ -26,8 +26,8 @@ from d2f.text import Tokenizer
 
 KEYS = [
     "index", "id", "prompt_sha256", "gold_sha256", "num_prompt_tokens", "token_ids", "text",
-    "answer", "correct", "reason", "metrics", "num_tokens", "num_forwards",
-    "num_prefill_forwards", "num_query_tokens", "seconds", "finish_reason", "error",
+    "answer", "correct", "reason", "metrics", "num_tokens", "num_decoded_tokens",
+    "num_forwards", "num_prefill_forwards", "num_query_tokens", "seconds", "finish_reason", "error",
 ]  # fmt: skip
 ROWS = ("pipelined", "vanilla", "autoregressive")
 
