@@ -12,7 +12,7 @@ from d2f.engine.ends import choose_ends
 from d2f.engine.policy import changed_policy, heeds_policy
 from d2f.engine.request import Request, resolve
 from d2f.engine.stops import StopStrings
-from d2f.errors import ConfigError, D2FError, RequestError
+from d2f.errors import CheckpointError, ConfigError, D2FError, RequestError
 from d2f.evaluation.eval_recipe import GOLD, EvalRecipe, RowSettings
 from d2f.evaluation.race import gold_limit
 from d2f.evaluation.task import Example, Task, Verdict
@@ -105,12 +105,13 @@ class EvalRow:
         self.add_bos = recipe.models[name].add_bos
         if self.add_bos is None:
             return tokenizer
-        if self.add_bos and tokenizer.bos_token_id is None:
+        try:
+            return tokenizer.with_bos(self.add_bos)
+        except CheckpointError:
             raise ConfigError(
                 f"the tokenizer of model {name} has no BOS; set models.{name}.add_bos = false, "
                 "or leave it out"
-            )
-        return tokenizer.with_bos(self.add_bos)
+            ) from None
 
     def _limit(self, recipe: EvalRecipe) -> int:
         limit = self.settings.max_new_tokens or recipe.max_new_tokens
