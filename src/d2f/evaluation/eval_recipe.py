@@ -114,7 +114,7 @@ class RowSettings:
     """Most tokens of an answer; "gold": what the longest gold answer and its EOS need, rounded up
     to a block of 32; none: the recipe's."""
     early_stop: bool = True
-    """Stop at EOS; false decodes all that was opened."""
+    """Stop at EOS and at the stop strings of the task; false decodes all that was opened."""
     eos: tuple[int | str, ...] | None = None
     """In place of the model's entry of this name."""
     replace_eos: bool | None = None
