@@ -81,6 +81,10 @@ RefreshShareOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
 TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
 TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
+MinPOption = Annotated[
+    float,
+    typer.Option(help="Sample among tokens of at least this share of the largest probability."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 ChatOption = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")

@@ -26,6 +26,7 @@ from d2f.cli.decoding_options import (
     FactorOption,
     LimitOption,
     LiveBlocksOption,
+    MinPOption,
     ModelOption,
     PromptIntervalOption,
     RefreshShareOption,
@@ -81,6 +82,7 @@ def generate_command(
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     chat: ChatOption = None,
     eos: EosOption = None,
@@ -131,6 +133,7 @@ def generate_command(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
         options=options,
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from d2f.decoding import rules
+from d2f.decoding.alternatives import Alternatives
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
@@ -50,6 +51,8 @@ class Task:
     """The response, None where not decoded."""
     probabilities: list[float | None] = field(default_factory=list)
     """With which each token was accepted, None where not decoded."""
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
     num_opened: int = 0
     num_complete: int = 0
     start: int = 0
@@ -103,6 +106,7 @@ class Task:
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
+            min_p=request.min_p,
             seed=request.seed,
             early_stop=request.early_stop,
             tokens=tokens if self.num_forwards else (),
@@ -137,9 +141,11 @@ class Task:
         self.num_opened, self.num_complete = table["opened"], table["complete"]
         self.start, self.end = table["start"], table["end"]
         self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
-        for _, place, token, probability in tokens:
+        for _, place, token, probability, alternatives in tokens:
             self.tokens[place] = token
             self.probabilities[place] = probability
+            if self.alternatives:
+                self.alternatives[place] = alternatives[: self.request.num_alternatives]
 
     def num_masked(self) -> int:
         """Positions of its open blocks that need a token."""
@@ -199,6 +205,7 @@ class Task:
             result,
             token_ids=token_ids[:fewest],
             probabilities=result.probabilities[:fewest],
+            alternatives=result.alternatives[:fewest],
             finish_reason="stop",
         )
 
@@ -220,6 +227,7 @@ class Task:
             num_query_tokens=self.num_query_tokens,
             finish_reason=reason,
             num_decoded_tokens=count_decoded(self.tokens, self.eos_token_ids),
+            alternatives=self.alternatives[: len(token_ids)],
         )
         return self.cut_at_stop(result)
 
@@ -229,7 +237,12 @@ class Task:
             decoded = tuple(self.decoded())
             probabilities = tuple(self.probabilities[: len(decoded)])
             return [
-                BlockView(state=BlockState.CACHED, token_ids=decoded, probabilities=probabilities)
+                BlockView(
+                    state=BlockState.CACHED,
+                    token_ids=decoded,
+                    probabilities=probabilities,
+                    alternatives=tuple(self.alternatives[: len(decoded)]),
+                )
             ]
         policy = self.request.policy
         assert policy is not None
@@ -255,8 +268,13 @@ class Task:
                 state = BlockState.COMPLETE
             elif fully_N[index] or share >= 1:
                 state = BlockState.FULLY_ACTIVE
-            probabilities = tuple(self.probabilities[index * size : (index + 1) * size])
+            place = slice(index * size, (index + 1) * size)
             views.append(
-                BlockView(state=state, token_ids=tuple(block), probabilities=probabilities)
+                BlockView(
+                    state=state,
+                    token_ids=tuple(block),
+                    probabilities=tuple(self.probabilities[place]),
+                    alternatives=tuple(self.alternatives[place]),
+                )
             )
         return views

@@ -196,13 +196,15 @@ def _sequences(requests: list[Request]) -> Sequences:
         temperature=first.temperature,
         top_k=first.top_k,
         top_p=first.top_p,
+        min_p=first.min_p,
+        num_alternatives=first.num_alternatives,
         early_stop=first.early_stop,
     )
 
 
 def _same_settings(one: Request, other: Request) -> bool:
     names = (
-        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "early_stop",
-        "options",
+        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "min_p",
+        "early_stop", "num_alternatives", "options",
     )  # fmt: skip
     return all(getattr(one, name) == getattr(other, name) for name in names)
