@@ -51,6 +51,8 @@ class RayArguments(BaseModel):
     max_prompt_tokens: int | None = None
     drain_seconds: float = 30.0
     log_prompts: bool = False
+    cors_origins: tuple[str, ...] = ()
+    """In a config file only."""
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 16.0

@@ -84,6 +84,13 @@ def serve_command(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log what clients send.")
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose web pages may use the server, such as https://app.example; *: all. "
+            "Repeatable. Default: none."
+        ),
+    ] = None,
     race_model: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,6 +121,7 @@ def serve_command(
         max_prompt_tokens=max_prompt_tokens,
         drain_seconds=drain_seconds,
         log_prompts=log_prompts,
+        cors_origins=tuple(cors_origin or ()),
     )
     sources = _race_sources(race_model, shipped=model is None)
     # What fails in milliseconds comes before the weights, which may take minutes.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
+from d2f.decoding.alternatives import Alternatives as Alternatives
 from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, check_strategy
 from d2f.diffusion.policy import DecodingPolicy

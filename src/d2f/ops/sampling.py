@@ -137,7 +137,7 @@ def most_probable(
 def gumbel_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise (M, V), a hash of (seed, position, step, token) and of nothing else.
 
-    So a sequence draws the same sample alone, in any batch and on any device.
+    So a sequence is sampled with the same noise alone, in any batch and on any device.
 
     Args:
         seed_M: Seed of each position's request, int64.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2f.engine.request import Alternatives
 from d2f.engine.stops import with_special_tokens
 from d2f.serving.special_stops import SpecialStops
 from d2f.text import Tokenizer
@@ -24,6 +25,8 @@ class TokenLogprob:
     logprob: float
     offset: int
     """Where its text begins in the response, in characters."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """The most probable tokens in its place: text and logarithm."""
 
 
 def logprob_of(probability: float | None) -> float:
@@ -122,12 +125,17 @@ class Choice:
         return self._give(len(self._held))
 
     def logprobs(
-        self, probabilities: Sequence[float | None], *, ended: bool = False
+        self,
+        probabilities: Sequence[float | None],
+        alternatives: Sequence[Alternatives] = (),
+        *,
+        ended: bool = False,
     ) -> list[TokenLogprob]:
         """The tokens whose text began to be given out since the last call.
 
         Args:
             probabilities: Of the response's tokens from the first on.
+            alternatives: Likewise, if they are wanted.
             ended: Also tokens without text at the end of a response that no stop string cut.
         """
         assert self._texts is not None
@@ -138,7 +146,12 @@ class Choice:
                 break
             del self._starts[0]
             logprob = logprob_of(probabilities[self._num_reported])
-            shown.append(TokenLogprob(self._texts[token], logprob, offset))
+            others = alternatives[self._num_reported] if alternatives else ()
+            # One token has one logarithm, though two kernels may have computed it.
+            top = [
+                (self._texts[one], logprob if one == token else logprob_of(p)) for one, p in others
+            ]
+            shown.append(TokenLogprob(self._texts[token], logprob, offset, tuple(top)))
             self._num_reported += 1
         return shown
 

@@ -38,8 +38,8 @@ class Plan:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end each response and are no part of its text."""
     logprobs: bool = False
-    top_logprobs: bool = False
-    """Of completions: repeat the accepted token as the top one."""
+    num_alternatives: int = 0
+    """How many of the most probable tokens are told with the logprobs."""
     stream: bool = False
     include_usage: bool = False
     include_provisional: bool = False
@@ -73,6 +73,8 @@ async def make_plan(
     seed = body.seed
     if seed is None:
         seed = secrets.randbits(31) if body.temperature else 0
+    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
+    told = body.top_logprobs if isinstance(body, ChatBody) else wanted
     requests = [
         Request(
             prompt_ids=ids,
@@ -81,6 +83,8 @@ async def make_plan(
             temperature=body.temperature or 0.0,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            num_alternatives=told or 0,
             stop=body.stops,
             eos_token_id=ends,
             early_stop=body.early_stop is not False,
@@ -89,7 +93,6 @@ async def make_plan(
         for ids in prompts
         for index in range(n)
     ]
-    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
     return Plan(
         model=model,
         requests=requests,
@@ -97,7 +100,7 @@ async def make_plan(
         stop=body.stops,
         eos_token_ids=ends,
         logprobs=wanted is not None and wanted is not False,
-        top_logprobs=isinstance(body, CompletionBody) and wanted == 1,
+        num_alternatives=told or 0,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),
         include_provisional=options is not None and bool(options.include_provisional),
@@ -232,7 +235,7 @@ def _encode_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[list[int
 def _encode_chat(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
     messages = body.messages
     if tokenizer.chat_template is not None:
-        return tokenizer.encode_chat([{"role": m.role, "content": m.text} for m in messages])
+        return tokenizer.encode_chat([message.for_template() for message in messages])
     if len(messages) > 1 or messages[0].role != "user":
         raise _refused(
             "messages",
