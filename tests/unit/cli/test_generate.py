@@ -125,6 +125,7 @@ def test_sampling_among_one_token_needs_no_seed(generate):
     assert generate(*hot).out != greedy
     assert generate(*hot, "--top-k", 1).out == greedy
     assert generate(*hot, "--top-p", 1e-6).out == greedy
+    assert generate(*hot, "--min-p", 1.0).out == greedy
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ def test_sampling_among_one_token_needs_no_seed(generate):
         (["--block-size", 0], "block_size is 0"),
         (["--confidence", "margn"], "did you mean 'margin'"),
         (["--top-p", 0], "top_p is 0.0"),
+        (["--min-p", 2], "min_p is 2.0"),
         (["--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--strategy", "pipelind"], "did you mean 'pipelined'"),
