@@ -6,6 +6,7 @@ import takes a tenth of a second where `transformers` takes several.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -59,6 +60,8 @@ class Tokenizer:
         self.bos_token_id = self._id("bos_token")
         self.eos_token_id = self._id("eos_token")
         self.mask_token_id = self._id("mask_token")
+        self.pad_token_id = self._id("pad_token")
+        self.unk_token_id = self._id("unk_token")
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         # Some files ask for cutting and padding, which is for their trainer to know.
         backend.no_truncation()
@@ -83,6 +86,27 @@ class Tokenizer:
         config = _read_config(folder)
         return cls(_read_backend(folder, config), config, _read_chat_template(folder, config))
 
+    def with_bos(self, add_bos: bool) -> Tokenizer:
+        """The same tokenizer, whose prompts begin with its BOS, or with none that it adds itself.
+
+        A BOS that a chat template writes stays, and there are never two.
+
+        Raises:
+            CheckpointError: A BOS is asked for, and the tokenizer has none.
+
+        Example:
+            >>> from d2f.testing import write_tokenizer
+            >>> import tempfile
+            >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+            >>> len(tokenizer.with_bos(False).encode_prompt("ab"))
+            2
+        """
+        if add_bos and self.bos_token_id is None:
+            raise CheckpointError("this tokenizer has no BOS token to begin prompts with")
+        changed = copy.copy(self)
+        changed._begins = add_bos
+        return changed
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without a BOS or other additions."""
         try:
@@ -106,6 +130,31 @@ class Tokenizer:
             return self.encode_chat([{"role": "user", "content": text}])
         return self._begin(self.encode(text))
 
+    @functools.cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """What the chat template drops from a conversation without a word, found by trying.
+
+        Of `system`, a system message, and `history`, all before the user's last message, those
+        that leave the token ids as they are. What a template refuses is not dropped.
+
+        Example:
+            >>> from d2f.shipped import shipped_model
+            >>> Tokenizer.load(shipped_model()).left_out
+            ('system', 'history')
+        """
+        question = {"role": "user", "content": "a"}
+        before = {
+            "system": [{"role": "system", "content": "b"}],
+            "history": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
+        }
+        return tuple(name for name, given in before.items() if self._drops(given, question))
+
+    def _drops(self, given: list[dict[str, str]], question: dict[str, str]) -> bool:
+        try:
+            return self.encode_chat([*given, question]) == self.encode_chat([question])
+        except RequestError:  # no template, or one that says no
+            return False
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
 
@@ -122,6 +171,33 @@ class Tokenizer:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise RequestError(f"{message!r} is no message; it needs 'role' and 'content'")
         return self._begin(self.encode(_render(self.chat_template, messages, self._special)))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Text of a conversation that is over: no answer of the assistant's begins behind it.
+
+        Raises:
+            RequestError: There is no chat template, or it refuses the messages.
+            CheckpointError: The template is broken.
+        """
+        if self.chat_template is None:
+            raise RequestError("this tokenizer has no chat template")
+        return _render(self.chat_template, messages, self._special, add_generation_prompt=False)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that the vocabulary, or an added token, spells like this."""
+        return self._backend.token_to_id(text)
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """Texts of the tokens that are kept whole wherever they stand in a text, by id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items()}
+
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokens that `decode` leaves out unless it is told to show them."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token.content for token in added.values() if token.special)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
@@ -293,14 +369,22 @@ def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> _Backend:
 
 
 def _render(
-    template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str]
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """The text of a conversation, as `transformers` renders it."""
     from jinja2 import TemplateSyntaxError
 
     try:
         return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special,
         )
     except TemplateSyntaxError as error:
         raise CheckpointError(f"the chat template is broken: {error}") from None

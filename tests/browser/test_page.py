@@ -122,6 +122,13 @@ def test_enter_sends_shift_enter_starts_a_line_and_text_stays_text(open_page, ad
     assert page.input_value("#prompt") == ""
 
 
+def test_a_model_of_single_questions_says_so(open_page, address):
+    page = open_page(address)
+    page.wait_for_selector("#send:enabled")
+    assert "trained on single questions" in page.locator("#alone").inner_text()
+    assert not page.is_checked("#keep")
+
+
 def test_earlier_messages_are_sent_only_when_asked_for(open_page, address):
     page = open_page(address)
     page.fill("#max-tokens", "8")

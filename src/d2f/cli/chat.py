@@ -20,9 +20,11 @@ from d2f.cli.decoding_options import (
     ConfidenceOption,
     DeviceOption,
     DtypeOption,
+    EosOption,
     LimitOption,
     LiveBlocksOption,
     ModelOption,
+    ReplaceEosOption,
     SeedOption,
     StrategyOption,
     TemperatureOption,
@@ -55,8 +57,8 @@ HistoryOption = Annotated[
     bool | None,
     typer.Option(
         "--history/--no-history",
-        help="Tell the model what was said before. Default: if it has a chat template, and is not "
-        "the shipped one, which was trained on single problems.",
+        help="Tell the model what was said before. Default: if its chat template takes that; the "
+        "shipped models' does not, since they were trained on single questions.",
     ),
 ]
 _COMMANDS = {
@@ -85,14 +87,16 @@ def chat_command(
     seed: SeedOption = 0,
     history: HistoryOption = None,
     slow: SlowOption = None,
+    eos: EosOption = None,
+    replace_eos: ReplaceEosOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Talk with a model and watch its blocks decode, slowed down so that one can follow.
 
-    The final text comes with its statistics, by the clock that was not slowed down. A model with
-    a chat template is told the conversation so far; to another, and to the shipped one, which
-    was trained on single problems, each message stands alone.
+    The final text comes with its statistics, by the clock that was not slowed down. A model whose
+    chat template takes it is told the conversation so far; to another, and to the shipped ones,
+    which were trained on single questions, each message stands alone.
     Messages may also be piped in, one a line; then there are no blocks, and nothing is slowed.
 
     Example:  d2f chat --strategy serial --slow 0.5
@@ -106,7 +110,9 @@ def chat_command(
         max_live_blocks=max_live_blocks,
     )
     check_choices(strategy, changed, {})
-    loaded, tokenizer = load_answerer(model, adapter, device, dtype)
+    loaded, tokenizer = load_answerer(
+        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
+    )
     from d2f.cli.chat_session import ChatSession
 
     strategy = strategy or default_strategy(loaded.spec, changed)
@@ -119,7 +125,7 @@ def chat_command(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        remembers=_remembers(history, model, tokenizer),
+        remembers=_remembers(history, tokenizer),
     )
     session.change_strategy(strategy, [])
     chat = Chat(session, slow)
@@ -128,10 +134,10 @@ def chat_command(
         raise typer.Exit(1)
 
 
-def _remembers(history: bool | None, model: str | None, tokenizer: Tokenizer) -> bool:
-    # The shipped template takes a conversation, but the model has never seen one.
-    known = model is not None and tokenizer.chat_template is not None
-    return known if history is None else history
+def _remembers(history: bool | None, tokenizer: Tokenizer) -> bool:
+    if history is not None:
+        return history
+    return tokenizer.chat_template is not None and "history" not in tokenizer.left_out
 
 
 class Leave(Exception):
@@ -200,9 +206,13 @@ class Chat:
             from d2f.cli.live import legend
 
             log.print(legend())
-        template = self.session.tokenizer.chat_template
+        tokenizer = self.session.tokenizer
         if not self.session.remembers:
-            reason = "no chat template" if template is None else "no history"
+            reason = "no history"
+            if tokenizer.chat_template is None:
+                reason = "no chat template"
+            elif "history" in tokenizer.left_out:
+                reason = "a model of single questions"
             log.print(f"{reason}: each message stands alone", style="dim")
         if self.is_live:
             log.print("/example asks something it can answer, /help lists commands", style="dim")

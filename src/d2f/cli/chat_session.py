@@ -51,7 +51,7 @@ class ChatSession:
     seed: int = 0
     """Of the first answer; each further one has the next, so that asking again helps."""
     remembers: bool = False
-    """Tell the model what was said before; it needs a chat template."""
+    """Tell the model what was said before; it needs a chat template that takes that."""
     messages: list[dict[str, str]] = field(default_factory=list)
     """The conversation, of a session that remembers."""
     num_answers: int = 0
@@ -60,6 +60,11 @@ class ChatSession:
         if self.remembers and self.tokenizer.chat_template is None:
             raise ConfigError(
                 "--history: this model has no chat template, which would tell it of one"
+            )
+        if self.remembers and "history" in self.tokenizer.left_out:
+            raise ConfigError(
+                "--history: this model was trained on single questions, and its chat template "
+                "leaves out what was said before; use --no-history"
             )
         self.renew()
 

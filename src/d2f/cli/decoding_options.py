@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,9 +85,22 @@ RefreshShareOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
 TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
 TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
+MinPOption = Annotated[
+    float,
+    typer.Option(help="Sample among tokens of at least this share of the largest probability."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 ChatOption = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
+]
+EosOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A token that ends an answer beside the model's own, by id or text; repeatable."
+    ),
+]
+ReplaceEosOption = Annotated[
+    bool, typer.Option("--replace-eos", help="Only --eos ends an answer, not the model's own ends.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[
@@ -118,17 +133,25 @@ def check_choices(strategy: str | None, changed: dict[str, Any], options: dict[s
 
 
 def load_answerer(
-    model: str | Path | None, adapter: str | None, device: str | None, dtype: str | None
+    model: str | Path | None,
+    adapter: str | None,
+    device: str | None,
+    dtype: str | None,
+    *,
+    eos: Sequence[str] | None = None,
+    replace_eos: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """The model asked for, the shipped student by default, and its tokenizer.
 
-    A path, unlike a name, is that of a shipped model, whose dtype is the device's fastest.
+    A path, unlike a name, is that of a shipped model, whose dtype is the device's fastest. `eos`
+    and `replace_eos` are the options of these names: the model's spec has the ends that they leave.
 
     Raises:
         CheckpointError: There is none, or it is broken.
-        ConfigError: The device or the dtype cannot be used.
+        ConfigError: The device or the dtype cannot be used, or `eos` names no token.
     """
     from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.engine.ends import choose_ends
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import load_model, read_spec
     from d2f.shipped import shipped_model
@@ -136,12 +159,16 @@ def load_answerer(
 
     source = model if model is not None else shipped_model("student")
     # What fails in milliseconds comes before the weights, which may take minutes.
-    read_spec(resolve_folder(source, weights=False))
+    spec = read_spec(resolve_folder(source, weights=False))
     tokenizer = Tokenizer.load(source)
+    named = [int(one) if one.isascii() and one.isdigit() else one for one in eos or ()]
+    ends = choose_ends(named, tokenizer, spec, replace=replace_eos)
     device = choose_device(device)
     if dtype is None and isinstance(source, Path):
         dtype = fastest_dtype(device)
-    return load_model(source, adapter=adapter, device=device, dtype=dtype), tokenizer
+    loaded = load_model(source, adapter=adapter, device=device, dtype=dtype)
+    loaded.spec = replace(loaded.spec, eos_token_ids=ends)
+    return loaded, tokenizer
 
 
 def default_strategy(spec: ModelSpec, changed: dict[str, Any] | None = None) -> str:

@@ -21,13 +21,16 @@ from d2f.cli.decoding_options import (
     ConfidenceOption,
     DeviceOption,
     DtypeOption,
+    EosOption,
     EpsOption,
     FactorOption,
     LimitOption,
     LiveBlocksOption,
+    MinPOption,
     ModelOption,
     PromptIntervalOption,
     RefreshShareOption,
+    ReplaceEosOption,
     ResponseIntervalOption,
     SeedOption,
     StepsOption,
@@ -79,8 +82,11 @@ def generate_command(
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
     chat: ChatOption = None,
+    eos: EosOption = None,
+    replace_eos: ReplaceEosOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     stream: StreamOption = False,
@@ -113,7 +119,9 @@ def generate_command(
         refresh_share=refresh_share,
     )
     check_choices(strategy, changed, options)
-    loaded, tokenizer = load_answerer(model, adapter, device, dtype)
+    loaded, tokenizer = load_answerer(
+        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
+    )
     from d2f.engine.policy import default_limit
     from d2f.engine.request import Request
 
@@ -129,12 +137,14 @@ def generate_command(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
         options=options,
     )
     start = time.perf_counter()
     result = _answer(loaded, tokenizer, request, stream)
-    _report(tokenizer, result, time.perf_counter() - start, stream, as_json)
+    text = tokenizer.decode(_seen(result.token_ids, loaded.spec.eos_token_ids))
+    _report(text, result, time.perf_counter() - start, stream, as_json)
 
 
 def _read(prompt: str) -> str:
@@ -152,17 +162,23 @@ def _answer(
         return engine.generate([request])[0]
     decoder, shown, result = tokenizer.stream(), 0, None
     for output in engine.stream(request):
-        typer.echo(decoder.push(output.token_ids[shown:]), nl=False)
-        shown, result = len(output.token_ids), output.result
+        seen = _seen(output.token_ids, model.spec.eos_token_ids)
+        typer.echo(decoder.push(seen[shown:]), nl=False)
+        shown, result = len(seen), output.result
     typer.echo(decoder.close())
     assert result is not None
     return result
 
 
+def _seen(token_ids: list[int], ends: tuple[int, ...]) -> list[int]:
+    """The tokens of the text: an end is none of them, even one that is an ordinary word."""
+    return token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids
+
+
 def _report(
-    tokenizer: Tokenizer, result: GenerationResult, seconds: float, streamed: bool, as_json: bool
+    text: str, result: GenerationResult, seconds: float, streamed: bool, as_json: bool
 ) -> None:
-    text, count = tokenizer.decode(result.token_ids), len(result.token_ids)
+    count = len(result.token_ids)
     if as_json:
         typer.echo(
             json.dumps(

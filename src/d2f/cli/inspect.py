@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     from d2f.engine.policy import default_limit, default_strategy
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import match_headers, read_spec
+    from d2f.models.ends import find_ends
     from d2f.models.lora import with_adapter
 
     folder = resolve_folder(path, weights=False)
@@ -80,6 +82,8 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "bos": spec.bos_token_id,
             "pad": spec.pad_token_id,
         },
+        "chat": _chat(folder),
+        "ends": [asdict(end) | {"sources": list(end.sources)} for end in find_ends(folder, spec)],
         "adapter": adapted,
         "strategy": default_strategy(spec),
         "max_new_tokens": default_limit(spec),
@@ -92,6 +96,20 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         },
         "files": None if stored is None else _files(stored),
     }
+
+
+def _chat(folder: Path) -> dict[str, Any] | None:
+    """What the chat template leaves out of a conversation; None without one."""
+    from d2f.errors import CheckpointError
+    from d2f.text import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except CheckpointError:  # a model needs no tokenizer to be looked at
+        return None
+    if tokenizer.chat_template is None:
+        return None
+    return {"leaves_out": list(tokenizer.left_out)}
 
 
 def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -159,6 +177,8 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
         ("positions", f"{sizes['max_positions']:,}"),
         ("token ids", _pairs(report["token_ids"])),
+        ("chat", _chat_line(report["chat"])),
+        *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         ("decoded by", f"{report['strategy']}, at most {report['max_new_tokens']} new tokens"),
         ("adapter", "none" if adapter is None else _adapter_line(adapter)),
@@ -177,6 +197,20 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         size = _human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {file['tensors']} tensors"))
     return lines
+
+
+def _chat_line(chat: dict[str, Any] | None) -> str:
+    if chat is None:
+        return "no chat template"
+    words = {"system": "system messages", "history": "all before the user's last message"}
+    left_out = " and ".join(words[name] for name in chat["leaves_out"])
+    return f"template, which leaves out {left_out}" if left_out else "template"
+
+
+def _end(end: dict[str, Any]) -> str:
+    text = "" if end["text"] is None else f" {end['text']!r}"
+    row = "" if end["has_row"] else "; left out: the model has no row for it"
+    return f"{end['id']}{text} ({', '.join(end['sources'])}{row})"
 
 
 def _adapter_line(adapter: dict[str, Any]) -> str:

@@ -37,6 +37,9 @@ class RayArguments(BaseModel):
     model: str | None = None
     """Folder or hub id, which every replica must be able to read. None: the shipped student."""
     adapter: str | None = None
+    eos: list[str] = []
+    """In a config file: tokens that end an answer beside the model's own ends."""
+    replace_eos: bool = False
     name: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -48,6 +51,8 @@ class RayArguments(BaseModel):
     max_prompt_tokens: int | None = None
     drain_seconds: float = 30.0
     log_prompts: bool = False
+    cors_origins: tuple[str, ...] = ()
+    """In a config file only."""
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 16.0
@@ -95,6 +100,13 @@ def _num_gpus() -> float:
 def _build_replica(args: RayArguments, settings: ServeSettings) -> "tuple[FastAPI, Service]":
     """Load the model and make its application, in a replica's process."""
     served = main_model(
-        args.model, args.adapter, args.name, args.device, args.dtype, args.max_batch_size
+        args.model,
+        args.adapter,
+        args.name,
+        args.device,
+        args.dtype,
+        args.max_batch_size,
+        eos=args.eos,
+        replace_eos=args.replace_eos,
     )
     return build_app([served], settings)

@@ -32,6 +32,14 @@ def report_command(
     paper: Annotated[
         bool, typer.Option("--paper", help="Set the paper's numbers and claims beside.")
     ] = False,
+    count_tail: Annotated[
+        bool,
+        typer.Option(
+            "--count-tail",
+            help="Count all decoded tokens, those behind an answer's end too, as the paper does "
+            "for Dream.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="Where the report goes. Default: report in the first folder."),
@@ -51,9 +59,11 @@ def report_command(
     from d2f.evaluation.report.results import load_results
 
     found = load_results(results)
+    found = found.with_tail() if count_tail else found
     report = build_report(found, paper=paper)
     folder = output or results[0] / "report"
-    command = shlex.join(["d2f", "report", *map(str, results), *(["--paper"] if paper else [])])
+    options = [*(["--paper"] if paper else []), *(["--count-tail"] if count_tail else [])]
+    command = shlex.join(["d2f", "report", *map(str, results), *options])
     page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)
     for warning in found.warnings:
         log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.cli.decoding_options import default_strategy, load_answerer
+from d2f.cli.decoding_options import (
+    EosOption,
+    ReplaceEosOption,
+    default_strategy,
+    load_answerer,
+)
 from d2f.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +58,8 @@ def serve_command(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
     ] = None,
+    eos: EosOption = None,
+    replace_eos: ReplaceEosOption = False,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its folder's name.")
     ] = None,
@@ -76,6 +84,13 @@ def serve_command(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log what clients send.")
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose web pages may use the server, such as https://app.example; *: all. "
+            "Repeatable. Default: none."
+        ),
+    ] = None,
     race_model: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,11 +121,23 @@ def serve_command(
         max_prompt_tokens=max_prompt_tokens,
         drain_seconds=drain_seconds,
         log_prompts=log_prompts,
+        cors_origins=tuple(cors_origin or ()),
     )
     sources = _race_sources(race_model, shipped=model is None)
     # What fails in milliseconds comes before the weights, which may take minutes.
     with open_socket(host, port) as bound, LogWriter(sys.stderr):
-        served = [main_model(model, adapter, name, device, dtype, max_batch_size)]
+        served = [
+            main_model(
+                model,
+                adapter,
+                name,
+                device,
+                dtype,
+                max_batch_size,
+                eos=eos,
+                replace_eos=replace_eos,
+            )
+        ]
         served += [_race_model(*source, device, dtype) for source in sources.items()]
         url = url_of(bound)
 
@@ -159,17 +186,22 @@ def main_model(
     device: str | None,
     dtype: str | None,
     max_batch_size: int,
+    *,
+    eos: Sequence[str] | None = None,
+    replace_eos: bool = False,
 ) -> ServedModel:
     """The model that clients get who name none; the shipped student if `source` is None.
 
     Raises:
         CheckpointError: There is none, or it is broken.
-        ConfigError: The device or the dtype cannot be used.
+        ConfigError: The device or the dtype cannot be used, or `eos` names no token.
     """
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.serving.served_model import ServedModel
 
-    loaded, tokenizer = load_answerer(source, adapter, device, dtype)
+    loaded, tokenizer = load_answerer(
+        source, adapter, device, dtype, eos=eos, replace_eos=replace_eos
+    )
     return ServedModel(
         name=name or (SHIPPED_NAME if source is None else Path(source).resolve().name),
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),

@@ -32,7 +32,9 @@ class AutoregressiveDecoder(PagedDecoder):
         # Of a row that sits out this may be -1, which is some token all the same.
         last_B = packing.packed.starts_B + (counts_B - 1)
         row_B = torch.arange(shape.num_rows, device=last_B.device)
-        choice = self.choose(hidden_TD[last_B], rows, shape, row_B, rows.end_B, runs_B)
+        choice, alternatives_MA = self.choose(
+            hidden_TD[last_B], rows, shape, row_B, rows.end_B, runs_B
+        )
 
         index_B = rows.end_B - rows.prompt_B
         grid_BR = rows.tokens_BNK.flatten(1)
@@ -55,5 +57,6 @@ class AutoregressiveDecoder(PagedDecoder):
             queries_B=rows.queries_B + counts_B,
         )
         return make_record(
-            rows, ran_B, row_B, index_B, runs_B, choice.token_M, choice.probability_M
-        )
+            rows, ran_B, row_B, index_B, runs_B, choice.token_M, choice.probability_M,
+            alternatives_MA,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import Alternatives
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
 from d2f.ops.sampling import CONFIDENCE_CODES, Sampling
@@ -36,6 +37,8 @@ class BlockView:
     """None where not decoded yet."""
     probabilities: tuple[float | None, ...]
     """With which each of them was accepted; None where not decoded yet."""
+    alternatives: tuple[Alternatives, ...] = ()
+    """Of each of them, where the request asks for some; empty where not decoded yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,11 @@ class GenerationResult:
     already do not count, what was computed again after an interruption does."""
     finish_reason: str
     """`eos`, `length` or `stop`."""
+    num_decoded_tokens: int | None = field(default=None, compare=False)
+    """Tokens that were decoded in all but for EOS tokens, those behind the response's end among
+    them; None where it is not told."""
+    alternatives: list[Alternatives] = field(default_factory=list, compare=False)
+    """Of each token, where the request asks for some."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -80,7 +88,9 @@ class Sequences:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     early_stop: bool = True
+    num_alternatives: int = 0
 
     def __len__(self) -> int:
         """B."""
@@ -97,7 +107,8 @@ class Sequences:
             seed_M=seed_M,
             position_M=position_M,
             step_M=step_M,
-            truncated=self.top_k > 0 or self.top_p < 1,
+            truncated=self.top_k > 0 or self.top_p < 1 or self.min_p > 0,
+            min_p_M=torch.full_like(seed_M, self.min_p, dtype=torch.float32),
         )
 
     def confidence(self, seed_M: Tensor) -> Tensor | None:
@@ -170,6 +181,16 @@ def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[li
     return (token_ids[: min(ends) + 1], "eos") if ends else (token_ids, "length")
 
 
+def count_decoded(tokens: Iterable[int | None], eos_token_ids: tuple[int, ...]) -> int:
+    """Tokens that were decoded, wherever they stand, but for EOS tokens.
+
+    Example:
+        >>> count_decoded([5, 9, 7, None, 8], (9,))
+        3
+    """
+    return sum(token is not None and token not in eos_token_ids for token in tokens)
+
+
 def result_of(
     response: Iterable[int | None],
     probabilities: Sequence[float | None],
@@ -178,6 +199,7 @@ def result_of(
     finite: bool,
     num_forwards: int,
     num_query_tokens: int,
+    alternatives: Sequence[Alternatives] = (),
 ) -> GenerationResult:
     """What a response comes to that stands whole, None where not decoded; up to its first gap.
 
@@ -201,7 +223,8 @@ def result_of(
             "the model's logits are not finite, so there is no answer; its weights may be broken, "
             "or the temperature too close to 0"
         )
-    token_ids, reason = cut_at_eos(decoded_prefix(response), eos_token_ids)
+    tokens = list(response)
+    token_ids, reason = cut_at_eos(decoded_prefix(tokens), eos_token_ids)
     return GenerationResult(
         token_ids=token_ids,
         probabilities=known_prefix(probabilities, len(token_ids)),
@@ -209,4 +232,6 @@ def result_of(
         num_prefill_forwards=0,
         num_query_tokens=num_query_tokens,
         finish_reason=reason,
+        num_decoded_tokens=count_decoded(tokens, eos_token_ids),
+        alternatives=list(alternatives[: len(token_ids)]),
     )

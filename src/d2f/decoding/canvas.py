@@ -1,7 +1,8 @@
 """Prompts and whole responses of a batch at fixed places in memory, for captured steps.
 
 Shapes: B sequences, T packed tokens of all of them, K positions of a block, M = B * K of all
-blocks, R positions of the longest response, E EOS tokens, P pages of a sequence, D hidden size.
+blocks, R positions of the longest response, A alternatives, E EOS tokens, P pages of a sequence,
+D hidden size.
 
 The tokens lie packed, sequence after sequence, padding at the end. Every token sees all tokens of
 its sequence.
@@ -13,9 +14,11 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
 from d2f.decoding.batch import Sequences
 from d2f.decoding.paged import HEAD_ROWS
 from d2f.decoding.workspace import Workspace
@@ -37,6 +40,8 @@ class CanvasBuffers:
     """Token ids; behind the last a place for what is not to be kept."""
     probability_T: Tensor
     """With which each token was accepted, fp32; 0 where none was."""
+    alternatives_TA: Tensor
+    """Those of each token as numbers, where the batch asks for some; 0 where none was accepted."""
     tokens_3T: Tensor
     """Position, slot and limit of each token, as `PackedTokens` has them."""
     facts_5B: Tensor
@@ -72,6 +77,7 @@ class Canvas:
         responses: What is decoded already, None where it is not; None: nothing.
         probabilities: Those of `responses`.
         finite: Which sequences met finite logits only; None: all.
+        alternatives: Those of `responses` as numbers, (B, R, A).
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Canvas:
         responses: Sequence[Sequence[int | None]] | None = None,
         probabilities: Sequence[Sequence[float | None]] | None = None,
         finite: Sequence[bool] | None = None,
+        alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         assert model.spec.mask_token_id is not None
         self.model, self.sequences = model, sequences
@@ -98,9 +105,10 @@ class Canvas:
         self.response_width = workspace.padded(max(sequences.max_new_tokens))
         num_pages = -(-self.width // PAGE_SIZE)
         num_eos = len(sequences.eos_token_ids)
+        self.num_alternatives = min(sequences.num_alternatives, model.spec.vocab_size)
         self.key: Hashable = (
             "canvas", len(sequences), self.num_tokens, self.width, self.response_width, num_eos,
-            keeps_cache,
+            keeps_cache, self.num_alternatives,
         )  # fmt: skip
         device = model.device
 
@@ -112,6 +120,7 @@ class Canvas:
             return CanvasBuffers(
                 ids_T=zeros(self.num_tokens + 1),
                 probability_T=zeros(self.num_tokens + 1, dtype=torch.float32),
+                alternatives_TA=zeros(self.num_tokens + 1, self.num_alternatives),
                 tokens_3T=zeros(3, self.num_tokens),
                 facts_5B=zeros(5, batch),
                 pages_BP=zeros(batch, num_pages, dtype=torch.int32),
@@ -140,6 +149,7 @@ class Canvas:
         self._probabilities: Sequence[Sequence[float | None]] | None = probabilities or nothing
         """Likewise."""
         self._write(self._responses, self._probabilities, finite or [True] * len(sequences))
+        self._write_alternatives(alternatives)
 
     def _write(
         self,
@@ -181,6 +191,15 @@ class Canvas:
         buffers.step_1.zero_()
         buffers.report_3B.zero_()
         buffers.report_3B[2].copy_(torch.tensor(finite))
+
+    def _write_alternatives(self, alternatives: Sequence[Sequence[Sequence[int]]] | None) -> None:
+        held_TA = self.buffers.alternatives_TA
+        held_TA.zero_()
+        if alternatives is None or self.num_alternatives == 0:
+            return
+        ends = itertools.accumulate(self.counts)
+        for end, known in zip(ends, alternatives, strict=True):
+            held_TA[end - len(known) : end].copy_(torch.tensor(known))
 
     # --------------------------------------------------------------------- parts of a step
 
@@ -247,10 +266,13 @@ class Canvas:
             place_BK = torch.maximum(place_BK - 1, self.buffers.facts_5B[0][:, None])
         return hidden_TD[place_BK.flatten().clamp_max(self.num_tokens - 1)]
 
-    def choose(self, aligned_MD: Tensor, block: Block, confidence: int | None = None) -> Choice:
+    def choose(
+        self, aligned_MD: Tensor, block: Block, confidence: int | None = None
+    ) -> tuple[Choice, Tensor]:
         """Tokens for a block's candidates with their probability and rank, M = B * K of each.
 
-        `confidence` is the code of what ranks them; None: the probability.
+        `confidence` is the code of what ranks them; None: the probability. With them come their
+        alternatives as numbers: (M, A).
         """
         seed_BK = self.buffers.facts_5B[4][:, None].expand_as(block.response_BK)
         position_M = (self.buffers.facts_5B[1][:, None] + block.response_BK).flatten()
@@ -258,28 +280,37 @@ class Canvas:
         seed_M = seed_BK.flatten().contiguous()
         step_M = self.buffers.step_1.expand_as(position_M).contiguous()
         needed_M = block.candidate_BK.flatten()
-        parts = []
+        parts, others = [], [seed_M.new_empty(0, self.num_alternatives)]
         for at in range(0, len(aligned_MD), HEAD_ROWS):
             part = slice(at, at + HEAD_ROWS)
-            seed = seed_M[part]
+            seed, mask, count = seed_M[part], self.mask_token_id, self.num_alternatives
+            logits_MV = self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD)
+            sampling = self.sequences.sampling(seed, position_M[part], step_M[part])
+            if count:
+                others.append(find_alternatives(logits_MV, count, mask, sampling))
             parts.append(
                 self.backend.choose_tokens(
-                    self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD),
-                    mask_token_id=self.mask_token_id,
+                    logits_MV,
+                    mask_token_id=mask,
                     confidence_M=None if confidence is None else torch.full_like(seed, confidence),
-                    sampling=self.sequences.sampling(seed, position_M[part], step_M[part]),
+                    sampling=sampling,
                     needed_M=needed_M[part],
                 )
             )
-        return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+        choice = parts[0]
+        if len(parts) > 1:
+            choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
+        return choice, torch.cat(others)
 
-    def take(self, block: Block, choice: Choice, kept_BK: Tensor) -> None:
+    def take(self, block: Block, choice: Choice, alternatives_MA: Tensor, kept_BK: Tensor) -> None:
         """Write the tokens that are kept, and the report; the forward is over."""
         buffers = self.buffers
         # What is not kept goes to a place of its own, as a block's end may lie in another's tokens.
         place_M = block.place_BK.where(kept_BK, self.num_tokens).flatten()
         buffers.ids_T.index_copy_(0, place_M, choice.token_M)
         buffers.probability_T.index_copy_(0, place_M, choice.probability_M)
+        if self.num_alternatives:
+            buffers.alternatives_TA.index_copy_(0, place_M, alternatives_MA)
         buffers.step_1.add_(1)
 
         first_B, prompt_B, _, limit_B, _ = buffers.facts_5B.unbind()
@@ -325,6 +356,16 @@ class Canvas:
                 for response, known in zip(self.responses(), accepted, strict=True)
             ]
         return self._probabilities
+
+    def alternative_numbers(self) -> list[list[list[int]]]:
+        """The alternatives of the responses as numbers, as another canvas takes them."""
+        return self._read(self.buffers.alternatives_TA)
+
+    def alternatives(self, row: int) -> list[Alternatives]:
+        """Those of a response's tokens, empty where not decoded; none where none are asked for."""
+        if self.num_alternatives == 0:
+            return []
+        return read_alternatives(np.array(self.alternative_numbers()[row]))
 
     def _read(self, values_T: Tensor) -> list[list]:
         """A buffer's values at the responses' places, on the host."""

@@ -1,7 +1,7 @@
 """dLLM-Cache (arXiv 2506.06295): low-confidence remasking over cached features of every layer.
 
 Shapes: L slots, R positions of the response, W of them in one block, S steps, E end-of-sequence
-ids, D hidden size.
+ids, D hidden size, A alternatives.
 
 Each step chooses tokens as `vanilla` does with LLaDA's sampler; what differs is the forward, in
 which most tokens keep the features (keys, values, outputs of attention and of the feed-forward
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
@@ -103,6 +104,8 @@ class _State:
     """Response, prompt, padding."""
     probability_R: Tensor
     """With which each token of the response was accepted, fp32; 0 where none was."""
+    alternatives_RA: Tensor
+    """Those of each token of the response as numbers; 0 where none was accepted."""
     positions_L: Tensor
     count_1: Tensor
     """Slots that are no padding."""
@@ -117,7 +120,7 @@ class _State:
 
     @staticmethod
     def maker(
-        num_slots: int, limit: int, num_eos: int, device: torch.device
+        num_slots: int, limit: int, num_eos: int, num_alternatives: int, device: torch.device
     ) -> Callable[[], _State]:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -125,6 +128,7 @@ class _State:
         return lambda: _State(
             ids_L=zeros(num_slots),
             probability_R=zeros(limit, dtype=torch.float32),
+            alternatives_RA=zeros(limit, num_alternatives),
             positions_L=zeros(num_slots),
             count_1=zeros(1),
             plan_4=zeros(4),
@@ -180,17 +184,20 @@ class DLLMCacheBatch:
         model, device = self.model, self.model.device
         settings = self.sequences
         num_eos = len(settings.eos_token_ids)
+        self.num_alternatives = min(settings.num_alternatives, model.spec.vocab_size)
         num_slots = max(LEAST_SLOTS, 2 ** (self.length - 1).bit_length())
         self.cache = self.workspace.buffers(
             ("dllm-cache", "features", num_slots),
             lambda: FeatureCache(model.spec, num_slots=num_slots, device=device, dtype=model.dtype),
         )
-        shape = ("dllm-cache", self.limit, self.length, num_eos)
+        shape = ("dllm-cache", self.limit, self.length, num_eos, self.num_alternatives)
         self.state = self.workspace.buffers(
-            shape, _State.maker(self.length, self.limit, num_eos, device)
+            shape,
+            _State.maker(self.length, self.limit, num_eos, self.num_alternatives, device),
         )
         self._key = (
             *shape, self.width, settings.temperature, settings.top_k, settings.top_p,
+            settings.min_p,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -202,6 +209,7 @@ class DLLMCacheBatch:
         positions = [*response, *range(len(prompt)), *[0] * padding]
         state.ids_L.copy_(torch.tensor(ids, device=device))
         state.probability_R.zero_()
+        state.alternatives_RA.zero_()
         state.positions_L.copy_(torch.tensor(positions, device=device))
         state.count_1.fill_(self.limit + len(prompt))
         state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
@@ -237,15 +245,16 @@ class DLLMCacheBatch:
         offset_W = offset_W + start.clamp_max(self.limit - self.width)
         old_W = ids_R[offset_W]
         candidate_W = (old_W == mask) & (offset_W >= start) & (offset_W < end)
+        logits_WV = self.backend.linear_fp32(
+            self._aligned(hidden_LD, offset_W), self.model.head_weight_VD
+        )
+        sampling = self.sequences.sampling(
+            state.seed_1.expand_as(offset_W).contiguous(),
+            state.positions_L[offset_W],
+            step.repeat(self.width),
+        )
         choice = self.backend.choose_tokens(
-            self.backend.linear_fp32(self._aligned(hidden_LD, offset_W), self.model.head_weight_VD),
-            mask_token_id=mask,
-            sampling=self.sequences.sampling(
-                state.seed_1.expand_as(offset_W).contiguous(),
-                state.positions_L[offset_W],
-                step.repeat(self.width),
-            ),
-            needed_M=candidate_W,
+            logits_WV, mask_token_id=mask, sampling=sampling, needed_M=candidate_W
         )
         state.finite.logical_and_(choice.probability_M.isfinite().all())
         confidence_W = choice.probability_M.where(candidate_W, -torch.inf)
@@ -256,6 +265,10 @@ class DLLMCacheBatch:
         ids_R[offset_W] = choice.token_M.where(kept_W, old_W)
         old_W = state.probability_R[offset_W]
         state.probability_R[offset_W] = choice.probability_M.where(kept_W, old_W)
+        if self.num_alternatives:
+            found_WA = find_alternatives(logits_WV, self.num_alternatives, mask, sampling)
+            old_WA = state.alternatives_RA[offset_W]
+            state.alternatives_RA[offset_W] = found_WA.where(kept_W[:, None], old_WA)
         is_eos_R = (ids_R[:, None] == state.eos_E).any(-1)
         state.stopped.copy_(((ids_R != mask).long().cumprod(0).bool() & is_eos_R).any())
 
@@ -278,6 +291,12 @@ class DLLMCacheBatch:
         known = self.state.probability_R.tolist()
         return [None if token is None else p for token, p in zip(response, known, strict=True)]
 
+    def _alternatives(self) -> list[Alternatives]:
+        """Those of the response's tokens, if they are asked for."""
+        if self.num_alternatives == 0:
+            return []
+        return read_alternatives(self.state.alternatives_RA.cpu().numpy())
+
     def finished(self) -> list[bool]:
         """Whether the sequence is done."""
         return [self.done]
@@ -295,6 +314,7 @@ class DLLMCacheBatch:
                 finite=bool(self.state.finite),
                 num_forwards=self.steps,
                 num_query_tokens=self.num_query_tokens,
+                alternatives=self._alternatives(),
             )
         ]
 
@@ -306,6 +326,7 @@ class DLLMCacheBatch:
                 state=BlockState.FULLY_ACTIVE,
                 token_ids=tuple(response),
                 probabilities=tuple(self._probabilities(response)),
+                alternatives=tuple(self._alternatives()),
             )
         ]
 

@@ -138,7 +138,7 @@ class FastBatch:
     def _run(self, kind: object, step: Callable[[], None]) -> None:
         sequences = self.sequences
         rule = (self.threshold, self.factor)
-        sampling = (sequences.temperature, sequences.top_k, sequences.top_p)
+        sampling = (sequences.temperature, sequences.top_k, sequences.top_p, sequences.min_p)
         self.canvas.run(("fast", self.cache, kind, self.block_length, rule, sampling), step)
 
     # --------------------------------------------------------------------- parts of a step
@@ -173,14 +173,14 @@ class FastBatch:
         self._keep(aligned_MD, block)
 
     def _keep(self, aligned_MD: Tensor, block: Block) -> None:
-        choice = self.canvas.choose(aligned_MD, block)
+        choice, alternatives_MA = self.canvas.choose(aligned_MD, block)
         candidate_BK = block.candidate_BK
         probability_BK = choice.probability_M.view_as(candidate_BK)
         if self.factor is not None:
             kept_BK = keep_by_factor(candidate_BK, probability_BK, self.factor)
         else:
             kept_BK = keep_above(candidate_BK, probability_BK, self.threshold)
-        self.canvas.take(block, choice, kept_BK)
+        self.canvas.take(block, choice, alternatives_MA, kept_BK)
 
     # -------------------------------------------------------------------------- on the host
 
@@ -197,12 +197,14 @@ class FastBatch:
             finite=self.canvas.report()[2][0],
             num_forwards=self.num_forwards,
             num_query_tokens=self.num_query_tokens,
+            alternatives=self.canvas.alternatives(0),
         )
         return [result for _ in rows]
 
     def view(self, row: int) -> list[BlockView]:
         """The blocks up to the one that is decoded."""
         response, probabilities = self.canvas.responses()[row], self.canvas.probabilities()[row]
+        alternatives = self.canvas.alternatives(row)
         views = []
         for start in range(0, min(self.gap + 1, self.limit), self.block_length):
             block = slice(start, start + self.block_length)
@@ -212,6 +214,7 @@ class FastBatch:
                     state=BlockState.FULLY_ACTIVE if active else BlockState.COMPLETE,
                     token_ids=tuple(response[block]),
                     probabilities=tuple(probabilities[block]),
+                    alternatives=tuple(alternatives[block]),
                 )
             )
         return views

@@ -1,7 +1,7 @@
 """One decoding step over the paged cache, for all rows at once.
 
 Shapes: B rows, T packed tokens, M candidates (positions that need a token), D hidden size,
-V vocabulary. The rest as in `d2f.decoding.rows`.
+V vocabulary, A alternatives. The rest as in `d2f.decoding.rows`.
 
 A step packs the tokens that the rows have to compute, runs the model, chooses tokens for the
 candidates and updates the rows. All of it are tensor operations of shapes that `StepShape` fixes,
@@ -10,6 +10,7 @@ so a step can be captured in a CUDA graph; nothing waits for the host.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
 from d2f.decoding.rows import STATE, Rows, RowStart
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
@@ -48,9 +50,11 @@ class StepShape:
     sampled: bool = False
     """Some row has a temperature."""
     truncated: bool = False
-    """Some row samples with top-k or top-p."""
+    """Some row samples with top-k, top-p or min-p."""
     ranked: bool = False
     """Some row ranks the forced token by something else than its probability."""
+    num_alternatives: int = 0
+    """A: how many of the most probable tokens of each candidate are reported; 0: no row asks."""
 
 
 RECORD_ROWS = tuple(name.removesuffix("_B") for name in STATE)
@@ -68,6 +72,7 @@ class TokenRecord(NamedTuple):
     """In the response."""
     token: int
     probability: float
+    alternatives: Alternatives = ()
 
 
 class PagedDecoder(ABC):
@@ -108,10 +113,10 @@ class PagedDecoder(ABC):
         row_M: Tensor,
         position_M: Tensor,
         needed_M: Tensor | None,
-    ) -> Choice:
-        """Tokens for the candidates, with their probability and rank."""
+    ) -> tuple[Choice, Tensor]:
+        """Tokens for the candidates, with their probability and rank; and alternatives (M, A)."""
         mask = None if self.model.spec.architecture.causal else self.model.spec.mask_token_id
-        parts = []
+        parts, others = [], [row_M.new_empty(0, shape.num_alternatives)]
         for at in range(0, len(aligned_MD), HEAD_ROWS):
             part = slice(at, at + HEAD_ROWS)
             sampling = None
@@ -125,17 +130,24 @@ class PagedDecoder(ABC):
                     position_M=position_M[part],
                     step_M=rows.forwards_B[row],
                     truncated=shape.truncated,
+                    min_p_M=rows.min_p_B[row].float(),
                 )
+            logits_MV = self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD)
+            if shape.num_alternatives:
+                others.append(find_alternatives(logits_MV, shape.num_alternatives, mask, sampling))
             parts.append(
                 self.backend.choose_tokens(
-                    self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD),
+                    logits_MV,
                     mask_token_id=mask,
                     confidence_M=rows.confidence_B[row_M[part]] if shape.ranked else None,
                     sampling=sampling,
                     needed_M=None if needed_M is None else needed_M[part],
                 )
             )
-        return parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+        choice = parts[0]
+        if len(parts) > 1:
+            choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
+        return choice, torch.cat(others)
 
 
 def make_record(
@@ -146,14 +158,18 @@ def make_record(
     kept_M: Tensor,
     token_M: Tensor,
     probability_M: Tensor,
+    alternatives_MA: Tensor,
 ) -> Tensor:
     """One int64 tensor of what a step reports: the rows' state and the accepted tokens."""
     bits_M = probability_M.view(torch.int32).long()
     reported_M = torch.where(kept_M, token_M, -1)
-    return torch.cat([ran_B, rows.state_FB.flatten(), row_M, index_M, reported_M, bits_M])
+    told = [ran_B, rows.state_FB.flatten(), row_M, index_M, reported_M, bits_M]
+    return torch.cat([*told, alternatives_MA.flatten()])
 
 
-def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], list[TokenRecord]]:
+def read_record(
+    record: Tensor, num_rows: int, num_alternatives: int = 0
+) -> tuple[list[dict[str, int]], list[TokenRecord]]:
     """A record on the host as one table per row, and the accepted tokens.
 
     A row's table also says whether it "ran" and whether all its probabilities are "finite".
@@ -164,10 +180,14 @@ def read_record(record: Tensor, num_rows: int) -> tuple[list[dict[str, int]], li
     values = record.numpy()
     columns = values[:cut].reshape(len(names), num_rows).T.tolist()
     tables = [dict(zip(names, column, strict=True), finite=1) for column in columns]
-    tokens_FM = values[cut:].reshape(len(RECORD_TOKENS), -1)
+    count = (len(values) - cut) // (len(RECORD_TOKENS) + num_alternatives)
+    rest = cut + len(RECORD_TOKENS) * count
+    tokens_FM = values[cut:rest].reshape(len(RECORD_TOKENS), count)
     probability_M = tokens_FM[3].astype(np.int32).view(np.float32)
     for row in tokens_FM[0, ~np.isfinite(probability_M)].tolist():
         tables[row]["finite"] = 0
     accepted = np.flatnonzero(tokens_FM[2] >= 0)
     columns = [*tokens_FM[:3, accepted].tolist(), probability_M[accepted].tolist()]
-    return tables, list(map(TokenRecord._make, zip(*columns, strict=True)))
+    if num_alternatives:
+        columns.append(read_alternatives(values[rest:].reshape(count, -1)[accepted]))
+    return tables, list(itertools.starmap(TokenRecord, zip(*columns, strict=True)))

@@ -79,7 +79,7 @@ class PipelinedDecoder(PagedDecoder):
         found = self.backend.find_candidates(
             packing, rows, mask_token_id=mask, num_candidates=shape.num_candidates
         )
-        choice = self.choose(
+        choice, alternatives_MA = self.choose(
             self._aligned(hidden_TD, packing, rows, found),
             rows,
             shape,
@@ -113,8 +113,9 @@ class PipelinedDecoder(PagedDecoder):
         at_M = place_M.clamp_max(accepted_BNK.numel() - 1)
         kept_M = found.live_M & accepted_BNK.flatten()[at_M]
         return make_record(
-            rows, ran_B, found.row_M, found.response_M, kept_M, choice.token_M, choice.probability_M
-        )
+            rows, ran_B, found.row_M, found.response_M, kept_M, choice.token_M,
+            choice.probability_M, alternatives_MA,
+        )  # fmt: skip
 
     def _aligned(
         self, hidden_TD: Tensor, packing: Packing, rows: Rows, found: Candidates

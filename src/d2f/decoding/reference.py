@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
@@ -33,9 +34,12 @@ class Block:
     state: BlockState = BlockState.SEMI_ACTIVE
     probabilities: list[float | None] = field(init=False)
     """With which each token was accepted."""
+    alternatives: list[Alternatives] = field(init=False)
+    """Of each token, if they are asked for."""
 
     def __post_init__(self) -> None:
         self.probabilities = [None] * len(self.tokens)
+        self.alternatives = [()] * len(self.tokens)
 
     @property
     def share(self) -> float:
@@ -49,6 +53,7 @@ class Candidate(NamedTuple):
     token: int
     probability: float
     rank: float
+    alternatives: Alternatives = ()
 
 
 class ReferenceBatch:
@@ -76,6 +81,7 @@ class ReferenceBatch:
                 state=block.state,
                 token_ids=tuple(block.tokens),
                 probabilities=tuple(block.probabilities),
+                alternatives=tuple(block.alternatives),
             )
             for block in self.rows[row].blocks
         ]
@@ -160,13 +166,21 @@ class ReferenceSequence:
     def _choose(self, logits_V: torch.Tensor, position: int) -> Candidate:
         key = (self.seed, position, self.num_forwards)
         seed_1, position_1, step_1 = (torch.tensor([k], device=logits_V.device) for k in key)
+        mask = self.model.spec.mask_token_id
+        sampling = self.sequences.sampling(seed_1, position_1, step_1)
         choice = choose_tokens(
             logits_V[None],
-            mask_token_id=self.model.spec.mask_token_id,
+            mask_token_id=mask,
             confidence_M=self.sequences.confidence(seed_1),
-            sampling=self.sequences.sampling(seed_1, position_1, step_1),
+            sampling=sampling,
         )
-        return Candidate(int(choice.token_M), float(choice.probability_M), float(choice.rank_M))
+        alternatives: Alternatives = ()
+        if self.sequences.num_alternatives:
+            count = min(self.sequences.num_alternatives, len(logits_V))
+            numbers_1A = find_alternatives(logits_V[None], count, mask, sampling)
+            [alternatives] = read_alternatives(numbers_1A.cpu().numpy())
+        token, probability, rank = (values_1.item() for values_1 in choice)
+        return Candidate(int(token), probability, rank, alternatives)
 
     def _cache_blocks(self) -> None:
         for block in self.blocks:
@@ -187,6 +201,7 @@ class ReferenceSequence:
             for offset in chosen:
                 block.tokens[offset] = mine[offset].token
                 block.probabilities[offset] = mine[offset].probability
+                block.alternatives[offset] = mine[offset].alternatives
                 self.eos_seen |= mine[offset].token in self.sequences.eos_token_ids
 
     def _retire_blocks(self) -> None:
@@ -216,4 +231,7 @@ class ReferenceSequence:
             finite=self.finite,
             num_forwards=self.num_forwards,
             num_query_tokens=self.num_query_tokens,
+            alternatives=[found for block in self.blocks for found in block.alternatives]
+            if self.sequences.num_alternatives
+            else (),
         )

@@ -34,6 +34,7 @@ class RowStart:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     early_stop: bool = True
     tokens: Sequence[int | None] = ()
@@ -86,6 +87,7 @@ class Rows:
     """Confidence threshold, rounded to fp32 as confidences are."""
     temperature_B: Tensor
     top_p_B: Tensor
+    min_p_B: Tensor
     # The rest.
     tokens_BNK: Tensor
     """The response; the mask token where not decoded, and where no position is."""
@@ -111,7 +113,7 @@ class Rows:
         torch.where(runs_B, torch.stack([*state.values()]), old_FB, out=old_FB)
 
 
-_REALS = ("add_B", "activate_B", "threshold_B", "temperature_B", "top_p_B")
+_REALS = ("add_B", "activate_B", "threshold_B", "temperature_B", "top_p_B", "min_p_B")
 _OTHERS = (
     "tokens_BNK", "order_BNK", "length_BN", "fully_BN", "eos_BE", "prompt_BL", "pages_BP",
     "boundary_BD",
@@ -234,7 +236,7 @@ class RowStorage:
         }
         threshold = float(torch.tensor(policy.confidence_threshold, dtype=torch.float32))
         reals = [policy.add_threshold, policy.activate_threshold, threshold]
-        reals += [start.temperature, start.top_p]
+        reals += [start.temperature, start.top_p, start.min_p]
         self._ints_FB[:, row] = self.upload([int(ints[name[:-2]]) for name in _INTS])
         self._reals_FB[:, row] = self.upload(reals, torch.double)
         others = self.rows(len(self._ints_FB[0]))

@@ -197,6 +197,7 @@ class VanillaBatch:
         responses: Sequence[Sequence[int | None]] | None = None,
         probabilities: Sequence[Sequence[float | None]] | None = None,
         finite: Sequence[bool] | None = None,
+        alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         self.canvas = Canvas(
             self.model,
@@ -205,6 +206,7 @@ class VanillaBatch:
             responses=responses,
             probabilities=probabilities,
             finite=finite,
+            alternatives=alternatives,
         )
         self.canvas.buffers.step_1.fill_(max(self.steps))
         longest = max(len(plan) for plan in self.plans)
@@ -214,6 +216,7 @@ class VanillaBatch:
         self._key = (
             "vanilla", room, self.block_length, self.algorithm,
             self.sequences.temperature, self.sequences.top_k, self.sequences.top_p,
+            self.sequences.min_p,
         )  # fmt: skip
         plan_SB3 = torch.zeros(room, len(self.plans), 3, dtype=torch.double)
         for row, plan in enumerate(self.plans):
@@ -244,13 +247,13 @@ class VanillaBatch:
         start_B, end_B = plan_B3[:, 0].long(), plan_B3[:, 1].long()
         block = canvas.block(start_B, end_B, self.block_length)
         aligned_MD = canvas.aligned(canvas.forward(), block)
-        choice = canvas.choose(aligned_MD, block, _RANKED_BY.get(self.algorithm))
+        choice, alternatives_MA = canvas.choose(aligned_MD, block, _RANKED_BY.get(self.algorithm))
         rank_BK = choice.rank_M.view_as(block.candidate_BK)
         if self.algorithm == "origin":
             kept_BK = block.candidate_BK & (self._noise(block.response_BK) < plan_B3[:, 2:])
         else:
             kept_BK = keep_best(block.candidate_BK, rank_BK, plan_B3[:, 2])
-        canvas.take(block, choice, kept_BK)
+        canvas.take(block, choice, alternatives_MA, kept_BK)
 
     def _noise(self, response_BK: Tensor) -> Tensor:
         buffers = self.canvas.buffers
@@ -273,6 +276,7 @@ class VanillaBatch:
                 finite=finite[row],
                 num_forwards=self.steps[row],
                 num_query_tokens=self.steps[row] * self.canvas.counts[row],
+                alternatives=self.canvas.alternatives(row),
             )
             for row in rows
         ]
@@ -284,6 +288,7 @@ class VanillaBatch:
                 state=BlockState.FULLY_ACTIVE,
                 token_ids=tuple(self.canvas.responses()[row]),
                 probabilities=tuple(self.canvas.probabilities()[row]),
+                alternatives=tuple(self.canvas.alternatives(row)),
             )
         ]
 
@@ -295,6 +300,7 @@ class VanillaBatch:
         """Go on with these sequences only."""
         sequences, responses = self.sequences, self.canvas.responses()
         probabilities, finite = self.canvas.probabilities(), self.canvas.report()[2]
+        alternatives = self.canvas.alternative_numbers()
         self.sequences = dataclasses.replace(
             sequences,
             prompts=[sequences.prompts[row] for row in rows],
@@ -308,4 +314,5 @@ class VanillaBatch:
             [responses[row] for row in rows],
             [probabilities[row] for row in rows],
             [finite[row] for row in rows],
+            [alternatives[row] for row in rows],
         )

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from d2f.decoding.batch import BlockView, GenerationResult
+from d2f.decoding.batch import BlockView, GenerationResult, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, paged_decoder
 from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
 from d2f.engine.request import Output, Progress, Request, resolve
 from d2f.engine.sizing import cache_pages
+from d2f.engine.stops import StopStrings
 from d2f.engine.task import Task
 from d2f.engine.unpaged import UnpagedLane
 from d2f.errors import ConfigError, RequestError
@@ -26,7 +27,7 @@ from d2f.ops.backend import select_backend
 
 
 class Decodes(Protocol):
-    """What the engine needs of a tokenizer."""
+    """What the engine needs of a tokenizer; `StopStrings` says what more it makes use of."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -291,12 +292,14 @@ class Engine:
                     raise RequestError(f"the result of request {number} was handed out by step()")
                 self._advance()
                 if number not in self._ready and number in self._tasks:
-                    blocks = self.view(number)
+                    task, blocks = self._tasks[number], self.view(number)
+                    tokens = decoded_prefix(t for block in blocks for t in block.token_ids)
                     if blocks:
                         yield Output(
                             request_id=number,
                             blocks=blocks,
-                            eos_token_ids=self._tasks[number].eos_token_ids,
+                            eos_token_ids=task.eos_token_ids,
+                            stop_at=task.stop_at(tokens),
                         )
             output = self._ready[number]
             if output.error is not None:
@@ -397,14 +400,14 @@ class Engine:
     def _checked(self, request: Request) -> Task:
         self._require_open()
         resolved = resolve(request, self.model.spec)
-        decode = None
+        stops = None
         if resolved.stop:
             if self._tokenizer is None:
                 raise RequestError(
                     "stop strings need the engine's tokenizer: Engine(model, config, tokenizer)"
                 )
-            decode = self._tokenizer.decode
-        task = Task(number=next(self._numbers), request=resolved, decode=decode)
+            stops = StopStrings(resolved.stop, self._tokenizer)
+        task = Task(number=next(self._numbers), request=resolved, stops=stops)
         if STRATEGIES[task.strategy].paged:
             self._paged.check(task)
         return task

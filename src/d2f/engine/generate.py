@@ -68,8 +68,8 @@ def generate_ids(
             None: what suits the model (`d2f.engine.policy.default_strategy`).
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
-        strategy_options: `temperature`, `top_k`, `top_p` and `seed` for every strategy. An option
-            without effect is refused by name.
+        strategy_options: `temperature`, `top_k`, `top_p`, `min_p`, `seed` and `num_alternatives`
+            for every strategy, as in `Request`. An option without effect is refused by name.
 
             - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's own
               `low_confidence`, Dream's own `entropy`, or `maskgit_plus`, `topk_margin`, `origin`;
@@ -141,7 +141,7 @@ def _engine_for(model: Transformer, requests: Sequence[Request]) -> Engine:
 
 def _request(prompt: Sequence[int], settings: dict[str, Any], options: dict[str, Any]) -> Request:
     """A request; of the options it takes those that every strategy knows as its own fields."""
-    names = ("temperature", "top_k", "top_p", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "num_alternatives")
     own = {name: options[name] for name in names if name in options}
     rest = {name: value for name, value in options.items() if name not in own}
     return Request(prompt_ids=prompt, options=rest, **settings, **own)

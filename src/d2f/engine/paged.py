@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from d2f.decoding.alternatives import MOST_ALTERNATIVES
 from d2f.decoding.paged import PagedDecoder, StepShape, TokenRecord
 from d2f.decoding.rows import RowSizes, RowStorage
 from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
@@ -126,6 +127,8 @@ class PagedLane:
         """Queue a request."""
         task.tokens = [None] * task.request.max_new_tokens
         task.probabilities = [None] * task.request.max_new_tokens
+        if task.request.num_alternatives:
+            task.alternatives = [()] * task.request.max_new_tokens
         self.waiting.append(task)
 
     def remove(self, task: Task) -> None:
@@ -333,13 +336,18 @@ class PagedLane:
             prefill=prefill,
             sampled=any(request.temperature > 0 for request in requests),
             truncated=any(
-                request.temperature > 0 and (request.top_k > 0 or request.top_p < 1)
+                request.temperature > 0
+                and (request.top_k > 0 or request.top_p < 1 or request.min_p > 0)
                 for request in requests
             ),
             ranked=any(
                 request.policy is not None and request.policy.confidence != "probability"
                 for request in requests
             ),
+            # All that may be asked for, so that there are few shapes.
+            num_alternatives=min(MOST_ALTERNATIVES, self.decoder.model.spec.vocab_size)
+            if any(request.num_alternatives for request in requests)
+            else 0,
         )
 
     def _bucket(self, counts: list[int]) -> int:

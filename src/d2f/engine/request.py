@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from d2f.decoding.alternatives import MOST_ALTERNATIVES
+from d2f.decoding.alternatives import Alternatives as Alternatives
 from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES, check_strategy
 from d2f.diffusion.policy import DecodingPolicy
@@ -39,16 +41,24 @@ class Request:
     """None: `autoregressive` for such a model; `pipelined`, but `vanilla` for a checkpoint that was
     not distilled, unless a policy is given."""
     early_stop: bool = True
-    """Stop once everything before an accepted EOS is decoded."""
+    """Stop once everything before an accepted EOS, or a stop string, is decoded; False decodes what
+    would be decoded without stop strings, every block that was opened. The response is the same."""
     temperature: float = 0.0
     """0: the most probable tokens; above, they are sampled."""
     top_k: int = 0
     """Sample among this many most probable tokens; 0: among all. Matters with a temperature."""
     top_p: float = 1.0
     """Sample among the fewest most probable tokens of this mass. Matters with a temperature."""
+    min_p: float = 0.0
+    """Sample among tokens that are at least this share as probable as the most probable one; 0:
+    among all. Matters with a temperature."""
     seed: int = 0
     stop: Sequence[str] = ()
-    """The response ends with the token that completes one; needs the engine's tokenizer."""
+    """The response ends with the token that completes one, which may be a special token; needs the
+    engine's tokenizer."""
+    num_alternatives: int = 0
+    """Report so many of the most probable tokens at each position, 20 at most: in the forward that
+    decoded it, and among those that could be sampled. Steps take a little longer for all."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What only this strategy takes."""
 
@@ -62,6 +72,8 @@ class Output:
     """The response's blocks as they stand; of streamed requests only."""
     eos_token_ids: tuple[int, ...] = ()
     """Those of the request."""
+    stop_at: int | None = None
+    """Tokens that complete a stop string, where the request goes on behind it."""
     result: GenerationResult | None = None
     """Set when the request is done."""
     error: RequestError | None = None
@@ -73,7 +85,7 @@ class Output:
         if self.result is not None:
             return self.result.token_ids
         tokens = (token for block in self.blocks for token in block.token_ids)
-        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0]
+        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0][: self.stop_at]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +98,7 @@ class Progress:
     """
 
     token_ids: list[int]
-    """The response so far, up to its first gap or EOS; it only grows."""
+    """The response so far, up to its first gap, EOS or stop string; it only grows."""
     num_forwards: int
     """Model calls so far that refined it."""
 
@@ -129,6 +141,7 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
         # Whole numbers of any size are none to torch.
         temperature=float(request.temperature),
         top_p=float(request.top_p),
+        min_p=float(request.min_p),
     )
 
 
@@ -149,11 +162,18 @@ def _check_sampling(request: Request) -> None:
         raise RequestError(
             f"temperature is {temperature!r}; it must be a number from 0 to {MOST_TEMPERATURE:g}"
         )
-    top_k, top_p = request.top_k, request.top_p
+    top_k, top_p, min_p = request.top_k, request.top_p, request.min_p
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 2**63:
         raise RequestError(f"top_k is {top_k!r}; it must be a whole number of 0 (all) or more")
     if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
         raise RequestError(f"top_p is {top_p!r}; it must be a number above 0 and at most 1")
+    if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
+        raise RequestError(f"min_p is {min_p!r}; it must be a number from 0 (all) to 1")
+    asked, most = request.num_alternatives, MOST_ALTERNATIVES
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= most:
+        raise RequestError(
+            f"num_alternatives is {asked!r}; it must be a whole number from 0 to {most}"
+        )
     if not isinstance(request.early_stop, bool):
         raise RequestError(f"early_stop is {request.early_stop!r}; it must be True or False")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:

@@ -31,13 +31,14 @@ class Pending:
     clock: StepClock | None = None
     time: StepTime | None = None
     """Where the clock notes it, if there is one."""
+    num_alternatives: int = 0
 
     def read(self) -> tuple[list[dict[str, int]], list[TokenRecord]]:
         """What it reports: one table per row, and the accepted tokens."""
         if self.ready is not None:
             with self.clock.waiting() if self.clock else nullcontext():
                 self.ready.synchronize()
-        return read_record(self.record, self.num_rows)
+        return read_record(self.record, self.num_rows, self.num_alternatives)
 
 
 class Runner:
@@ -111,12 +112,12 @@ class Runner:
             else:
                 record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
         if not record.is_cuda:
-            return Pending(shape.num_rows, record, None, self.clock, time)
+            return Pending(shape.num_rows, record, None, self.clock, time, shape.num_alternatives)
         host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
         host.copy_(record, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Pending(shape.num_rows, host, ready, self.clock, time)
+        return Pending(shape.num_rows, host, ready, self.clock, time, shape.num_alternatives)
 
     @torch.inference_mode()
     def capture(self, shape: StepShape) -> None:

@@ -5,18 +5,20 @@ What the host knows of a running request is one step old where the device runs a
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from d2f.decoding import rules
+from d2f.decoding.alternatives import Alternatives
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
     GenerationResult,
+    count_decoded,
     cut_at_eos,
     decoded_prefix,
     known_prefix,
@@ -24,7 +26,17 @@ from d2f.decoding.batch import (
 from d2f.decoding.paged import TokenRecord
 from d2f.decoding.rows import RowStart
 from d2f.engine.request import Progress, Request
+from d2f.engine.stops import StopStrings
 from d2f.errors import RequestError
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """The tokenizer is the caller's; other requests have nothing to do with its errors."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
 
 
 @dataclass(eq=False)
@@ -33,12 +45,14 @@ class Task:
 
     number: int
     request: Request
-    decode: Callable[[Sequence[int]], str] | None = None
-    """From token ids to text, where the request has stop strings."""
+    stops: StopStrings | None = None
+    """Where the request has any."""
     tokens: list[int | None] = field(default_factory=list)
     """The response, None where not decoded."""
     probabilities: list[float | None] = field(default_factory=list)
     """With which each token was accepted, None where not decoded."""
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
     num_opened: int = 0
     num_complete: int = 0
     start: int = 0
@@ -98,6 +112,7 @@ class Task:
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
+            min_p=request.min_p,
             seed=request.seed,
             early_stop=request.early_stop,
             tokens=tokens if self.num_forwards else (),
@@ -132,9 +147,11 @@ class Task:
         self.num_opened, self.num_complete = table["opened"], table["complete"]
         self.start, self.end = table["start"], table["end"]
         self.num_forwards, self.num_query_tokens = table["forwards"], table["queries"]
-        for _, place, token, probability in tokens:
+        for _, place, token, probability, alternatives in tokens:
             self.tokens[place] = token
             self.probabilities[place] = probability
+            if self.alternatives:
+                self.alternatives[place] = alternatives[: self.request.num_alternatives]
 
     def num_masked(self) -> int:
         """Positions of its open blocks that need a token."""
@@ -147,25 +164,38 @@ class Task:
 
     def progress(self) -> Progress:
         """How far it is."""
-        token_ids, _ = cut_at_eos(self.decoded(), self.eos_token_ids)
+        token_ids = self.up_to_end(self.decoded())
         return Progress(token_ids=token_ids, num_forwards=self.num_forwards)
 
+    @property
+    def ends_at_stop(self) -> bool:
+        """A stop string ends it; without `early_stop` it only cuts the finished response."""
+        return self.request.early_stop and bool(self.request.stop)
+
     def reaches_stop(self) -> bool:
-        """Whether the response up to its first gap holds a stop string.
+        """Whether the response up to its first gap holds a stop string that ends it.
 
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        return bool(self.request.stop) and self._has_stop(self.decoded())
+        if self.stops is None or not self.ends_at_stop:
+            return False
+        with _decoding():
+            return self.stops.found(self.decoded())
 
-    def _has_stop(self, token_ids: Sequence[int]) -> bool:
-        assert self.decode is not None
+    def stop_at(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string behind which a running request goes on."""
+        if self.ends_at_stop:
+            return None
         try:
-            text = self.decode(token_ids)
-        except Exception as error:
-            # The tokenizer is the caller's; other requests have nothing to do with it.
-            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
-        return any(stop in text for stop in self.request.stop)
+            return self._num_until_stop(token_ids)
+        except RequestError:  # its result will fail with the same
+            return None
+
+    def up_to_end(self, token_ids: list[int]) -> list[int]:
+        """Of a running request's tokens those that its result will have."""
+        token_ids, _ = cut_at_eos(token_ids, self.eos_token_ids)
+        return token_ids[: self.stop_at(token_ids)]
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
         """A response up to the token that completes a stop string, if there is one.
@@ -174,17 +204,23 @@ class Task:
             RequestError: The tokenizer cannot decode it.
         """
         token_ids = result.token_ids
-        if not self.request.stop or not self._has_stop(token_ids):
+        fewest = self._num_until_stop(token_ids)
+        if fewest is None:
             return result
-        fewest = bisect.bisect_left(
-            range(len(token_ids)), True, key=lambda n: self._has_stop(token_ids[:n])
-        )
         return dataclasses.replace(
             result,
             token_ids=token_ids[:fewest],
             probabilities=result.probabilities[:fewest],
+            alternatives=result.alternatives[:fewest],
             finish_reason="stop",
         )
+
+    def _num_until_stop(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string; None: they have none."""
+        if self.stops is None:
+            return None
+        with _decoding():
+            return self.stops.num_tokens(token_ids)
 
     def result(self) -> GenerationResult:
         """The finished response, up to the first EOS or the token that completes a stop string."""
@@ -196,6 +232,8 @@ class Task:
             num_prefill_forwards=0,
             num_query_tokens=self.num_query_tokens,
             finish_reason=reason,
+            num_decoded_tokens=count_decoded(self.tokens, self.eos_token_ids),
+            alternatives=self.alternatives[: len(token_ids)],
         )
         return self.cut_at_stop(result)
 
@@ -205,7 +243,12 @@ class Task:
             decoded = tuple(self.decoded())
             probabilities = tuple(self.probabilities[: len(decoded)])
             return [
-                BlockView(state=BlockState.CACHED, token_ids=decoded, probabilities=probabilities)
+                BlockView(
+                    state=BlockState.CACHED,
+                    token_ids=decoded,
+                    probabilities=probabilities,
+                    alternatives=tuple(self.alternatives[: len(decoded)]),
+                )
             ]
         policy = self.request.policy
         assert policy is not None
@@ -231,8 +274,13 @@ class Task:
                 state = BlockState.COMPLETE
             elif fully_N[index] or share >= 1:
                 state = BlockState.FULLY_ACTIVE
-            probabilities = tuple(self.probabilities[index * size : (index + 1) * size])
+            place = slice(index * size, (index + 1) * size)
             views.append(
-                BlockView(state=state, token_ids=tuple(block), probabilities=probabilities)
+                BlockView(
+                    state=state,
+                    token_ids=tuple(block),
+                    probabilities=tuple(self.probabilities[place]),
+                    alternatives=tuple(self.alternatives[place]),
+                )
             )
         return views

@@ -12,7 +12,6 @@ from d2f.decoding.batch import (
     DecodingBatch,
     GenerationResult,
     Sequences,
-    cut_at_eos,
     decoded_prefix,
 )
 from d2f.decoding.strategies import STRATEGIES, start_batch
@@ -92,7 +91,7 @@ class UnpagedLane:
             return Progress(token_ids=[], num_forwards=0)
         row = self._rows.index(task)
         tokens = [token for block in self._batch.view(row) for token in block.token_ids]
-        token_ids, _ = cut_at_eos(decoded_prefix(tokens), task.eos_token_ids)
+        token_ids = task.up_to_end(decoded_prefix(tokens))
         return Progress(token_ids=token_ids, num_forwards=self._batch.forwards(row))
 
     def step(self) -> None:
@@ -177,8 +176,8 @@ class UnpagedLane:
 
 
 def _stops(batch: DecodingBatch, row: int, task: Task) -> bool:
-    """Whether what a running request has decoded by now holds a stop string."""
-    if not task.request.stop:
+    """Whether what a running request has decoded by now holds a stop string that ends it."""
+    if not task.ends_at_stop:
         return False
     num_decoded = len(task.decoded())
     task.tokens = [token for block in batch.view(row) for token in block.token_ids]
@@ -197,13 +196,15 @@ def _sequences(requests: list[Request]) -> Sequences:
         temperature=first.temperature,
         top_k=first.top_k,
         top_p=first.top_p,
+        min_p=first.min_p,
+        num_alternatives=first.num_alternatives,
         early_stop=first.early_stop,
     )
 
 
 def _same_settings(one: Request, other: Request) -> bool:
     names = (
-        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "early_stop",
-        "options",
+        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "min_p",
+        "early_stop", "num_alternatives", "options",
     )  # fmt: skip
     return all(getattr(one, name) == getattr(other, name) for name in names)

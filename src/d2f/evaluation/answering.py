@@ -21,6 +21,7 @@ class Answered:
     num_forwards: int = 0
     num_prefill_forwards: int = 0
     num_query_tokens: int = 0
+    num_decoded_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None
     """Why there is no answer."""
@@ -115,6 +116,7 @@ class Answering:
             num_forwards=result.num_forwards,
             num_prefill_forwards=result.num_prefill_forwards,
             num_query_tokens=result.num_query_tokens,
+            num_decoded_tokens=result.num_decoded_tokens,
             finish_reason=result.finish_reason,
         )
 

@@ -42,6 +42,13 @@ class ModelEntry:
     """LoRA adapter: folder or hub id."""
     chat_template: bool | None = None
     """Put prompts into the chat template; none: if the tokenizer has one."""
+    eos: tuple[int | str, ...] = ()
+    """Tokens that end an answer beside the model's own ends: ids, or texts of single tokens."""
+    replace_eos: bool = False
+    """Leave the model's own ends out, so that only `eos` and stop strings end an answer."""
+    add_bos: bool | None = None
+    """Begin prompts with the tokenizer's BOS, never with two; false adds none; none: as the
+    tokenizer says."""
     simulated: str | None = None
     """What of it is not real, as random weights; the tables say so."""
 
@@ -107,7 +114,11 @@ class RowSettings:
     """Most tokens of an answer; "gold": what the longest gold answer and its EOS need, rounded up
     to a block of 32; none: the recipe's."""
     early_stop: bool = True
-    """Stop at EOS; false decodes all that was opened."""
+    """Stop at EOS and at the stop strings of the task; false decodes all that was opened."""
+    eos: tuple[int | str, ...] | None = None
+    """In place of the model's entry of this name."""
+    replace_eos: bool | None = None
+    """In place of the model's entry of this name."""
     temperature: float = 0.0
     seed: int = 0
     """Of the sampling noise; each problem adds its index."""

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from d2f.engine.ends import choose_ends
 from d2f.engine.policy import changed_policy, heeds_policy
 from d2f.engine.request import Request, resolve
-from d2f.errors import ConfigError, D2FError, RequestError
+from d2f.engine.stops import StopStrings
+from d2f.errors import CheckpointError, ConfigError, D2FError, RequestError
 from d2f.evaluation.eval_recipe import GOLD, EvalRecipe, RowSettings
 from d2f.evaluation.race import gold_limit
 from d2f.evaluation.task import Example, Task, Verdict
@@ -61,9 +63,12 @@ class EvalRow:
         self.name = settings.name
         self._task, self.examples = task, examples
         self.stop = tuple(task.stop)
+        self._stops = StopStrings(self.stop, loaded.tokenizer)
         self._verdicts: dict[tuple[int, str], Verdict] = {}
         try:
+            self._tokenizer = self._beginning(recipe)
             self.chat = self._uses_chat(recipe)
+            self._ends = self._chosen_ends(recipe)
             self.max_new_tokens = self._limit(recipe)
             self._policy = changed_policy(loaded.model.spec, settings.policy)
             self._prompts = [self._prompt(example) for example in examples]
@@ -84,6 +89,30 @@ class EvalRow:
             )
         return there if wanted is None else wanted
 
+    def _chosen_ends(self, recipe: EvalRecipe) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        own, entry = self.settings, recipe.models[self.settings.model]
+        return choose_ends(
+            entry.eos if own.eos is None else own.eos,
+            self.loaded.tokenizer,
+            self.loaded.model.spec,
+            replace=entry.replace_eos if own.replace_eos is None else own.replace_eos,
+        )
+
+    def _beginning(self, recipe: EvalRecipe) -> Tokenizer:
+        """The tokenizer, with prompts that begin as the recipe says."""
+        name, tokenizer = self.settings.model, self.loaded.tokenizer
+        self.add_bos = recipe.models[name].add_bos
+        if self.add_bos is None:
+            return tokenizer
+        try:
+            return tokenizer.with_bos(self.add_bos)
+        except CheckpointError:
+            raise ConfigError(
+                f"the tokenizer of model {name} has no BOS; set models.{name}.add_bos = false, "
+                "or leave it out"
+            ) from None
+
     def _limit(self, recipe: EvalRecipe) -> int:
         limit = self.settings.max_new_tokens or recipe.max_new_tokens
         if isinstance(limit, int):
@@ -98,7 +127,7 @@ class EvalRow:
         return gold_limit(gold, self.loaded.tokenizer, GOLD_BLOCK)
 
     def _prompt(self, example: Example) -> list[int] | RequestError:
-        tokenizer = self.loaded.tokenizer
+        tokenizer = self._tokenizer
         try:
             if self.chat and example.messages is not None:
                 return tokenizer.encode_chat(example.messages)
@@ -113,6 +142,7 @@ class EvalRow:
             max_new_tokens=self.max_new_tokens,
             policy=self._policy,
             strategy=settings.strategy,
+            eos_token_id=self._ends,
             early_stop=settings.early_stop,
             temperature=settings.temperature,
             seed=settings.seed + index,
@@ -161,13 +191,15 @@ class EvalRow:
         return max((length for length in lengths if length <= most), default=most)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What is judged: the answer up to its first stop string.
+        """What is judged: the answer up to its first stop string, special tokens left out.
 
         Example:
             "7 apples." of "7 apples. Question: …" where " Question:" is one.
         """
-        text = self.loaded.tokenizer.decode(token_ids)
-        return text[: min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))]
+        ended = bool(token_ids) and token_ids[-1] in self._ends
+        text = self._stops.cut_text(token_ids)
+        # An end is no part of the text, even one that is an ordinary word.
+        return min(text, self._stops.cut_text(token_ids[:-1]), key=len) if ended else text
 
     def judge(self, indices: Sequence[int], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers; the same answer to the same problem is marked once."""
@@ -187,9 +219,11 @@ class EvalRow:
             "policy": self.policy.to_dict() if heeds_policy(settings.strategy) else None,
             "options": dict(settings.options),
             "max_new_tokens": self.max_new_tokens,
+            "eos_token_ids": list(self._ends),
             "early_stop": settings.early_stop,
             "temperature": settings.temperature,
             "seed": settings.seed,
             "stop": list(self.stop),
             "chat_template": self.chat,
+            "add_bos": self.add_bos,
         }

@@ -95,6 +95,9 @@ class Evaluation:
             "dtype": self._environment["dtype"],
             "backend": self._backend,
         }
+        if row.stop and not row.settings.early_stop:
+            # Older versions ended such answers at a stop string, with fewer forwards.
+            answers["decodes_behind_stops"] = True
         folder.require_same("answers", answers)
         if recipe.score is not None and row.settings.score:
             score = {"batch_size": recipe.score.batch_size}

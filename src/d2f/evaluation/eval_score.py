@@ -12,12 +12,16 @@ from d2f.errors import ConfigError
 from d2f.evaluation.answering import Answered, Answering
 from d2f.evaluation.eval_progress import Reporter
 from d2f.evaluation.eval_row import EvalRow
-from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
+from d2f.evaluation.metrics import OF_TOKENS, answer_metrics, ratio, standard_error
 from d2f.evaluation.results import FRESH, Record, RowFolder
 
 _MOST_PENDING = 64
 _PENDING_SECONDS = 5.0
 """Answers wait for others to be judged with, so many or so long at most."""
+
+
+DECODED = "num_decoded_tokens"
+"""What a line counts of all that was decoded, the tail behind the answer too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +34,15 @@ class Counts:
     seconds: float
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Counts:
-        """Those of a line of `problems.jsonl` or `speed.jsonl`."""
-        return cls(**{name: record[name] for name in cls.__dataclass_fields__})
+    def of(cls, record: Mapping[str, Any], tokens: str = "num_tokens") -> Counts:
+        """Those of a line of `problems.jsonl` or `speed.jsonl`; `tokens` names what it counts."""
+        counts = {name: record[name] for name in cls.__dataclass_fields__}
+        return cls(**counts | {"num_tokens": record[tokens]})
+
+
+def counts_tails(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all tell what was decoded in all; those of an older version do not."""
+    return all(record.get(DECODED) is not None for record in records)
 
 
 def known_problems(row: EvalRow, folder: RowFolder) -> dict[int, Record]:
@@ -132,6 +142,7 @@ def make_records(row: EvalRow, answered: Sequence[Answered], seconds: float) -> 
                 "reason": verdict.reason if verdict else None,
                 "metrics": dict(verdict.metrics) if verdict else {},
                 "num_tokens": len(answer.token_ids),
+                "num_decoded_tokens": answer.num_decoded_tokens,
                 "num_forwards": answer.num_forwards,
                 "num_prefill_forwards": answer.num_prefill_forwards,
                 "num_query_tokens": answer.num_query_tokens,
@@ -151,6 +162,10 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
     count, right = len(records), sum(record["correct"] for record in records)
     good = [record for record in records if record["error"] is None]
     metrics = answer_metrics([Counts.of(record) for record in good])
+    tails: Record = {}
+    if good and counts_tails(good):
+        counted = answer_metrics([Counts.of(record, DECODED) for record in good])
+        tails = {"with_tail": {name: counted[name] for name in OF_TOKENS}}
     names = dict.fromkeys(name for record in records for name in record["metrics"])
     return {
         "num_problems": count,
@@ -161,6 +176,7 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
         "num_errors": count - len(good),
         "num_forwards": sum(record["num_forwards"] for record in good),
         **metrics,
+        **tails,
         "correct": "".join(str(int(record["correct"])) for record in records),
         "metrics": {
             name: sum(record["metrics"].get(name, 0.0) for record in records) / count

@@ -16,8 +16,8 @@ from d2f.evaluation.answering import Answering
 from d2f.evaluation.eval_engines import Engines
 from d2f.evaluation.eval_progress import Reporter
 from d2f.evaluation.eval_row import EvalRow
-from d2f.evaluation.eval_score import Counts
-from d2f.evaluation.metrics import answer_metrics, ratio, spread
+from d2f.evaluation.eval_score import DECODED, Counts, counts_tails
+from d2f.evaluation.metrics import OF_TOKENS, answer_metrics, ratio, spread
 from d2f.evaluation.results import Record, RowFolder
 from d2f.evaluation.throughput import MOST_WARM_UPS, timed_run
 
@@ -179,6 +179,7 @@ def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]
         {
             "index": index,
             "num_tokens": len(token_ids),
+            "num_decoded_tokens": num_decoded_tokens,
             "num_forwards": num_forwards,
             "num_query_tokens": num_query_tokens,
             "seconds": run.seconds * share,
@@ -186,8 +187,8 @@ def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]
             "decode_seconds": run.decode_seconds * share,
             "token_ids": token_ids,
         }
-        for index, token_ids, num_forwards, num_query_tokens in zip(
-            indices, run.token_ids, run.forwards, run.query_tokens, strict=True
+        for index, token_ids, num_decoded_tokens, num_forwards, num_query_tokens in zip(
+            indices, run.token_ids, run.decoded_tokens, run.forwards, run.query_tokens, strict=True
         )
     ]
 
@@ -232,6 +233,7 @@ def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | Non
     )  # fmt: skip
     forwards = spread([run["milliseconds_per_forward"] for run in runs])
     assert forwards is not None
+    tails = {"with_tail": _with_tail(list(rounds.values()))} if counts_tails(lines) else {}
     return {
         "num_problems": len(rounds[min(rounds)]),
         "num_runs": len(rounds),
@@ -241,5 +243,14 @@ def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | Non
         "seconds_per_problem": spread([run["seconds_per_problem"] for run in runs]),
         "milliseconds_per_forward": forwards["median"],
         **{name: metrics[name] for name in names},
+        **tails,
         "score": ratio(_total(lines, "correct"), len(lines)),
     }
+
+
+def _with_tail(rounds: Sequence[Sequence[Record]]) -> Record:
+    """What depends on which tokens are counted, if all that were decoded are."""
+    counts = [[Counts.of(line, DECODED) for line in some] for some in rounds]
+    metrics = answer_metrics([count for some in counts for count in some])
+    speeds = spread([answer_metrics(some)["tokens_per_second"] for some in counts])
+    return {name: metrics[name] for name in OF_TOKENS} | {"tokens_per_second": speeds}

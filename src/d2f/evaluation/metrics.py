@@ -8,13 +8,19 @@ from typing import Protocol
 
 from d2f.evaluation.statistics import percentile
 
+OF_TOKENS = (
+    "tokens_per_second", "tokens_per_forward", "mean_of_tokens_per_forward",
+    "computed_per_answered", "mean_tokens",
+)  # fmt: skip
+"""Metrics that depend on which tokens are counted."""
+
 
 class Counted(Protocol):
     """What is counted of one answer."""
 
     @property
     def num_tokens(self) -> int:
-        """Up to and including the first EOS, or up to a stop string."""
+        """Up to and including the first EOS, or up to a stop string; or all that were decoded."""
 
     @property
     def num_forwards(self) -> int:

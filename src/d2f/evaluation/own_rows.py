@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from decimal import Decimal
 
 from d2f.evaluation.task import Example, Verdict
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_MOST_DIGITS = 1000
+from d2f.problems.written_number import last_number
 
 
 class OwnRows:
@@ -59,18 +56,3 @@ class OwnRows:
             answer=None if found is None else str(found),
             metrics={"accuracy": float(correct)},
         )
-
-
-def last_number(text: str) -> Decimal | None:
-    r"""The last number in a text, without its thousands commas; None where there is none.
-
-    Example:
-        >>> last_number("3 boxes of 40: 3 * 40 = 1,200.0\n#### 1,200.")
-        Decimal('1200')
-        >>> last_number("none") is None
-        True
-    """
-    found = _NUMBER.findall(text)
-    if not found or len(found[-1]) > _MOST_DIGITS:
-        return None
-    return Decimal(found[-1].replace(",", ""))

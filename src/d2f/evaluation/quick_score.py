@@ -10,6 +10,7 @@ from typing import Any
 from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
 from d2f.engine.sizing import enough_bytes, free_bytes
+from d2f.engine.stops import StopStrings
 from d2f.errors import D2FError
 from d2f.evaluation.answering import Answered, Answering
 from d2f.evaluation.metrics import ratio, standard_error
@@ -106,12 +107,8 @@ class QuickScore:
         )
 
     def _judge(self, good: Sequence[Answered], count: int) -> dict[str, Any]:
-        examples, stops = self.task.examples(), self.task.stop
-        texts = []
-        for answer in good:
-            text = self.tokenizer.decode(answer.token_ids)
-            cut = min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))
-            texts.append(text[:cut])
+        examples, stops = self.task.examples(), StopStrings(self.task.stop, self.tokenizer)
+        texts = [stops.cut_text(answer.token_ids) for answer in good]
         verdicts = self.task.judge([examples[answer.index] for answer in good], texts)
         share = sum(verdict.correct for verdict in verdicts) / count
         tokens = sum(len(answer.token_ids) for answer in good)

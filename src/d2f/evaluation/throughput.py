@@ -60,6 +60,8 @@ class Run:
     """Of each request."""
     query_tokens: list[int] = field(default_factory=list)
     """Of each request."""
+    decoded_tokens: list[int | None] = field(default_factory=list)
+    """Of each request, all but EOS tokens, those behind its answer too."""
 
 
 @dataclass
@@ -204,6 +206,7 @@ def timed_run(engine: Engine, requests: Sequence[Request]) -> Run:
         ],
         forwards=[result.num_forwards for result in results],
         query_tokens=[result.num_query_tokens for result in results],
+        decoded_tokens=[result.num_decoded_tokens for result in results],
     )
 
 

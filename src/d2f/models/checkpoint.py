@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, unknown_name
 from d2f.hub import resolve_folder
+from d2f.models.ends import find_ends
 from d2f.models.families import DREAM, config_from_spec, spec_from_config
 from d2f.models.lora import has_adapter, load_adapter, read_adapter
 from d2f.models.lora_base import other_base
@@ -64,8 +65,9 @@ def load_model(
 ) -> Transformer:
     """Load a LLaDA, Dream, Llama or Qwen2 checkpoint, with or without a LoRA adapter.
 
-    No code of the checkpoint runs and no tokenizer is needed. The model is in evaluation mode and
-    its parameters require no gradient.
+    No code of the checkpoint runs and no tokenizer is needed; where there is one, it says with
+    config.json and generation_config.json which tokens end an answer (`find_ends`). The model is in
+    evaluation mode and its parameters require no gradient.
 
     Args:
         path_or_hub_id: Folder with config.json and safetensors, or a hub id such as `owner/name`.
@@ -114,15 +116,21 @@ def load_model(
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """What a model folder's config.json and decoding policy say; raises `CheckpointError`."""
+    """What a model folder says of the model: config.json, decoding policy, ends of an answer.
+
+    Raises:
+        CheckpointError: A file is missing or broken.
+    """
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
         )
     spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    ends = tuple(end.id for end in find_ends(folder, spec) if end.has_row)
     policy = read_policy(folder)
     return replace(
         spec,
+        eos_token_ids=ends,
         recommended_policy=policy,
         recommended_max_new_tokens=read_max_new_tokens(folder),
         distilled=policy is not None or spec.architecture.causal,
@@ -380,6 +388,7 @@ def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
         spec,
         architecture=DREAM,
         mask_token_id=mask_token_id,
+        eos_token_ids=tuple(token for token in spec.eos_token_ids if token != mask_token_id),
         qkv_bias=True,
         recommended_policy=None,
         recommended_max_new_tokens=None,

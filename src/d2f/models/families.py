@@ -184,7 +184,8 @@ _SIZES = (
     "head_dim",
     "max_positions",
 )
-# What the published classes take for an entry that is missing. Of the sizes only those of
+# What the published classes take for an entry that is missing. Not the token ids: transformers'
+# Llama class has some, but what it generates does not end there. Of the sizes only those of
 # transformers' own classes: Dream's and LLaDA's published models are of none of their defaults.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llada": {
@@ -209,8 +210,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     },
     "qwen2": {
         "vocab_size": 151936,

@@ -59,6 +59,7 @@ class ModelSpec:
     tie_embeddings: bool = False
     mask_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    """Each ends an answer (`d2f.models.ends`). The first pads and ends what is trained on."""
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     recommended_policy: DecodingPolicy | None = None

@@ -49,7 +49,10 @@ class Sampling:
     step_M: Tensor
     """Forwards of its sequence before this one, int64."""
     truncated: bool
-    """False: no position sets `top_k_M` or `top_p_M`, and neither is read."""
+    """False: no position sets `top_k_M`, `top_p_M` or `min_p_M`, and none of them is read."""
+    min_p_M: Tensor | None = None
+    """Sample among tokens of at least this share of the largest probability that a token other than
+    the mask token has, fp32; 0: among all. None: 0 everywhere."""
 
 
 def choose_tokens(
@@ -65,8 +68,10 @@ def choose_tokens(
     The token is the most probable one (the first of equals), else a sample of
     softmax(logits / temperature) by the Gumbel-max trick. Sampling may be confined to the top k
     tokens, then among these to the top p of their mass; all that equal the last one kept are kept.
-    Probabilities are those of the softmax over what is kept. The mask token is never chosen, yet
-    its probability counts in the softmax; the most probable other token is always kept.
+    Last, as in transformers, min p keeps those of them that have at least this share of the largest
+    probability. Probabilities are those of the softmax over what is kept. The mask token is never
+    chosen, yet its probability counts in the softmax; the most probable other token is always kept,
+    and it is the one that min p compares with.
 
     Args:
         logits_MV: Logits, computed with as fp32.
@@ -81,18 +86,13 @@ def choose_tokens(
         >>> int(choice.token_M), round(float(choice.probability_M), 3)
         (2, 0.018)
     """
-    scaled_MV = logits_MV.float()
-    if sampling is not None:
-        sampled_M1 = (sampling.temperature_M > 0)[:, None]
-        scaled_MV = scaled_MV / sampling.temperature_M[:, None].where(sampled_M1, 1.0)
-        if sampling.truncated:
-            scaled_MV = _truncate(scaled_MV, sampling, mask_token_id)
+    scaled_MV = _scaled(logits_MV, sampling, mask_token_id)
     score_MV = _without(scaled_MV, mask_token_id, -torch.inf)
     if sampling is not None:
         noise_MV = gumbel_noise(
             sampling.seed_M, sampling.position_M, sampling.step_M, score_MV.shape[-1]
         )
-        score_MV = score_MV + noise_MV.where(sampled_M1, 0.0)
+        score_MV = score_MV + noise_MV.where((sampling.temperature_M > 0)[:, None], 0.0)
     token_M = _argmax(score_MV)
     probability_MV = scaled_MV.softmax(-1)
     probability_M = probability_MV.gather(-1, token_M[:, None])[:, 0]
@@ -106,10 +106,38 @@ def choose_tokens(
     )
 
 
+def most_probable(
+    logits_MV: Tensor,
+    count: int,
+    *,
+    mask_token_id: int | None,
+    sampling: Sampling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens that `choose_tokens` is likeliest to choose, and their probabilities there.
+
+    Args:
+        logits_MV: Logits, computed with as fp32.
+        count: How many of each position; at most V.
+        mask_token_id: The token that is never chosen; None: there is none.
+        sampling: As in `choose_tokens`; what it does not keep has the probability 0.
+
+    Returns:
+        Token ids, int64, and probabilities, fp32, both (M, count), the most probable one first.
+
+    Example:
+        >>> ids, p = most_probable(torch.tensor([[0.0, 9.0, 5.0]]), 2, mask_token_id=1)
+        >>> ids.tolist(), [round(x, 4) for x in p[0].tolist()]
+        ([[2, 0]], [0.018, 0.0001])
+    """
+    scaled_MV = _scaled(logits_MV, sampling, mask_token_id)
+    value_MA, token_MA = _without(scaled_MV, mask_token_id, -torch.inf).topk(count, -1)
+    return token_MA, (value_MA - scaled_MV.logsumexp(-1, keepdim=True)).exp()
+
+
 def gumbel_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise (M, V), a hash of (seed, position, step, token) and of nothing else.
 
-    So a sequence draws the same sample alone, in any batch and on any device.
+    So a sequence is sampled with the same noise alone, in any batch and on any device.
 
     Args:
         seed_M: Seed of each position's request, int64.
@@ -155,8 +183,18 @@ def _mix(word: Tensor) -> Tensor:
     return word ^ ((word >> 31) & (_WORD >> 30))
 
 
+def _scaled(logits_MV: Tensor, sampling: Sampling | None, mask_token_id: int | None) -> Tensor:
+    """Logits / temperature, -inf where they are not kept; as they are where nothing is sampled."""
+    scaled_MV = logits_MV.float()
+    if sampling is None:
+        return scaled_MV
+    sampled_M1 = (sampling.temperature_M > 0)[:, None]
+    scaled_MV = scaled_MV / sampling.temperature_M[:, None].where(sampled_M1, 1.0)
+    return _truncate(scaled_MV, sampling, mask_token_id) if sampling.truncated else scaled_MV
+
+
 def _truncate(scaled_MV: Tensor, sampling: Sampling, mask_token_id: int | None) -> Tensor:
-    """-inf below the top k and the top p of each sampled position."""
+    """-inf below the top k, the top p and the min p of each sampled position."""
     vocab_size = scaled_MV.shape[-1]
     sorted_MV = scaled_MV.sort(-1, descending=True).values
     top_k_M1 = sampling.top_k_M[:, None]
@@ -169,7 +207,10 @@ def _truncate(scaled_MV: Tensor, sampling: Sampling, mask_token_id: int | None) 
     # Tokens too improbable to change the mass are part of the whole all the same.
     threshold_M1 = sorted_MV.gather(-1, last_M1).where(top_p_M1 < 1, threshold_M1)
     best_M1 = _without(scaled_MV, mask_token_id, -torch.inf).amax(-1, keepdim=True)
-    dropped_MV = scaled_MV < torch.minimum(threshold_M1, best_M1)
+    threshold_M1 = torch.minimum(threshold_M1, best_M1)
+    if sampling.min_p_M is not None:
+        threshold_M1 = torch.maximum(threshold_M1, best_M1 + sampling.min_p_M.log()[:, None])
+    dropped_MV = scaled_MV < threshold_M1
     return scaled_MV.masked_fill(dropped_MV & (sampling.temperature_M > 0)[:, None], -torch.inf)
 
 

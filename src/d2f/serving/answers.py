@@ -24,7 +24,7 @@ def new_choice(plan: Plan, texts: TokenTexts) -> Choice:
     """An empty response to one of a plan's requests."""
     return Choice(
         plan.model.tokenizer,
-        eos_token_ids=plan.model.engine.model.spec.eos_token_ids,
+        eos_token_ids=plan.eos_token_ids,
         stop=plan.stop,
         texts=texts if plan.logprobs else None,
     )
@@ -65,22 +65,34 @@ def logprobs_object(plan: Plan, tokens: Sequence[TokenLogprob]) -> dict[str, Any
     if plan.chat:
         content = [
             {
-                "token": token.text,
-                "logprob": token.logprob,
-                # Half a character is no text, and what its bytes are only its tokenizer knows.
-                "bytes": None if "\ufffd" in token.text else list(token.text.encode()),
-                "top_logprobs": [],
+                **_logprob_object(token.text, token.logprob),
+                "top_logprobs": [_logprob_object(*other) for other in token.alternatives],
             }
             for token in tokens
         ]
         return {"content": content, "refusal": None}
-    top = [{token.text: token.logprob} for token in tokens] if plan.top_logprobs else None
+    top = [_top_object(token) for token in tokens] if plan.num_alternatives else None
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": top,
         "text_offset": [token.offset for token in tokens],
     }
+
+
+def _logprob_object(text: str, logprob: float) -> dict[str, Any]:
+    # Half a character is no text, and what its bytes are only its tokenizer knows.
+    known = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": known}
+
+
+def _top_object(token: TokenLogprob) -> dict[str, float]:
+    """The most probable tokens by their text, the accepted one in any case."""
+    top: dict[str, float] = {}
+    for text, logprob in token.alternatives:
+        # Of tokens that look alike the most probable one.
+        top.setdefault(text, logprob)
+    return top | {token.text: token.logprob}
 
 
 def whole_answer(plan: Plan, lasts: Sequence[Update], texts: TokenTexts) -> bytes:
@@ -111,7 +123,7 @@ def _whole_choice(plan: Plan, index: int, last: Update, choice: Choice) -> dict[
     text = choice.end(result.token_ids)
     logprobs = None
     if plan.logprobs:
-        tokens = choice.logprobs(result.probabilities, ended=True)
+        tokens = choice.logprobs(result.probabilities, result.alternatives, ended=True)
         logprobs = logprobs_object(plan, tokens)
     content: dict[str, Any] = {"text": text}
     if plan.chat:

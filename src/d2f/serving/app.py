@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from d2f import __version__
 from d2f.serving.answers import log_fields, whole_answer
@@ -60,6 +61,16 @@ def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> F
     )
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_middleware(Gateway, settings=settings, metrics=metrics)
+    if settings.cors_origins:
+        # Around the gateway: a browser asks first without the key, and pages may read refusals.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            # OpenAI's client sends a dozen of its own.
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     for path, name, handler, method in _routes(_Endpoints(service, settings, metrics)):
         methods = ["GET", "HEAD"] if method == "GET" else [method]
         app.add_api_route(path, handler, methods=methods, name=name, response_model=None)

@@ -54,6 +54,7 @@ def _entry(model: ServedModel, created: int) -> dict[str, Any]:
             "max_positions": spec.max_positions,
             "max_tokens": default_limit(spec),
             "chat_template": model.tokenizer.chat_template is not None,
+            "leaves_out": list(model.tokenizer.left_out),
             "examples": list(model.examples),
             "num_parameters": spec.num_parameters,
             "device": str(network.device),

@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from d2f.engine.request import Alternatives
+from d2f.engine.stops import with_special_tokens
+from d2f.serving.special_stops import SpecialStops
 from d2f.text import Tokenizer
 
 _LEAST_LOGPROB = -9999.0
@@ -22,6 +25,8 @@ class TokenLogprob:
     logprob: float
     offset: int
     """Where its text begins in the response, in characters."""
+    alternatives: tuple[tuple[str, float], ...] = ()
+    """The most probable tokens in its place: text and logarithm."""
 
 
 def logprob_of(probability: float | None) -> float:
@@ -58,8 +63,9 @@ class Choice:
     """Turns committed tokens into text that no later token changes.
 
     What may be the beginning of a stop string is held back. Text from a stop string on is cut; of
-    several the one that is complete first counts. What comes out does not depend on the portions
-    in which tokens come in.
+    several the one that is complete first counts. One that holds a special token, or an EOS, is
+    found although neither is part of the text. What comes out does not depend on the portions in
+    which tokens come in.
 
     Args:
         tokenizer: The model's.
@@ -87,11 +93,17 @@ class Choice:
         self._stream = tokenizer.stream()
         self._eos = frozenset(eos_token_ids)
         self._stop = tuple(stop)
+        ends = (tokenizer.decode([token], skip_special_tokens=False) for token in self._eos)
+        unseen = tokenizer.special_tokens.union(text for text in ends if text)
+        special = with_special_tokens(stop, unseen)
+        self._special = SpecialStops(tokenizer, special) if special else None
         self._texts = texts
         self._num_seen = 0
         self._held = ""
         """Text that is certain but not given out."""
         self._num_given = 0
+        self._num_text = 0
+        """Characters of the text so far, those behind a stop string among them."""
         self._stopped = False
         self._starts: list[tuple[int, int]] = []
         """Tokens that were not reported: id, and where their text begins."""
@@ -108,15 +120,22 @@ class Choice:
         self._take(token_ids)
         if not self._stopped:
             self._add(self._stream.close())
+            if self._special is not None:
+                self._cut(self._special.close(self._num_text))
         return self._give(len(self._held))
 
     def logprobs(
-        self, probabilities: Sequence[float | None], *, ended: bool = False
+        self,
+        probabilities: Sequence[float | None],
+        alternatives: Sequence[Alternatives] = (),
+        *,
+        ended: bool = False,
     ) -> list[TokenLogprob]:
         """The tokens whose text began to be given out since the last call.
 
         Args:
             probabilities: Of the response's tokens from the first on.
+            alternatives: Likewise, if they are wanted.
             ended: Also tokens without text at the end of a response that no stop string cut.
         """
         assert self._texts is not None
@@ -127,29 +146,42 @@ class Choice:
                 break
             del self._starts[0]
             logprob = logprob_of(probabilities[self._num_reported])
-            shown.append(TokenLogprob(self._texts[token], logprob, offset))
+            others = alternatives[self._num_reported] if alternatives else ()
+            # One token has one logarithm, though two kernels may have computed it.
+            top = [
+                (self._texts[one], logprob if one == token else logprob_of(p)) for one, p in others
+            ]
+            shown.append(TokenLogprob(self._texts[token], logprob, offset, tuple(top)))
             self._num_reported += 1
         return shown
 
     def _take(self, token_ids: Sequence[int]) -> None:
-        fresh = [token for token in token_ids[self._num_seen :] if token not in self._eos]
+        fresh = token_ids[self._num_seen :]
         self._num_seen = max(self._num_seen, len(token_ids))
-        if self._stopped or not fresh:
-            return
-        if self._texts is None:
-            self._add(self._stream.push(fresh))
+        if self._texts is None and self._special is None:
+            seen = [token for token in fresh if token not in self._eos]
+            if seen and not self._stopped:
+                self._add(self._stream.push(seen))
             return
         for token in fresh:
             if self._stopped:
                 return
-            text = self._stream.push([token])
+            if token not in self._eos:
+                self._take_one(token)
+            if self._special is not None:
+                self._cut(self._special.add(token, self._num_text))
+
+    def _take_one(self, token: int) -> None:
+        text = self._stream.push([token])
+        if self._texts is not None:
             start = self._num_given + len(self._held) + _num_broken(text, self._texts[token])
             self._starts.append((token, start))
-            self._add(text)
+        self._add(text)
 
     def _add(self, text: str) -> None:
         """Hold a text, cut at the stop string that is complete first."""
         before, self._held = len(self._held), self._held + text
+        self._num_text += len(text)
         ends = []
         for stop in self._stop:
             start = self._held.find(stop, max(before - len(stop) + 1, 0))
@@ -159,8 +191,20 @@ class Choice:
             self._held = self._held[: min(ends)[1]]
             self._stopped = True
 
+    def _cut(self, length: int | None) -> None:
+        """Let the text end after so many characters, where a stop string was found."""
+        if length is not None:
+            self._held = self._held[: max(length - self._num_given, 0)]
+            self._stopped = True
+
     def _held_back(self) -> int:
         """Characters at the end that may turn out to begin a stop string."""
+        if self._special is None:
+            return self._num_beginning()
+        return max(self._num_beginning(), self._num_text - self._special.num_certain)
+
+    def _num_beginning(self) -> int:
+        """The same for stop strings without special tokens."""
         return max(
             (
                 length

@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from d2f import __version__
 from d2f.engine.policy import useful_strategies
 from d2f.serving.plan import most_tokens
-from d2f.serving.protocol import ChatBody, CompletionBody, Message
+from d2f.serving.protocol import ChatBody, CompletionBody, Message, StreamOptions
 from d2f.serving.served_model import ServedModel
 from d2f.serving.settings import ServeSettings
 
@@ -96,7 +96,7 @@ def build_openapi(models: Mapping[str, ServedModel], settings: ServeSettings) ->
     kinds = [(kind, "validation") for kind in (CompletionBody, ChatBody)]
     _, defined = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = defined["$defs"]
-    for kind in (CompletionBody, ChatBody, Message):
+    for kind in (CompletionBody, ChatBody, Message, StreamOptions):
         _add_neutral(schemas[kind.__name__]["properties"], kind.neutral)
     for kind in (CompletionBody, ChatBody):
         _narrow(schemas[kind.__name__]["properties"], models, settings)

@@ -41,9 +41,11 @@ class Plan:
     requests: list[Request]
     chat: bool
     stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end each response and are no part of its text."""
     logprobs: bool = False
-    top_logprobs: bool = False
-    """Of completions: repeat the accepted token as the top one."""
+    num_alternatives: int = 0
+    """How many of the most probable tokens are told with the logprobs."""
     stream: bool = False
     include_usage: bool = False
     include_provisional: bool = False
@@ -73,9 +75,12 @@ async def make_plan(
     if options is not None and not body.stream:
         raise _refused("stream_options", "only a stream has them; add stream: true")
     decoding = _decoding(body, model)
+    ends = _ends(body, model)
     seed = body.seed
     if seed is None:
         seed = secrets.randbits(31) if body.temperature else 0
+    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
+    told = body.top_logprobs if isinstance(body, ChatBody) else wanted
     requests = [
         Request(
             prompt_ids=ids,
@@ -84,21 +89,24 @@ async def make_plan(
             temperature=body.temperature or 0.0,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            num_alternatives=told or 0,
             stop=body.stops,
+            eos_token_id=ends,
             early_stop=body.early_stop is not False,
             **decoding,
         )
         for ids in prompts
         for index in range(n)
     ]
-    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
     return Plan(
         model=model,
         requests=requests,
         chat=isinstance(body, ChatBody),
         stop=body.stops,
+        eos_token_ids=ends,
         logprobs=wanted is not None and wanted is not False,
-        top_logprobs=isinstance(body, CompletionBody) and wanted == 1,
+        num_alternatives=told or 0,
         stream=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),
         include_provisional=options is not None and bool(options.include_provisional),
@@ -146,6 +154,18 @@ def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
         param = "options" if options else "policy" if changes else "strategy"
         raise ApiError(400, str(error), param=param, code="invalid_value") from None
     return {"strategy": strategy, "policy": policy, "options": options}
+
+
+def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
+    """Tokens that end a response: the body's, and beside them or not the model's own."""
+    spec = model.engine.model.spec
+    own = () if body.replace_eos else spec.eos_token_ids
+    for token in body.stop_token_ids or ():
+        if token >= spec.vocab_size:
+            raise _refused(
+                "stop_token_ids", f"{token} is outside the vocabulary of {spec.vocab_size} tokens"
+            )
+    return tuple(dict.fromkeys((*own, *(body.stop_token_ids or ()))))
 
 
 def most_prompt_tokens(model: ServedModel, settings: ServeSettings) -> int:
@@ -227,7 +247,7 @@ def _encode_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[list[int
 def _encode_chat(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
     messages = body.messages
     if tokenizer.chat_template is not None:
-        return tokenizer.encode_chat([{"role": m.role, "content": m.text} for m in messages])
+        return tokenizer.encode_chat([message.for_template() for message in messages])
     if len(messages) > 1 or messages[0].role != "user":
         raise _refused(
             "messages",

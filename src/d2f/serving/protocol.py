@@ -1,6 +1,8 @@
 """What clients may ask: the bodies of the two POST endpoints, checked.
 
-Fields of OpenAI's that this server has no use for are accepted at the value that changes nothing.
+Fields of OpenAI's that this server has no use for are accepted at the values that change nothing.
+What only identifies a request or hints at how to cache it is taken whatever it says, as no answer
+depends on it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from d2f.engine.request import MOST_TEMPERATURE
+from d2f.engine.request import MOST_ALTERNATIVES, MOST_TEMPERATURE
 from d2f.errors import unknown_name
 from d2f.serving.errors import ApiError, show_value
 
@@ -64,9 +66,12 @@ def _check_prompt(value: Any) -> list[str] | list[list[int]]:
 
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None
+TokenId = Annotated[int, Field(ge=0, le=_MOST_TOKEN_ID)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=_MOST_STOPS, fail_fast=True)] | None
 Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)] | None
 Count = Annotated[int, Field(ge=1, lt=2**31)] | None
+Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None
 
 
 class Policy(_Body):
@@ -92,6 +97,8 @@ class Policy(_Body):
 class StreamOptions(_Body):
     """What a stream has beside text."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (None, False)}
+
     include_usage: bool | None = None
     """A last chunk with the usage."""
     include_provisional: bool | None = None
@@ -99,7 +106,12 @@ class StreamOptions(_Body):
 
 
 class TextPart(_Body):
-    """A part of a message; there are none but texts."""
+    """A part of a message; there are none but texts.
+
+    What clients add to a part, such as `cache_control`, is not looked at.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text"]
     text: str
@@ -108,12 +120,34 @@ class TextPart(_Body):
 class Message(_Body):
     """A message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is OpenAI's newer word for `system`, which is what templates know."""
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    """What an assistant said may be null or missing: nothing."""
+    name: str | None = None
+    """Who speaks; the chat template is told."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = dict.fromkeys(
-        ("refusal", "audio", "function_call", "tool_calls", "annotations"), (None, [])
-    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        # As clients send back what they were given.
+        **dict.fromkeys(
+            ("refusal", "audio", "function_call", "tool_calls", "annotations"), (None, [])
+        ),
+        "parsed": (None,),
+        "reasoning": (None, ""),
+        "reasoning_content": (None, ""),
+        "provider_specific_fields": (None, {}),
+    }
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know messages.
+
+        Example:
+            >>> Message(role="developer", content="Be brief.").for_template()
+            {'role': 'system', 'content': 'Be brief.'}
+        """
+        role = "system" if self.role == "developer" else self.role
+        named = {"name": self.name} if self.name else {}
+        return {"role": role, "content": self.text, **named}
 
     @property
     def text(self) -> str:
@@ -135,14 +169,26 @@ class GenerationBody(_Body):
     """None: 0, the most probable tokens."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Share = None
+    """Sample among tokens of at least this share of the largest probability."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Of the first choice, the next has one more; None: drawn for each request."""
+    """Of the first choice's noise, the next has one more; None: drawn for each request."""
     stop: Stop = None
+    """Texts that end a response and are cut off it; one may be, or hold, a special token."""
+    stop_token_ids: StopTokenIds = None
+    """Tokens that end a response, beside the model's own ends."""
+    replace_eos: bool | None = None
+    """True: `stop_token_ids` stand in place of the model's own ends, or nothing does."""
     n: Count = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Ignored."""
+    """Ignored, as the next five."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     strategy: str | None = None
     """How to decode; None: the model's default."""
     policy: Policy | None = None
@@ -161,6 +207,8 @@ class GenerationBody(_Body):
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
         "logit_bias": (None, {}),
+        "store": (None, False),
+        "service_tier": (None, "auto", "default"),
     }
     """Fields of OpenAI's that are not supported -> values that change nothing."""
 
@@ -169,8 +217,9 @@ class CompletionBody(GenerationBody):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None
-    """0 or 1: the logarithm of the probability with which each token was accepted."""
+    logprobs: Alternatives = None
+    """The logarithm of the probability with which each token was accepted, and so many of the most
+    probable tokens in its place."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **GenerationBody.neutral,
@@ -187,10 +236,11 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
     """The logarithm of the probability with which each token was accepted."""
+    top_logprobs: Alternatives = None
+    """With `logprobs`: so many of the most probable tokens in its place."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **GenerationBody.neutral,
-        "top_logprobs": (None, 0),
         "tools": (None, []),
         "tool_choice": (None, "none", "auto"),
         "parallel_tool_calls": (None, True, False),
@@ -201,11 +251,9 @@ class ChatBody(GenerationBody):
         "audio": (None,),
         "prediction": (None,),
         "reasoning_effort": (None, "none"),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "metadata": (None, {}),
-        "verbosity": (None,),
+        "verbosity": (None, "medium"),
         "web_search_options": (None,),
+        "moderation": (None,),
     }
 
 
@@ -229,28 +277,68 @@ def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
         ...
         d2f.serving.errors.ApiError: unknown parameter 'max_tokns'; did you mean 'max_tokens'?
     """
-    value = _without_neutral(value, kind.neutral, "")
-    messages = value.get("messages")
+    value = _without_neutral(_without_idle(value), kind.neutral, "")
+    messages, options = value.get("messages"), value.get("stream_options")
     if isinstance(messages, list):
-        value["messages"] = [
-            _without_neutral(message, Message.neutral, f"messages.{index}.")
-            if isinstance(message, dict)
-            else message
-            for index, message in enumerate(messages)
-        ]
+        value["messages"] = [_said(index, message) for index, message in enumerate(messages)]
+    if isinstance(options, dict):
+        value["stream_options"] = _without_neutral(
+            options, StreamOptions.neutral, "stream_options."
+        )
     try:
-        return kind.model_validate(value)
+        body = kind.model_validate(value)
     except ValidationError as error:
         raise _refusal(kind, error, value) from None
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise ApiError(
+            400,
+            f"top_logprobs is {body.top_logprobs}, which needs logprobs: true",
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    return body
+
+
+def _said(index: int, message: Any) -> Any:
+    """A message without what asks for nothing; of an assistant no content is an empty one."""
+    if not isinstance(message, dict):
+        return message
+    message = _without_neutral(message, Message.neutral, f"messages.{index}.")
+    if message.get("role") == "assistant" and message.get("content") is None:
+        message["content"] = ""
+    return message
+
+
+def _without_idle(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without fields that another field puts out of use.
+
+    Example:
+        >>> _without_idle({"tools": [{"type": "function"}], "tool_choice": "none", "n": 2})
+        {'tool_choice': 'none', 'n': 2}
+    """
+    idle = {
+        offered
+        for choice, offered in (("tool_choice", "tools"), ("function_call", "functions"))
+        if value.get(choice) == "none" and isinstance(value.get(offered), list)
+    }
+    # The best n of n are all of them.
+    number = value.get("n")
+    if isinstance(number, int) and is_neutral(value.get("best_of"), (number,)):
+        idle.add("best_of")
+    return {name: one for name, one in value.items() if name not in idle}
 
 
 def is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
     """Whether a value is one of those that change nothing; 0 is not False here.
 
+    A table's zeros change nothing either.
+
     Example:
-        >>> is_neutral(0.0, (None, 0)), is_neutral(False, (None, 0))
-        (True, False)
+        >>> is_neutral(0.0, (None, 0)), is_neutral(False, (None, 0)), is_neutral({"5": 0}, ({},))
+        (True, False, True)
     """
+    if isinstance(value, dict):
+        value = {name: one for name, one in value.items() if not is_neutral(one, (0,))}
     return any(
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from d2f.errors import D2FError
 
 
@@ -17,7 +19,7 @@ class QueueFull(D2FError):
     """
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+        super().__init__(f"the queue is full; try again in {math.ceil(retry_after)} s")
         self.retry_after = retry_after
 
 

@@ -176,7 +176,7 @@ class Service:
             )
         if waiting + count > most:
             self._metrics.count_error("queue_full")
-            raise QueueFull(worker.pace.seconds_for(waiting))
+            raise QueueFull(worker.pace.seconds_for(waiting + count - most))
 
     def _on_ready(self) -> None:
         if self.state is ServiceState.STARTING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from d2f.errors import ConfigError
 
@@ -29,6 +30,25 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _check_origin(origin: str) -> None:
+    """Refuse what no browser sends as an origin: the server would allow nobody, without a word."""
+    example = "https://app.example or http://localhost:3000, or * for all"
+    if origin == "*":
+        return
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"CORS origin {origin!r} is no origin of web pages; give {example}")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    usual = port in (None, {"http": 80, "https": 443}[parts.scheme])
+    sent = f"{parts.scheme}://{host}" + ("" if usual else f":{port}")
+    if origin != sent:
+        raise ConfigError(f"CORS origin {origin!r} is not what browsers send; give {sent}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +87,8 @@ class ServeSettings:
     drain_seconds: float = 30.0
     """Seconds that running requests have to end once the server is told to stop."""
     log_prompts: bool = False
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may use the server from a browser; `*`: all."""
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -85,6 +107,8 @@ class ServeSettings:
             raise ConfigError(f"port is {self.port!r}; it must be a whole number")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}; it must be a number from 0 to 65535")
+        for origin in self.cors_origins:
+            _check_origin(origin)
         self._check_access()
 
     def _check_access(self) -> None:

@@ -22,7 +22,7 @@ class Station:
         model: With the engine, which nobody else may touch.
         mailbox: Where the news goes.
         metrics: Where it counts.
-        pace: Learns of each request that waits no longer.
+        pace: Learns of each request when it waits no longer, and when it ends.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Station:
             raise
         finally:
             for _ in range(len(jobs) - len(added)):
-                self._pace.leave(started=False)
+                self._pace.leave()
 
     def cancel(self, job: Job) -> None:
         """Take a request out, if it is still there."""
@@ -157,13 +157,14 @@ class Station:
             begin = self._previous_begin
         job.started = max(begin, job.submitted)
         self.num_started += 1
-        self._pace.leave(started=True)
+        self._pace.leave()
+        self._pace.begin(job, job.started)
 
     def _end(self, output: Output, begin: float, now: float) -> None:
         """Post the result or the error of a request."""
         job = self._jobs[output.request_id]
         self._start(job, begin)
-        self._forget(job)
+        self._forget(job, answered=output.result is not None)
         result, metrics = output.result, self._metrics
         if result is None:
             metrics.count_error("request")
@@ -184,11 +185,12 @@ class Station:
             ),
         )
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job, *, answered: bool = False) -> None:
         assert job.number is not None
         del self._jobs[job.number]
         job.number = None
         if job.started is None:
-            self._pace.leave(started=False)
+            self._pace.leave()
         else:
+            self._pace.end(job, answered=answered)
             self.num_started -= 1

@@ -86,9 +86,13 @@ class Chunks:
         result = update.result
         if result is not None:
             probabilities: Sequence[float | None] = result.probabilities
+            alternatives = result.alternatives
         else:
             probabilities = [value for block in update.blocks for value in block.probabilities]
-        tokens = self._choices[index].logprobs(probabilities, ended=result is not None)
+            alternatives = [found for block in update.blocks for found in block.alternatives]
+        tokens = self._choices[index].logprobs(
+            probabilities, alternatives, ended=result is not None
+        )
         return to_json(logprobs_object(self._plan, tokens)) if tokens else "null"
 
 

@@ -36,7 +36,12 @@ def tokenizer_folder(config: TrainConfig) -> Path:
         folder = _own_tokenizer(config)
         pairs = read_pairs(config.data, settings.num_samples)
         texts = (text for pair in pairs for text in pair.texts())
-        train_tokenizer(texts, folder, vocab_size=settings.vocab_size)
+        train_tokenizer(
+            texts,
+            folder,
+            vocab_size=settings.vocab_size,
+            single_questions=not config.data.columns.conversations,
+        )
     return folder
 
 
@@ -187,5 +192,5 @@ def load_dataset(
             f"data.sequence_length is {config.data.sequence_length}; the model has "
             f"{model.spec.max_positions} positions"
         )
-    encoded = encode_data(config.data, tokenizer, folder, note)
+    encoded = encode_data(config.data, tokenizer, folder, note, model.spec)
     return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d2f.errors import D2FError
 from d2f.models.spec import ModelSpec
@@ -33,7 +33,9 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
         folder = find_tokenizer(config)
         if folder is None:
             return _unknown("the tokenizer is trained when the run starts")
-        encoded = cached_data(settings, Tokenizer.load(folder))
+        mask = config.model.mask_token_id
+        own = spec if mask is None else replace(spec, mask_token_id=mask)
+        encoded = cached_data(settings, Tokenizer.load(folder), own)
         if encoded is None:
             return _unknown("the data have not been read with these settings yet")
         dataset = TokenDataset(encoded, settings, eos_token_id=(*spec.eos_token_ids, 0)[0])

@@ -16,6 +16,7 @@ from d2f.errors import ConfigError, unknown_name
 
 OBJECTIVES = ("forward_kl", "reverse_kl", "soft_cross_entropy", "cross_entropy")
 WEIGHTINGS = ("inverse_ratio", "none")
+NORMALIZATIONS = ("batch", "sequence")
 
 
 def distillation_loss(
@@ -25,8 +26,13 @@ def distillation_loss(
     mask_ratio: Tensor | float,
     objective: str = "forward_kl",
     weighting: str = "inverse_ratio",
+    normalization: str = "batch",
 ) -> Tensor:
     """Asymmetric distillation (paper, equation 3): a scalar, fp32, the mean over masked positions.
+
+    With `normalization="sequence"` it is the mean over sequences of each sequence's mean over its
+    masked positions, as the authors' code has it, which trains on micro-batches of one sequence.
+    A sequence without a masked position then has no mean, and counts as none.
 
     Objectives, with q the teacher's and p the student's distribution at a position:
         forward_kl: KL(q || p), what the authors' code minimises up to a constant.
@@ -44,6 +50,8 @@ def distillation_loss(
         mask_ratio: Mask ratio t_i of each position's block: a number, (B, 1) or (B, L).
         objective: One of `OBJECTIVES`.
         weighting: `inverse_ratio` divides each position's loss by its mask ratio; `none` does not.
+        normalization: `batch` takes one mean over the masked positions of all sequences, so that
+            a sequence weighs as many positions as it has masked; `sequence` weighs sequences alike.
 
     Raises:
         ConfigError: An unknown name, or shapes that do not belong together.
@@ -53,7 +61,7 @@ def distillation_loss(
         >>> distillation_loss(logits, logits, torch.tensor([[True, False]]), 0.5)
         tensor(0.)
     """
-    check_names(objective, weighting)
+    check_names(objective, weighting, normalization)
     hard = objective == "cross_entropy"
     expected = student_logits.shape[:-1] if hard else student_logits.shape
     if teacher_logits.shape != expected or masked.shape != student_logits.shape[:-1]:
@@ -69,7 +77,7 @@ def distillation_loss(
             f"mask_ratio has shape {tuple(ratio.shape)}; give a number, (B, 1) or (B, L)"
         )
     ratio_BL = ratio.expand(masked.shape)
-    weight_BL = distillation_weights(masked, ratio_BL, weighting)
+    weight_BL = distillation_weights(masked, ratio_BL, weighting, normalization)
     # Only masked rows are read: with a vocabulary of 150,000 the others would fill the memory.
     loss_M = position_loss(student_logits[masked], teacher_logits[masked], objective)
     return (weight_BL[masked] * loss_M).sum()
@@ -137,9 +145,32 @@ def mean_weights(counted_BL: Tensor) -> Tensor:
     return counted_BL.float() / counted_BL.sum().clamp_min(1)
 
 
-def distillation_weights(masked_BL: Tensor, ratio_BL: Tensor, weighting: str) -> Tensor:
-    """Weights (B, L) of `distillation_loss`."""
-    weight_BL = mean_weights(masked_BL)
+def sequence_mean_weights(counted_BL: Tensor) -> Tensor:
+    """Weights (B, L) that make a sum the mean of the sequences' means; all 0 if nothing counts.
+
+    Sequences without a counted position are not among those of which the mean is taken.
+
+    Example:
+        >>> sequence_mean_weights(torch.tensor([[True, True], [False, True], [False, False]]))
+        tensor([[0.2500, 0.2500],
+                [0.0000, 0.5000],
+                [0.0000, 0.0000]])
+    """
+    count_B1 = counted_BL.sum(dim=-1, keepdim=True)
+    num_sequences = (count_B1 > 0).sum().clamp_min(1)
+    return counted_BL.float() / (count_B1.clamp_min(1) * num_sequences)
+
+
+def distillation_weights(
+    masked_BL: Tensor, ratio_BL: Tensor, weighting: str, normalization: str = "batch"
+) -> Tensor:
+    """Weights (B, L) of `distillation_loss`.
+
+    They belong to the whole batch: cut into micro-batches, whose sums are added, they give the
+    loss of the whole, whatever each part has masked.
+    """
+    weights_of = mean_weights if normalization == "batch" else sequence_mean_weights
+    weight_BL = weights_of(masked_BL)
     if weighting == "none":
         return weight_BL
     return torch.where(masked_BL, weight_BL / ratio_BL, 0.0)
@@ -161,9 +192,11 @@ def block_sums(
     return sums_N[1:], zero_N.index_add(0, index_T, counted_T)[1:]
 
 
-def check_names(objective: str, weighting: str) -> None:
-    """Raise `ConfigError` for an unknown objective or weighting."""
+def check_names(objective: str, weighting: str, normalization: str) -> None:
+    """Raise `ConfigError` for an unknown objective, weighting or normalization."""
     if objective not in OBJECTIVES:
         raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
     if weighting not in WEIGHTINGS:
         raise ConfigError(unknown_name("weighting", weighting, WEIGHTINGS))
+    if normalization not in NORMALIZATIONS:
+        raise ConfigError(unknown_name("normalization", normalization, NORMALIZATIONS))

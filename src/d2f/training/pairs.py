@@ -22,6 +22,9 @@ _KINDS = {
 }  # fmt: skip
 
 
+_LEFT_OUT = {"system": "a system message", "history": "what was said before the last question"}
+
+
 class Pair(NamedTuple):
     """What a sample is made of."""
 
@@ -89,12 +92,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None
         chat: `data.chat_template`.
 
     Raises:
-        RequestError: Messages without a chat template, or the template refuses them.
+        RequestError: Messages without a chat template, or the template refuses them, or leaves
+            out some without a word.
     """
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, chat=chat)
     if chat is False or tokenizer.chat_template is None:
         raise RequestError("several messages, and no chat template to write them")
+    roles = [message["role"] for message in prompt]
+    has = {"system": "system" in roles, "history": len(roles) > 1 + roles.count("system")}
+    for kind in tokenizer.left_out:
+        if has[kind]:
+            raise RequestError(f"the chat template leaves out {_LEFT_OUT[kind]}")
     return tokenizer.encode_chat(prompt)
 
 

@@ -99,6 +99,11 @@ class ColumnConfig:
         for name, role in self.roles.items():
             one_of(f"data.columns.roles.{name}", role, ROLES)
 
+    @property
+    def conversations(self) -> bool:
+        """Whether more than one message may precede a response."""
+        return self.messages is not None or self.system is not None
+
     def used(self) -> tuple[str, ...]:
         """The columns that a row must have."""
         texts = (self.messages,) if self.messages else (self.prompt, self.response)
@@ -249,9 +254,13 @@ class ObjectiveConfig:
     """forward_kl, reverse_kl, soft_cross_entropy or cross_entropy (to the data, no teacher)."""
     weighting: str = "inverse_ratio"
     """inverse_ratio or none."""
+    normalization: str = "batch"
+    """batch: one mean over the masked positions of all sequences of an update, so that sequences
+    with more of them weigh more; sequence: the mean of each sequence's mean, the authors'. The
+    result is the same over micro-batches and processes."""
 
     def __post_init__(self) -> None:
-        check_names(self.objective, self.weighting)
+        check_names(self.objective, self.weighting, self.normalization)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,12 @@ from d2f.text import Tokenizer
 from d2f.training.bad_rows import BadRow, BadRows
 from d2f.training.encoded import Encoded
 from d2f.training.pairs import Pair, encode_prompt, read_pair
+from d2f.training.reserved import Reserved
 from d2f.training.rows import Part, open_parts
 from d2f.training.token_cache import Sample, cache_file, cache_folder, read_cache, write_cache
 
 if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
     from d2f.training.sections import DataConfig
 
 Note = Callable[[str], object]
@@ -74,17 +76,23 @@ def read_held_out(config: DataConfig, count: int) -> list[Pair]:
 
 
 def encode_data(
-    config: DataConfig, tokenizer: Tokenizer, folder: Path, note: Note | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    note: Note | None = None,
+    spec: ModelSpec | None = None,
 ) -> Encoded:
     """Encode all pairs; `folder` is where worker processes find the same tokenizer.
 
-    The result does not depend on the number of processes, nor on the cache.
+    The result does not depend on the number of processes, nor on the cache. Rows whose texts hold
+    a mask or end token are bad.
 
     Args:
         config: What to read or generate.
         tokenizer: The run's.
         folder: Holds it.
         note: Is told about bad rows and about a cache that cannot be written.
+        spec: The model's, which may know more mask and end tokens than the tokenizer.
 
     Raises:
         ConfigError: `data.chat_template` is true and the tokenizer has none.
@@ -97,7 +105,8 @@ def encode_data(
         )
     knobs = _knobs(config)
     if knobs is None:
-        return _encode_read(config, tokenizer, note or (lambda text: None))
+        reserved = Reserved.of(tokenizer, spec, config.response_suffix)
+        return _encode_read(config, tokenizer, reserved, note or (lambda text: None))
     assert config.num_problems is not None
     starts = range(0, config.num_problems, CHUNK)
     tasks = [
@@ -135,19 +144,21 @@ def _encode_pair(tokenizer: Tokenizer, pair: Pair, style: Style) -> Sample:
     return encode_prompt(tokenizer, pair.prompt, chat), tokenizer.encode(pair.response + suffix)
 
 
-def _encode_read(config: DataConfig, tokenizer: Tokenizer, note: Note) -> Encoded:
+def _encode_read(
+    config: DataConfig, tokenizer: Tokenizer, reserved: Reserved, note: Note
+) -> Encoded:
     """Encode data that are read, from the cache if they are there."""
     parts = open_parts(config)
     bad_rows = BadRows()
 
     def samples() -> Iterator[Sample]:
         bad_rows.clear()
-        yield from _samples(config, tokenizer, parts, bad_rows)
+        yield from _samples(config, tokenizer, reserved, parts, bad_rows)
 
     result = None
     folder = cache_folder(config.cache)
     if folder is not None:
-        file = cache_file(folder, _cache_key(config, tokenizer, parts))
+        file = cache_file(folder, _cache_key(config, tokenizer, reserved, parts))
         result = read_cache(file)
         if result is None:
             try:
@@ -163,7 +174,9 @@ def _encode_read(config: DataConfig, tokenizer: Tokenizer, note: Note) -> Encode
     return result
 
 
-def cached_data(config: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
+def cached_data(
+    config: DataConfig, tokenizer: Tokenizer, spec: ModelSpec | None = None
+) -> Encoded | None:
     """Data that were read before, from the cache; None if they are not there.
 
     Raises:
@@ -172,18 +185,26 @@ def cached_data(config: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
     folder = cache_folder(config.cache)
     if folder is None:
         return None
-    return read_cache(cache_file(folder, _cache_key(config, tokenizer, open_parts(config))))
+    reserved = Reserved.of(tokenizer, spec, config.response_suffix)
+    key = _cache_key(config, tokenizer, reserved, open_parts(config))
+    return read_cache(cache_file(folder, key))
 
 
 def _samples(
-    config: DataConfig, tokenizer: Tokenizer, parts: list[Part], bad_rows: BadRows
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    reserved: Reserved,
+    parts: list[Part],
+    bad_rows: BadRows,
 ) -> Iterator[Sample]:
     style = (config.response_suffix, config.chat_template)
+    written = config.chat_template is False or tokenizer.chat_template is None
     num_good = 0
     for where, pair in _numbered_pairs(config, parts, bad_rows):
         try:
+            reserved.check(pair, written=written)
             sample = _encode_pair(tokenizer, pair, style)
-        except RequestError as error:
+        except (BadRow, RequestError) as error:
             _count(config, bad_rows, where, str(error))
         else:
             num_good += 1
@@ -237,12 +258,15 @@ def _report(encoded: Encoded, note: Note) -> None:
         note(f"{bad_rows.count:,} of {num_rows:,} rows are bad and left out: {bad_rows.text()}")
 
 
-def _cache_key(config: DataConfig, tokenizer: Tokenizer, parts: list[Part]) -> list[Any]:
+def _cache_key(
+    config: DataConfig, tokenizer: Tokenizer, reserved: Reserved, parts: list[Part]
+) -> list[Any]:
     """All that token ids depend on; not lengths, since samples are cut and dropped later."""
     return [
         tokenizer.fingerprint(),
         asdict(config.columns),
         [config.response_suffix, config.chat_template, config.bad_rows],
+        asdict(reserved),
         [[type(part).__name__, *part.identity()] for part in parts],
     ]
 

@@ -131,8 +131,8 @@ def _stage_inputs(
     assert mask_token_id is not None
     if config.stage == "masked-diffusion":
         return masked_diffusion_inputs(batch, config.noise, mask_token_id, generator)
-    weighting = (config.objective or ObjectiveConfig()).weighting
-    return d2f_inputs(batch, config.noise, weighting, mask_token_id, generator)
+    objective = config.objective or ObjectiveConfig()
+    return d2f_inputs(batch, config.noise, objective, mask_token_id, generator)
 
 
 def autoregressive_inputs(batch: Batch) -> StepInputs:
@@ -249,7 +249,7 @@ def frontier_inputs(
 def d2f_inputs(
     batch: Batch,
     noise: NoiseConfig,
-    weighting: str,
+    objective: ObjectiveConfig,
     mask_token_id: int,
     generator: torch.Generator,
 ) -> StepInputs:
@@ -265,10 +265,13 @@ def d2f_inputs(
         generator=generator,
         lengths_B=end_B,
     )
+    weight_BL = distillation_weights(
+        noised.masked_BL, noised.ratio_BL, objective.weighting, objective.normalization
+    )
     return StepInputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
-        weight_BL=distillation_weights(noised.masked_BL, noised.ratio_BL, weighting),
+        weight_BL=weight_BL,
         block_BL=_padded_blocks(batch, noise),
     )
 

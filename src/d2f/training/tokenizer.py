@@ -10,15 +10,33 @@ EOS, BOS, MASK, ANSWER = "<|endoftext|>", "<|startoftext|>", "<|mask|>", "<|answ
 SPECIAL_TOKENS = (EOS, BOS, MASK, ANSWER)
 """Their ids are 0, 1, 2, 3."""
 
-CHAT_TEMPLATE = (
+QUESTION_TEMPLATE = (
+    "{# This model was trained on single questions: it is given the user's last message, without "
+    "system messages and without what was said before. #}"
+    "{% set last = namespace(at=none) %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set last.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if last.at is none %}"
+    "{{ raise_exception('this model answers a message of the user, and there is none') }}"
+    "{% endif %}"
+    "{{ bos_token + messages[last.at]['content'] + '<|answer|>' }}"
+    "{% for message in messages[last.at + 1:] %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""For models trained on single questions, the shipped ones among them."""
+
+CONVERSATION_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
     "{% else %}{{ message['content'] + '<|answer|>' }}{% endif %}"
     "{% endfor %}"
 )
+"""For models whose data hold several messages before an answer."""
 
 
-def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int) -> Path:
+def train_tokenizer(
+    texts: Iterable[str], folder: str | Path, *, vocab_size: int, single_questions: bool = False
+) -> Path:
     """Train a tokenizer on texts and write tokenizer.json and tokenizer_config.json.
 
     Byte-level BPE whose digits stand alone, so that numbers are read digit by digit. A prompt is
@@ -28,6 +46,8 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         texts: Prompts and responses.
         folder: Created if need be.
         vocab_size: Tokens in all, the four special ones and 256 bytes among them.
+        single_questions: The data hold neither system messages nor what was said before. The chat
+            template then gives the model what it is trained on, the last question alone.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -64,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         "mask_token": MASK,
         "extra_special_tokens": [ANSWER],
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": QUESTION_TEMPLATE if single_questions else CONVERSATION_TEMPLATE,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

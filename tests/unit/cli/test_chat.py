@@ -27,6 +27,7 @@ from d2f.engine.generate import generate_ids
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, RequestError
 from d2f.models.checkpoint import load_model
+from d2f.shipped import MODELS, shipped_model
 from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 
@@ -172,13 +173,20 @@ def test_a_model_with_a_template_is_told_the_conversation(talk, templated):
     assert talk("1+1=", "2+2=", model=templated, options=["--no-history"]).out == alone
 
 
-def test_the_shipped_model_is_not_told_the_conversation():
-    class Templated:
-        chat_template = TEMPLATE
+def test_the_shipped_models_are_not_told_the_conversation(d2f):
+    for name in MODELS:
+        shipped = Tokenizer.load(shipped_model(name))
+        assert not chat._remembers(None, shipped)
+        assert chat._remembers(True, shipped)
+    done = d2f("chat", "--history")
+    assert done.code == 1
+    assert "--history: this model was trained on single questions" in done.err
 
-    assert not chat._remembers(None, None, Templated())
-    assert chat._remembers(True, None, Templated())
-    assert chat._remembers(None, "folder", Templated())
+
+def test_history_follows_the_template(folder, templated):
+    assert chat._remembers(None, Tokenizer.load(templated))
+    assert not chat._remembers(False, Tokenizer.load(templated))
+    assert not chat._remembers(None, Tokenizer.load(folder))
 
 
 def test_asking_again_draws_anew(folder):

@@ -125,6 +125,7 @@ def test_sampling_among_one_token_needs_no_seed(generate):
     assert generate(*hot).out != greedy
     assert generate(*hot, "--top-k", 1).out == greedy
     assert generate(*hot, "--top-p", 1e-6).out == greedy
+    assert generate(*hot, "--min-p", 1.0).out == greedy
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ def test_sampling_among_one_token_needs_no_seed(generate):
         (["--block-size", 0], "block_size is 0"),
         (["--confidence", "margn"], "did you mean 'margin'"),
         (["--top-p", 0], "top_p is 0.0"),
+        (["--min-p", 2], "min_p is 2.0"),
         (["--max-new-tokens", 0], "max_new_tokens is 0"),
         (["--temperature", -1], "temperature is -1.0"),
         (["--strategy", "pipelind"], "did you mean 'pipelined'"),
@@ -230,3 +232,45 @@ def test_the_shipped_model_refuses_a_prompt_that_is_too_long(d2f):
     done = d2f("generate", "-", "--device", "cpu", stdin="apples " * 100_000)
     assert done.code == 1
     assert "exceed the model's 1024 positions" in done.err
+
+
+class TestEnds:
+    """Chosen tokens end an answer, beside the model's own ends or in their place."""
+
+    def test_by_id_and_by_text(self, generate, folder):
+        free = json.loads(generate("--json", "--replace-eos").out)["token_ids"]
+        place = next(n for n in range(3, 20) if free[n] not in free[:n] and free[n] < 94)
+        text = Tokenizer.load(folder).decode([free[place]])
+        for named in (str(free[place]), text):
+            # A digit alone is an id.
+            if named.isdigit() and named == text:
+                continue
+            done = json.loads(generate("--json", "--replace-eos", "--eos", named).out)
+            assert done["token_ids"] == free[: place + 1]
+            assert done["finish_reason"] == "eos"
+            assert done["text"] == Tokenizer.load(folder).decode(free[:place])
+            streamed = generate("--stream", "--replace-eos", "--eos", named).out
+            assert streamed == done["text"] + "\n"
+
+    def test_joins_the_models_own(self, generate, tmp_path):
+        free = json.loads(generate("--json", "--replace-eos").out)["token_ids"]
+        first, second = free[4], free[9]
+        model = write_checkpoint(
+            tmp_path, "llada", policy=POLICY, tokenizer=True, eos_token_id=second
+        )
+        (model / "tokenizer_config.json").write_text("{}")
+        own = json.loads(generate("--json", model=model).out)["token_ids"]
+        both = json.loads(generate("--json", "--eos", first, model=model).out)["token_ids"]
+        alone = json.loads(generate("--json", "--replace-eos", "--eos", first, model=model).out)[
+            "token_ids"
+        ]
+        assert own == free[: free.index(second) + 1]
+        assert both == free[: min(free.index(first), free.index(second)) + 1]
+        assert alone == free[: free.index(first) + 1]
+
+    @pytest.mark.parametrize("named", ["96", "1+1", "<|mask|>"])
+    def test_what_is_no_end_is_refused_before_the_weights(self, generate, named, monkeypatch):
+        monkeypatch.setattr("d2f.models.checkpoint.load_model", None)
+        done = generate("--eos", named)
+        assert done.code != 0
+        assert repr(named) in done.err or named in done.err

@@ -13,7 +13,8 @@ from d2f.cli.inspect import inspect_command, inspect_model
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError
 from d2f.models import storage
-from d2f.testing import tiny_spec, write_adapter, write_checkpoint
+from d2f.shipped import shipped_model
+from d2f.testing import tiny_spec, write_adapter, write_checkpoint, write_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,33 @@ def test_command(tmp_path):
     text = run(folder).stdout
     for part in ("qwen2, decodes autoregressively", "float32", "model.safetensors", "KV cache"):
         assert part in text
+
+
+def test_it_says_what_the_chat_template_leaves_out(tmp_path):
+    report = inspect_model(shipped_model("teacher"))
+    assert report["chat"] == {"leaves_out": ["system", "history"]}
+    line = " ".join(run(shipped_model("teacher")).stdout.split())
+    assert "leaves out system messages and all before the user's last message" in line
+    folder = write_checkpoint(tmp_path, "llada")
+    assert inspect_model(folder)["chat"] is None
+    template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    write_tokenizer(folder, chat_template=template)
+    assert inspect_model(folder)["chat"] == {"leaves_out": []}
+
+
+def test_ends_are_told_with_their_sources(tmp_path):
+    folder = write_checkpoint(tmp_path, "llada", tokenizer=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [34, 96]}')
+    ends = json.loads(run(folder, "--json").stdout)["ends"]
+    assert [(end["id"], end["text"], end["sources"], end["has_row"]) for end in ends] == [
+        (95, "<|endoftext|>", ["config.json", "tokenizer's EOS", "padding"], True),
+        (34, "A", ["generation_config.json"], True),
+        (96, None, ["generation_config.json"], False),
+    ]
+    text = " ".join(run(folder).stdout.split())
+    assert "ends at 95 '<|endoftext|>' (config.json, tokenizer's EOS, padding)" in text
+    assert "34 'A' (generation_config.json)" in text
+    assert "96 (generation_config.json; left out: the model has no row for it)" in text
 
 
 def test_wrong_folders(tmp_path):

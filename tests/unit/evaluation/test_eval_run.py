@@ -22,11 +22,12 @@ from d2f.engine.request import Request
 from d2f.errors import ConfigError
 from d2f.evaluation import eval_score, eval_speed
 from d2f.testing import tiny_model
+from d2f.text import Tokenizer
 
 KEYS = [
     "index", "id", "prompt_sha256", "gold_sha256", "num_prompt_tokens", "token_ids", "text",
-    "answer", "correct", "reason", "metrics", "num_tokens", "num_forwards",
-    "num_prefill_forwards", "num_query_tokens", "seconds", "finish_reason", "error",
+    "answer", "correct", "reason", "metrics", "num_tokens", "num_decoded_tokens",
+    "num_forwards", "num_prefill_forwards", "num_query_tokens", "seconds", "finish_reason", "error",
 ]  # fmt: skip
 ROWS = ("pipelined", "vanilla", "autoregressive")
 
@@ -361,6 +362,71 @@ def test_what_follows_a_stop_string_is_not_judged(tmp_path):
     assert ("p0", records[0]["text"]) in task.judged
     assert summary["stop"] == [stop]
     assert summary["score"]["mean_tokens"] < free[0]["score"]["mean_tokens"]
+
+
+class SpecialLoader(Loader):
+    """Its tokenizer has a special token, of this id, that answers hold."""
+
+    def __init__(self, folder, token):
+        super().__init__(folder)
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocab = content["model"]["vocab"]
+        [letter] = [text for text, number in vocab.items() if number == token]
+        vocab["<|im_end|>"] = vocab.pop(letter)
+        like = content["added_tokens"][0]
+        content["added_tokens"].append(like | {"id": token, "content": "<|im_end|>"})
+        content["added_tokens"].sort(key=lambda added: added["id"])
+        file.write_text(json.dumps(content))
+        self.tokenizer = Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("row", ["pipelined", "vanilla", "autoregressive"])
+def test_a_stop_may_hold_a_special_token(tmp_path, row):
+    """lm-eval's gsm8k stops at `<|im_end|>`."""
+    no_ends = [f"models.{name}.replace_eos=true" for name in ("student", "base")]
+    make_evaluation(tmp_path, *no_ends, rows=[row]).run()
+    free = by_index(read_records(tmp_path, row))[0]
+    ids = free["token_ids"]
+    taken = Loader(tmp_path / "free").tokenizer.encode("Say 0, then stop.")
+    place = next(n for n in range(3, len(ids)) if ids[n] not in [*taken, *ids[:n]] and ids[n] < 94)
+    before = free["text"][:place]
+    for stop, kept in (("<|im_end|>", before), (before[-2:] + "<|im_end|>", before[:-2])):
+        folder = tmp_path / str(len(stop))
+        folder.mkdir()
+        loader = SpecialLoader(folder / "tokenizer", ids[place])
+        task = Letters(7, stop=("Question:", stop))
+        make_evaluation(folder, *no_ends, task=task, loader=loader, rows=[row]).run()
+        record = by_index(read_records(folder, row))[0]
+        assert record["token_ids"] == ids[: place + 1]
+        assert record["num_tokens"] == place + 1
+        assert (record["text"], record["finish_reason"]) == (kept, "stop")
+
+
+def test_rows_and_models_may_name_ends(tmp_path):
+    make_evaluation(tmp_path, "models.student.replace_eos=true", rows=["pipelined"]).run()
+    free = by_index(read_records(tmp_path))[0]
+    end = next(n for n in range(3, 12) if free["token_ids"][n] not in free["token_ids"][:n])
+    token, letter = free["token_ids"][end], free["text"][end]
+    for number, overrides in enumerate(
+        (
+            [f"models.student.eos=[{token}]", "models.student.replace_eos=true"],
+            [f"models.student.eos=[{json.dumps(letter)}]"],
+            [f"rows.pipelined.eos=[{token}]", "rows.pipelined.replace_eos=true"],
+            ["models.student.eos=[5, 7]", f"rows.pipelined.eos=[{token}]"],
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        [summary] = make_evaluation(folder, *overrides, rows=["pipelined"]).run()
+        record = by_index(read_records(folder))[0]
+        assert record["token_ids"] == free["token_ids"][: end + 1]
+        assert record["text"] == free["text"][:end]
+        assert record["finish_reason"] == "eos"
+        own = [] if "replace_eos" in overrides[-1] else [95]
+        assert summary["eos_token_ids"] == [*own, token]
+    with pytest.raises(ConfigError, match=r"row pipelined: eos 'ab' is not one token"):
+        make_evaluation(tmp_path / "0", 'rows.pipelined.eos=["ab"]', rows=["pipelined"])
 
 
 def test_gold_is_the_longest_answer_rounded_up_to_a_block(tmp_path):

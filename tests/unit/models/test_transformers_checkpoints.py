@@ -196,11 +196,19 @@ def test_defaults_are_those_of_transformers(model_type):
         "norm_eps": theirs.rms_norm_eps,
         "rope_theta": theirs.rope_parameters["rope_theta"],
         "tie_embeddings": theirs.tie_word_embeddings,
-        "bos_token_id": theirs.bos_token_id,
-        "pad_token_id": theirs.pad_token_id,
-        "eos_token_ids": () if theirs.eos_token_id is None else (theirs.eos_token_id,),
     }
     assert {name: getattr(ours, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("content", [{}, {"eos_token_id": None}])
+def test_no_end_is_made_up(tmp_path, published, content):
+    """LlamaConfig's own is 2, yet transformers does not end there where no file says so."""
+    config, tensors = published("Llama", False)
+    config.pop("eos_token_id")
+    folder = write(tmp_path, config | content, tensors)
+    assert load_model(folder, device="cpu").spec.eos_token_ids == ()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.generation_config.eos_token_id is None
 
 
 def test_what_the_authors_classes_take_for_missing_entries():

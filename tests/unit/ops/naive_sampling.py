@@ -16,6 +16,7 @@ def choose(
     code: int = 0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     noise: list[float] | None = None,
 ) -> tuple[int, float, float]:
     """Token, probability and rank; `logits` are divided by the temperature already."""
@@ -24,6 +25,7 @@ def choose(
     kept = _kept(logits, top_k, top_p)
     best = max(logits[t] for t in candidates)
     kept |= {t for t in candidates if logits[t] == best}
+    kept = {t for t in kept if min_p == 0 or math.exp(logits[t] - best) >= min_p}
     weight = {t: math.exp(logits[t] - max(logits)) for t in kept}
     total = sum(weight.values())
     p = {t: weight[t] / total for t in kept}
@@ -78,6 +80,7 @@ def choose_all(
                 noise=noise_1V[0].tolist(),
                 top_k=int(sampling.top_k_M[row]) if sampling.truncated else 0,
                 top_p=float(sampling.top_p_M[row]) if sampling.truncated else 1.0,
+                min_p=0.0 if sampling.min_p_M is None else float(sampling.min_p_M[row]),
             )
         )
     return rows

@@ -44,7 +44,7 @@ def _to_device(value):
     return None if value is None else value.to(DEVICE)
 
 
-def make_sampling(temperatures, top_k=None, top_p=None) -> Sampling:
+def make_sampling(temperatures, top_k=None, top_p=None, min_p=None) -> Sampling:
     count = len(temperatures)
     return Sampling(
         temperature_M=torch.tensor(temperatures),
@@ -53,7 +53,8 @@ def make_sampling(temperatures, top_k=None, top_p=None) -> Sampling:
         seed_M=torch.arange(count) - 2,
         position_M=torch.arange(count) * 5 + 3,
         step_M=torch.arange(count) * 11,
-        truncated=bool(top_k or top_p),
+        truncated=bool(top_k or top_p or min_p),
+        min_p_M=None if min_p is None else torch.tensor(min_p),
     )
 
 
@@ -103,6 +104,69 @@ def test_greedy_sampled_and_truncated_rows_in_one_batch(choose, truncated):
     sampling = dataclasses.replace(MIXED, truncated=truncated)
     choice = choose(logits, mask_token_id=MASK, confidence_M=torch.tensor(CODES), sampling=sampling)
     check(choice, choose_all(logits, MASK, CODES, sampling))
+
+
+MIN_P = [0.5, 0.0, 0.05, 1.0, 0.3, 0.01, 0.9, 0.02]
+
+
+CONFINED = {
+    "top_k": [0, 0, 40, 1, 0, 3, 1300, 5],
+    "top_p": [1.0, 0.9, 0.8, 1.0, 0.3, 0.01, 0.95, 0.999],
+}
+
+
+@pytest.mark.parametrize("others", [{}, CONFINED])
+def test_min_p_keeps_what_is_nearly_as_probable_as_the_best(choose, others):
+    logits = random_logits(8, seed=5)
+    # The mask token is most probable, and yet nothing is measured by it.
+    logits[::2, MASK] = 30.0
+    temperatures = [0.0, 1.0, 0.5, 2.0, 1.0, 0.7, 1.0, 3.0]
+    sampling = make_sampling(temperatures, min_p=MIN_P, **others)
+    choice = choose(logits, mask_token_id=MASK, confidence_M=torch.tensor(CODES), sampling=sampling)
+    check(choice, choose_all(logits, MASK, CODES, sampling))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_min_p_keeps_what_transformers_keeps(seed):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    min_p, top_k, top_p = 0.02 + 0.5 * torch.rand(3), torch.randint(1, 40, (3,)), torch.rand(3)
+    logits = random_logits(3, 60, seed)
+    sampling = make_sampling([1.0] * 3, top_k.tolist(), top_p.tolist(), min_p.tolist())
+    tokens, probabilities = twin.most_probable(logits, 60, mask_token_id=None, sampling=sampling)
+    for row in range(3):
+        scores = logits[row : row + 1]
+        for warper in (
+            transformers.TopKLogitsWarper(int(top_k[row])),
+            transformers.TopPLogitsWarper(float(top_p[row])),
+            transformers.MinPLogitsWarper(float(min_p[row])),
+        ):
+            scores = warper(None, scores)
+        found = torch.zeros(60).scatter(0, tokens[row], probabilities[row])
+        torch.testing.assert_close(found, scores.softmax(-1)[0])
+
+
+@pytest.mark.parametrize("sampling", [None, MIXED, dataclasses.replace(MIXED, truncated=False)])
+def test_the_most_probable_tokens_are_those_of_the_choice(sampling):
+    logits = random_logits(8, seed=3)
+    logits[::2, MASK] = 5.0
+    tokens, probabilities = twin.most_probable(logits, 20, mask_token_id=MASK, sampling=sampling)
+    choice = twin.choose_tokens(logits, mask_token_id=MASK, sampling=sampling)
+    assert (probabilities.diff() <= 0).all()
+    assert (tokens[probabilities > 0] != MASK).all()
+    for row in range(8):
+        among = (tokens[row] == choice.token_M[row]).nonzero().flatten().tolist()
+        if sampling is None or sampling.temperature_M[row] == 0:
+            assert among == [0]
+        if among:
+            torch.testing.assert_close(probabilities[row, among[0]], choice.probability_M[row])
+        else:
+            assert choice.probability_M[row] <= probabilities[row, -1]
+    # Nothing that is left out is more probable.
+    if sampling is None:
+        rest = logits.softmax(-1).scatter(1, tokens, 0.0)
+        rest[:, MASK] = 0.0
+        assert (rest.amax(-1) <= probabilities[:, -1]).all()
 
 
 @pytest.mark.parametrize("mask", [None, 0])

@@ -224,7 +224,10 @@ def test_requests_from_its_own_document(server):
     )
     @given(every)
     def ask(case):
-        case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=30)
+        answer = case.call(base_url=server.url, timeout=30)
+        # What is too long is refused unread, be it right or wrong.
+        if answer.status_code != 413:
+            case.validate_response(answer, checks=CHECKS)
 
     ask()
     assert alive(server)
@@ -340,6 +343,8 @@ def test_a_full_queue_says_when_to_come_again():
         asked[0].start()
         gate.let(1)
         eventually(lambda: model.engine.status().num_running == 1)
+        # It waits until its first step has ended, and must not be taken for the second.
+        eventually(lambda: server.service.num_waiting == 0)
         asked[1].start()
         eventually(lambda: server.service.num_waiting == 1)
         refused = server.post({"prompt": "a", "max_tokens": 2, "stream": True})

@@ -188,6 +188,82 @@ def test_logprobs_of_chat(client):
     assert [token.logprob for token in content] == pytest.approx(expected, abs=1e-4)
 
 
+STRATEGIES = [
+    ("tiny", {}),
+    ("tiny", {"strategy": "serial"}),
+    ("tiny", {"strategy": "vanilla", "options": {"num_steps": 6}}),
+    ("tiny", {"strategy": "dual-cache"}),
+    ("other", {"strategy": "dllm-cache", "options": {"num_steps": 6}}),
+    ("causal", {}),
+]
+
+
+def token_logprobs(answer, stream):
+    chunks = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+    return [token for one in chunks if one.logprobs for token in one.logprobs.content]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("model", "extra"), STRATEGIES)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 3}])
+def test_top_logprobs_of_chat(client, model, extra, sampling, stream):
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": "1+1="}],
+        "max_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 20,
+        "extra_body": extra,
+        **sampling,
+    }
+    found = token_logprobs(client.chat.completions.create(**asked, stream=stream), stream)
+    again = token_logprobs(client.chat.completions.create(**asked), False)
+    assert [token.token for token in found] == [token.token for token in again]
+    values = [token.logprob for token in again]
+    assert [token.logprob for token in found] == pytest.approx(values, abs=1e-4)
+    assert found
+    for token in found:
+        top = {other.token: other.logprob for other in token.top_logprobs}
+        assert len(token.top_logprobs) == 20
+        values = [other.logprob for other in token.top_logprobs]
+        assert values == pytest.approx(sorted(values, reverse=True), abs=1e-5)
+        assert sum(map(math.exp, values)) < 1 + 1e-5
+        if not sampling:
+            assert token.token == token.top_logprobs[0].token
+        if token.token in top:
+            assert top[token.token] == token.logprob
+        for other in token.top_logprobs:
+            assert other.bytes is None or bytes(other.bytes).decode() == other.token
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_top_logprobs_of_completions(client, count):
+    asked = {"model": "tiny", "prompt": "1+1=", "max_tokens": 12, "temperature": 2.0, "seed": 1}
+    logprobs = client.completions.create(**asked, logprobs=count).choices[0].logprobs
+    if count == 0:
+        assert logprobs.top_logprobs is None
+        return
+    pairs = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+    sizes = set()
+    for token, value, top in pairs:
+        assert top[token] == value
+        assert sorted(top.values(), reverse=True)[0] >= value
+        sizes.add(len(top))
+    # The accepted one comes to them where it is none of them.
+    assert sizes <= {count, count + 1}
+    assert len(sizes) == 2 or count == 20
+
+
+def test_min_p_reaches_the_engine(client):
+    asked = {"model": "tiny", "prompt": "1+1=", "max_tokens": MANY, "temperature": 3.0, "seed": 5}
+    texts = {}
+    for min_p in (0.0, 0.5):
+        done = client.completions.create(**asked, extra_body={"min_p": min_p})
+        texts[min_p] = done.choices[0].text
+        assert texts[min_p] == text_of(temperature=3.0, seed=5, min_p=min_p)
+    assert texts[0.0] != texts[0.5]
+
+
 def test_policy_strategy_and_options_by_extra_body(client):
     def ask(model="tiny", **extra):
         return client.completions.create(
@@ -249,6 +325,7 @@ def test_models(client, server):
     assert told["d2f"]["strategies"] == ["autoregressive"]
     assert told["d2f"]["policy"] == DecodingPolicy().to_dict()
     assert told["d2f"]["chat_template"] is False
+    assert told["d2f"]["leaves_out"] == []
     assert (told["d2f"]["max_positions"], told["d2f"]["dtype"]) == (512, "float32")
     assert client.models.retrieve("other").id == "other"
 

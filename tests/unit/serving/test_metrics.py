@@ -1,9 +1,7 @@
 """What the server counts."""
 
 from d2f import GenerationResult
-from d2f.serving import pace
 from d2f.serving.metrics import ERRORS, Metrics
-from d2f.serving.pace import Pace
 
 NAMES = (
     "d2f_requests_total d2f_requests_waiting d2f_requests_running d2f_tokens_total "
@@ -64,23 +62,3 @@ def test_results_and_load_add_up():
     assert found["d2f_request_seconds_count"] == 2
     assert (found["d2f_kv_pages"], found["d2f_kv_pages_free"]) == (15, 9)
     assert (found["d2f_requests_running"], found["d2f_requests_waiting"]) == (3, 7)
-
-
-def test_a_queue_is_as_long_as_the_last_half_minute_says(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
-    queue = Pace()
-    assert queue.seconds_for(1000) == 1
-    for _ in range(5):
-        queue.leave(started=True)
-        now += 2
-    queue.leave(started=False)
-    # 5 in 10 s.
-    assert queue.num_left == 6
-    assert queue.seconds_for(4) == 8
-    assert queue.seconds_for(0) == 1
-    assert queue.seconds_for(1000) == 60
-    now += 100
-    queue.leave(started=True)
-    now += 3
-    assert queue.seconds_for(4) == 12

@@ -21,6 +21,7 @@ from tests.unit.serving.running import (
 from d2f import DecodingPolicy, Request
 from d2f.errors import ConfigError, RequestError
 from d2f.serving.job import Job
+from d2f.serving.pace import Pace
 from d2f.serving.service import QueueFull, Service, ServiceState, Unavailable
 from d2f.serving.ticket import Ticket
 from d2f.serving.update import Update
@@ -260,6 +261,28 @@ def test_the_queue_is_bounded():
             updates = [await ticket.last() for ticket in tickets]
             assert updates[2].waited > updates[1].waited > updates[0].waited
             assert 'd2f_errors_total{kind="queue_full"} 1.0' in rendered(service)
+
+    asyncio.run(run())
+
+
+def test_a_refused_client_is_told_when_there_is_room_for_it(monkeypatch):
+    monkeypatch.setattr(Pace, "seconds_for", lambda self, places: 10.5 * places)
+    model = served(max_batch_size=1)
+
+    async def run():
+        async with running(model, max_waiting=3) as service:
+            gate = Gate(model.engine)
+            first = asyncio.ensure_future(service.submit("tiny", [request()]))
+            gate.let(1)
+            await first
+            second = asyncio.ensure_future(service.submit("tiny", [request(7), request(8)]))
+            await eventually(lambda: service.num_waiting == 2)
+            # Not when all that wait have begun: the queue needs no more than this to be free.
+            for count, seconds in ((2, 11), (3, 21)):
+                with pytest.raises(QueueFull, match=f"try again in {seconds} s"):
+                    await service.submit("tiny", [request(9)] * count)
+            gate.open()
+            await second
 
     asyncio.run(run())
 

@@ -31,7 +31,14 @@ from d2f.training.checkpoint import list_checkpoints, load_state
 from d2f.training.config import TrainConfig
 from d2f.training.processes import Processes
 from d2f.training.run import train
-from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig, SampleConfig
+from d2f.training.sections import (
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+)
 from d2f.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
@@ -41,6 +48,21 @@ STAGES = {
     "masked-diffusion": ("masked-diffusion", {}),
     "d2f": ("d2f", {"activation_checkpointing": True}),
     "d2f-lora": ("d2f", {"lora": LoraConfig(r=4, alpha=8, dropout=0.0)}),
+    # Uneven numbers of masks, and sequences without any.
+    "d2f-sequence": (
+        "d2f",
+        {
+            "objective": ObjectiveConfig(normalization="sequence"),
+            "noise": NoiseConfig(
+                kind="original",
+                low=0.01,
+                high=0.4,
+                block_size=4,
+                train_on_eos_blocks=False,
+                train_past_eos=False,
+            ),
+        },
+    ),
     # Frozen weights of another type than the adapter's.
     "d2f-lora-bfloat16": (
         "d2f",
@@ -54,8 +76,11 @@ STAGES = {
 CASES = [
     "autoregressive none", "autoregressive full", "masked-diffusion none", "masked-diffusion full",
     "d2f none", "d2f full", "d2f-lora none", "d2f-lora-bfloat16 full",
+    "d2f-sequence none", "d2f-sequence full",
 ]  # fmt: skip
-FEW_CASES = ["d2f none", "d2f full", "d2f-lora-bfloat16 full"]
+FEW_CASES = [
+    "d2f none", "d2f full", "d2f-lora-bfloat16 full", "d2f-sequence none", "d2f-sequence full",
+]  # fmt: skip
 
 
 def case_config(case: str, output: Path, **overrides: Any) -> TrainConfig:

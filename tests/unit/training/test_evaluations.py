@@ -13,7 +13,7 @@ from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset, writ
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import ConfigError, D2FError, TrainingError
-from d2f.evaluation.own_rows import OwnRows, last_number
+from d2f.evaluation.own_rows import OwnRows
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.text import Tokenizer
@@ -308,14 +308,6 @@ def test_a_resumed_run_keeps_the_choice(files):
         train(replace(config, evaluate=replace(settings, held_out=7)), device="cpu", resume=True)
     more = replace(config, evaluate=replace(settings, every=1))
     assert train(more, device="cpu", make_evaluator=scores(*[0.2] * 3), resume=True).finished
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("#### 1,200.", 1200), ("-3 or 2.50 \\$", 2.5), ("no", None), ("1" * 2000, None)],
-)
-def test_last_number(text, number):
-    assert last_number(text) == number
 
 
 def test_answers_to_own_rows():

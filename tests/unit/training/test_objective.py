@@ -3,10 +3,13 @@ import torch
 
 from d2f.errors import ConfigError
 from d2f.training.objective import (
+    NORMALIZATIONS,
     OBJECTIVES,
+    WEIGHTINGS,
     autoregressive_loss,
     block_sums,
     distillation_loss,
+    distillation_weights,
     masked_diffusion_loss,
 )
 
@@ -37,6 +40,91 @@ def test_definitions(weighting):
         torch.testing.assert_close(loss, (expected[objective] * weight)[masked].mean())
 
 
+def mean_of(student, target, masked, ratio, objective, weighting, normalization):
+    """The loss written down position by position."""
+    means, everything = [], []
+    for b in range(len(student)):
+        losses = []
+        for j in range(student.shape[1]):
+            if not masked[b, j]:
+                continue
+            log_p = student[b, j].log_softmax(-1)
+            if objective == "cross_entropy":
+                loss = -log_p[target[b, j]]
+            else:
+                log_q = target[b, j].log_softmax(-1)
+                loss = {
+                    "forward_kl": (log_q.exp() * (log_q - log_p)).sum(),
+                    "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(),
+                    "soft_cross_entropy": -(log_q.exp() * log_p).sum(),
+                }[objective]
+            losses.append(loss / ratio[b, j] if weighting == "inverse_ratio" else loss)
+        if losses:
+            means.append(sum(losses) / len(losses))
+        everything += losses
+    values = means if normalization == "sequence" else everything
+    return sum(values) / len(values)
+
+
+def uneven_masks(seed, size=(5, 9)):
+    """Masks of uneven numbers; the second sequence has none."""
+    g = torch.Generator().manual_seed(seed)
+    masked = torch.rand(size, generator=g) < torch.rand(size[0], 1, generator=g)
+    masked[0, 0], masked[1] = True, False
+    return masked
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_a_slow_twin(objective, weighting, normalization):
+    for seed in range(4):
+        masked = uneven_masks(seed)
+        student, teacher, _, ratio = batch(seed, (*masked.shape, 11))
+        target = torch.randint(11, masked.shape) if objective == "cross_entropy" else teacher
+        rest = (objective, weighting, normalization)
+        losses = [f(student, target, masked, ratio, *rest) for f in (distillation_loss, mean_of)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_default_is_the_mean_over_all_masked_positions(weighting):
+    student, teacher, masked, ratio = batch()
+    given = distillation_loss(student, teacher, masked, ratio, "forward_kl", weighting, "batch")
+    default = distillation_loss(student, teacher, masked, ratio, weighting=weighting)
+    assert torch.equal(given, default)
+
+
+def test_sequences_weigh_alike_whatever_else_is_in_the_batch():
+    masked, ones = uneven_masks(0), torch.ones(5, 9)
+    weight = distillation_weights(masked, ones, "none", "sequence").sum(1)
+    torch.testing.assert_close(weight, torch.tensor([0.25, 0.0, 0.25, 0.25, 0.25]))
+    one = distillation_weights(masked[:1], ones[:1], "none", "sequence")
+    assert torch.equal(one, distillation_weights(masked[:1], ones[:1], "none", "batch"))
+
+
+def test_only_under_batch_a_sequence_weighs_by_its_length():
+    g = torch.Generator().manual_seed(0)
+    size, longest = 400, 256
+    length_B1 = torch.randint(16, longest + 1, (size, 1), generator=g)
+    ratio_B1 = 0.2 + 0.5 * torch.rand(size, 1, generator=g)
+    masked = torch.rand(size, longest, generator=g) < ratio_B1
+    masked &= torch.arange(longest) < length_B1
+    ratio = ratio_B1.expand(size, longest)
+
+    def correlation(values, normalization):
+        weight_B = distillation_weights(masked, ratio, "inverse_ratio", normalization).sum(1)
+        return torch.corrcoef(torch.stack([weight_B, values[:, 0].float()]))[0, 1].item()
+
+    assert correlation(length_B1, "batch") > 0.9
+    assert abs(correlation(length_B1, "sequence")) < 0.1
+    # What ADR 1 says of lightly masked sequences.
+    assert abs(correlation(ratio_B1, "batch")) < 0.1
+    assert correlation(ratio_B1, "sequence") < -0.9
+
+
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
 def test_student_equal_to_the_teacher_has_neither_loss_nor_gradient(objective):
     student, _, masked, ratio = batch()
@@ -60,6 +148,7 @@ def test_nothing_masked_is_zero_with_a_graph():
     none = torch.zeros_like(masked)
     for loss in (
         distillation_loss(student, teacher, none, ratio),
+        distillation_loss(student, teacher, none, ratio, normalization="sequence"),
         masked_diffusion_loss(student, masked.long(), none, ratio, none),
         autoregressive_loss(student, masked.long(), none),
     ):
@@ -84,6 +173,8 @@ def test_wrong_names_and_shapes_are_refused():
         distillation_loss(student, teacher, masked, ratio, "reverse-kl")
     with pytest.raises(ConfigError, match="did you mean 'inverse_ratio'"):
         distillation_loss(student, teacher, masked, ratio, weighting="inverse")
+    with pytest.raises(ConfigError, match="did you mean 'sequence'"):
+        distillation_loss(student, teacher, masked, ratio, normalization="sequences")
     with pytest.raises(ConfigError, match=r"\(3, 7, 10\)"):
         distillation_loss(student, teacher[..., :10], masked, ratio)
     with pytest.raises(ConfigError, match="target ids"):

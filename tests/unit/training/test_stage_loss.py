@@ -11,6 +11,8 @@ from d2f.testing import tiny_adapter, tiny_model
 from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID
 from d2f.training.data import Batch
 from d2f.training.objective import (
+    NORMALIZATIONS,
+    OBJECTIVES,
     autoregressive_loss,
     distillation_loss,
     masked_diffusion_loss,
@@ -86,6 +88,68 @@ def test_accumulated_parts_are_the_whole(stage, select, tmp_path):
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-6)
     for one, other in zip(gradients(whole, student), gradients(parts, student), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def uneven_batch():
+    """Eight sequences, of which one has nothing to predict: its prompt fills it."""
+    g = torch.Generator().manual_seed(0)
+    prompt = torch.tensor([1, 3, LENGTH, 2, 4, 9, 2, 1])
+    end = torch.tensor([20, 6, LENGTH, 5, 19, 12, 3, 9])
+    ids = torch.randint(90, (8, LENGTH), generator=g)
+    ids = torch.where(torch.arange(LENGTH) < end[:, None] - 1, ids, EOS_TOKEN_ID)
+    whole = torch.full_like(end, LENGTH)
+    return Batch(ids_BL=ids, prompt_length_B=prompt, end_B=end, length_B=whole)
+
+
+def sequence_by_sequence(config, inputs, batch, student, teacher):
+    """The distillation loss of one sequence after the other, as a mean of means or of positions."""
+    means, masks = [], inputs.ids_BL == MASK_TOKEN_ID
+    for b in range(len(masks)):
+        if not masks[b].any():
+            continue
+        layout = BlockLayout(prompt_length=int(batch.prompt_length_B[b]), block_size=4)
+        hard = config.objective.objective == "cross_entropy"
+        ids = inputs.ids_BL[b : b + 1]
+        loss = distillation_loss(
+            student.logits(ids, layout),
+            inputs.target_BL[b : b + 1] if hard else teacher.logits(ids).detach(),
+            masks[b : b + 1],
+            1.0,
+            config.objective.objective,
+            "none",
+        )
+        means.append(loss * (masks[b].sum() if config.objective.normalization == "batch" else 1))
+    batched = config.objective.normalization == "batch"
+    return sum(means) / (masks.sum() if batched else len(means))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_mean_does_not_depend_on_how_a_batch_is_cut(
+    objective, normalization, compiled, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    settings = ObjectiveConfig(objective=objective, weighting="none", normalization=normalization)
+    config = make_config(tmp_path, "d2f", objective=settings)
+    noise = replace(config.noise, train_on_eos_blocks=False, train_past_eos=False)
+    # In chunks of few positions where the loss is not computed whole.
+    config = replace(config, noise=noise, loss_memory_mib=384 if compiled else 1)
+    student, teacher = models(config)
+    batch = uneven_batch()
+    inputs = inputs_of(config, batch)
+    masked_B = (inputs.ids_BL == MASK_TOKEN_ID).sum(1)
+    assert masked_B[2] == 0
+    assert len(masked_B.unique()) > 4
+    reference = sequence_by_sequence(config, inputs, batch, student, teacher)
+    expected = gradients(reference, student)
+    loss = StageLoss(config, student, teacher, compiled=compiled)
+    assert loss.selects != compiled
+    for size in (8, 4, 2, 1):
+        value = total(loss, inputs, size, select=loss.selects)
+        torch.testing.assert_close(value, reference, atol=1e-6, rtol=1e-5)
+        for one, other in zip(gradients(value, student), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 def test_teacher_is_the_model_with_its_adapter_off(tmp_path):

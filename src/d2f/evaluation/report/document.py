@@ -31,6 +31,10 @@ EXPERIMENTS = {
 """What each experiment fills."""
 
 
+TAILS_COUNTED = """Tails are counted: tokens are all that were decoded but EOS, those behind the \
+end of an answer too, as in the paper's tables of Dream. Speeds without prompts are left out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What is told of the results."""
@@ -131,6 +135,8 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
     parts = [f"# Results: {_titles(results.comparisons)}"]
     parts += [f"**Warning:** {warning}" for warning in results.warnings]
     parts += missing_experiments(results)
+    if any(comparison.counts_tail for comparison in results.comparisons):
+        parts.append(TAILS_COUNTED)
     for heading, tables in report.sections:
         parts.append(f"## {heading}")
         for table in tables:

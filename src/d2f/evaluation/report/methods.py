@@ -16,6 +16,10 @@ from d2f.evaluation.report.paper import (
 from d2f.evaluation.report.results import Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median, minus, ratio
 
+_TAILS = (
+    "The paper counts Dream's tokens with the tail behind the answer, and here answers are "
+    "counted; `d2f report --count-tail` counts as the paper."
+)
 _METHOD = Column(key="label", header="method", is_number=False)
 _OVER = Column(key="over_autoregressive", header="x autoregressive", form=show.times)
 _MAIN = (
@@ -37,6 +41,7 @@ _REASONS = (
     Column(key="query_tokens_per_forward", header="query tokens/forward", form=show.significant),
     Column(key="milliseconds_per_forward", header="ms/forward", form=show.significant),
     Column(key="computed_per_answered", header="computed/answered", form=show.significant),
+    Column(key="decoded_per_answered", header="decoded/answered", form=show.significant),
     Column(key="made_of", header="x autoregressive = tokens/forward × forwards/s"),
 )
 _SETTINGS = (
@@ -83,7 +88,8 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
             lines=lines,
             notes=[
                 "tokens/forward: ratio of sums, and mean of the problems' ratios. "
-                "computed/answered: query tokens computed for each token of an answer."
+                "computed/answered: query tokens computed for each token of an answer; "
+                "decoded/answered: tokens decoded, those behind the answer's end too."
             ],
         ),
         Table(name="settings", title=f"Settings: {title}", columns=_SETTINGS, lines=lines),
@@ -105,6 +111,7 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         "difference": paired_difference(row, teacher) if teacher and row is not teacher else None,
         **{column.key: row.number(column.key) for column in _REASONS[1:-1]},
         "forwards_per_problem": ratio(row.number("mean_tokens"), row.number("tokens_per_forward")),
+        "decoded_per_answered": row.decoded_per_answered,
         "made_of": _made_of(row, autoregressive),
         "model": (row.summary.get("model") or {}).get("name"),
         "settings": settings_text(row),
@@ -213,6 +220,7 @@ def _beside(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
         line["over_autoregressive"] = speed_ratio(row, comparison.find("autoregressive"))
         lines.append(line)
     names = "; ".join(counterpart.name for counterpart in stand)
+    dream = any(counterpart.family == "Dream" for counterpart in stand)
     return [
         Table(
             name="paper",
@@ -221,7 +229,8 @@ def _beside(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
             lines=lines,
             notes=[
                 f"{LABEL}: {names}. Ratios and differences are to vanilla; x LLaMA3 is "
-                "of figure 1, with 512 new tokens."
+                "of figure 1, with 512 new tokens.",
+                *([_TAILS] if dream and not comparison.counts_tail else []),
             ],
         )
     ]

@@ -7,12 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from d2f.errors import ConfigError
+from d2f.evaluation.metrics import OF_TOKENS
 
 FORMAT = 1
 METHODS = (
@@ -158,6 +159,32 @@ class Row:
         count = len(self.digits)
         return tuple(found[i] for i in range(count)) if found.keys() >= set(range(count)) else None
 
+    @property
+    def counts_tail(self) -> bool:
+        """Its results tell speeds by all decoded tokens too, not by those of answers alone."""
+        parts = [self.summary.get(part) for part in ("score", "speed")]
+        return all(part.get("with_tail") for part in parts if part is not None)
+
+    @property
+    def decoded_per_answered(self) -> float | None:
+        """Tokens that were decoded for each token of an answer."""
+        for part in ("speed", "score"):
+            known = self.summary.get(part) or {}
+            if known.get("with_tail") and known.get("mean_tokens"):
+                return float(known["with_tail"]["mean_tokens"] / known["mean_tokens"])
+        return None
+
+    def with_tail(self) -> Row:
+        """The same, with all decoded tokens counted; what the results do not tell is missing."""
+        summary = dict(self.summary)
+        for part in ("score", "speed"):
+            known = summary.get(part)
+            if known is not None:
+                counted = known.get("with_tail") or {}
+                answers = ("with_tail", "decode_tokens_per_second", *OF_TOKENS)
+                summary[part] = known | dict.fromkeys(answers) | counted
+        return Row(folder=self.folder, summary=summary)
+
     def _spread(self, key: str) -> Spread | None:
         value = (self.summary.get("speed") or {}).get(key)
         if not isinstance(value, Mapping):
@@ -175,12 +202,14 @@ class Comparison:
     machine: str | None = None
     """Given where the same rows were measured on several."""
     rows: Sequence[Row]
+    counts_tail: bool = False
+    """Its tokens are all that were decoded, not those of answers alone."""
 
     @property
     def title(self) -> str:
         """For headings."""
         where = f" ({self.machine})" if self.machine else ""
-        return f"{self.family} on {self.test_set}{where}"
+        return f"{self.family} on {self.test_set}{where}{', tails counted' * self.counts_tail}"
 
     @property
     def task(self) -> str:
@@ -216,6 +245,25 @@ class Results:
     def rows(self) -> list[Row]:
         """Of all comparisons."""
         return [row for comparison in self.comparisons for row in comparison.rows]
+
+    def with_tail(self) -> Results:
+        """The same, with all decoded tokens counted, as the paper counts those of Dream.
+
+        Example:
+            `build_report(load_results([Path("results/dream")]).with_tail(), paper=True)`
+        """
+        unknown = [str(row.folder) for row in self.rows if not row.counts_tail]
+        warnings = [
+            f"does not tell what was decoded behind answers; run its recipe again: {folder}"
+            for folder in unknown
+        ]
+        return Results(
+            comparisons=[
+                replace(c, counts_tail=True, rows=[row.with_tail() for row in c.rows])
+                for c in self.comparisons
+            ],
+            warnings=(*self.warnings, *warnings),
+        )
 
 
 def load_results(folders: Sequence[Path]) -> Results:
@@ -283,6 +331,11 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
         if not isinstance(summary.get(part), dict | None):
             return f"'{part}' is no table"
     score, speed = summary.get("score"), summary.get("speed")
+    for part in filter(None, (score, speed)):
+        if not isinstance(part.get("with_tail"), dict | None):
+            return "with_tail is no table"
+        if not all(map(_is_number_or_none, map((part.get("with_tail") or {}).get, OF_TOKENS[1:]))):
+            return "with_tail has what is no number"
     if score is not None:
         if not isinstance(score.get("num_problems"), int):
             return "score.num_problems is no whole number"
@@ -295,8 +348,14 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
         if digits and len(digits) != score["num_problems"]:
             return f"score.correct has {len(digits)} digits for {score['num_problems']} problems"
     if speed is not None:
-        for key in ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second"):
-            spread = speed.get(key)
+        spreads = {
+            key: speed.get(key)
+            for key in ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second")
+        }
+        spreads["with_tail.tokens_per_second"] = (speed.get("with_tail") or {}).get(
+            "tokens_per_second"
+        )
+        for key, spread in spreads.items():
             if spread is None:
                 continue
             ends = spread if isinstance(spread, dict) else {}

@@ -57,7 +57,8 @@ def choose_tokens(
             threshold_M = torch.empty(num_positions, dtype=torch.float32, device=device)
             _threshold_kernel[(num_positions,)](
                 logits_MV, row_stride, mask_token, needed_M, temperature_M, sampling.top_k_M,
-                sampling.top_p_M, threshold_M,
+                sampling.top_p_M, None if sampling.min_p_M is None else sampling.min_p_M.log(),
+                threshold_M,
                 VOCAB=vocab_size, BLOCK=THRESHOLD_BLOCK, num_warps=THRESHOLD_WARPS,
             )  # fmt: skip
     seed_M, position_M, step_M = key_M or (None, None, None)
@@ -181,7 +182,7 @@ def _merge_kernel(
 @triton.jit
 def _threshold_kernel(
     logits_ptr, row_stride, mask_token, needed_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
-    threshold_ptr,
+    log_min_p_ptr, threshold_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The least logit / temperature that is kept.
@@ -220,8 +221,10 @@ def _threshold_kernel(
                 low = tl.where(mass >= wanted, middle, low)
                 high = tl.where(mass >= wanted, high, middle - 1)
             start = low
-        kept = tl.minimum(_value(start), best)
-        tl.store(threshold_ptr + row, tl.div_rn(kept, temperature))
+        kept = tl.div_rn(tl.minimum(_value(start), best), temperature)
+        if log_min_p_ptr is not None:
+            kept = tl.maximum(kept, tl.div_rn(best, temperature) + tl.load(log_min_p_ptr + row))
+        tl.store(threshold_ptr + row, kept)
 
 
 @triton.jit

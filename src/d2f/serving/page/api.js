@@ -10,8 +10,8 @@
  *            confidence_threshold: number}} Policy
  * @typedef {{strategies: string[], strategy: string, policy: Policy, max_positions: number,
  *            max_tokens: number,
- *            chat_template: boolean, examples: string[], num_parameters: number, device: string,
- *            dtype: string}} ModelFacts
+ *            chat_template: boolean, leaves_out: string[], examples: string[],
+ *            num_parameters: number, device: string, dtype: string}} ModelFacts
  * @typedef {{id: string, d2f: ModelFacts}} Model
  * @typedef {{onText: (text: string) => void, onStep: (step: StepEvent) => void,
  *            onEnd: (reason: string, usage: Usage | null) => void}} Listener

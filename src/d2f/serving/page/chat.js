@@ -56,14 +56,18 @@ export class Chat {
    */
   choose(model, examples) {
     const template = model.d2f.chat_template;
+    const single = model.d2f.leaves_out.includes("history");
     this.examples = examples;
     this.running?.abort();
     this.model = model;
     this.history = [];
     byId("keep-label").hidden = !template;
-    byId("alone").hidden = template;
+    byId("alone").hidden = template && !single;
+    byId("alone").textContent = single
+      ? "This model was trained on single questions: its template leaves earlier messages out."
+      : "This model has no chat template: each message stands alone.";
     // A model that comes with examples was made for questions like them, each on its own.
-    this.keep.checked = template && examples.length === 0;
+    this.keep.checked = template && !single && examples.length === 0;
     const chips = examples.map((text) => h("li", {}, this.chip(text)));
     byId("chips").replaceChildren(...chips);
     byId("examples").hidden = chips.length === 0;

@@ -1,0 +1,50 @@
+"""What could have been accepted where a token was: the most probable tokens of its position.
+
+Shapes: M positions, A alternatives, V vocabulary.
+
+On the device an alternative is one number, its token above the bits of its probability, so that it
+travels with the other whole numbers that a step reports.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f.ops.sampling import Sampling, most_probable
+
+MOST_ALTERNATIVES = 20
+"""As many as OpenAI's protocol knows."""
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
+"""Token and probability, the most probable one first; in the forward that decoded the position."""
+
+
+def find_alternatives(
+    logits_MV: Tensor, count: int, mask_token_id: int | None, sampling: Sampling | None
+) -> Tensor:
+    """The most probable tokens of each position as numbers: (M, count), int64."""
+    token_MA, probability_MA = most_probable(
+        logits_MV, count, mask_token_id=mask_token_id, sampling=sampling
+    )
+    # Probabilities are not negative, so that their bits are not either.
+    return (token_MA << 32) | probability_MA.view(torch.int32).long()
+
+
+def read_alternatives(numbers_MA: np.ndarray) -> list[Alternatives]:
+    """What the numbers say; tokens that could not be chosen are left out.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, 9.0]])
+        >>> read_alternatives(find_alternatives(logits, 1, 2, None).numpy())
+        [((0, 0.00012337...),)]
+    """
+    token_MA = (numbers_MA >> 32).tolist()
+    probability_MA = (numbers_MA & 0xFFFFFFFF).astype(np.uint32).view(np.float32).tolist()
+    return [
+        tuple((token, p) for token, p in zip(tokens, probabilities, strict=True) if p > 0)
+        for tokens, probabilities in zip(token_MA, probability_MA, strict=True)
+    ]

@@ -1,0 +1,69 @@
+"""Reading numbers as people write them: signs, thousands commas, decimals, powers of ten."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from decimal import Decimal
+
+__all__ = ["last_number", "whole_number"]
+
+MAX_DIGITS = 1000
+"""Python's int() reads 4,300, unless told otherwise; no answer needs more than a few."""
+
+_MINUS = "\\-\N{MINUS SIGN}"  # for a set of characters in a pattern
+# A comma belongs to a number only where all commas of its run part groups of three: 1,234 is one
+# number, and 1,2,3 are three.
+_GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
+# Behind a word, a number or a bracket a dash joins or subtracts: 5-6, GPT-4, (x+1)-2.
+_SIGN = rf"(?:(?<![\w)\]}}%.{_MINUS}])(?P<sign>[{_MINUS}]))?"
+_NUMBER = re.compile(
+    rf"{_SIGN}[$€£]?(?P<digits>(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    rf"(?:[eE](?P<power>[+{_MINUS}]?\d{{1,4}})(?!\d))?"
+)
+_WHOLE = re.compile(
+    rf"\$?(?P<sign>[{_MINUS}]?)[ ]*\$?[ ]*"
+    r"(?P<digits>[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d+)[ ]*\.?",
+    re.ASCII,
+)
+
+
+def last_number(text: str) -> Decimal | None:
+    r"""The last number in a text; None where there is none, or it has more than 1,000 digits.
+
+    A minus sign (`-` or U+2212) counts where it does not join or subtract, a comma where it parts
+    groups of three digits, a power of ten behind `e`, and a leading zero may be left out.
+
+    Example:
+        >>> last_number("3 boxes of 40: 3 * 40 = 1,200.0\n#### 1,200.")
+        Decimal('1200')
+        >>> [int(last_number(text)) for text in ("pages 5-6", "-7", "1, 2, 3", "1.2e3")]
+        [6, -7, 3, 1200]
+        >>> last_number("none") is None
+        True
+    """
+    found = next(iter(deque(_NUMBER.finditer(text), maxlen=1)), None)
+    if found is None or len(found["digits"]) > MAX_DIGITS:
+        return None
+    sign = "-" if found["sign"] else ""
+    power = (found["power"] or "0").replace("\N{MINUS SIGN}", "-")
+    return Decimal(f"{sign}{found['digits'].replace(',', '')}e{power}")
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a text is, and nothing beside it; None for any other text.
+
+    Commas or spaces between groups of three digits, a dollar sign and a closing full stop are
+    accepted, more than 1,000 digits are not.
+
+    Example:
+        >>> whole_number("-$1,200."), whole_number("1 200"), whole_number("1, 2")
+        (-1200, 1200, None)
+    """
+    found = _WHOLE.fullmatch(text.strip())
+    if found is None:
+        return None
+    digits = re.sub("[, ]", "", found["digits"])
+    if len(digits) > MAX_DIGITS:
+        return None
+    return -int(digits) if found["sign"] else int(digits)
