@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2f.errors import CheckpointError, RequestError
 from d2f.hub import resolve_folder
+from d2f.text_stream import TextStream, tidy
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,7 +30,6 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_HALF = "\ufffd"
 
 
 class Tokenizer:
@@ -66,6 +66,8 @@ class Tokenizer:
         # Some files ask for cutting and padding, which is for their trainer to know.
         backend.no_truncation()
         backend.no_padding()
+        self._tidies = _tidies(backend, config)
+        self._unshown = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         begins = config.get("add_bos_token")
         if begins is None:
             processed = backend.encode("a", add_special_tokens=True).ids
@@ -201,7 +203,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return tidy(text) if self._tidies else text
 
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets, the chat template included."""
@@ -212,7 +215,11 @@ class Tokenizer:
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for ids that arrive bit by bit."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        return TextStream(
+            self._backend.decoder,
+            self._shown if skip_special_tokens else self._backend.id_to_token,
+            tidies=self._tidies,
+        )
 
     def _begin(self, ids: list[int]) -> list[int]:
         bos = self.bos_token_id
@@ -223,53 +230,21 @@ class Tokenizer:
             start += 1
         return [bos, *ids[start:]] if start or self._begins else ids
 
+    def _shown(self, token_id: int) -> str | None:
+        token = self._backend.id_to_token(token_id)
+        return None if token in self._unshown else token
+
     def _id(self, name: str) -> int | None:
         text = self._special.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
 
-class TextStream:
-    """Text of a growing list of token ids, never cut inside a character.
-
-    Example:
-        >>> from d2f.testing import write_tokenizer
-        >>> import tempfile
-        >>> stream = Tokenizer.load(write_tokenizer(tempfile.mkdtemp())).stream()
-        >>> stream.push([66, 67]), stream.push([68]), stream.close()
-        ('ab', 'c', '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        # Only a window is decoded: what was last given out in full, for decoders that treat the
-        # first token of a text differently, and what came after.
-        self._window: list[int] = []
-        self._num_context = 0
-        self._given = ""
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Add ids and return the text that is certain now."""
-        self._window += ids
-        text = self._decode(self._window)
-        # Bytes of an unfinished character decode to this one; the next ids may complete it.
-        certain = text.rstrip(_HALF)
-        new = certain[len(self._given) :]
-        self._given = certain if len(certain) > len(self._given) else self._given
-        if certain == text and len(self._window) > self._num_context:
-            self._window = self._window[self._num_context :]
-            self._num_context = len(self._window)
-            self._given = self._decode(self._window)
-        return new
-
-    def close(self) -> str:
-        """Return what was withheld: the rest of a text that ends inside a character."""
-        rest = self._decode(self._window)[len(self._given) :]
-        self._window, self._num_context, self._given = [], 0, ""
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+def _tidies(backend: _Backend, config: Mapping[str, Any]) -> bool:
+    """Whether decoded texts lose spaces before punctuation, as transformers 5 decides it."""
+    wanted = config.get("clean_up_tokenization_spaces", False)
+    # Made for WordPiece; many a BPE's config asks for it and would lose what it wrote.
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    return bool(wanted and (forced or type(backend.model).__name__ != "BPE"))
 
 
 def _content(token: Any) -> str | None:
