@@ -10,7 +10,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +191,28 @@ class Tokenizer:
         text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return tidy(text) if self._tidies else text
 
+    def decode_after(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text that token ids add behind other text.
+
+        Some tokenizers take the space from a token that a text begins with; here it stays.
+
+        Example:
+            >>> from tokenizers import Tokenizer as Backend, decoders, models
+            >>> from d2f.testing import write_tokenizer
+            >>> import tempfile
+            >>> folder = write_tokenizer(tempfile.mkdtemp())
+            >>> backend = Backend(models.WordLevel({"▁a": 0}, unk_token="▁a"))
+            >>> backend.decoder = decoders.Metaspace()
+            >>> backend.save(str(folder / "tokenizer.json"))
+            >>> tokenizer = Tokenizer.load(folder)
+            >>> tokenizer.decode([0]), tokenizer.decode_after([0])
+            ('a', ' a')
+        """
+        token_of = self._token_of(skip_special_tokens)
+        tokens = [token for i in ids if (token := token_of(i)) is not None]
+        before, whole = self._text_of(["a"]), self._text_of(["a", *tokens])
+        return whole[len(before) :]
+
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets, the chat template included."""
         parts = [self._backend.to_str(), self.chat_template, dict(self._special), self._begins]
@@ -202,7 +224,7 @@ class Tokenizer:
         """A decoder for ids that arrive bit by bit."""
         return TextStream(
             self._backend.decoder,
-            self._shown if skip_special_tokens else self._backend.id_to_token,
+            self._token_of(skip_special_tokens),
             tidies=self._tidies,
         )
 
@@ -215,9 +237,19 @@ class Tokenizer:
             start += 1
         return [bos, *ids[start:]] if start or self._begins else ids
 
-    def _shown(self, token_id: int) -> str | None:
-        token = self._backend.id_to_token(token_id)
-        return None if token in self.special_tokens else token
+    def _text_of(self, tokens: list[str]) -> str:
+        decoder = self._backend.decoder
+        text = " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        return tidy(text) if self._tidies else text
+
+    def _token_of(self, skip_special_tokens: bool) -> Callable[[int], str | None]:
+        """What finds the token of an id, None for one that is not shown."""
+
+        def shown(token_id: int) -> str | None:
+            token = self._backend.id_to_token(token_id)
+            return None if token in self.special_tokens else token
+
+        return shown if skip_special_tokens else self._backend.id_to_token
 
     def _id(self, name: str) -> int | None:
         text = self._special.get(name)

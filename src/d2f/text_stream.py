@@ -22,8 +22,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Each kind of decoder by what a token's text depends on.
 _ON_ITSELF = ("Replace", "Strip")
 _ON_BEING_FIRST = ("Metaspace", "WordPiece")
-_TIDYINGS = (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")
-_TIDYINGS += (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")
+_TIDYINGS = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
+    *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
 
 
 def tidy(text: str) -> str:
@@ -207,9 +209,9 @@ class _LastDiffers:
         self._held: list[str] = []
 
     def feed(self, pieces: list[str]) -> list[str]:
-        *certain, last = [*self._held, *pieces] or [None]
-        self._held = [] if last is None else [last]
-        return [self._decode([token, ""]) for token in certain if token is not None]
+        tokens = [*self._held, *pieces]
+        self._held = tokens[-1:]
+        return [self._decode([token, ""]) for token in tokens[:-1]]
 
     def end(self) -> list[str]:
         return [self._decode([token]) for token in self._held]

@@ -25,8 +25,7 @@ _Token: TypeAlias = "str | AddedToken"
 _CONFIG_FILE = "tokenizer_config.json"
 _ADDED_FILE = "added_tokens.json"
 _MAP_FILE = "special_tokens_map.json"
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-_NAMES += ("mask_token",)
+_NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Classes whose vocab.json and merges.txt mean Qwen2's byte-level BPE.
 _QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")

@@ -123,3 +123,18 @@ def test_a_push_looks_at_its_own_tokens_alone(tmp_path):
     stream.close()
     assert asked == ids
     assert stream.close() == ""
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"regex in the whole"}))
+def test_text_behind_other_text(tmp_path, name):
+    tokenizer = write_tokenizer(tmp_path, DECODERS[name])
+    for ids in [ids_of("Ġa", "b"), ids_of("▁a", "</s>", "##b"), ids_of("c</w>"), []]:
+        whole = tokenizer.decode([*ids_of("s"), *ids])
+        assert "s" + tokenizer.decode_after(ids) == whole
+
+
+def test_what_a_token_alone_would_lose_stays_behind_others(tmp_path):
+    tokenizer = write_tokenizer(tmp_path, DECODERS["llama-2"])
+    ids = ids_of("▁a", "</s>")
+    assert (tokenizer.decode(ids), tokenizer.decode_after(ids)) == ("a", " a")
+    assert tokenizer.decode_after(ids, skip_special_tokens=False) == " a</s>"
