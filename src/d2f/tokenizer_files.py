@@ -73,17 +73,21 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     given = backend.get_added_tokens_decoder()
     whole = (folder / "tokenizer.json").exists()
     is_qwen2 = not whole or config.get("tokenizer_class") in _QWEN2_CLASSES
-    named, extra = _special_tokens(folder, config)
-    defaults: dict[str, _Token | None] = dict(_QWEN2_TOKENS) if is_qwen2 else {}
+    named, extra = _special_values(folder, config)
+    defaults: dict[str, Any] = dict(_QWEN2_TOKENS) if is_qwen2 else {}
     if backend.padding is not None:
         defaults["pad_token"] = backend.padding["pad_token"]
     named = defaults | named
+    # Tables in tokenizer_config.json do not make a token of added_tokens.json special.
+    values = [*(named.get(name) for name in _NAMES), *extra]
+    texts = {str(value) for value in values if not isinstance(value, Mapping)}
+    listed = _listed_tokens(folder, config, texts)
     special = {
         name: token
         for name in dict.fromkeys([*_NAMES, *named])
-        if (token := named.get(name)) is not None
+        if (token := _token(named.get(name))) is not None
     }
-    listed = _listed_tokens(folder, config, [*special.values(), *extra])
+    unnamed = [token for value in extra if (token := _token(value)) is not None]
     known = {t.content for t in listed.values() if backend.token_to_id(t.content) is not None}
     numbered = listed if _lists_tokens(config) else listed | given
     flagged = {token.content: token for token in numbered.values()}
@@ -91,11 +95,11 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         name: flagged.get(str(token), token) if name in _NAMES else token
         for name, token in special.items()
     }
-    added = _tokens_to_add(given, numbered, special, extra)
+    added = _tokens_to_add(given, numbered, special, unnamed)
     backend.add_tokens(added)
     if is_qwen2:
         # The class does this last: whatever files say of these tokens besides, they are special.
-        again = [AddedToken(str(token), special=True) for token in [*special.values(), *extra]]
+        again = [AddedToken(str(token), special=True) for token in [*special.values(), *unnamed]]
         backend.add_tokens(again)
         added += again
     _check_ids(folder, config, backend, listed, allowed=known if whole else set())
@@ -107,43 +111,44 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     )
 
 
-def _special_tokens(
-    folder: Path, config: Mapping[str, Any]
-) -> tuple[dict[str, _Token | None], list[_Token]]:
-    """Special tokens by name, and those without a name."""
+def _special_values(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """What files say of special tokens: by name, and without a name."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
+    first = [name for name in named if name not in _NAMES and isinstance(named[name], str)]
+    before = {name: named.pop(name) for name in first}  # another file does not change these
     extra = config.get("extra_special_tokens")
     extra = extra or config.get("additional_special_tokens", extra)
     if isinstance(extra, Mapping):  # these have names as well
-        named |= extra
+        before |= extra
         extra = None
-    tokens = {name: _token(value) for name, value in named.items()}
-    if _lists_tokens(config):
-        return tokens, _tokens(extra)
-    in_map = _read_object(folder / _MAP_FILE)
-    more = in_map.pop("extra_special_tokens", None)
-    unnamed = in_map.pop("additional_special_tokens", None)
-    mapped = {name: _token(value, special=True) for name, value in in_map.items()}
-    tokens = mapped | tokens | {name: mapped[name] for name in _NAMES if name in mapped}
-    if isinstance(more, Mapping):
-        tokens |= {name: _token(value) for name, value in more.items()}
-        extra = None
-    elif more:
-        extra = [*(extra or []), *more]
-    return tokens, _tokens(unnamed if extra is None else extra)
+    if not _lists_tokens(config):
+        in_map = _read_object(folder / _MAP_FILE)
+        more = in_map.pop("extra_special_tokens", None)
+        named |= {
+            name: _token(value, special=True)
+            for name, value in in_map.items()
+            if name.endswith("_token")
+        }
+        if isinstance(more, Mapping):
+            before |= more
+            extra = None
+        elif more:
+            extra = [*(extra or []), *(_token(value, special=True) for value in more)]
+        if extra is None:
+            extra = in_map.get("additional_special_tokens")
+    return named | before, list(extra or [])
 
 
 def _listed_tokens(
-    folder: Path, config: Mapping[str, Any], special: Iterable[_Token]
+    folder: Path, config: Mapping[str, Any], special: set[str]
 ) -> dict[int, AddedToken]:
     """Tokens with the ids that a file beside the vocabulary gives them."""
     if _lists_tokens(config):
         file, listed = folder / _CONFIG_FILE, config["added_tokens_decoder"]
     else:
         file = folder / _ADDED_FILE
-        texts = {str(token) for token in special}
         listed = {
-            number: {"content": text, "special": text in texts}
+            number: {"content": text, "special": text in special, "normalized": text not in special}
             for text, number in _read_object(file).items()
         }
     try:
@@ -202,13 +207,11 @@ def _lists_tokens(config: Mapping[str, Any]) -> bool:
 
 def _token(value: Any, **more: bool) -> _Token | None:
     """A special token, which files write as a text or as a table."""
+    from tokenizers import AddedToken
+
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         return _flagged(value, **more)
-    return value if isinstance(value, str) else None
-
-
-def _tokens(values: Iterable[Any] | None) -> list[_Token]:
-    return [token for value in values or [] if (token := _token(value)) is not None]
+    return value if isinstance(value, str | AddedToken) else None
 
 
 def _flagged(token: str | Mapping[str, Any], **more: bool) -> AddedToken:
