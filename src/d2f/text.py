@@ -69,11 +69,12 @@ class Tokenizer:
     def load(cls, path_or_hub_id: str | Path) -> Tokenizer:
         """Load the tokenizer of a model folder or hub id.
 
-        tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream.
+        tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream. Tokens
+        that other files add have the ids and flags that transformers 5 gives them.
 
         Raises:
             CheckpointError: There is no such folder or no tokenizer in it, or it is broken or of
-                another kind.
+                another kind, or a file gives an added token an id that it cannot have.
         """
         folder = resolve_folder(path_or_hub_id, weights=False)
         files = read_tokenizer(folder)

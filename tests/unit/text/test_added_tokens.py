@@ -145,7 +145,7 @@ def assert_equal(folder):
 @pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab.json"])
 def test_parity_with_transformers(whole):
     @given(files=folders(whole))
-    @settings(max_examples=60, deadline=None, database=None)
+    @settings(max_examples=40, deadline=None, database=None)
     def holds(files):
         with tempfile.TemporaryDirectory() as folder:
             assert_equal(write(folder, files))

@@ -82,7 +82,7 @@ def test_pieces_are_the_whole(tmp_path_factory, name, tidies):
     tokenizer = write_tokenizer(folder, DECODERS[name], clean_up_tokenization_spaces=tidies)
 
     @given(ids=IDS, cuts=st.lists(st.integers(0, 4), max_size=12), skip=st.booleans())
-    @settings(max_examples=40, deadline=None, database=None)
+    @settings(max_examples=25, deadline=None, database=None)
     def holds(ids, cuts, skip):
         pieces, rest = pieces_of(tokenizer, ids, cuts, skip)
         assert "".join(pieces) + rest == tokenizer.decode(ids, skip_special_tokens=skip)
