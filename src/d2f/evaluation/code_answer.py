@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from d2f.evaluation.code_fences import Block, split_blocks
+from d2f.evaluation.code_readings import Piece, moved, readings
 from d2f.evaluation.code_slice import missing_names, needed_statements, undefined_names
 from d2f.evaluation.code_statements import (
     MAX_CHARACTERS,
-    Budget,
+    Search,
     Statement,
     find_statements,
     names_read,
@@ -35,7 +34,6 @@ _END_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>[ \t]*$", re.M
 """As `<|im_end|>`; some write it with the wide bars of Chinese."""
 _LAST_TOKENS = ("</s>", "<s>", "<eos>", "<pad>", "<end_of_turn>")
 """Those that may stand in a program too, so they count at the very end alone."""
-_INDENT = 4
 
 
 def read_answer(text: str, wanted: Sequence[str], prompt: str = "") -> str:
@@ -54,21 +52,17 @@ def read_answer(text: str, wanted: Sequence[str], prompt: str = "") -> str:
         def f(x):
             return x
     """
-    budget = Budget()
+    search = Search()
     best: tuple[tuple[int, int, int], list[Statement]] | None = None
-    seen: set[tuple[_Piece, ...]] = set()
-    for pieces in _readings(_without_end_tokens(text), prompt):
-        if pieces in seen:
-            continue
-        seen.add(pieces)
-        statements = _statements(pieces, wanted, prompt, budget)
+    for pieces in readings(split_lines(_without_end_tokens(text)), prompt, search):
+        statements = _statements(pieces, wanted, prompt, search)
         kept = needed_statements(statements, wanted)
         undefined = undefined_names(kept, wanted)
         strays = sum(statement.is_stray for statement in statements)
         fault = len(undefined), strays, len(missing_names(kept, wanted) - undefined)
         if best is None or fault < best[0]:
             best = fault, kept
-        if not any(best[0]):
+        if not any(best[0]) or search.is_over:
             break
     kept = best[1] if best else []
     first = [s.source for s in kept if s.is_future]
@@ -121,28 +115,6 @@ def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
     return f"{solution}\n{setup}" if setup.strip() else solution
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A part of an answer that is read by itself."""
-
-    lines: tuple[str, ...]
-    closed: bool
-
-    @property
-    def first(self) -> int | None:
-        """The number of its first line of code."""
-        lines = enumerate(self.lines)
-        return next((i for i, text in lines if text.strip() and text.strip()[0] != "#"), None)
-
-    @property
-    def indent(self) -> int:
-        """The width of the margin before its first line of code."""
-        if self.first is None:
-            return 0
-        line = self.lines[self.first]
-        return len(line) - len(line.lstrip())
-
-
 def _without_end_tokens(text: str) -> str:
     """The text up to the token with which a model ends its turn."""
     text = text[:MAX_CHARACTERS]
@@ -173,110 +145,8 @@ def _only_defines(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef) and not node.decorator_list
 
 
-# --------------------------------------------------------------------------------------- readings
-
-
-def _readings(text: str, prompt: str) -> Iterator[tuple[_Piece, ...]]:
-    """What of an answer may be its code, the most literal first."""
-    lines = split_lines(text)
-    if isinstance(parse_or_refuse(lines), ast.Module):
-        yield (_Piece(tuple(lines), closed=False),)  # so marks of fences are in strings
-    indent = _body_indent(prompt)
-    for strings in (True, False):
-        plain = list(_choices(split_blocks(lines, strings=strings)))
-        yield from plain
-        for pieces in plain:
-            yield tuple(map(_tabs_as_spaces, pieces))
-        for pieces in plain:
-            yield from _moved_bodies(pieces, indent)
-
-
-def _choices(blocks: Sequence[Block]) -> Iterator[tuple[_Piece, ...]]:
-    """The blocks that may be the program: Python's, those of no language, all, and the text."""
-    fenced = [block for block in blocks if block.language is not None]
-    named = [block for block in fenced if block.is_python]
-    bare = [block for block in fenced if block.is_python or not block.language]
-    for chosen in (named, bare, fenced):
-        if chosen:
-            yield tuple(map(_piece, _with_continuation(blocks, chosen)))
-    if blocks:
-        yield tuple(map(_piece, blocks))
-
-
-def _moved_bodies(pieces: tuple[_Piece, ...], indent: int) -> Iterator[tuple[_Piece, ...]]:
-    """With the body of the prompt's function at the place that it has lost."""
-    bodies = [number for number, piece in enumerate(pieces) if _has_strays(piece)]
-    number = bodies[-1] if bodies else 0
-    changes = [_first_moved_left, _first_moved, _moved]
-    if not bodies:  # with no `return`, to move too little shows less than to move too much
-        changes = [_first_moved_left, _moved, _first_moved]
-    for change in changes:
-        yield (*pieces[:number], change(pieces[number], indent), *pieces[number + 1 :])
-
-
-def _piece(block: Block) -> _Piece:
-    return _Piece(block.lines, block.closed)
-
-
-def _with_continuation(blocks: Sequence[Block], chosen: Sequence[Block]) -> list[Block]:
-    """The chosen blocks, and the text before them if it goes on with the prompt's function."""
-    first = blocks[0]
-    goes_on = first.language is None and _piece(first).indent > 0
-    return [first, *chosen] if goes_on else list(chosen)
-
-
-def _has_strays(piece: _Piece) -> bool:
-    statements = find_statements(_moved(piece, 0).lines, closed=piece.closed)
-    return any(statement.is_stray for statement in statements)
-
-
-def _tabs_as_spaces(piece: _Piece) -> _Piece:
-    def spaced(line: str) -> str:
-        code = line.lstrip(" \t")
-        return line[: len(line) - len(code)].replace("\t", " " * _INDENT) + code
-
-    return _Piece(tuple(map(spaced, piece.lines)), piece.closed)
-
-
-def _first_moved_left(piece: _Piece, indent: int) -> _Piece:
-    """With the first line at the margin: some tokenizers begin an answer with a space."""
-    lines = list(piece.lines)
-    if piece.first is not None:
-        lines[piece.first] = lines[piece.first].lstrip()
-    return _Piece(tuple(lines), piece.closed)
-
-
-def _moved(piece: _Piece, indent: int) -> _Piece:
-    """A body that begins where the prompt's function has it."""
-    more = indent - piece.indent
-    if more >= 0:
-        lines = tuple(" " * more + line if line.strip() else line for line in piece.lines)
-    else:
-        lines = tuple(line[min(-more, len(line) - len(line.lstrip())) :] for line in piece.lines)
-    return _Piece(lines, piece.closed)
-
-
-def _first_moved(piece: _Piece, indent: int) -> _Piece:
-    """A body whose first line alone has lost its indentation."""
-    lines = list(piece.lines)
-    if piece.first is not None:
-        lines[piece.first] = " " * indent + lines[piece.first].lstrip()
-    return _Piece(tuple(lines), piece.closed)
-
-
-def _body_indent(prompt: str) -> int:
-    """Where the body of the prompt's last function stands."""
-    for statement in reversed(find_statements(split_lines(prompt))):
-        if statement.is_function:
-            return int(statement.node.body[0].col_offset)  # type: ignore[attr-defined]
-    return _INDENT
-
-
-# ---------------------------------------------------------------------------------------- program
-
-
 def _statements(
-    pieces: Sequence[_Piece], wanted: Sequence[str], prompt: str, budget: Budget
+    pieces: Sequence[Piece], wanted: Sequence[str], prompt: str, search: Search
 ) -> list[Statement]:
     """All statements of a prompt and a reading of its answer."""
     given = split_lines(prompt.rstrip(" \t"))
@@ -284,11 +154,11 @@ def _statements(
         given.pop()
     answered: list[Statement] = []
     for number, piece in enumerate(pieces):
-        whole = find_statements(_moved(piece, 0).lines, closed=piece.closed, budget=budget)
+        whole = search.find(moved(piece, 0).lines, closed=piece.closed)
         if piece.indent > 0 and given and not _defines(whole, wanted):
-            whole = find_statements([*given, *piece.lines], closed=piece.closed, budget=budget)
+            whole = search.find([*given, *piece.lines], closed=piece.closed)
         elif number == 0:
-            answered += find_statements(given, budget=budget)
+            answered += search.find(given, closed=True)
         answered += whole
     return answered + _from_classes(answered, wanted)
 

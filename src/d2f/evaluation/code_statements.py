@@ -10,14 +10,14 @@ import builtins
 import symtable
 import sys
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
 MAX_CHARACTERS = 100_000
 """Of a longer text only the start is looked at; the longest answers have some 4,000."""
 MAX_LINES = 2_000
-_MAX_PARSED_LINES = 100_000
+_MAX_PARSED_LINES = 30_000
 
 BUILTINS = frozenset(dir(builtins)) | {"__file__", "__name__"}
 _CHANGING_BUILTINS = frozenset(("delattr", "exec", "next", "setattr"))
@@ -29,13 +29,6 @@ _NEVER_NEEDED = frozenset(("print", "input", "help", "exit", "quit", "breakpoint
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _INSIDE_ALONE = (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
-
-
-class Budget:
-    """Lines that may still be parsed; a text made to be slow ends the search here."""
-
-    def __init__(self, lines: int = _MAX_PARSED_LINES) -> None:
-        self.lines = lines
 
 
 @dataclass(frozen=True)
@@ -232,9 +225,64 @@ def parse_or_refuse(lines: Sequence[str]) -> ast.Module | Refusal:
         return Refusal(len(lines) // 2, False)  # too deep, and nobody says where
 
 
-def find_statements(
-    lines: Sequence[str], *, closed: bool = True, budget: Budget | None = None
-) -> list[Statement]:
+class Search:
+    """Finds statements in several forms of one text.
+
+    A text made to be slow ends it: only so many lines are parsed in all.
+    """
+
+    def __init__(self) -> None:
+        self._room = _MAX_PARSED_LINES
+        self._found: dict[tuple[tuple[str, ...], bool], list[Statement]] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is parsed."""
+        return self._room <= 0
+
+    def find(self, lines: Sequence[str], *, closed: bool) -> list[Statement]:
+        """As `find_statements`."""
+        key = tuple(lines), closed
+        if key not in self._found:
+            self._found[key] = list(self._walk(lines, closed))
+        return self._found[key]
+
+    def _walk(self, lines: Sequence[str], closed: bool) -> Iterator[Statement]:
+        lines = [line if is_readable(line) else "?" for line in lines]
+        start = 0
+        while start < len(lines) and not self.is_over:
+            first = lines[start]
+            if not first.strip() or first[0] in " \t\f":
+                start += 1
+                continue
+            tree, stop, cut_off = self._longest_start(lines[start:])
+            rest = next((line for line in lines[start + stop :] if line.strip()), "")
+            encoded = [line.encode() for line in lines[start : start + stop]]
+            # An indented rest belongs to the last statement.
+            broken = tree.body[-1] if tree.body and rest[:1] in (" ", "\t") else None
+            for node in tree.body:
+                if node is not broken:
+                    yield Statement(node, source_of(node, encoded))
+                elif cut_off and not closed:
+                    yield Statement(node, source_of(node, encoded), unfinished=True)
+            start += max(stop, 1)
+
+    def _longest_start(self, lines: Sequence[str]) -> tuple[ast.Module, int, bool]:
+        """The lines from the first on that parse, their number, and if the text ends too early."""
+        stop, cut_off = len(lines), None
+        while stop > 0 and not self.is_over:
+            tree = parse_or_refuse(lines[:stop])
+            if isinstance(tree, ast.Module):
+                self._room -= stop
+                return tree, stop, bool(cut_off)
+            # All lines were put together, even if the parser saw only the first of them.
+            self._room -= stop if tree.at_end else tree.line + 1 + stop // 20
+            cut_off = tree.at_end if cut_off is None else cut_off
+            stop = tree.line
+        return ast.Module(body=[], type_ignores=[]), 0, bool(cut_off)
+
+
+def find_statements(lines: Sequence[str], *, closed: bool = True) -> list[Statement]:
     r"""The statements of the top level in a text, without what is no Python between them.
 
     A statement that Python refuses is left out as a whole. Of one that the end of the text cuts
@@ -243,46 +291,12 @@ def find_statements(
     Args:
         lines: The text.
         closed: Whether the text is whole; else its end may be missing.
-        budget: Shared by several texts.
 
     Example:
         >>> [s.source for s in find_statements(["Sure (here:", "x = 1", "It's done.", "y = 2"])]
         ['x = 1', 'y = 2']
     """
-    budget = budget or Budget()
-    lines = [line if is_readable(line) else "?" for line in lines]
-    found: list[Statement] = []
-    start = 0
-    while start < len(lines) and budget.lines > 0:
-        first = lines[start]
-        if not first.strip() or first[0] in " \t\f":
-            start += 1
-            continue
-        tree, stop, cut_off = _longest_start(lines[start:], budget)
-        rest = next((line for line in lines[start + stop :] if line.strip()), "")
-        encoded = [line.encode() for line in lines[start : start + stop]]
-        here = [Statement(node, source_of(node, encoded)) for node in tree.body]
-        if here and rest[:1] in (" ", "\t"):  # the rest belongs to the last one
-            last = here.pop()
-            if cut_off and not closed:
-                here.append(Statement(last.node, last.source, unfinished=True))
-        found += here
-        start += max(stop, 1)
-    return found
-
-
-def _longest_start(lines: Sequence[str], budget: Budget) -> tuple[ast.Module, int, bool]:
-    """The lines from the first on that parse, their number, and whether the others may follow."""
-    stop, cut_off = len(lines), None
-    while stop > 0 and budget.lines > 0:
-        tree = parse_or_refuse(lines[:stop])
-        if isinstance(tree, ast.Module):
-            budget.lines -= stop
-            return tree, stop, bool(cut_off)
-        budget.lines -= stop if tree.at_end else tree.line + 1
-        cut_off = tree.at_end if cut_off is None else cut_off
-        stop = tree.line
-    return ast.Module(body=[], type_ignores=[]), 0, bool(cut_off)
+    return Search().find(lines, closed=closed)
 
 
 def source_of(node: ast.stmt, lines: Sequence[bytes]) -> str:

@@ -30,14 +30,30 @@ def differing(names, found, expected):
     ]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.entry)
-def test_each_way_of_writing_has_its_bodys_verdict(problem):
-    bodies = {True: (problem.right, problem.wrong), False: (problem.wrong, problem.right)}
-    ways = {**{f"continued, {name}": way for name, way in CONTINUATIONS.items()}, **WHOLE}
-    names = [(name, verdict) for name in ways for verdict in bodies]
-    texts = [ways[name](problem, *bodies[verdict]) for name, verdict in names]
-    expected = [verdict for _, verdict in names]
-    assert differing(names, judged(problem, texts), expected) == []
+WAYS = {**{f"continued, {name}": way for name, way in CONTINUATIONS.items()}, **WHOLE}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """Of each problem in each way with each body, all run together."""
+    programs = {}
+    for problem in PROBLEMS:
+        bodies = {True: (problem.right, problem.wrong), False: (problem.wrong, problem.right)}
+        for name, way in WAYS.items():
+            for right, pair in bodies.items():
+                rest = problem.test, problem.entry
+                text = way(problem, *pair)
+                programs[problem.entry, name, right] = humaneval_program(
+                    problem.prompt, text, *rest
+                )
+    return dict(zip(programs, passed(programs.values()), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_writing_has_its_bodys_verdict(verdicts, way):
+    found = {key: verdict for key, verdict in verdicts.items() if key[1] == way}
+    assert len(found) == 2 * len(PROBLEMS)
+    assert found == {key: key[2] for key in found}
 
 
 def test_the_answers_are_many_and_different():
