@@ -72,7 +72,7 @@ def paper_solution(prompt: str, text: str, entry_point: str) -> str:
     r"""The program in an answer, without the tests.
 
     Example:
-        >>> print(paper_solution("def f(x):\n", "    return x", "f"))
+        >>> print(paper_solution("", "```python\ndef f(x):\n    return x\n```", "f"))
         def f(x):
             return x
     """

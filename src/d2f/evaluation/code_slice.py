@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from d2f.evaluation.code_statements import BUILTINS, Statement
 
+_LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
+
 
 def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) -> list[Statement]:
     """What `wanted` needs, in order.
@@ -28,6 +30,7 @@ def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) ->
     wanted = set(wanted)
     statements = _without_stubs(statements)
     elsewhere = {name for s in statements if not s.is_import for name in s.binds}
+    defined = {name for s in statements if s.is_definition for name in s.binds & elsewhere}
     standard = {name for s in statements if s.is_standard for name in s.binds}
     effects = _Effects(statements, wanted)
     results = {s for s in statements if s.is_never_needed or s.is_result_of(wanted)}
@@ -61,7 +64,9 @@ def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) ->
         kept.update(more)
         for index in more:
             statement = statements[index]
-            for name in statement.reads:
+            # What looks names up when it runs may look up any of them.
+            any_name = defined if statement.reads & _LOOKUPS else frozenset()
+            for name in statement.reads | any_name:
                 until = index if name in statement.reads_at_once else len(statements)
                 needed[name] = max(until, needed.get(name, 0))
 

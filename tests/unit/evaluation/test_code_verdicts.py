@@ -122,6 +122,10 @@ ONE_BY_ONE = {
         "import numpy as np\n\n\ndef total(xs):\n    return np.sum(xs)\n",
         False,
     ),
+    "a helper looked up by its name": (
+        "def one(xs):\n    return sum(xs)\n\n\ndef total(xs):\n    return eval('one(xs)')\n",
+        True,
+    ),
     "a setting": (
         "import sys\n\nsys.setrecursionlimit(5000)\n\n\ndef deep(n):\n"
         "    return n and 1 + deep(n - 1)\n\n\ndef total(xs):\n"
