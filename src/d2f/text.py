@@ -10,26 +10,18 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2f.chat_template import read_chat_template, render_chat
 from d2f.errors import CheckpointError, RequestError
 from d2f.hub import resolve_folder
+from d2f.text_stream import TextStream, tidy
+from d2f.tokenizer_files import TokenizerFiles, read_tokenizer
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from tokenizers import Tokenizer as _Backend
-
-_CONFIG = "tokenizer_config.json"
-_TOKENS = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
-# Classes whose vocab.json and merges.txt mean Qwen2's byte-level BPE.
-_QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_HALF = "\ufffd"
 
 
 class Tokenizer:
@@ -48,13 +40,10 @@ class Tokenizer:
         '1+1='
     """
 
-    def __init__(
-        self, backend: _Backend, config: Mapping[str, Any], chat_template: str | None
-    ) -> None:
+    def __init__(self, files: TokenizerFiles, chat_template: str | None) -> None:
+        backend, config = files.backend, files.config
         self._backend = backend
-        self._special = {
-            name: text for name in _TOKENS if (text := _content(config.get(name))) is not None
-        }
+        self._special = files.special
         self.chat_template = chat_template
         """The jinja template that turns messages into one text, if there is one."""
         self.bos_token_id = self._id("bos_token")
@@ -66,6 +55,10 @@ class Tokenizer:
         # Some files ask for cutting and padding, which is for their trainer to know.
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        self._tidies = _tidies(backend, config)
+        self.special_tokens = files.hidden
+        """Texts of the tokens that `decode` leaves out unless it is told to show them."""
         begins = config.get("add_bos_token")
         if begins is None:
             processed = backend.encode("a", add_special_tokens=True).ids
@@ -76,15 +69,16 @@ class Tokenizer:
     def load(cls, path_or_hub_id: str | Path) -> Tokenizer:
         """Load the tokenizer of a model folder or hub id.
 
-        tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream.
+        tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream. Tokens
+        that other files add have the ids and flags that transformers 5 gives them.
 
         Raises:
             CheckpointError: There is no such folder or no tokenizer in it, or it is broken or of
-                another kind.
+                another kind, or a file gives an added token an id that it cannot have.
         """
         folder = resolve_folder(path_or_hub_id, weights=False)
-        config = _read_config(folder)
-        return cls(_read_backend(folder, config), config, _read_chat_template(folder, config))
+        files = read_tokenizer(folder)
+        return cls(files, read_chat_template(folder, files.config))
 
     def with_bos(self, add_bos: bool) -> Tokenizer:
         """The same tokenizer, whose prompts begin with its BOS, or with none that it adds itself.
@@ -170,7 +164,7 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise RequestError(f"{message!r} is no message; it needs 'role' and 'content'")
-        return self._begin(self.encode(_render(self.chat_template, messages, self._special)))
+        return self._begin(self.encode(render_chat(self.chat_template, messages, self._special)))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Text of a conversation that is over: no answer of the assistant's begins behind it.
@@ -181,7 +175,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise RequestError("this tokenizer has no chat template")
-        return _render(self.chat_template, messages, self._special, add_generation_prompt=False)
+        return render_chat(self.chat_template, messages, self._special, open_answer=False)
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that the vocabulary, or an added token, spells like this."""
@@ -193,26 +187,47 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {number: token.content for number, token in added.items()}
 
-    @functools.cached_property
-    def special_tokens(self) -> frozenset[str]:
-        """Texts of the tokens that `decode` leaves out unless it is told to show them."""
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(token.content for token in added.values() if token.special)
-
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return tidy(text) if self._tidies else text
+
+    def decode_after(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text that token ids add behind other text.
+
+        Some tokenizers take the space from a token that a text begins with; here it stays.
+
+        Example:
+            >>> from tokenizers import Tokenizer as Backend, decoders, models
+            >>> from d2f.testing import write_tokenizer
+            >>> import tempfile
+            >>> folder = write_tokenizer(tempfile.mkdtemp())
+            >>> backend = Backend(models.WordLevel({"▁a": 0}, unk_token="▁a"))
+            >>> backend.decoder = decoders.Metaspace()
+            >>> backend.save(str(folder / "tokenizer.json"))
+            >>> tokenizer = Tokenizer.load(folder)
+            >>> tokenizer.decode([0]), tokenizer.decode_after([0])
+            ('a', ' a')
+        """
+        token_of = self._token_of(skip_special_tokens)
+        tokens = [token for i in ids if (token := token_of(i)) is not None]
+        before, whole = self._text_of(["a"]), self._text_of(["a", *tokens])
+        return whole[len(before) :]
 
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets, the chat template included."""
-        parts = [self._backend.to_str(), self.chat_template, self._special, self._begins]
+        parts = [self._backend.to_str(), self.chat_template, dict(self._special), self._begins]
         return hashlib.blake2b(
             json.dumps(parts, sort_keys=True).encode(), digest_size=16
         ).hexdigest()
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A decoder for ids that arrive bit by bit."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        return TextStream(
+            self._backend.decoder,
+            self._token_of(skip_special_tokens),
+            tidies=self._tidies,
+        )
 
     def _begin(self, ids: list[int]) -> list[int]:
         bos = self.bos_token_id
@@ -223,193 +238,28 @@ class Tokenizer:
             start += 1
         return [bos, *ids[start:]] if start or self._begins else ids
 
+    def _text_of(self, tokens: list[str]) -> str:
+        decoder = self._backend.decoder
+        text = " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        return tidy(text) if self._tidies else text
+
+    def _token_of(self, skip_special_tokens: bool) -> Callable[[int], str | None]:
+        """What finds the token of an id, None for one that is not shown."""
+
+        def shown(token_id: int) -> str | None:
+            token = self._backend.id_to_token(token_id)
+            return None if token in self.special_tokens else token
+
+        return shown if skip_special_tokens else self._backend.id_to_token
+
     def _id(self, name: str) -> int | None:
         text = self._special.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
 
-class TextStream:
-    """Text of a growing list of token ids, never cut inside a character.
-
-    Example:
-        >>> from d2f.testing import write_tokenizer
-        >>> import tempfile
-        >>> stream = Tokenizer.load(write_tokenizer(tempfile.mkdtemp())).stream()
-        >>> stream.push([66, 67]), stream.push([68]), stream.close()
-        ('ab', 'c', '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        # Only a window is decoded: what was last given out in full, for decoders that treat the
-        # first token of a text differently, and what came after.
-        self._window: list[int] = []
-        self._num_context = 0
-        self._given = ""
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Add ids and return the text that is certain now."""
-        self._window += ids
-        text = self._decode(self._window)
-        # Bytes of an unfinished character decode to this one; the next ids may complete it.
-        certain = text.rstrip(_HALF)
-        new = certain[len(self._given) :]
-        self._given = certain if len(certain) > len(self._given) else self._given
-        if certain == text and len(self._window) > self._num_context:
-            self._window = self._window[self._num_context :]
-            self._num_context = len(self._window)
-            self._given = self._decode(self._window)
-        return new
-
-    def close(self) -> str:
-        """Return what was withheld: the rest of a text that ends inside a character."""
-        rest = self._decode(self._window)[len(self._given) :]
-        self._window, self._num_context, self._given = [], 0, ""
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-
-
-def _content(token: Any) -> str | None:
-    """Text of a special token, which configs write as a string or as a table."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", _CONFIG):
-        if (folder / name).exists():
-            config |= _read_json(folder / name)
-    return config
-
-
-def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _read_backend(folder: Path, config: Mapping[str, Any]) -> _Backend:
-    from tokenizers import Tokenizer as Backend
-
-    file = folder / "tokenizer.json"
-    try:
-        if file.exists():
-            return Backend.from_file(str(file))
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            file = folder / "vocab.json"
-            return _qwen2_backend(folder, config)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{file} is no tokenizer that can be read: {error}") from None
-    raise CheckpointError(
-        f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. "
-        "Give a folder that has one, or save it with transformers as tokenizer.json"
-    )
-
-
-def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> _Backend:
-    """Qwen2's byte-level BPE with the added tokens that tokenizer_config.json lists."""
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    kind = config.get("tokenizer_class", _QWEN2_CLASSES[0])
-    if kind not in _QWEN2_CLASSES:
-        raise CheckpointError(
-            f"{folder / _CONFIG}: vocab.json and merges.txt of a {kind} cannot be read, only of "
-            f"{', '.join(_QWEN2_CLASSES)}; save the tokenizer with transformers as tokenizer.json"
-        )
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    backend = Backend(models.BPE.from_file(*files))
-    backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    added = config.get("added_tokens_decoder") or {}
-    for number, token in sorted((int(number), token) for number, token in added.items()):
-        flags = {
-            name: bool(token[name])
-            for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-            if name in token
-        }
-        backend.add_tokens([AddedToken(token["content"], **flags)])
-        if backend.token_to_id(token["content"]) != number:
-            raise CheckpointError(
-                f"{folder / _CONFIG}: the added token {token['content']!r} should have id "
-                f"{number}, but vocab.json leaves {backend.token_to_id(token['content'])} for it"
-            )
-    # Special tokens named without an id come last, as transformers adds them.
-    named = [_content(config.get(name)) for name in ("eos_token", "pad_token", "bos_token")]
-    backend.add_tokens([AddedToken(text, special=True) for text in named if text])
-    return backend
-
-
-def _render(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    special: Mapping[str, str],
-    *,
-    add_generation_prompt: bool = True,
-) -> str:
-    """The text of a conversation, as `transformers` renders it."""
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        return _compiled(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special,
-        )
-    except TemplateSyntaxError as error:
-        raise CheckpointError(f"the chat template is broken: {error}") from None
-    except RequestError:
-        raise
-    except Exception as error:  # a template is a program and can fail in any way
-        raise RequestError(f"the chat template cannot render these messages: {error}") from None
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> Template:
-    """A template made ready once: that takes longer than to fill it in."""
-    # Imported here: most uses of ids need no template.
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise RequestError(f"the chat template refuses the messages: {message}")
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+def _tidies(backend: _Backend, config: Mapping[str, Any]) -> bool:
+    """Whether decoded texts lose spaces before punctuation, as transformers 5 decides it."""
+    wanted = config.get("clean_up_tokenization_spaces", False)
+    # Made for WordPiece; many a BPE's config asks for it and would lose what it wrote.
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    return bool(wanted and (forced or type(backend.model).__name__ != "BPE"))

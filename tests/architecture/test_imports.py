@@ -23,6 +23,7 @@ LAYERS = (
     ("models",),
     ("ops", "diffusion"),
     ("text", "problems"),
+    ("chat_template", "text_stream", "tokenizer_files"),
     ("hub", "shipped", "provenance", "recipe"),
     ("errors",),
 )

@@ -107,6 +107,7 @@ def _evaluate(
         data=recipe.data,
         offline=recipe.offline,
         num_fewshot=recipe.num_fewshot,
+        clean_up=recipe.clean_up,
     )
     environment = describe_environment(device=device, dtype=dtype)
     if recipe.task in CODE_TASKS:

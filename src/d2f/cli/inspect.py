@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2f.errors import CheckpointError
+
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
     from d2f.models.storage import StoredTensor
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
 def inspect_command(
@@ -23,7 +27,8 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint is: architecture, sizes, token ids, adapter, policy, memory needed.
 
-    No weight is loaded, so this takes no memory; keys and shapes are checked all the same.
+    No weight is loaded, so this takes no memory; keys and shapes are checked all the same. Where
+    only the tokenizer is broken, the report says so and the exit status is 1.
 
     Example: d2f inspect ./my-model --adapter ./my-adapter
     """
@@ -32,16 +37,20 @@ def inspect_command(
     report = inspect_model(model, adapter)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console().print(render(report))
+        Console().print(render(report))
+    if report["tokenizer"] and report["tokenizer"]["error"]:
+        raise typer.Exit(1)
 
 
 def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
     """The facts of a checkpoint and, if given, of an adapter for it, as plain values.
 
-    From the hub only the small files are fetched; `dtype` and `files` are then None.
+    From the hub only the small files are fetched; `dtype` and `files` are then None. `tokenizer`
+    is None for a folder without one, which can still decode ids; what is wrong with a broken one
+    is its `error`.
 
     Raises:
         CheckpointError: The model or the adapter is missing, broken or of another kind.
@@ -82,7 +91,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "bos": spec.bos_token_id,
             "pad": spec.pad_token_id,
         },
-        "chat": _chat(folder),
+        "tokenizer": _tokenizer(folder),
         "ends": [asdict(end) | {"sources": list(end.sources)} for end in find_ends(folder, spec)],
         "adapter": adapted,
         "strategy": default_strategy(spec),
@@ -98,18 +107,24 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     }
 
 
-def _chat(folder: Path) -> dict[str, Any] | None:
-    """What the chat template leaves out of a conversation; None without one."""
-    from d2f.errors import CheckpointError
+def _tokenizer(folder: Path) -> dict[str, Any] | None:
+    from d2f.chat_template import check_chat_template
     from d2f.text import Tokenizer
 
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        return None
     try:
         tokenizer = Tokenizer.load(folder)
-    except CheckpointError:  # a model needs no tokenizer to be looked at
-        return None
-    if tokenizer.chat_template is None:
-        return None
-    return {"leaves_out": list(tokenizer.left_out)}
+        if tokenizer.chat_template is not None:
+            check_chat_template(tokenizer.chat_template)
+    except CheckpointError as error:
+        return {"num_tokens": None, "chat_template": None, "error": str(error)}
+    left_out = list(tokenizer.left_out)
+    return {
+        "num_tokens": tokenizer.vocab_size,
+        "chat_template": None if tokenizer.chat_template is None else {"leaves_out": left_out},
+        "error": None,
+    }
 
 
 def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -177,7 +192,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
         ("positions", f"{sizes['max_positions']:,}"),
         ("token ids", _pairs(report["token_ids"])),
-        ("chat", _chat_line(report["chat"])),
+        ("tokenizer", _tokenizer_line(report["tokenizer"], sizes["vocab_size"])),
         *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         ("decoded by", f"{report['strategy']}, at most {report['max_new_tokens']} new tokens"),
@@ -199,12 +214,22 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _chat_line(chat: dict[str, Any] | None) -> str:
-    if chat is None:
+def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
+    if tokenizer is None:
+        return "none"
+    if tokenizer["error"]:
+        return f"cannot be used: {tokenizer['error']}"
+    line = f"{tokenizer['num_tokens']:,} tokens, {_template(tokenizer['chat_template'])}"
+    more = tokenizer["num_tokens"] - vocab_size
+    return f"{line}; the model does not know {more:,} of the tokens" if more > 0 else line
+
+
+def _template(template: dict[str, Any] | None) -> str:
+    if template is None:
         return "no chat template"
     words = {"system": "system messages", "history": "all before the user's last message"}
-    left_out = " and ".join(words[name] for name in chat["leaves_out"])
-    return f"template, which leaves out {left_out}" if left_out else "template"
+    left_out = " and ".join(words[name] for name in template["leaves_out"])
+    return f"a chat template, which leaves out {left_out}" if left_out else "a chat template"
 
 
 def _end(end: dict[str, Any]) -> str:

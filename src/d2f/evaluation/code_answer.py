@@ -1,9 +1,13 @@
-"""The program in a model's answer: out of its fence, freed from prose, cut to what is needed.
+"""The program in a model's answer: what Python would execute of prompt and answer, and no more.
 
-In effect this is what the authors of D2F do before they score HumanEval: of prompt and fenced code,
-the longest run of lines that Python parses; of that, the imports and whatever the wanted function
-leads to. They look at 100 lines and parse every run of them. Here a run that fails is shortened to
-the line that Python complains of, so a few parses do, and more lines can be looked at.
+An answer is the prompt's continuation, or a conversation with code in fences or without any. Python
+would execute all of its code in order, so that helpers count, whatever they are, and the later of
+two functions of a name. What only shows or tries the function is left out (`code_slice`): it asks
+for input, or fails.
+
+Where it is not plain which text is code, there are several readings, the most literal one first:
+the first that has the wanted functions and all that they use is taken. No reading is ever run to
+find that out, so nothing here knows whether an answer is right.
 
 No function here raises for any text.
 """
@@ -12,95 +16,72 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-_MAX_CHARACTERS = 100_000
-"""Of a longer text only the start is looked at; the longest answers have some 4,000."""
-_MAX_LINES = 2_000
-_MAX_PARSED_LINES = 100_000
-"""Lines given to the parser in all; a text made to be slow ends the search here."""
+from d2f.evaluation.code_readings import Piece, moved, readings
+from d2f.evaluation.code_slice import missing_names, needed_statements, undefined_names
+from d2f.evaluation.code_statements import (
+    MAX_CHARACTERS,
+    Search,
+    Statement,
+    find_statements,
+    names_read,
+    parse_or_refuse,
+    split_lines,
+)
 
-_PYTHON_FENCE = re.compile(r"```[ \t]*(?:python3?|py)\b[^\n]*\n?", re.IGNORECASE)
-_FENCE = re.compile(r"```[^\n`]*\n?")
-_CLOSING_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_END_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>[ \t]*$", re.MULTILINE)
+"""As `<|im_end|>`; some write it with the wide bars of Chinese."""
+_LAST_TOKENS = ("</s>", "<s>", "<eos>", "<pad>", "<end_of_turn>")
+"""Those that may stand in a program too, so they count at the very end alone."""
 
 
-def extract_code(text: str) -> str:
-    r"""The code in an answer.
+def read_answer(text: str, wanted: Sequence[str], prompt: str = "") -> str:
+    r"""The program in an answer.
 
     Args:
         text: What the model wrote.
+        wanted: Names that the tests use: of the functions to write, and of what the prompt gives.
+        prompt: Python that the answer may continue or build on; empty if the prompt is none.
 
     Returns:
-        The text of the first fence that says it is Python, else of the first fence, else all of
-        it. A fence that is not closed lasts to the end. A lone fence with nothing behind it closes
-        what the prompt opened: the text before it.
+        What of prompt and answer the wanted names need. If that is not there, what there is of it.
 
     Example:
-        >>> extract_code("Here you are:\n```python\nx = 1\n```\nGood luck!")
-        'x = 1\n'
-        >>> extract_code("    return x\n```\n")
-        '    return x\n'
-    """
-    opening = _PYTHON_FENCE.search(text) or _FENCE.search(text)
-    if opening is None:
-        return text
-    body = text[opening.end() :]
-    if not body.strip():
-        return text[: opening.start()]
-    closing = _CLOSING_FENCE.search(body)
-    end = closing.start() if closing else body.find("```")
-    return body if end < 0 else body[:end]
-
-
-def sanitize(code: str, entry_point: str) -> str:
-    r"""The part of a text that defines a function.
-
-    Args:
-        code: Python among other things, such as prose before and behind it.
-        entry_point: Name of the wanted function.
-
-    Returns:
-        Of the longest parseable run of lines: the imports, then the functions, classes and
-        variables that `entry_point` leads to, in their order. A function counts only if it returns
-        something, and of several of a name the first that counts: so a prompt's stub gives way to
-        the answer. Empty, or imports alone, if there is no such function.
-
-    Example:
-        >>> print(sanitize("Sure!\nimport math\ndef f(x):\n    return x\nprint(f(1))", "f"))
-        import math
+        >>> print(read_answer("Sure!\n```python\ndef f(x):\n    return x\nprint(f(1))\n```", ["f"]))
         def f(x):
             return x
     """
-    lines = _longest_run(_lines(code))
-    tree = _parse(lines)
-    if tree is None:
-        return ""
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    definitions: dict[str, ast.stmt] = {}
-    for node in tree.body:
-        for name in _defined_names(node):
-            definitions.setdefault(name, node)
-    wanted = _reachable(entry_point, definitions)
-    encoded = [line.encode() for line in lines]
-    kept = [node for node in tree.body if node in wanted]
-    return "\n".join(_source(node, encoded) for node in [*imports, *kept])
+    search = Search()
+    best: tuple[tuple[int, int, int], list[Statement]] | None = None
+    for pieces in readings(split_lines(_without_end_tokens(text)), prompt, search):
+        statements = _statements(pieces, wanted, prompt, search)
+        kept = needed_statements(statements, wanted)
+        undefined = undefined_names(kept, wanted)
+        strays = sum(statement.is_stray for statement in statements)
+        fault = len(undefined), strays, len(missing_names(kept, wanted) - undefined)
+        if best is None or fault < best[0]:
+            best = fault, kept
+        if not any(best[0]) or search.is_over:
+            break
+    kept = best[1] if best else []
+    first = [s.source for s in kept if s.is_future]
+    return "\n".join([*first, *(s.source for s in kept if not s.is_future)])
 
 
 def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
     r"""The program that tells whether an answer to a HumanEval problem is right.
 
     Args:
-        prompt: The problem: imports and a function's head with its docstring.
-        completion: What the model wrote behind it: the function's body, or an answer with the whole
-            function in a fence.
+        prompt: The problem: imports, perhaps helpers, and a function's head with its docstring.
+        completion: What the model wrote behind it: the function's body, or an answer of any form
+            with the whole function.
         test: The problem's tests, a function `check`.
         entry_point: Name of the wanted function.
 
     Returns:
-        A program that runs to its end if the answer passes. A continuation that parses is taken as
-        it is, up to a fence; of anything else, `sanitize` of prompt and code.
+        A program that runs to its end if the answer passes. A continuation that is nothing but
+        definitions is taken as it is.
 
     Example:
         >>> print(humaneval_program("def f(x):\n", "    return x", "def check(f): ...", "f"))
@@ -109,120 +90,105 @@ def humaneval_program(prompt: str, completion: str, test: str, entry_point: str)
         def check(f): ...
         check(f)
     """
-    head, fence, _ = completion.partition("```")
-    # Before a fence stands prose, or, if it is indented, the body of the function.
-    plain = not fence or head.lstrip("\n")[:1] in (" ", "\t")
-    solution = prompt + head
-    if not plain or _parse(_lines(solution)) is None:
-        solution = sanitize(f"{prompt}\n{extract_code(completion)}", entry_point)
+    solution = prompt + completion
+    if not _is_plain(solution, entry_point):
+        wanted = dict.fromkeys([entry_point, *names_read(test)])
+        solution = read_answer(completion, list(wanted), prompt)
     return f"{solution}\n{test}\ncheck({entry_point})"
 
 
-def _lines(text: str) -> list[str]:
-    """Lines as Python counts them; `splitlines` knows more ends of lines than Python."""
-    text = text[:_MAX_CHARACTERS].replace("\r\n", "\n").replace("\r", "\n")
-    return text.split("\n")[:_MAX_LINES]
+def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
+    r"""The program in an answer to an MBPP problem, without the tests.
+
+    Args:
+        text: What the model wrote.
+        tests: The problem's assertions.
+        setup: What they need and the problem brings along.
+
+    Example:
+        >>> print(mbpp_solution("Here:\n```\ndef f(x):\n    return x\n```", "assert f(1) == 1"))
+        def f(x):
+            return x
+    """
+    wanted = names_read(f"{setup}\n{tests}") or names_read(tests, without=frozenset())
+    solution = read_answer(text, wanted)
+    return f"{solution}\n{setup}" if setup.strip() else solution
 
 
-def _parse(lines: Sequence[str]) -> ast.Module | None:
-    tree = _parse_or_line(lines)
-    return tree if isinstance(tree, ast.Module) else None
+def _without_end_tokens(text: str) -> str:
+    """The text up to the token with which a model ends its turn."""
+    text = text[:MAX_CHARACTERS]
+    found = _END_TOKEN.search(text)
+    while found is not None and not text[: found.start()].strip():
+        text = text[found.end() :]
+        found = _END_TOKEN.search(text)
+    text = text if found is None else text[: found.start()]
+    while (bare := text.rstrip()).endswith(_LAST_TOKENS):
+        text = bare[: bare.rindex("<")]
+    return text
 
 
-def _parse_or_line(lines: Sequence[str]) -> ast.Module | int:
-    """The parsed lines, or how many of them may parse: those before the one that is refused."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in strings
-            return ast.parse("\n".join(lines))
-    except SyntaxError as error:
-        # At the end of the text Python may name a line behind it.
-        return min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
-    except (ValueError, MemoryError, RecursionError, OverflowError, SystemError):
-        return len(lines) // 2  # too deep, and nobody says where
-
-
-def _longest_run(lines: Sequence[str]) -> list[str]:
-    """The run of lines that parses with the most lines that are not blank; the first of equals."""
-    best: list[str] = []
-    best_size = 0
-    budget = _MAX_PARSED_LINES
-    for piece in _readable_pieces(lines):
-        sizes = [0]
-        for line in piece:
-            sizes.append(sizes[-1] + bool(line.strip()))
-        inside: set[int] = set()
-        for start, first in enumerate(piece):
-            # A program starts at the left. One that starts at a statement of an earlier run ends
-            # where that run ends.
-            if not first.strip() or first[0] in " \t\f" or start in inside:
-                continue
-            stop = len(piece)
-            while sizes[stop] - sizes[start] > best_size and budget > 0:
-                budget -= stop - start
-                tree = _parse_or_line(piece[start:stop])
-                if isinstance(tree, ast.Module):
-                    best, best_size = list(piece[start:stop]), sizes[stop] - sizes[start]
-                    inside = {start + node.lineno - 1 for node in tree.body}
-                    break
-                stop = start + tree
-    return best
-
-
-def _readable_pieces(lines: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The runs of lines between those that no program can hold."""
-    start = 0
-    for index, line in enumerate(lines):
-        if not _readable(line):
-            yield lines[start:index]
-            start = index + 1
-    yield lines[start:]
-
-
-def _readable(line: str) -> bool:
-    try:
-        return b"\0" not in line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+def _is_plain(source: str, entry_point: str) -> bool:
+    """Whether a program does nothing but to define, with what Python brings along."""
+    tree = parse_or_refuse(split_lines(source))
+    if not isinstance(tree, ast.Module) or len(source) > MAX_CHARACTERS:
         return False
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return names.count(entry_point) == 1 and all(_only_defines(node) for node in tree.body)
 
 
-def _defined_names(node: ast.stmt) -> list[str]:
-    """The names that a statement defines, if it is one of those that are kept."""
-    if isinstance(node, ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        returns = any(isinstance(inner, ast.Return) for inner in ast.walk(node))
-        return [node.name] if returns else []
-    if isinstance(node, ast.Assign):
-        targets: list[ast.expr] = node.targets
-    elif isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    else:
-        return []
-    inner = (part for target in targets for part in ast.walk(target))
-    stored = (part for part in inner if isinstance(part, ast.Name))
-    return [part.id for part in stored if isinstance(part.ctx, ast.Store)]
+def _only_defines(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return Statement(node, "").is_standard
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    return isinstance(node, ast.FunctionDef) and not node.decorator_list
 
 
-def _reachable(entry_point: str, definitions: dict[str, ast.stmt]) -> set[ast.stmt]:
-    """The definitions that a name leads to, its own among them."""
-    found: set[ast.stmt] = set()
-    names = [entry_point]
-    while names:
-        node = definitions.pop(names.pop(), None)
-        if node is not None and node not in found:
-            found.add(node)
-            names += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+def _statements(
+    pieces: Sequence[Piece], wanted: Sequence[str], prompt: str, search: Search
+) -> list[Statement]:
+    """All statements of a prompt and a reading of its answer."""
+    given = split_lines(prompt.rstrip(" \t"))
+    if not given[-1]:
+        given.pop()
+    answered: list[Statement] = []
+    for number, piece in enumerate(pieces):
+        whole = search.find(moved(piece, 0).lines, closed=piece.closed)
+        if piece.indent > 0 and given and not _defines(whole, wanted):
+            whole = search.find([*given, *piece.lines], closed=piece.closed)
+        elif number == 0:
+            answered += search.find(given, closed=True)
+        answered += whole
+    return answered + _from_classes(answered, wanted)
+
+
+def _defines(statements: Sequence[Statement], wanted: Sequence[str]) -> bool:
+    """Whether an indented text is a program at a wrong place, and no function's body."""
+    returns = any(isinstance(statement.node, ast.Return) for statement in statements)
+    wants = any(s.is_definition and s.binds.intersection(wanted) for s in statements)
+    return wants and not returns
+
+
+def _from_classes(statements: Sequence[Statement], wanted: Sequence[str]) -> list[Statement]:
+    """Functions out of the class in which an answer has them: `f = Solution().f`."""
+    found = []
+    for name in sorted(undefined_names(statements, wanted)):
+        for statement in reversed(statements):
+            owner = _owner(statement.node, name)
+            if owner is not None:
+                found += find_statements([f"{name} = {owner}.{name}"])
+                break
     return found
 
 
-def _source(node: ast.stmt, lines: Sequence[bytes]) -> str:
-    """The text of a statement at the left margin, with its decorators; offsets count bytes."""
-    decorators = getattr(node, "decorator_list", [])
-    first = min(part.lineno for part in [node, *decorators]) - 1
-    last = (node.end_lineno or node.lineno) - 1
-    rows = list(lines[first : last + 1])
-    rows[-1] = rows[-1][: node.end_col_offset]
-    if not decorators:
-        rows[0] = rows[0][node.col_offset :]
-    return b"\n".join(rows).decode()
+def _owner(node: ast.stmt, name: str) -> str | None:
+    """What a function is an attribute of, if it is one of a class."""
+    if not isinstance(node, ast.ClassDef):
+        return None
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and part.name == name:
+            arguments = [argument.arg for argument in part.args.args]
+            bound = arguments[:1] in (["self"], ["cls"]) or part.decorator_list
+            return f"{node.name}()" if bound else node.name
+    return None

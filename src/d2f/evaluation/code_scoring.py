@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from d2f.evaluation.code_answer import humaneval_program
+from d2f.evaluation.code_answer import humaneval_program, mbpp_solution
+from d2f.evaluation.code_paper import paper_solution
 from d2f.evaluation.harness_answers import cut, first_metric, official_scores, stop_strings
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Verdict
@@ -73,52 +74,59 @@ class CodeEval:
 class CodeScorer:
     """Marks the answers of `humaneval` and `mbpp`.
 
-    A model that chats answers HumanEval with a fenced block or repeats the function's head. Such an
-    answer is cleaned up (`code_answer`); any other is a continuation and cut at lm-eval's stop
-    strings. `pass@1` marks that; `pass@1,create_test` is lm-eval's own number, always from the text
-    cut at its stop strings.
+    `pass@1` decides: it marks the program that the clean-up finds in an answer (`code_answer`).
+    Beside it stands lm-eval's own number, always of the text cut at lm-eval's stop strings:
+    `pass@1,create_test` or `pass_at_1,none`.
+
+    Args:
+        code_eval: What lm-eval's functions ask to run programs.
+        clean_up: "ours"; or "paper", as the authors of D2F do: `code_paper` for HumanEval, and on
+            MBPP nothing, so that lm-eval's own number decides.
     """
 
-    def __init__(self, code_eval: CodeEval, *, clean: bool) -> None:
+    def __init__(self, code_eval: CodeEval, *, clean_up: str = "ours") -> None:
         self._code_eval = code_eval
-        self._clean = clean
+        self._clean_up = clean_up
 
     def __call__(self, task: Any, docs: Sequence[Any], texts: Sequence[str]) -> list[Verdict]:
         """Mark one text per problem."""
         pairs = list(zip(docs, texts, strict=True))
-        for doc, text in pairs:
-            self._mark(task, doc, text)
+        programs = [self._program(task, doc, text) for doc, text in pairs]
+        for pair, program in zip(pairs, programs, strict=True):
+            self._mark(task, *pair, program)
         self._code_eval.run()
-        verdicts = [self._verdict(task, doc, text) for doc, text in pairs]
+        verdicts = [
+            self._verdict(task, *pair, program)
+            for pair, program in zip(pairs, programs, strict=True)
+        ]
         self._code_eval.forget()
         return verdicts
 
-    def _mark(self, task: Any, doc: Any, text: str) -> tuple[dict[str, float], str]:
-        """The metrics, the first deciding, and the program that the first one ran."""
-        if not self._clean:
-            return official_scores(task, doc, text), text
-        stops = stop_strings(task)
-        official = official_scores(task, doc, cut(text, stops))
+    def _program(self, task: Any, doc: Mapping[str, Any], text: str) -> str:
+        """The program that decides, without the tests."""
         tests = task.doc_to_target(doc)
-        program = clean_program(doc, text, stops, tests)
-        passed, _ = self._code_eval.compute(references=[tests], predictions=[[program]], k=[1])
-        return {**passed, **official}, program
+        if "entry_point" not in doc:
+            setup = doc.get("test_setup_code") or ""
+            return text if self._clean_up == "paper" else mbpp_solution(text, tests, setup)
+        prompt, entry_point = doc["prompt"], doc["entry_point"]
+        if self._clean_up == "paper":
+            return paper_solution(prompt, text, entry_point)
+        return humaneval_program(prompt, text, doc["test"], entry_point).removesuffix(f"\n{tests}")
 
-    def _verdict(self, task: Any, doc: Any, text: str) -> Verdict:
-        metrics, program = self._mark(task, doc, text)
+    def _mark(self, task: Any, doc: Any, text: str, program: str) -> dict[str, float]:
+        """The metrics, the first deciding."""
+        official = official_scores(task, doc, cut(text, stop_strings(task)))
+        if self._clean_up == "paper" and "entry_point" not in doc:
+            return official
+        tests = [task.doc_to_target(doc)]
+        passed, _ = self._code_eval.compute(references=tests, predictions=[[program]], k=[1])
+        return {**passed, **official}
+
+    def _verdict(self, task: Any, doc: Any, text: str, program: str) -> Verdict:
+        metrics = self._mark(task, doc, text, program)
         return Verdict(
             correct=first_metric(metrics) == 1,
             answer=program,
             reason=self._code_eval.reason(program, task.doc_to_target(doc)),
             metrics=metrics,
         )
-
-
-def clean_program(doc: Mapping[str, Any], text: str, stops: Sequence[str], tests: str) -> str:
-    """The program of an answer to a HumanEval problem, without the tests."""
-    prompt, entry_point = doc["prompt"], doc["entry_point"]
-    whole = "```" in text or f"def {entry_point}(" in text
-    completion = text if whole else cut(text, stops)
-    return humaneval_program(prompt, completion, doc["test"], entry_point).removesuffix(
-        f"\n{tests}"
-    )

@@ -15,6 +15,7 @@ from typing import Any
 
 from d2f.engine.policy import check_decoding
 from d2f.errors import ConfigError, unknown_name
+from d2f.evaluation.task import CLEAN_UPS
 from d2f.recipe import at_least, from_table, one_of, read_recipe
 
 EXPERIMENTS = ("methods", "thresholds", "steps", "noise", "control", "block-size", "batch")
@@ -191,6 +192,8 @@ class EvalRecipe:
     seed: int = 0
     """Of problems that are generated, and of few-shot examples."""
     split: str = "test"
+    clean_up: str = "ours"
+    """How a program is found in an answer: "ours", or "paper", as the authors of D2F do it."""
     max_new_tokens: int | str = GOLD
     """For rows that say nothing else."""
     score: ScoreSettings | None = None
@@ -203,6 +206,7 @@ class EvalRecipe:
         if not self.output.strip():
             raise ConfigError("output is empty; name the folder to write to")
         one_of("experiment", self.experiment, EXPERIMENTS)
+        one_of("clean_up", self.clean_up, CLEAN_UPS)
         check_limit(self.max_new_tokens)
         at_least("num_fewshot", self.num_fewshot, 0)
         if self.score is None and self.speed is None:

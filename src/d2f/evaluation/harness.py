@@ -50,6 +50,7 @@ def load_harness_task(
     data: str | Path | None = None,
     offline: bool = False,
     num_fewshot: int | None = None,
+    clean_up: str = "ours",
 ) -> HarnessTask:
     """Load one of lm-eval's benchmarks.
 
@@ -60,6 +61,7 @@ def load_harness_task(
         data: A folder of the public files (`harness_data.FILES`); None: from the hub.
         offline: Ask no network: what the hub's cache has will do.
         num_fewshot: Examples in the prompt; None: as many as the benchmark demands.
+        clean_up: How a program is found in an answer; "ours" or "paper" (`CodeScorer`).
 
     Raises:
         ConfigError: lm-eval is missing, a file is missing or broken, the hub does not give the
@@ -91,7 +93,7 @@ def load_harness_task(
         parts,
         num_fewshot=shots,
         num_examples=num_examples,
-        scorer=_scorer(name, code_eval),
+        scorer=_scorer(name, code_eval, clean_up),
     )
 
 
@@ -99,8 +101,7 @@ class HarnessTask:
     """One of lm-eval's benchmarks.
 
     `stop` is the definition's, but for HumanEval none, as in the paper's scripts: models that chat
-    answer with fenced blocks, which those strings would cut to pieces. The judge cuts plain
-    continuations itself, so the score is the same.
+    answer with fenced blocks, which those strings would cut to pieces.
     """
 
     def __init__(
@@ -212,9 +213,9 @@ def _num_shots(name: str, part: Any, wanted: int | None) -> int:
     return wanted
 
 
-def _scorer(name: str, code_eval: CodeEval | None) -> Scorer:
+def _scorer(name: str, code_eval: CodeEval | None, clean_up: str) -> Scorer:
     if code_eval is not None:
-        return CodeScorer(code_eval, clean=name == "humaneval")
+        return CodeScorer(code_eval, clean_up=clean_up)
     if name.startswith("gsm8k"):
         return TextScorer("flexible-extract")
     return MathScorer(find_lm_eval(name) / "tasks" / "minerva_math" / "utils.py")

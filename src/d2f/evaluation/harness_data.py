@@ -70,6 +70,7 @@ FILES: Mapping[str, Files] = {
         folder="mbpp",
         splits=dict.fromkeys(MBPP_SPLITS, "mbpp.jsonl"),
         texts=("text", "code"),
+        optional=("test_setup_code",),
     ),
 }
 """Per lm-eval task."""

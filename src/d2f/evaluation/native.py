@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from d2f.errors import ConfigError
-from d2f.evaluation.code_answer import extract_code
+from d2f.evaluation.code_answer import read_answer
 from d2f.evaluation.code_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Example, Verdict
@@ -95,7 +95,7 @@ class Functions:
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Run each answer with the problem's tests."""
         programs = [
-            program(example.source, extract_code(text))
+            program(example.source, read_answer(text, [example.source.entry_point]))
             for example, text in zip(examples, texts, strict=True)
         ]
         return [

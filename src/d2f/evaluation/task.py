@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+CLEAN_UPS = ("ours", "paper")
+"""How a program is found in an answer; "paper" is how the authors of D2F do it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:

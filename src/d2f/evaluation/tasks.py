@@ -7,7 +7,7 @@ from pathlib import Path
 from d2f.errors import ConfigError, unknown_name
 from d2f.evaluation.harness import HARNESS_TASKS, load_harness_task
 from d2f.evaluation.native import NATIVE_TASKS, load_native_task
-from d2f.evaluation.task import Task
+from d2f.evaluation.task import CLEAN_UPS, Task
 
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS)
 """The names that a recipe may give."""
@@ -25,6 +25,7 @@ def load_task(
     data: str | Path | None = None,
     offline: bool = False,
     num_fewshot: int | None = None,
+    clean_up: str = "ours",
 ) -> Task:
     """Load a benchmark.
 
@@ -38,6 +39,8 @@ def load_task(
         data: A folder of the benchmark's public files; None: from the hub.
         offline: Ask no network.
         num_fewshot: Examples in the prompt; None: as many as the benchmark demands.
+        clean_up: How a program is found in an answer: "ours", or "paper", as the paper's authors
+            do it.
 
     Raises:
         ConfigError: The name or a setting is wrong, or the data cannot be had.
@@ -52,6 +55,12 @@ def load_task(
         raise ConfigError(unknown_name("task", name, TASKS))
     if split not in _SPLITS:
         raise ConfigError(unknown_name("split", split, _SPLITS))
+    if clean_up not in CLEAN_UPS:
+        raise ConfigError(unknown_name("clean_up", clean_up, CLEAN_UPS))
+    if clean_up == "paper" and name not in ("humaneval", "mbpp"):
+        raise ConfigError(
+            f'clean_up is "paper", but the paper cleans up no answers to {name}; leave it out'
+        )
     _check_count("num_examples", num_examples, least=1)
     _check_count("num_fewshot", num_fewshot, least=0)
     if name in HARNESS_TASKS:
@@ -62,6 +71,7 @@ def load_task(
             data=data,
             offline=offline,
             num_fewshot=num_fewshot,
+            clean_up=clean_up,
         )
     if data is not None:
         raise ConfigError(f"the task {name} makes up its problems; leave out the data folder")

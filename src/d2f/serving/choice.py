@@ -50,9 +50,10 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Special tokens are shown by name: a person who watches wants to see where the end is.
+        # Special tokens are shown by name: a person who watches wants to see where the end is. A
+        # token keeps its space, for it is shown behind others.
         self._text = functools.lru_cache(maxsize=65536)(
-            lambda token: tokenizer.decode([token], skip_special_tokens=False)
+            lambda token: tokenizer.decode_after([token], skip_special_tokens=False)
         )
 
     def __getitem__(self, token_id: int) -> str:

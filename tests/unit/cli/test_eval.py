@@ -104,7 +104,7 @@ def test_the_task_is_asked_for_what_the_options_say(evaluate):
         "letters",
         {
             "num_examples": 3, "seed": 9, "split": "test", "data": "files", "offline": True,
-            "num_fewshot": 2,
+            "num_fewshot": 2, "clean_up": "ours",
         },
     )  # fmt: skip
     report = json.loads(done.out)

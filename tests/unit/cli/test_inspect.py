@@ -60,14 +60,14 @@ def test_command(tmp_path):
 
 def test_it_says_what_the_chat_template_leaves_out(tmp_path):
     report = inspect_model(shipped_model("teacher"))
-    assert report["chat"] == {"leaves_out": ["system", "history"]}
+    assert report["tokenizer"]["chat_template"] == {"leaves_out": ["system", "history"]}
     line = " ".join(run(shipped_model("teacher")).stdout.split())
     assert "leaves out system messages and all before the user's last message" in line
-    folder = write_checkpoint(tmp_path, "llada")
-    assert inspect_model(folder)["chat"] is None
+    folder = write_checkpoint(tmp_path, "llada", tokenizer=True)
+    assert inspect_model(folder)["tokenizer"]["chat_template"] is None
     template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     write_tokenizer(folder, chat_template=template)
-    assert inspect_model(folder)["chat"] == {"leaves_out": []}
+    assert inspect_model(folder)["tokenizer"]["chat_template"] == {"leaves_out": []}
 
 
 def test_ends_are_told_with_their_sources(tmp_path):
@@ -83,6 +83,46 @@ def test_ends_are_told_with_their_sources(tmp_path):
     assert "ends at 95 '<|endoftext|>' (config.json, tokenizer's EOS, padding)" in text
     assert "34 'A' (generation_config.json)" in text
     assert "96 (generation_config.json; left out: the model has no row for it)" in text
+
+
+def test_a_tokenizer_is_told_of(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen2")
+    assert inspect_model(folder)["tokenizer"] is None
+    write_tokenizer(folder, chat_template="{{ messages }}")
+    size = tiny_spec("qwen2").vocab_size
+    expected = {"num_tokens": size, "chat_template": {"leaves_out": []}, "error": None}
+    assert inspect_model(folder)["tokenizer"] == expected
+    assert f"{size} tokens, a chat template" in run(folder).stdout
+    (folder / "special_tokens_map.json").write_text('{"sep_token": "<sep>"}')
+    assert "does not know 1 of the tokens" in " ".join(run(folder).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json is no tokenizer that can be read"),
+        ("tokenizer.json", None, "holds no tokenizer"),
+        ("tokenizer_config.json", "[", "cannot be read as JSON"),
+        ("added_tokens.json", '{"<x>": 900}', "should have id 900"),
+        ("chat_template.jinja", "{% if %}", "the chat template is broken"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_broken_tokenizer_is_told_of(tmp_path, file, content, reason, as_json):
+    folder = write_checkpoint(tmp_path, "qwen2", tokenizer=True)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    result = run(folder, *(["--json"] if as_json else []))
+    assert result.exit_code == 1
+    if as_json:
+        assert reason in json.loads(result.stdout)["tokenizer"]["error"]
+    else:
+        text = " ".join(result.stdout.split())
+        assert "tokenizer cannot be used" in text
+        assert reason.replace(" ", "") in text.replace(" ", "")
+        assert "file model.safetensors" in text
 
 
 def test_wrong_folders(tmp_path):

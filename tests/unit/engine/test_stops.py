@@ -15,6 +15,7 @@ from d2f.engine.stops import StopStrings
 from d2f.serving.choice import Choice, TokenTexts
 from d2f.testing import tiny_model
 from d2f.text import Tokenizer
+from d2f.tokenizer_files import TokenizerFiles
 
 WORDS = ["a", "b", "<", "|", "im", ">", "ab", "▁a", "x|", "<0xE2>", "<0x82>", "<0xAC>"]
 SPECIAL = ["<|x|>", "</s>", "<|im_end|>"]
@@ -42,7 +43,8 @@ def make_tokenizer(kind):
     backend.decoder = DECODERS[kind]
     backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     backend.add_tokens([AddedToken(VISIBLE, special=False)])
-    return Tokenizer(backend, {}, None)
+    files = TokenizerFiles(backend=backend, config={}, special={}, hidden=frozenset(SPECIAL))
+    return Tokenizer(files, None)
 
 
 EOS = len(WORDS) + 2

@@ -283,12 +283,63 @@ def test_mbpp_is_scored_like_lm_eval(data):
     expected = [passes(program) for program in programs]
     verdicts = task.judge([example] * len(texts), texts)
     assert [dict(verdict.metrics) for verdict in verdicts] == [
-        {"pass_at_1,none": value} for value in expected
+        {"pass@1": value, "pass_at_1,none": value} for value in expected
     ]
     assert [verdict.correct for verdict in verdicts] == [True, False, False, False, True]
     assert verdicts[0].reason is None
     assert "AssertionError" in verdicts[1].reason
     assert verdicts[1].answer == texts[1]
+
+
+def test_mbpp_answers_of_all_forms_count(data):
+    task = load_harness_task("mbpp", data=data)
+    example, code = task.examples()[0], MBPP[3]["code"].replace("\r\n", "\n")
+    texts = [f"Here:\n```python\n{code}\nprint(add(input()))\n```\n", "```\ndef add(x): pass\n```"]
+    verdicts = task.judge([example] * 2, texts)
+    assert [dict(verdict.metrics) for verdict in verdicts] == [
+        {"pass@1": value, "pass_at_1,none": 0.0} for value in (1.0, 0.0)
+    ]
+    paper = load_harness_task("mbpp", data=data, clean_up="paper").judge([example], texts[:1])
+    assert dict(paper[0].metrics) == {"pass_at_1,none": 0.0}
+
+
+def test_mbpp_tests_get_what_the_problem_sets_up(tmp_path):
+    node = "class Node:\n  def __init__(self, x):\n    self.x = x\ndef get(node):\n  return node.x"
+    row = MBPP[3] | {
+        "code": node,
+        "test_setup_code": "root = Node(3)",
+        "test_list": ["assert get(root) == 3"] * 3,
+    }
+    write_jsonl(tmp_path / "mbpp.jsonl", [row])
+    task = load_harness_task("mbpp", data=tmp_path, num_fewshot=0)
+    [verdict] = task.judge(task.examples(), [node])
+    assert dict(verdict.metrics) == {"pass@1": 1.0, "pass_at_1,none": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "paper"),
+    [
+        ("```python\ndef double(x):\n    return 2 * x\n```", True, True),
+        ("    return 2 * x\n", True, True),
+        ("```py\ndef double(x):\n    return 2 * x\n```", True, False),
+        (
+            "```python\nprint(double(1))\n```\n```python\ndef double(x):\n    return 2 * x\n```",
+            True,
+            False,
+        ),
+        (
+            "```python\ndef double(x):\n    return 2 * x\ndef double(x):\n    return x\n```",
+            False,
+            True,
+        ),
+    ],
+)
+def test_humaneval_is_cleaned_up_as_in_the_paper_on_demand(data, text, ours, paper):
+    for clean_up, right in (("ours", ours), ("paper", paper)):
+        task = load_harness_task("humaneval", data=data, clean_up=clean_up)
+        [verdict] = task.judge(task.examples()[:1], [text])
+        assert verdict.correct == right, clean_up
+        assert list(verdict.metrics) == ["pass@1", "pass@1,create_test"]
 
 
 @pytest.mark.parametrize(

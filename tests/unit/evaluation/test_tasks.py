@@ -29,6 +29,8 @@ def test_all_tasks_have_a_place():
         ({"num_fewshot": -1}, "num_fewshot must be a whole number from 0 on, not -1"),
         ({"num_fewshot": 1.5}, "num_fewshot must be a whole number from 0 on, not 1.5"),
         ({"num_fewshot": 2}, "word-problems has no few-shot prompt"),
+        ({"clean_up": "paper"}, "the paper cleans up no answers to word-problems"),
+        ({"clean_up": "papers"}, "did you mean 'paper'"),
         ({"data": "somewhere"}, "word-problems makes up its problems; leave out the data folder"),
     ],
 )

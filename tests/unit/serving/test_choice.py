@@ -1,11 +1,15 @@
 """Text that is certain, whatever the portions in which its tokens are committed."""
 
+import functools
 import math
+import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.serving.running import tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from d2f.serving.choice import Choice, TokenTexts, logprob_of
 from d2f.shipped import shipped_model
@@ -62,6 +66,39 @@ def test_logprobs_do_not_depend_on_the_portions(text, stops, cuts):
     assert [token.logprob for token in found] == [
         math.log(value) for value in probabilities[: len(found)]
     ]
+
+
+@given(
+    st.lists(st.integers(0, 7), max_size=20),
+    st.lists(st.integers(0, 4), max_size=8),
+    st.booleans(),
+)
+def test_what_is_sent_is_the_decoded_whole(ids, cuts, with_logprobs):
+    """For a decoder that takes the first space and puts bytes together, as Llama 2's does."""
+    tokenizer = llama_tokenizer()
+    choice = Choice(tokenizer, texts=TokenTexts(tokenizer) if with_logprobs else None)
+    seen, pieces = 0, []
+    for cut in cuts:
+        seen += cut
+        pieces.append(choice.grow(ids[:seen]))
+    assert "".join([*pieces, choice.end(ids)]) == tokenizer.decode(ids)
+
+
+def test_a_token_is_shown_with_its_space():
+    texts = TokenTexts(llama_tokenizer())
+    assert [texts[i] for i in (0, 1, 2, 7)] == [" a", "b", " ", "</s>"]
+
+
+@functools.cache
+def llama_tokenizer():
+    tokens = ["▁a", "b", "▁", "<0xE2>", "<0x82>", "<0xAC>", "<0x41>"]
+    backend = Backend(models.WordLevel({token: i for i, token in enumerate(tokens)}, "b"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["</s>"])
+    with tempfile.TemporaryDirectory() as folder:
+        backend.save(f"{folder}/tokenizer.json")
+        return Tokenizer.load(folder)
 
 
 def test_eos_is_no_text():

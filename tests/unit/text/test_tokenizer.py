@@ -249,8 +249,8 @@ def test_streamed_text_is_the_whole_text(llada_tokenizer, data):
     else:  # bytes that need not be UTF-8
         ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
     stream, pieces, start = tokenizer.stream(), [], 0
-    while start < len(ids):
-        step = data.draw(st.integers(0, 3))
+    steps = data.draw(st.lists(st.integers(0, 3), max_size=40))
+    for step in [*steps, len(ids)]:
         pieces.append(stream.push(ids[start : start + step]))
         start += step
     assert not any(piece.endswith("\ufffd") for piece in pieces)

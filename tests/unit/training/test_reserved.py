@@ -13,6 +13,7 @@ from d2f.errors import TrainingError
 from d2f.models.checkpoint import read_spec
 from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
+from d2f.tokenizer_files import TokenizerFiles
 from d2f.training.bad_rows import BadRow
 from d2f.training.pairs import Pair
 from d2f.training.reserved import Reserved
@@ -112,9 +113,16 @@ def test_the_suffix_is_real_and_what_it_writes_is_reserved(tmp_path, tokenizer):
     assert Reserved.of(tokenizer, suffix=MASK) == Reserved.of(tokenizer)
 
 
+def nameless(tokenizer):
+    """The same tokens, none of which is named as mask or end."""
+    hidden = tokenizer.special_tokens
+    files = TokenizerFiles(backend=tokenizer._backend, config={}, special={}, hidden=hidden)
+    return Tokenizer(files, None)
+
+
 def test_ids_of_the_model_are_reserved_too(tmp_path, tokenizer):
     spec = read_spec(write_checkpoint(tmp_path / "model", "Dream"))
-    plain = Tokenizer(tokenizer._backend, {}, None)
+    plain = nameless(tokenizer)
     assert Reserved.of(plain) == Reserved(masks=(), ends=())
     assert Reserved.of(plain, spec) == Reserved(masks=(MASK,), ends=(END,))
     # An ordinary piece of text, and an id that the tokenizer does not know.
@@ -143,7 +151,7 @@ def test_what_passes_holds_no_real_token(tokenizer, prompt, response):
 def test_another_choice_of_tokens_is_another_cache(tmp_path, tokenizer):
     config = settings(tmp_path, [row()], cache=str(tmp_path / "cache"))
     spec = read_spec(write_checkpoint(tmp_path / "model", "Dream"))
-    bare = Tokenizer(tokenizer._backend, {}, None)
+    bare = nameless(tokenizer)
     encode_data(config, bare, tmp_path)
     assert cached_data(config, bare) is not None
     assert cached_data(config, bare, spec) is None

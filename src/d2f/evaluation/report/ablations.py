@@ -320,7 +320,12 @@ def _against_vanilla(
         ]
     names = "; ".join(counterpart.name for counterpart in stand)
     notes = [f"{LABEL}: {names}."] if stand else []
-    notes += [*show.beyond_eos(rows), *show.simulated(rows), *show.conditions(rows)]
+    notes += [
+        *show.beyond_eos(rows),
+        *show.cleaned_up(rows),
+        *show.simulated(rows),
+        *show.conditions(rows),
+    ]
     title = f"{heading}: {comparison.title}"
     return Table(name=name, title=title, columns=columns, lines=lines, notes=notes)
 

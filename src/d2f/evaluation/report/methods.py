@@ -74,6 +74,7 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
         "Latency is seconds per problem; its ratio is vanilla's over the row's.",
         *([f"The teacher is {teacher.label}; differences are paired."] if teacher else []),
         *show.beyond_eos(rows),
+        *show.cleaned_up(rows),
         *show.simulated(rows),
         *_other_batches(rows),
         *show.conditions(rows),

@@ -182,6 +182,13 @@ def simulated(rows: Sequence[Row]) -> list[str]:
     return [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
 
 
+def cleaned_up(rows: Sequence[Row]) -> list[str]:
+    """Whether programs were found in answers otherwise than by default."""
+    if rows and all(_clean_up(row) == "paper" for row in rows):
+        return ["Programs were taken out of answers as the paper's authors do it."]
+    return []
+
+
 def beyond_eos(rows: Sequence[Row]) -> list[str]:
     """Which rows compute positions after the end of the answer, where not all do."""
     names = [row.label for row in rows if row.summary.get("early_stop") is False]
@@ -196,11 +203,16 @@ def commit(environment: Mapping[str, Any]) -> str:
     return f"{name} with changes" if environment.get("git_dirty") else name
 
 
+def _clean_up(row: Row) -> str:
+    return (row.summary.get("recipe") or {}).get("clean_up") or "ours"
+
+
 _CONDITIONS: Mapping[str, Callable[[Row], object]] = {
     "processor": lambda row: row.machine,
     "dtype": lambda row: row.environment.get("dtype"),
     "torch": lambda row: row.environment.get("torch"),
     "git commit": lambda row: commit(row.environment),
+    "the clean-up of answers": _clean_up,
     "few-shot examples": lambda row: row.summary.get("num_fewshot"),
     "problems (seed, split)": lambda row: tuple(
         (row.summary.get("recipe") or {}).get(key) for key in ("seed", "split")

@@ -1,0 +1,131 @@
+"""The statements that some names need, out of those that an answer holds.
+
+Everything that Python would execute is kept, in its order, but for what nobody needs: checks,
+examples, what reads input or prints, a `main` and its call. So a statement stays if it gives a
+needed name a value, or may change what such a name stands for; and then what it uses is needed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from d2f.evaluation.code_statements import BUILTINS, Statement
+
+_LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
+
+
+def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) -> list[Statement]:
+    """What `wanted` needs, in order.
+
+    Args:
+        statements: All of them.
+        wanted: Names of the functions that will be called.
+
+    Example:
+        >>> from d2f.evaluation.code_statements import find_statements
+        >>> lines = ["T = {}", "def f(x):", "    return T[x]", "T[1] = 2", "print(f(0))"]
+        >>> [s.source for s in needed_statements(find_statements(lines), ["f"])][::2]
+        ['T = {}', 'T[1] = 2']
+    """
+    wanted = set(wanted)
+    statements = _without_stubs(statements)
+    elsewhere = {name for s in statements if not s.is_import for name in s.binds}
+    defined = {name for s in statements if s.is_definition for name in s.binds & elsewhere}
+    standard = {name for s in statements if s.is_standard for name in s.binds}
+    effects = _Effects(statements, wanted)
+    results = {s for s in statements if s.is_never_needed or s.is_result_of(wanted)}
+    bound = [i for i, s in enumerate(statements) if s.binds & wanted and s not in results]
+    last = max(bound, default=0)
+    candidates: dict[int, tuple[Statement, frozenset[str]]] = {}
+    for index, statement in enumerate(statements):
+        names = statement.binds
+        if statement.is_import and not statement.is_standard:
+            names -= elsewhere  # the answer itself, imported by its example
+        if index > last and not statement.is_definition:
+            names -= BUILTINS  # an example's variable
+        if statement not in results:
+            candidates[index] = statement, names | effects.of(statement)
+    kept: set[int] = set()
+    # Each name that is needed, up to which statement: what comes later changes nothing for one
+    # that reads it when it runs.
+    needed = dict.fromkeys(wanted, len(statements))
+    while True:
+        more = [
+            index
+            for index, (statement, names) in candidates.items()
+            if index not in kept
+            and (
+                any(index < needed.get(name, 0) for name in names)
+                or _is_always_needed(statement, standard)
+            )
+        ]
+        if not more:
+            return [statements[index] for index in sorted(kept)]
+        kept.update(more)
+        for index in more:
+            statement = statements[index]
+            # What looks names up when it runs may look up any of them.
+            any_name = defined if statement.reads & _LOOKUPS else frozenset()
+            for name in statement.reads | any_name:
+                until = index if name in statement.reads_at_once else len(statements)
+                needed[name] = max(until, needed.get(name, 0))
+
+
+def missing_names(kept: Sequence[Statement], wanted: Iterable[str]) -> set[str]:
+    """Names that the statements and their callers use, and nobody gives a value."""
+    if any("*" in statement.source and statement.is_import for statement in kept):
+        return set()
+    bound = {name for statement in kept for name in statement.binds | statement.stores}
+    return {name for s in kept for name in s.reads}.union(wanted) - bound - BUILTINS
+
+
+def undefined_names(kept: Sequence[Statement], wanted: Iterable[str]) -> set[str]:
+    """Those of the wanted names that have no value, or a function's that is not written yet."""
+    last = {name: statement for statement in kept for name in statement.binds}
+    return {n for n in wanted if n not in last or last[n].is_stub or last[n].unfinished}
+
+
+def _is_always_needed(statement: Statement, modules: set[str]) -> bool:
+    star = statement.is_standard and not statement.binds
+    setting = statement.is_setting and bool(statement.reads & modules)
+    return statement.is_future or setting or star
+
+
+def _without_stubs(statements: Sequence[Statement]) -> list[Statement]:
+    """Without the functions that end unfinished or do nothing where there was a whole one."""
+    written: set[str] = set()
+    kept = []
+    for statement in statements:
+        if statement.is_stub or statement.unfinished:
+            if statement.binds & written:
+                continue
+        else:
+            written |= statement.binds
+        kept.append(statement)
+    return kept
+
+
+class _Effects:
+    """What statements change of other statements' variables when they run."""
+
+    def __init__(self, statements: Sequence[Statement], wanted: set[str]) -> None:
+        self._variables = {n for s in statements if not s.is_definition for n in s.binds}
+        self._definitions: dict[str, list[Statement]] = {}
+        for statement in statements:
+            if statement.is_definition and not statement.is_import:
+                for name in statement.binds - wanted:  # to call a wanted one is an example
+                    self._definitions.setdefault(name, []).append(statement)
+
+    def of(self, statement: Statement) -> frozenset[str]:
+        """Names whose objects it may change, by itself or by the functions that it uses."""
+        if statement.is_definition:
+            return frozenset()
+        found = set(statement.stores)
+        names, seen = [statement], {statement}
+        while names:
+            here = names.pop()
+            found |= here.stores | (here.touches & self._variables)
+            called = {s for name in here.reads for s in self._definitions.get(name, ())} - seen
+            seen |= called
+            names += called
+        return frozenset(found)

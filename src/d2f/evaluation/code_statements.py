@@ -1,0 +1,356 @@
+"""The statements in a text that is Python in part, and what each of them needs and does.
+
+No function here raises for any text.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import symtable
+import sys
+import warnings
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+MAX_CHARACTERS = 100_000
+"""Of a longer text only the start is looked at; the longest answers have some 4,000."""
+MAX_LINES = 2_000
+_MAX_PARSED_LINES = 30_000
+
+BUILTINS = frozenset(dir(builtins)) | {"__file__", "__name__"}
+_CHANGING_BUILTINS = frozenset(("delattr", "exec", "next", "setattr"))
+_HARMLESS_METHODS = frozenset(
+    (*dir(str), *dir(tuple), *dir(frozenset), "get", "items", "keys", "values")
+)
+"""Those that leave their object as it is: of types that nothing can change, and of a dict."""
+_NEVER_NEEDED = frozenset(("print", "input", "help", "exit", "quit", "breakpoint"))
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_INSIDE_ALONE = (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Where Python refused a text."""
+
+    line: int
+    """How many lines may parse: those before the one that is refused."""
+    at_end: bool
+    """Whether the text may be the beginning of one that parses."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statement:
+    """One statement of the top level.
+
+    Example:
+        >>> [first, second] = find_statements(["def f(x):", "    return x + N", "T[1] = f(2)"])
+        >>> first.binds, sorted(first.reads), second.stores
+        (frozenset({'f'}), ['N'], frozenset({'T'}))
+    """
+
+    node: ast.stmt
+    source: str
+    unfinished: bool = False
+    """Whether its end is missing, since the text ends before."""
+
+    @cached_property
+    def _tables(self) -> list[symtable.SymbolTable]:
+        """Its scopes, the top level's first; none where Python refuses it later than in parsing."""
+        try:
+            found = [symtable.symtable(self.source, "<answer>", "exec")]
+            for table in found:
+                found += table.get_children()
+        except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
+            return []
+        return found
+
+    @cached_property
+    def binds(self) -> frozenset[str]:
+        """Names of the top level that it gives a value."""
+        if isinstance(self.node, ast.AnnAssign) and self.node.value is None:
+            return frozenset()
+        symbols = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
+        return frozenset(s.get_name() for s in symbols if s.is_assigned() or s.is_imported())
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the top level that it uses, when it runs or when what it defines is called."""
+        top = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
+        inner = (symbol for table in self._tables[1:] for symbol in table.get_symbols())
+        used = {symbol.get_name() for symbol in top if symbol.is_referenced()} - self._counted
+        return frozenset(used | {symbol.get_name() for symbol in inner if symbol.is_global()})
+
+    @cached_property
+    def _counted(self) -> set[str]:
+        """The variables of a loop, which it gives their values itself."""
+        if not isinstance(self.node, ast.For):
+            return set()
+        given, used = ast.walk(self.node.target), ast.walk(self.node.iter)
+        names = {part.id for part in given if isinstance(part, ast.Name)}
+        return names - {part.id for part in used if isinstance(part, ast.Name)}
+
+    @cached_property
+    def reads_at_once(self) -> frozenset[str]:
+        """Those that it uses when it runs, and not only in what it defines."""
+        symbols = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
+        at_once = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
+        inner = (symbol for table in self._tables[1:] for symbol in table.get_symbols())
+        return frozenset(at_once - {s.get_name() for s in inner if s.is_global()})
+
+    @cached_property
+    def stores(self) -> frozenset[str]:
+        """Names of the top level in whose objects it stores, as in `x[1] = 2` and `x.y += 1`."""
+        declared = {
+            symbol.get_name()
+            for table in self._tables[1:]
+            for symbol in table.get_symbols()
+            if symbol.is_declared_global() and symbol.is_assigned()
+        }
+        parts = (n for n in ast.walk(self.node) if isinstance(n, ast.Attribute | ast.Subscript))
+        roots = {_root(part) for part in parts if not isinstance(part.ctx, ast.Load)}
+        return frozenset(declared | {name for name in roots if name in self.reads})
+
+    @cached_property
+    def touches(self) -> frozenset[str]:
+        """Names of the top level whose objects its calls may change."""
+        names: set[str] = set()
+        for call in ast.walk(self.node):
+            if not isinstance(call, ast.Call):
+                continue
+            function = call.func
+            if isinstance(function, ast.Attribute) and function.attr not in _HARMLESS_METHODS:
+                names.add(_root(function.value))
+            if isinstance(function, ast.Name) and function.id in BUILTINS - _CHANGING_BUILTINS:
+                continue
+            given = [*call.args, *(keyword.value for keyword in call.keywords)]
+            names |= {argument.id for argument in given if isinstance(argument, ast.Name)}
+        return frozenset(names & self.reads)
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it defines a function."""
+        return isinstance(self.node, _Function)
+
+    @property
+    def is_import(self) -> bool:
+        """Whether it is an import by itself."""
+        return isinstance(self.node, ast.Import | ast.ImportFrom)
+
+    @property
+    def is_future(self) -> bool:
+        """Whether it is an import that must come first."""
+        return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
+
+    @property
+    def is_definition(self) -> bool:
+        """Whether it defines a function, a class, or what others have defined."""
+        return isinstance(self.node, _Function | ast.ClassDef) or self.is_import
+
+    @cached_property
+    def is_standard(self) -> bool:
+        """Whether it imports nothing but the standard library."""
+        if isinstance(self.node, ast.Import):
+            modules = [alias.name for alias in self.node.names]
+        elif isinstance(self.node, ast.ImportFrom) and not self.node.level:
+            modules = [self.node.module or ""]
+        else:
+            return False
+        return all(name.partition(".")[0] in sys.stdlib_module_names for name in modules)
+
+    @cached_property
+    def is_stub(self) -> bool:
+        """Whether it defines a function that does nothing yet."""
+        if not isinstance(self.node, _Function) or self.node.decorator_list:
+            return False
+        return all(_does_nothing(part) for part in self.node.body)
+
+    @cached_property
+    def is_stray(self) -> bool:
+        """Whether it belongs into a function, as a `return` does."""
+        waiting: list[ast.AST] = [self.node]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _INSIDE_ALONE):
+                return True
+            if not isinstance(node, _Function | ast.ClassDef | ast.Lambda):
+                waiting += ast.iter_child_nodes(node)
+        return False
+
+    @cached_property
+    def is_setting(self) -> bool:
+        """Whether it sets something of the interpreter, as `sys.setrecursionlimit(9999)` does."""
+        if not isinstance(self.node, ast.Expr) or not isinstance(self.node.value, ast.Call):
+            return False
+        function = self.node.value.func
+        name = function.attr if isinstance(function, ast.Attribute) else _root(function)
+        return name.startswith(("set", "seed", "simplefilter", "filterwarnings", "stack_size"))
+
+    @cached_property
+    def is_never_needed(self) -> bool:
+        """Whether it only checks, shows, or asks."""
+        if isinstance(self.node, ast.Expr) and isinstance(self.node.value, ast.Call):
+            return _root(self.node.value.func) in _NEVER_NEEDED
+        return isinstance(self.node, ast.Assert)
+
+    def is_result_of(self, names: set[str]) -> bool:
+        """Whether it gives a function's name to what the function returns: `f = f(1)`."""
+        value = getattr(self.node, "value", None)
+        if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Name):
+            return False
+        return value.func.id in names and value.func.id in self.binds
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines as Python counts them; `splitlines` knows more ends of lines than Python."""
+    text = text[:MAX_CHARACTERS].replace("\r\n", "\n").replace("\r", "\n")
+    return text.split("\n")[:MAX_LINES]
+
+
+def parse_or_refuse(lines: Sequence[str]) -> ast.Module | Refusal:
+    """The parsed lines, or where Python refused them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in strings
+            return ast.parse("\n".join(lines))
+    except SyntaxError as error:
+        # At the end of the text Python may name a line behind it.
+        line = min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
+        open_still = "never closed" in error.msg or "unterminated triple" in error.msg
+        at_end = open_still or not any(text.strip() for text in lines[line + 1 :])
+        return Refusal(line, at_end)
+    except (ValueError, MemoryError, RecursionError, OverflowError, SystemError):
+        return Refusal(len(lines) // 2, False)  # too deep, and nobody says where
+
+
+class Search:
+    """Finds statements in several forms of one text.
+
+    A text made to be slow ends it: only so many lines are parsed in all.
+    """
+
+    def __init__(self) -> None:
+        self._room = _MAX_PARSED_LINES
+        self._found: dict[tuple[tuple[str, ...], bool], list[Statement]] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is parsed."""
+        return self._room <= 0
+
+    def find(self, lines: Sequence[str], *, closed: bool) -> list[Statement]:
+        """As `find_statements`."""
+        key = tuple(lines), closed
+        if key not in self._found:
+            self._found[key] = list(self._walk(lines, closed))
+        return self._found[key]
+
+    def _walk(self, lines: Sequence[str], closed: bool) -> Iterator[Statement]:
+        lines = [line if is_readable(line) else "?" for line in lines]
+        start = 0
+        while start < len(lines) and not self.is_over:
+            first = lines[start]
+            if not first.strip() or first[0] in " \t\f":
+                start += 1
+                continue
+            tree, stop, cut_off = self._longest_start(lines[start:])
+            rest = next((line for line in lines[start + stop :] if line.strip()), "")
+            encoded = [line.encode() for line in lines[start : start + stop]]
+            # An indented rest belongs to the last statement.
+            broken = tree.body[-1] if tree.body and rest[:1] in (" ", "\t") else None
+            for node in tree.body:
+                if node is not broken:
+                    yield Statement(node, source_of(node, encoded))
+                elif cut_off and not closed:
+                    yield Statement(node, source_of(node, encoded), unfinished=True)
+            start += max(stop, 1)
+
+    def _longest_start(self, lines: Sequence[str]) -> tuple[ast.Module, int, bool]:
+        """The lines from the first on that parse, their number, and if the text ends too early."""
+        stop, cut_off = len(lines), None
+        while stop > 0 and not self.is_over:
+            tree = parse_or_refuse(lines[:stop])
+            if isinstance(tree, ast.Module):
+                self._room -= stop
+                return tree, stop, bool(cut_off)
+            # All lines were put together, even if the parser saw only the first of them.
+            self._room -= stop if tree.at_end else tree.line + 1 + stop // 20
+            cut_off = tree.at_end if cut_off is None else cut_off
+            stop = tree.line
+        return ast.Module(body=[], type_ignores=[]), 0, bool(cut_off)
+
+
+def find_statements(lines: Sequence[str], *, closed: bool = True) -> list[Statement]:
+    r"""The statements of the top level in a text, without what is no Python between them.
+
+    A statement that Python refuses is left out as a whole. Of one that the end of the text cuts
+    off, what there is of it is taken.
+
+    Args:
+        lines: The text.
+        closed: Whether the text is whole; else its end may be missing.
+
+    Example:
+        >>> [s.source for s in find_statements(["Sure (here:", "x = 1", "It's done.", "y = 2"])]
+        ['x = 1', 'y = 2']
+    """
+    return Search().find(lines, closed=closed)
+
+
+def source_of(node: ast.stmt, lines: Sequence[bytes]) -> str:
+    """The text of a statement at the left margin, with its decorators; offsets count bytes."""
+    decorators = getattr(node, "decorator_list", [])
+    first = min(part.lineno for part in [node, *decorators]) - 1
+    last = (node.end_lineno or node.lineno) - 1
+    rows = list(lines[first : last + 1])
+    rows[-1] = rows[-1][: node.end_col_offset]
+    if not decorators:
+        rows[0] = rows[0][node.col_offset :]
+    return b"\n".join(rows).decode()
+
+
+def is_readable(line: str) -> bool:
+    """Whether a program can hold the line at all."""
+    try:
+        return b"\0" not in line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def names_read(source: str, without: Set[str] = BUILTINS) -> list[str]:
+    r"""Names that a program, such as a problem's tests, needs from elsewhere, sorted.
+
+    Args:
+        source: The program.
+        without: Names that are there anyway.
+
+    Example:
+        >>> names_read("import math\nassert math.floor(f(len('a'))) == 1")
+        ['f']
+    """
+    statements = find_statements(split_lines(source))
+    bound = {name for statement in statements for name in statement.binds}
+    read = {name for statement in statements for name in statement.reads}
+    return sorted(read - bound - without)
+
+
+def _root(node: ast.expr) -> str:
+    """The name that `a.b[1](2).c` begins with; empty if it begins with none."""
+    while True:
+        if isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
+            node = node.value
+        elif isinstance(node, ast.Call):
+            node = node.func
+        else:
+            return node.id if isinstance(node, ast.Name) else ""
+
+
+def _does_nothing(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Raise):
+        error = node.exc
+        return error is not None and _root(error) == "NotImplementedError"
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    return isinstance(node, ast.Pass | ast.Import | ast.ImportFrom)

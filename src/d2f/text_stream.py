@@ -1,0 +1,347 @@
+"""Text of a growing list of tokens: pieces that, joined, are the decoded whole.
+
+A tokenizer's decoder sees all tokens at once, and what it makes of one may depend on others: the
+first loses its space, bytes become characters together, equal neighbours become one. So each kind
+of decoder has a step here that takes tokens as they come, keeps back what a later token may still
+change, and never looks at a token twice. A decoder without such a step gets all tokens at the end.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import Decoder
+
+_HALF = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Each kind of decoder by what a token's text depends on.
+_ON_ITSELF = ("Replace", "Strip")
+_ON_BEING_FIRST = ("Metaspace", "WordPiece")
+_TIDYINGS = (
+    *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
+    *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
+)
+
+
+def tidy(text: str) -> str:
+    """A decoded text as `clean_up_tokenization_spaces` wants it: no spaces before punctuation.
+
+    Example:
+        >>> tidy("do n't , please !")
+        "don't, please!"
+    """
+    for untidy, tidied in _TIDYINGS:
+        text = text.replace(untidy, tidied)
+    return text
+
+
+class TextStream:
+    """Text of token ids that arrive bit by bit, never cut inside a character.
+
+    All that `push` returned and what `close` returns are together what decoding all ids at once
+    gives. A push costs as much as its ids, however long the text is.
+
+    Args:
+        decoder: The tokenizer's, None where it has none.
+        token: The token of an id, None if it is not shown.
+        tidies: Whether the decoded text goes through `tidy`.
+
+    Example:
+        >>> from tokenizers.decoders import Metaspace
+        >>> stream = TextStream(Metaspace(), ["▁a", "▁b", "c"].__getitem__)
+        >>> stream.push([0]), stream.push([1, 2]), stream.close()
+        ('a', ' bc', '')
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder | None,
+        token: Callable[[int], str | None],
+        *,
+        tidies: bool = False,
+    ) -> None:
+        self._token = token
+        self._steps = _steps_of(decoder)
+        if tidies:
+            self._steps += [_Replaced(*tidying) for tidying in _TIDYINGS]
+        self._num_halves = 0
+        """Signs for a broken character at the end of the text so far."""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add ids and return the text that is certain now."""
+        pieces = [token for i in ids if (token := self._token(i)) is not None]
+        for step in self._steps:
+            pieces = step.feed(pieces)
+        text = "".join(pieces)
+        certain = text.rstrip(_HALF)
+        halves, self._num_halves = self._num_halves, len(text) - len(certain)
+        if certain:
+            return _HALF * halves + certain
+        self._num_halves += halves
+        return ""
+
+    def close(self) -> str:
+        """Return what was withheld; nothing may be pushed any more."""
+        pieces: list[str] = []
+        for step in self._steps:
+            pieces = [*step.feed(pieces), *step.end()]
+        rest = _HALF * self._num_halves + "".join(pieces)
+        self._steps, self._num_halves = [], 0
+        return rest
+
+
+class _Step(Protocol):
+    """Takes the tokens of the step before it, or pieces of their text once that is one."""
+
+    def feed(self, pieces: list[str]) -> list[str]: ...
+
+    def end(self) -> list[str]: ...
+
+
+def _steps_of(decoder: Decoder | None) -> list[_Step]:
+    if decoder is None:
+        return [_Spaced()]
+    kinds = _flat(json.loads(decoder.__getstate__()))
+    steps: list[_Step] = []
+    joined = False  # whether the steps so far made one text of the tokens
+    for number, kind in enumerate(kinds):
+        if kind["type"] == "Fuse":
+            joined = True
+            continue
+        step = _text_step(kind) if joined else _token_step(kind)
+        if step is None:
+            return [*steps, _Held(_decode_of(*kinds[number:]), joined=joined)]
+        joined = joined or kind["type"] == "ByteLevel"
+        steps.append(step)
+    return steps
+
+
+def _flat(kind: dict[str, Any]) -> list[dict[str, Any]]:
+    if kind["type"] != "Sequence":
+        return [kind]
+    return [inner for part in kind["decoders"] for inner in _flat(part)]
+
+
+def _decode_of(*kinds: dict[str, Any]) -> Callable[[Sequence[str]], str]:
+    from tokenizers.decoders import Sequence as Decoders
+
+    decoder = Decoders([])
+    decoder.__setstate__(json.dumps({"type": "Sequence", "decoders": kinds}).encode())
+    return decoder.decode
+
+
+def _token_step(kind: dict[str, Any]) -> _Step | None:
+    """The step for a kind of decoder that gets the tokens one by one."""
+    match kind["type"]:
+        case name if name in _ON_ITSELF:
+            return _Each(_decode_of(kind))
+        case name if name in _ON_BEING_FIRST:
+            return _Each(_decode_of(kind), first_differs=True)
+        case "ByteLevel":
+            return _ByteLevel()
+        case "ByteFallback":
+            return _ByteRuns()
+        case "BPEDecoder":
+            return _LastDiffers(_decode_of(kind))
+        case "CTC":
+            return _Distinct(_decode_of(kind))
+    return None
+
+
+def _text_step(kind: dict[str, Any]) -> _Step | None:
+    """The step for a kind of decoder that gets the tokens' text as one."""
+    if kind["type"] == "Strip" and kind["stop"] == 0:
+        return _StrippedStart(kind["content"], kind["start"])
+    if kind["type"] == "Replace" and kind["pattern"].get("String"):
+        return _Replaced(kind["pattern"]["String"], kind["content"])
+    return None
+
+
+class _Spaced:
+    """What stands for a decoder that is missing: tokens with spaces between them."""
+
+    def __init__(self) -> None:
+        self._between = ""
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        spaced = []
+        for token in pieces:
+            spaced.append(self._between + token)
+            self._between = " "
+        return spaced
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _Each:
+    """A token's text depends on the token, and perhaps on whether it is the first."""
+
+    def __init__(
+        self, decode: Callable[[Sequence[str]], str], *, first_differs: bool = False
+    ) -> None:
+        self._decode = decode
+        self._first_differs = first_differs
+        self._before: list[str] = []
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        texts = []
+        for token in pieces:
+            texts.append(self._decode([*self._before, token]))
+            if self._first_differs:
+                self._before = [""]  # has no text itself
+        return texts
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _LastDiffers:
+    """A token's text depends on whether it is the last."""
+
+    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
+        self._decode = decode
+        self._held: list[str] = []
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        tokens = [*self._held, *pieces]
+        self._held = tokens[-1:]
+        return [self._decode([token, ""]) for token in tokens[:-1]]
+
+    def end(self) -> list[str]:
+        return [self._decode([token]) for token in self._held]
+
+
+class _Distinct:
+    """A token that equals the one before it has no text; nor do some others, which are gone."""
+
+    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
+        self._decode = decode
+        self._before: str | None = None
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        texts = []
+        for token in pieces:
+            if token != self._before and (text := self._decode([token])):
+                texts.append(text)
+            self._before = token
+        return texts
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _ByteRuns:
+    """Tokens such as `<0x0A>` are bytes; if a run of them is no text, none of its bytes is."""
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        texts = []
+        for token in pieces:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            if byte:
+                self._run.append(int(byte[1], 16))
+            else:
+                texts += [*self.end(), token]
+        return texts
+
+    def end(self) -> list[str]:
+        run, self._run = bytes(self._run), bytearray()
+        try:
+            return [run.decode()] if run else []
+        except UnicodeDecodeError:
+            return [_HALF] * len(run)
+
+
+class _ByteLevel:
+    """Each character of a token stands for a byte; what they mean is one text."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        return [self._decoder.decode(b"".join(_bytes_of(token) for token in pieces))]
+
+    def end(self) -> list[str]:
+        return [self._decoder.decode(b"", final=True)]
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others come from 256 on."""
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_characters()
+
+
+def _bytes_of(token: str) -> bytes:
+    try:
+        return bytes(_BYTES[character] for character in token)
+    except KeyError:  # an added token, which is written as it is
+        return token.encode()
+
+
+class _StrippedStart:
+    """At most so many of one character are missing at the start of the text."""
+
+    def __init__(self, character: str, most: int) -> None:
+        self._character, self._left = character, most
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        text = "".join(pieces)
+        while self._left and text:
+            if text.startswith(self._character):
+                text = text[1:]
+                self._left -= 1
+            else:
+                self._left = 0
+        return [text]
+
+    def end(self) -> list[str]:
+        return []
+
+
+class _Replaced:
+    """A text with another in place of a pattern; what may begin the pattern is kept back."""
+
+    def __init__(self, pattern: str, content: str) -> None:
+        self._pattern, self._content = pattern, content
+        self._held = ""
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        *parts, rest = (self._held + "".join(pieces)).split(self._pattern)
+        longest = min(len(rest), len(self._pattern) - 1)
+        lengths = (n for n in range(longest, 0, -1) if rest.endswith(self._pattern[:n]))
+        cut = len(rest) - next(lengths, 0)
+        self._held = rest[cut:]
+        return [self._content.join([*parts, rest[:cut]])]
+
+    def end(self) -> list[str]:
+        return [self._held]
+
+
+class _Held:
+    """All at the end."""
+
+    def __init__(self, decode: Callable[[Sequence[str]], str], *, joined: bool) -> None:
+        self._decode = decode
+        self._joined = joined
+        self._held: list[str] = []
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        self._held += pieces
+        return []
+
+    def end(self) -> list[str]:
+        return [self._decode(["".join(self._held)] if self._joined else self._held)]
