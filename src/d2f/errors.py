@@ -51,3 +51,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     return f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}"
+
+
+def counted(number: float, thing: str, form: str = "") -> str:
+    """Word a number of things.
+
+    Args:
+        number: How many.
+        thing: One of them.
+        form: How the number is written, as `format` takes it.
+
+    Example:
+        >>> counted(1, "forward"), counted(1200, "token", ","), counted(0.6, "token", ".0f")
+        ('1 forward', '1,200 tokens', '1 token')
+    """
+    written = format(number, form)
+    return f"{written} {thing if written == '1' else thing + 's'}"

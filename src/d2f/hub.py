@@ -1,4 +1,4 @@
-"""Find the folder of a model, an adapter or a tokenizer: a local one, or one of the hub's."""
+"""Find the folder of a model, an adapter or a tokenizer: local, shipped, or of the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from d2f.errors import CheckpointError
+from d2f.shipped import named_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -17,10 +18,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """The local folder that a path or a hub id such as `owner/name` stands for.
+    """The local folder that a path, a hub id `owner/name` or a name `shipped:student` stands for.
 
-    A folder that exists wins over a hub id of the same name. From the hub come configuration,
-    tokenizer and safetensors files (`weights=False`: without the last), never code or pickles.
+    A folder that exists wins over a hub id of the same name, and over a shipped model. From the
+    hub come configuration, tokenizer and safetensors files (`weights=False`: without the last),
+    never code or pickles.
 
     Raises:
         CheckpointError: No such folder, or the hub does not give it (offline, unknown, private).
@@ -38,6 +40,9 @@ id like owner/name
         return path
     if path.exists() and name:
         raise CheckpointError(f"'{name}' is a file; give the folder that holds it")
+    shipped = named_folder(name)
+    if shipped is not None:
+        return shipped
     if isinstance(path_or_hub_id, Path) or not is_hub_id(name):
         raise CheckpointError(
             f"there is no folder '{name}'; give a folder or a hub id like owner/name"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from d2f.errors import ConfigError, unknown_name
+from d2f.shipped.recipes import find_recipe
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """The table of a TOML file, with some settings replaced.
 
     Args:
-        path: A TOML file.
+        path: A TOML file; where there is none, the name of a recipe that comes with the package.
         overrides: As `apply_override` takes them.
 
     Raises:
@@ -33,11 +34,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         ...     read_recipe(file.name, ["steps=6", "model.init=folder"])
         {'steps': 6, 'model': {'init': 'folder'}}
     """
+    file = Path(path)
+    if not file.exists() and (shipped := find_recipe(path)) is not None:
+        file = shipped.path
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
+        known = "" if file.exists() else "; `d2f recipes` lists those that come with d2f"
+        raise ConfigError(f"cannot read recipe {path}: {reason}{known}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:

@@ -24,7 +24,8 @@ LAYERS = (
     ("ops", "diffusion"),
     ("text", "problems"),
     ("chat_template", "text_stream", "tokenizer_files"),
-    ("hub", "shipped", "provenance", "recipe"),
+    ("hub", "provenance", "recipe"),
+    ("shipped",),
     ("errors",),
 )
 """From the top: each may import what stands below it; siblings do not know each other."""

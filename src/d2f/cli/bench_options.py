@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError, usage
 
 if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
@@ -51,22 +51,37 @@ def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Tran
     """A preset's model of random weights on the device.
 
     Raises:
-        ConfigError: The shape is unknown.
+        UsageError: The shape is unknown.
     """
     from d2f.models.presets import preset_spec, random_model
 
-    return random_model(preset_spec(shape, num_layers=layers), device=device, dtype=dtype)
+    with usage():
+        spec = preset_spec(shape, num_layers=layers)
+    return random_model(spec, device=device, dtype=dtype)
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Refuse operations that there are none of, or that the device cannot run.
+
+    Raises:
+        UsageError: Unknown, or not for this device.
+    """
+    from d2f.ops.backend import select_backend
+
+    with usage():
+        select_backend(backend, device)
 
 
 def source_label(source: str) -> str:
     """What a model is called in results: a shipped one by its name, not by where it is installed.
 
     Example:
-        >>> source_label("org/model")
-        'org/model'
+        >>> source_label("org/model"), source_label("shipped:student")
+        ('org/model', 'shipped student')
     """
-    from d2f.shipped import shipped_model
+    from d2f.shipped import named_folder, shipped_model
 
+    source = str(named_folder(source) or source)
     name = Path(source).name
     return f"shipped {name}" if Path(source) == shipped_model("student").parent / name else source
 
@@ -87,7 +102,7 @@ def check_one_source(shape: str | None, model: str | None) -> None:
     """Refuse two models at once.
 
     Raises:
-        ConfigError: Both are given.
+        UsageError: Both are given.
     """
     if shape is not None and model is not None:
-        raise ConfigError("--shape and --model exclude each other")
+        raise UsageError("--shape and --model exclude each other")

@@ -20,13 +20,15 @@ from d2f.cli.bench_options import (
     PageSizeOption,
     ShapeOption,
     build_shape,
+    check_backend,
     check_one_source,
     describe_model,
     numbers,
     source_label,
 )
 from d2f.cli.console import check_writable, log, out, plain_table, write_json
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError
+from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.engine.engine import Engine
@@ -100,12 +102,13 @@ def race_command(
     for path in (json_file, record_trace):
         if path is not None:
             check_writable(path)
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype
     from d2f.evaluation.environment import describe_environment
 
     imposed = _imposed(shape, accept, trace)
     device = choose_device(device)
-    dtype = dtype or fastest_dtype(device)
+    dtype = choose_dtype(dtype, device)
+    check_backend(backend, device)
     if shape is not None:
         built = build_shape(shape, layers, device, dtype)
         entered = shape_field(built, shape, (prompt_length, max_new_tokens or 128), imposed, seed)
@@ -128,19 +131,19 @@ def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple
     """Accepted tokens per forward.
 
     Raises:
-        ConfigError: They are given twice, for a model that needs none, or not for a shape; or the
-            file does not hold them.
+        UsageError: They are given twice, for a model that needs none, or not for a shape.
+        ConfigError: The file does not hold them.
     """
     if accept is not None and trace is not None:
-        raise ConfigError("--accept and --trace exclude each other")
+        raise UsageError("--accept and --trace exclude each other")
     if shape is None:
         if accept is not None or trace is not None:
-            raise ConfigError("--accept and --trace are for a --shape; a real model accepts itself")
+            raise UsageError("--accept and --trace are for a --shape; a real model accepts itself")
         return None
     if accept is not None:
         return (accept,)
     if trace is None:
-        raise ConfigError(
+        raise UsageError(
             "random weights accept nothing by themselves; say how much a forward accepts with "
             "--accept N or --trace FILE"
         )
@@ -158,9 +161,9 @@ def _pair(model: str | None, baseline: str | None, layers: int | None) -> tuple[
     from d2f.shipped import shipped_model
 
     if layers is not None:
-        raise ConfigError("--layers: only a --shape can be cut")
+        raise UsageError("--layers: only a --shape can be cut")
     if (model is None) != (baseline is None):
-        raise ConfigError("--model and --baseline go together: a D2F model and its rival")
+        raise UsageError("--model and --baseline go together: a D2F model and its rival")
     if model is None or baseline is None:
         return str(shipped_model("student")), str(shipped_model("autoregressive"))
     return model, baseline
@@ -183,14 +186,14 @@ def shape_field(
         seed: Of the prompts.
 
     Raises:
-        ConfigError: The model is autoregressive.
+        UsageError: The model is autoregressive.
     """
     from d2f.engine.request import Request
     from d2f.evaluation.throughput import Entrant
     from d2f.models.presets import autoregressive_twin
 
     if model.spec.architecture.causal:
-        raise ConfigError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
+        raise UsageError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
     prompt_length, limit = lengths
 
     def entrants(count: int) -> list[Entrant]:
@@ -369,7 +372,8 @@ def _print_report(report: dict[str, Any]) -> None:
         out.print(f"Autoregression is faster {where} ({kind.replace('_', ' ')}).")
     seconds = sum(row["warm_up_seconds"] for row in report["rows"])
     out.print(
-        f"\nMedian of {settings['num_runs']} runs in turns; {seconds:.1f} s of warm-up not "
+        f"\nMedian of {counted(settings['num_runs'], 'run')} in turns; {seconds:.1f} s of "
+        "warm-up not "
         "counted. end to end: answer tokens / wall time, prompts included; decode only: those of "
         "steps without a prompt / the time of these.",
         style="dim",

@@ -11,7 +11,8 @@ import typer
 
 from d2f.cli.bench_options import DeviceOption, JsonOption
 from d2f.cli.console import check_writable, log, out, plain_table, write_json
-from d2f.errors import ConfigError, D2FError
+from d2f.cli.usage import UsageError, usage
+from d2f.errors import D2FError, counted
 
 if TYPE_CHECKING:
     from d2f.evaluation.answer_check import Expected
@@ -61,12 +62,15 @@ def serve_command(
     if json_file is not None:
         check_writable(json_file)
     if url is None and api_key is not None:
-        raise ConfigError("--api-key is for the server of --url")
+        raise UsageError("--api-key is for the server of --url")
     from d2f.cli.device import choose_device
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.idle_server import idle_report
-    from d2f.evaluation.serve_load import count_wrong, run_load, run_turn, summarize
+    from d2f.evaluation.serve_load import MODES, count_wrong, run_load, run_turn, summarize
+    from d2f.recipe import one_of
 
+    with usage():
+        one_of("mode", mode, (*MODES, "both"))
     device = choose_device(device)
     # The server first: it may not start, and it costs nothing while it has nothing to do.
     with _server(url, device, threads) as address:
@@ -123,7 +127,7 @@ def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> P
     from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
-    log.print(f"the engine's own answers to {num_prompts} problems …", style="dim")
+    log.print(f"the engine's own answers to {counted(num_prompts, 'problem')} …", style="dim")
     # As many as the server has: products are summed in the same order.
     torch.set_num_threads(threads)
     model = load_model(shipped_model("student"), device=device, dtype=DTYPE)
@@ -169,13 +173,15 @@ def _server(url: str | None, device: str, threads: int) -> Iterator[str]:
 def _target(url: str, max_tokens: int, api_key: str | None) -> Target:
     from d2f.evaluation.server_target import Target
 
-    return Target.find(url, max_tokens=max_tokens, api_key=api_key)
+    with usage():
+        return Target.find(url, max_tokens=max_tokens, api_key=api_key)
 
 
 def _say(turn: Turn) -> None:
     right = turn.verdicts.count("right")
     log.print(
-        f"{turn.mode}, {turn.seconds:.1f} s: {right} of {len(turn.verdicts)} requests answered "
+        f"{turn.mode}, {turn.seconds:.1f} s: {right} of {counted(len(turn.verdicts), 'request')} "
+        "answered "
         "and right",
         style="dim",
     )
@@ -194,7 +200,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
     memory = report["resident_mb"]
     out.print(
         f"{settings['model']}, {environment['dtype']}, on {environment['processor']}: "
-        f"{settings['clients']} clients\n"
+        f"{counted(settings['clients'], 'client')}\n"
     )
     out.print(_table(report["rows"]))
     out.print()

@@ -15,13 +15,15 @@ from d2f.cli.bench_options import (
     PageSizeOption,
     ShapeOption,
     build_shape,
+    check_backend,
     check_one_source,
     describe_model,
     numbers,
     source_label,
 )
 from d2f.cli.console import check_writable, log, out, plain_table, write_json
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError
+from d2f.errors import counted
 
 if TYPE_CHECKING:
     from d2f.evaluation.rates import Rates
@@ -61,15 +63,16 @@ def step_command(
     sizes = [numbers(text) for text in (batch, window, kv_length)]
     if json_file is not None:
         check_writable(json_file)
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype
     from d2f.evaluation.environment import describe_environment
 
     device = choose_device(device)
-    dtype = dtype or fastest_dtype(device)
+    dtype = choose_dtype(dtype, device)
+    check_backend(backend, device)
     loaded, name = _load(shape, model, layers, device, dtype)
     causal = loaded.spec.architecture.causal
     if causal and window not in ("1", "64"):
-        raise ConfigError(f"--window {window}: an autoregressive model computes 1 token of a row")
+        raise UsageError(f"--window {window}: an autoregressive model computes 1 token of a row")
     gaps = None
     if engine_tokens:
         # First, as its start-up must not find kernels compiled.
@@ -94,7 +97,7 @@ def _load(
     if shape is not None:
         return build_shape(shape, layers, device, dtype), shape
     if layers is not None:
-        raise ConfigError("--layers: only a --shape can be cut")
+        raise UsageError("--layers: only a --shape can be cut")
     from d2f.models.checkpoint import load_model
     from d2f.shipped import shipped_model
 
@@ -211,7 +214,7 @@ def _print_report(report: dict[str, Any]) -> None:
     environment, model, rates = (report[name] for name in ("environment", "model", "rates"))
     kind = "random weights" if model["random_weights"] else "its own weights"
     out.print(
-        f"[bold]{model['name']}[/bold], {model['num_layers']} layers, {kind}, "
+        f"[bold]{model['name']}[/bold], {counted(model['num_layers'], 'layer')}, {kind}, "
         f"{environment['dtype']}, on {environment['processor']}"
     )
     out.print(

@@ -17,7 +17,8 @@ from d2f.cli.bench_options import (
     numbers,
 )
 from d2f.cli.console import check_writable, log, out, plain_table, write_json
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError, usage
+from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.cli.bench_train_setup import TrainSetup
@@ -78,7 +79,7 @@ def train_command(
     import torch
 
     from d2f.cli.bench_train_setup import TrainSetup
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype, fastest_dtype
     from d2f.evaluation.rates import measure_rates
     from d2f.training.processes import Processes
 
@@ -88,13 +89,15 @@ def train_command(
             torch.cuda.set_device(processes.device)
         if json_file is not None and processes.is_main:
             check_writable(json_file)
-        setup = TrainSetup.of(
-            shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
-            sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled,
-            dtype=dtype or processes.from_main(fastest_dtype(processes.device.type)),
-            processes=processes,
-        )  # fmt: skip
-        setup.check()
+        if dtype is None:
+            dtype = processes.from_main(fastest_dtype(processes.device.type))
+        with usage():
+            setup = TrainSetup.of(
+                shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
+                sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled,
+                dtype=choose_dtype(dtype, processes.device.type), processes=processes,
+            )  # fmt: skip
+            setup.check()
         plan = _plan(setup, micro_batch, checkpointing, repeat_batch)
         if memory_limit is not None:
             _limit_memory(setup.device, memory_limit)
@@ -117,14 +120,14 @@ def _plan(
     """Micro-batch sizes (None: what fits), each with and without checkpointing as asked."""
     chosen = {"no": [False], "yes": [True], "both": [False, True]}.get(checkpointing)
     if chosen is None:
-        raise ConfigError(f"--checkpointing {checkpointing!r}; it must be no, yes or both")
+        raise UsageError(f"--checkpointing {checkpointing!r}; it must be no, yes or both")
     sizes: list[int | None] = []
     for word in (micro_batch or setup.default_micro_batch).split(","):
         sizes += [None] if word.strip() == "max" else numbers(word)
     if setup.processes.world_size > 1 and (None in sizes or repeat_batch):
-        raise ConfigError("--micro-batch max and --repeat-batch are for one process")
+        raise UsageError("--micro-batch max and --repeat-batch are for one process")
     if None in sizes and not setup.device.startswith("cuda"):
-        raise ConfigError("--micro-batch max is for a GPU; on a CPU, give numbers")
+        raise UsageError("--micro-batch max is for a GPU; on a CPU, give numbers")
     return [(size, checkpoint) for checkpoint in chosen for size in sizes]
 
 
@@ -132,7 +135,7 @@ def _limit_memory(device: str, gib: float) -> None:
     import torch
 
     if not device.startswith("cuda"):
-        raise ConfigError("--memory-limit is for a GPU")
+        raise UsageError("--memory-limit is for a GPU")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0))
 
@@ -284,7 +287,8 @@ def _print_report(report: dict[str, Any]) -> None:
     kind = "random weights" if model["random_weights"] else "its own weights"
     trained = f"LoRA r={settings['lora']}" if settings["lora"] else "all weights"
     out.print(
-        f"[bold]{model['name']}[/bold], {model['num_layers']} layers, {kind}, {trained}, length "
+        f"[bold]{model['name']}[/bold], {counted(model['num_layers'], 'layer')}, {kind}, "
+        f"{trained}, length "
         f"{settings['length']}, {environment['dtype']}, on {settings['processes']} x "
         f"{environment['processor']}; a product of "
         f"{report['rates']['matmul_size']:,} x {report['rates']['matmul_size']:,} runs at "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from d2f.cli.bench_options import describe_model, source_label
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
@@ -212,7 +212,7 @@ class TrainSetup:
             )
         if self.length > spec.max_positions:
             raise ConfigError(
-                f"--length {self.length}: the model has {spec.max_positions} positions"
+                f"--length {self.length}: the model has {counted(spec.max_positions, 'position')}"
             )
 
     def describe(self, student: Transformer) -> dict[str, Any]:

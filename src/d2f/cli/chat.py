@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,12 +31,14 @@ from d2f.cli.decoding_options import (
     TemperatureOption,
     ThresholdOption,
     check_choices,
+    check_fit,
     chosen_policy,
     default_strategy,
     given,
     load_answerer,
 )
-from d2f.errors import D2FError, RequestError, unknown_name
+from d2f.cli.usage import usage
+from d2f.errors import D2FError, RequestError, counted, unknown_name
 
 if TYPE_CHECKING:
     from d2f.cli.chat_session import ChatSession
@@ -109,7 +112,12 @@ def chat_command(
         confidence=confidence,
         max_live_blocks=max_live_blocks,
     )
-    check_choices(strategy, changed, {})
+    from d2f.engine.request import Request
+
+    asked = Request(
+        prompt_ids=(), temperature=temperature, seed=seed, **given(max_new_tokens=max_new_tokens)
+    )
+    check_choices(asked, strategy, changed)
     loaded, tokenizer = load_answerer(
         model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
     )
@@ -117,17 +125,19 @@ def chat_command(
 
     strategy = strategy or default_strategy(loaded.spec, changed)
     chosen_policy(loaded.spec, strategy, changed)
-    session = ChatSession(
-        model=loaded,
-        tokenizer=tokenizer,
-        strategy=strategy,
-        changed=changed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        remembers=_remembers(history, tokenizer),
-    )
-    session.change_strategy(strategy, [])
+    check_fit(loaded.spec, replace(asked, strategy=strategy))
+    with usage():
+        session = ChatSession(
+            model=loaded,
+            tokenizer=tokenizer,
+            strategy=strategy,
+            changed=changed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            remembers=_remembers(history, tokenizer),
+        )
+        session.change_strategy(strategy, [])
     chat = Chat(session, slow)
     chat.welcome()
     if not chat.run() and not chat.is_live:
@@ -142,6 +152,10 @@ def _remembers(history: bool | None, tokenizer: Tokenizer) -> bool:
 
 class Leave(Exception):
     """Somebody wants to go."""
+
+
+class LeaveAtOnce(Leave):
+    """… with a second Ctrl-C."""
 
 
 class Interrupts:
@@ -165,7 +179,7 @@ class Interrupts:
         # An exception here would come up in the midst of a step; the loop looks after each.
         self.count += 1
         if self.count > 1:
-            raise Leave
+            raise LeaveAtOnce
 
 
 class Chat:
@@ -226,13 +240,13 @@ class Chat:
                 line = self._read()
                 pressed = False
                 well &= self._heed(line.strip())
+            except LeaveAtOnce:
+                raise KeyboardInterrupt from None
             except (EOFError, Leave):
                 return well
             except KeyboardInterrupt:
-                if not self.is_live:
+                if pressed or not self.is_live:
                     raise
-                if pressed:
-                    return well
                 pressed = True
                 log.print("\nCtrl-C again leaves, as does Ctrl-D", style="dim")
 
@@ -332,7 +346,7 @@ class Chat:
         count, forwards = len(result.token_ids), result.num_forwards
         slowed = slow > seconds / max(forwards, 1)
         log.print(
-            f"{count} token{'s' * (count != 1)} in {forwards} forward{'s' * (forwards != 1)} "
+            f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
             f"({result.tokens_per_forward:.1f} per forward), "
             f"{1000 * seconds / max(forwards, 1):.2f} ms per forward, {count / seconds:.0f} "
             f"tokens/s, ended by {result.finish_reason}"

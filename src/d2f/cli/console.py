@@ -18,6 +18,11 @@ out = Console(highlight=False, soft_wrap=True)
 log = Console(stderr=True, highlight=False)
 
 
+def say(console: Console, *words: Any, **style: Any) -> None:
+    """Print prose: on a terminal broken between words, elsewhere not at all."""
+    console.print(*words, soft_wrap=not console.is_terminal, **style)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     part = path.with_name(path.name + ".part")

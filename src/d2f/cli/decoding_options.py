@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError, usage
+from d2f.shipped import PREFIX
 
 if TYPE_CHECKING:
     from d2f.diffusion.policy import DecodingPolicy
+    from d2f.engine.request import Request
     from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
+DEFAULT_MODEL = f"{PREFIX}student"
+
 ModelOption = Annotated[
-    str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
+    str | None,
+    typer.Option(help="Folder, hub id, or shipped:NAME. Default: shipped:student."),
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
 StrategyOption = Annotated[
@@ -118,22 +122,42 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_choices(strategy: str | None, changed: dict[str, Any], options: dict[str, Any]) -> None:
+def check_choices(request: Request, strategy: str | None, changed: dict[str, Any]) -> None:
     """Refuse what no model could be asked for before any is loaded, which may take minutes.
 
+    Args:
+        request: What is to be asked, as far as it is known without the model.
+        strategy: The one that was named; the options of `request` belong to it.
+        changed: Fields of the policy.
+
     Raises:
-        ConfigError: An unknown strategy, option or field of the policy, or a bad value.
+        UsageError: An unknown strategy, option or field of the policy, or a bad value.
     """
     from d2f.diffusion.policy import DecodingPolicy
-    from d2f.engine.policy import check_decoding
+    from d2f.engine.request import check_request
 
-    DecodingPolicy.from_dict(changed)
-    if strategy is not None:
-        check_decoding(strategy, {}, options)
+    with usage():
+        DecodingPolicy.from_dict(changed)
+        options = request.options if strategy is not None else {}
+        check_request(replace(request, strategy=strategy or request.strategy, options=options))
+
+
+def check_fit(spec: ModelSpec, request: Request) -> None:
+    """Refuse a strategy, or options of it, that the model cannot be decoded with.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    from d2f.decoding.strategies import check_strategy
+
+    assert request.strategy is not None
+    with usage():
+        # An empty prompt is refused later, as a prompt.
+        check_strategy(request.strategy, request.options, spec, 1, request.max_new_tokens)
 
 
 def load_answerer(
-    model: str | Path | None,
+    model: str | None,
     adapter: str | None,
     device: str | None,
     dtype: str | None,
@@ -143,29 +167,30 @@ def load_answerer(
 ) -> tuple[Transformer, Tokenizer]:
     """The model asked for, the shipped student by default, and its tokenizer.
 
-    A path, unlike a name, is that of a shipped model, whose dtype is the device's fastest. `eos`
-    and `replace_eos` are the options of these names: the model's spec has the ends that they leave.
+    The default dtype of a shipped model is the device's fastest. `eos` and `replace_eos` are the
+    options of these names: the model's spec has the ends that they leave.
 
     Raises:
         CheckpointError: There is none, or it is broken.
-        ConfigError: The device or the dtype cannot be used, or `eos` names no token.
+        UsageError: The device or the dtype cannot be used, or `eos` names no token.
     """
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype, choose_threads
     from d2f.engine.ends import choose_ends
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import load_model, read_spec
-    from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
-    source = model if model is not None else shipped_model("student")
+    source = model or DEFAULT_MODEL
     # What fails in milliseconds comes before the weights, which may take minutes.
+    device = choose_device(device)
+    if dtype is not None or source.startswith(PREFIX):
+        dtype = choose_dtype(dtype, device)
     spec = read_spec(resolve_folder(source, weights=False))
+    choose_threads(spec.num_parameters, device)
     tokenizer = Tokenizer.load(source)
     named = [int(one) if one.isascii() and one.isdigit() else one for one in eos or ()]
-    ends = choose_ends(named, tokenizer, spec, replace=replace_eos)
-    device = choose_device(device)
-    if dtype is None and isinstance(source, Path):
-        dtype = fastest_dtype(device)
+    with usage():
+        ends = choose_ends(named, tokenizer, spec, replace=replace_eos)
     loaded = load_model(source, adapter=adapter, device=device, dtype=dtype)
     loaded.spec = replace(loaded.spec, eos_token_ids=ends)
     return loaded, tokenizer
@@ -182,12 +207,12 @@ def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> De
     """The model's policy with the fields that were given as options.
 
     Raises:
-        ConfigError: One of them has no effect on the strategy.
+        UsageError: One of them has no effect on the strategy.
     """
     from d2f.engine.policy import changed_policy, unheeded
 
     useless = unheeded(strategy, changed)
     if useless:
         options = ", ".join("--" + name.replace("_", "-") for name in useless)
-        raise ConfigError(f"{options}: without effect on strategy {strategy}")
+        raise UsageError(f"{options}: without effect on strategy {strategy}")
     return changed_policy(spec, changed)

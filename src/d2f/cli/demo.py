@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.console import check_writable, log, out, plain_table, write_json
-from d2f.errors import ConfigError
+from d2f.cli.console import check_writable, log, out, plain_table, say, write_json
+from d2f.cli.usage import usage
+from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.evaluation.race import Row
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 NUM_LIVE = 3
+DEFAULT_PLOT = Path("d2f-demo.png")
 VANILLA_BLOCK_LENGTH = 32
 """The teacher was trained on blocks, so LLaDA's sampler suits it."""
 # name, shipped model, strategy, early stop
@@ -38,7 +40,10 @@ def demo_command(
     live: Annotated[bool, typer.Option("--live/--no-live", help="Show the pipeline first.")] = True,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Where the bar plot goes. Default: d2f-demo.png.", dir_okay=False),
+        typer.Option(
+            help="Where the bar plot goes: .png, .svg, .pdf, … Default: d2f-demo.png.",
+            dir_okay=False,
+        ),
     ] = None,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no plot.")] = False,
     json_file: Annotated[
@@ -58,14 +63,14 @@ def demo_command(
     for path in (json_file, picture):
         if path is not None:
             check_writable(path)
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype
     from d2f.evaluation.environment import describe_environment
     from d2f.problems import generate_problems
     from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
     device = choose_device(device)
-    dtype = dtype or fastest_dtype(device)
+    dtype = choose_dtype(dtype, device)
     models = _load_models(device, dtype)
     tokenizer = Tokenizer.load(shipped_model("student"))
     problems = list(generate_problems(num_problems, seed=seed, split="test"))
@@ -84,16 +89,22 @@ def demo_command(
     if picture is not None:
         from d2f.evaluation.plot import plot_race
 
-        title = f"{num_problems} word problems, one at a time, on {environment['processor']}"
+        title = (
+            f"{counted(num_problems, 'word problem')}, one at a time, on {environment['processor']}"
+        )
         plot_race(summaries, picture, title=title)
         out.print(f"Plot drawn in {picture}")
-    out.print('Ask it yourself:  d2f generate "Tom has 5 apples. Ann has 3 times as many …"')
+    say(out, 'Ask it yourself:  d2f generate "Tom has 5 apples. Ann has 3 times as many …"')
 
 
 def _choose_plot(wanted: Path | None) -> Path | None:
     """The plot's file; no plot where nobody asked for one and matplotlib is not there."""
     if find_spec("matplotlib") is not None:
-        return wanted or Path("d2f-demo.png")
+        from d2f.evaluation.plot import check_format
+
+        with usage():
+            check_format(wanted or DEFAULT_PLOT)
+        return wanted or DEFAULT_PLOT
     if wanted is not None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib")
     log.print("no matplotlib here, so no plot is drawn (pip install matplotlib)", style="dim")
@@ -118,7 +129,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     if out.is_terminal:
         out.print(legend())
     slowed = f", slowed down to {SLOWED_SECONDS} s per forward" if out.is_terminal else ""
-    out.print(f"[dim]Three long problems told out of order{slowed}; · is not decoded yet[/dim]\n")
+    say(out, f"[dim]Three long problems told out of order{slowed}; · is not decoded yet[/dim]\n")
     engine = Engine(model)
     # On easy problems most of a block comes at once, and there is little to see.
     hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)
@@ -132,9 +143,11 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
             out.print(render_blocks(output.blocks, tokenizer), soft_wrap=False)
         text = tokenizer.decode(output.result.token_ids)
         verdict = "right" if extract_answer(text) == problem.answer else "wrong"
-        out.print(
-            f"[dim]{len(output.result.token_ids)} tokens in {watched.num_forwards} forwards: "
-            f"{verdict}, the answer is {problem.answer}[/dim]\n"
+        say(
+            out,
+            f"[dim]{counted(len(output.result.token_ids), 'token')} in "
+            f"{counted(watched.num_forwards, 'forward')}: "
+            f"{verdict}, the answer is {problem.answer}[/dim]\n",
         )
 
 
@@ -223,9 +236,10 @@ def _print_reasons(
         speed = fast["tokens_per_second"] / slow["tokens_per_second"]
         yields = fast["tokens_per_forward"] / slow["tokens_per_forward"]
         costs = fast["milliseconds_per_forward"] / slow["milliseconds_per_forward"]
-        out.print(
+        say(
+            out,
             f"pipelined is [bold]{speed:.1f}x {name}[/bold]: {yields:.1f}x the tokens/forward, "
-            f"{costs:.2f}x ms/forward"
+            f"{costs:.2f}x ms/forward",
         )
     by_name = {row.name: row for row in answers}
     gap, error = paired_difference(by_name["pipelined"], by_name["autoregressive"])
@@ -235,7 +249,7 @@ def _print_reasons(
         f"vanilla {rows['vanilla']['computed_per_answered']:.0f}, "
         f"pipelined {fast['computed_per_answered']:.1f}, "
         f"autoregressive {rows['autoregressive']['computed_per_answered']:.1f}; "
-        f"{limit} new tokens at most.\n",
+        f"{counted(limit, 'new token')} at most.\n",
         style="dim",
         soft_wrap=False,
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 
-from d2f.errors import ConfigError
+from d2f.cli.usage import UsageError, usage
+
+_SMALL = 100_000_000
+"""Parameters of a model whose products are over before threads have paid."""
 
 
 def choose_device(name: str | None) -> str:
     """The device asked for, else the GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: The device is not there.
+        UsageError: The device is not there.
     """
     import torch
 
@@ -20,8 +24,48 @@ def choose_device(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return name
+
+
+def choose_dtype(name: str | None, device: str) -> str:
+    """The number format asked for, else the one in which the device is fastest.
+
+    Raises:
+        UsageError: There is no such format.
+    """
+    from d2f.models.checkpoint import resolve_dtype
+
+    with usage():
+        resolve_dtype(name)
+    return name or fastest_dtype(device)
+
+
+def choose_threads(num_parameters: int, device: str) -> None:
+    """Let torch compute a small model with one thread where that is faster on the CPU now.
+
+    The threads of a small product wait for each other, and where somebody else uses a core, they
+    wait for that core: with one of two cores busy, one thread is several times faster than two.
+    Measured in some milliseconds, as the dtype is. Who sets OMP_NUM_THREADS or MKL_NUM_THREADS has
+    chosen already, and a large model takes all cores as torch does.
+    """
+    import torch
+
+    chosen = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if chosen or device != "cpu" or num_parameters > _SMALL or torch.get_num_threads() == 1:
+        return
+    all_threads = torch.get_num_threads()
+    seconds = {1: 0.0, all_threads: 0.0}
+    x_MD, weight_DE = torch.randn(48, 256), torch.randn(256, 768)
+    for turn in range(6):
+        for count in seconds:
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            for _ in range(8):
+                x_MD @ weight_DE
+            if turn > 0:  # the first time threads are started
+                seconds[count] += time.perf_counter() - start
+    torch.set_num_threads(min(seconds, key=seconds.__getitem__))
 
 
 def fastest_dtype(device: str) -> str:

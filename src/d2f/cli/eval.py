@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bench_options import BackendOption, DeviceOption, DtypeOption, source_label
+from d2f.cli.bench_options import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    check_backend,
+    source_label,
+)
 from d2f.cli.console import log, out, plain_table
-from d2f.errors import ConfigError, unknown_name
+from d2f.cli.usage import load_with, usage
+from d2f.errors import counted
 
 if TYPE_CHECKING:
     from d2f.evaluation.eval_recipe import EvalRecipe
     from d2f.evaluation.eval_row import LoadedModel
 
-SHIPPED = "shipped:"
-
 
 def eval_command(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file, as those in recipes/eval/.")],
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, or one of `d2f recipes`.")],
     data: Annotated[
         str | None, typer.Option(help="Folder of the benchmark's files, in place of the hub.")
     ] = None,
@@ -67,11 +72,12 @@ def eval_command(
             overrides.append(f"{key}={json.dumps(str(value))}")
     if offline:
         overrides.append("offline=true")
-    loaded = load_eval_recipe(recipe, overrides)
-    if num_problems is not None:
-        loaded = loaded.limited(num_problems)
+    loaded = load_with(load_eval_recipe, recipe, overrides)
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
-    loaded.selected(names)
+    with usage():
+        if num_problems is not None:
+            loaded = loaded.limited(num_problems)
+        loaded.selected(names)
     # As it was typed, so that it can be typed again, but nobody's home directory.
     file = recipe.name if recipe.is_absolute() else recipe.as_posix()
     summaries = _evaluate(loaded, names, file, device, dtype, backend, fresh)
@@ -90,7 +96,7 @@ def _evaluate(
     backend: str,
     fresh: bool,
 ) -> list[dict[str, Any]]:
-    from d2f.cli.device import choose_device, fastest_dtype
+    from d2f.cli.device import choose_device, choose_dtype
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.eval_progress import Terminal
     from d2f.evaluation.eval_run import Evaluation
@@ -98,7 +104,8 @@ def _evaluate(
     from d2f.evaluation.tasks import CODE_TASKS, load_task
 
     device = choose_device(device)
-    dtype = dtype or fastest_dtype(device)
+    dtype = choose_dtype(dtype, device)
+    check_backend(backend, device)
     task = load_task(
         recipe.task,
         num_examples=recipe.num_examples,
@@ -127,12 +134,9 @@ def _evaluate(
         return evaluation.run(reporter)
     except KeyboardInterrupt:
         reporter.close()
-        log.print(
-            f"stopped; all answers so far are in {recipe.output}; go on with the same command",
-            markup=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
+        raise KeyboardInterrupt(
+            f"stopped; all answers so far are in {recipe.output}; go on with the same command"
+        ) from None
     finally:
         reporter.close()
 
@@ -146,7 +150,7 @@ def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], Load
         from d2f.text import Tokenizer
 
         entry = recipe.models[name]
-        source = _source(entry.path)
+        source = entry.path
         log.print(f"loading {entry.path}", style="dim", markup=False)
         # Fails in milliseconds where the weights may take minutes.
         tokenizer = Tokenizer.load(source)
@@ -163,22 +167,6 @@ def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], Load
         )
 
     return load
-
-
-def _source(path: str) -> str:
-    """Folder or hub id of a recipe's model.
-
-    Raises:
-        ConfigError: There is no such shipped model.
-    """
-    if not path.startswith(SHIPPED):
-        return path
-    from d2f.shipped import MODELS, shipped_model
-
-    name = path.removeprefix(SHIPPED)
-    if name not in MODELS:
-        raise ConfigError(unknown_name("shipped model", name, MODELS))
-    return str(shipped_model(name))
 
 
 def weights_sha256(source: str, adapter: str | None) -> str:
@@ -212,10 +200,13 @@ def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> 
     out.print(table)
     failed = sum((summary["score"] or {}).get("num_errors", 0) for summary in summaries)
     if failed:
-        out.print(f"\n{failed} problems failed and count as wrong; problems.jsonl says why.")
+        out.print(
+            f"\n{counted(failed, 'problem')} failed and count as wrong; problems.jsonl says why."
+        )
     if recipe.speed is not None:
         out.print(
-            f"\nSpeed: medians of {recipe.speed.num_runs} rounds side by side, prompts included.",
+            f"\nSpeed: medians of {counted(recipe.speed.num_runs, 'round')} side by side, "
+            "prompts included.",
             style="dim",
         )
     out.print(f"Results in {recipe.output}")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2f.cli.command import Command
 from d2f.cli.console import log
 from d2f.cli.decoding_options import (
     ActivateOption,
@@ -41,21 +46,67 @@ from d2f.cli.decoding_options import (
     TopKOption,
     TopPOption,
     check_choices,
+    check_fit,
     chosen_policy,
     default_strategy,
     given,
     load_answerer,
 )
+from d2f.cli.usage import UsageError
+from d2f.errors import counted
 
 if TYPE_CHECKING:
     from d2f.decoding.batch import GenerationResult
+    from d2f.engine.engine import Engine
     from d2f.engine.request import Request
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
-PromptArgument = Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")]
+_WARM_TOKENS = 8
+_OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
+PromptArgument = Annotated[
+    str,
+    typer.Argument(help="The prompt, which may begin with a dash; - alone reads it from stdin."),
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option(help="The text ends before this; repeatable.", metavar="TEXT")
+]
+SystemOption = Annotated[
+    str | None, typer.Option(help="A system message, by the chat template.", metavar="TEXT")
+]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class PromptCommand(Command):
+    """A command whose prompt may begin with a dash, as `-5 + 3?` does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Set what is no option apart from options, as `--` would."""
+        flags = (o for o in self.params if getattr(o, "is_flag", True))
+        plain = {name for option in flags for name in (*option.opts, *option.secondary_opts)}
+        return super().parse_args(ctx, _prompts_last(args, plain))
+
+
+def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
+    """Words of a command line, those that begin with a dash and are no options behind a `--`.
+
+    Example:
+        >>> _prompts_last(["-5 + 3?", "--seed", "-1", "--json"], {"--json"})
+        ['--seed', '-1', '--json', '--', '-5 + 3?']
+    """
+    words, options, prompts = iter(args), list[str](), list[str]()
+    for word in words:
+        if word == "--":
+            prompts += words
+        elif word.startswith("-") and word != "-" and not _OPTION.fullmatch(word):
+            prompts.append(word)
+        else:
+            options.append(word)
+            if word.startswith("--") and "=" not in word and word not in flags:
+                options += islice(words, 1)
+    return [*options, "--", *prompts] if prompts else options
 
 
 def generate_command(
@@ -84,7 +135,9 @@ def generate_command(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
+    stop: StopOption = None,
     chat: ChatOption = None,
+    system: SystemOption = None,
     eos: EosOption = None,
     replace_eos: ReplaceEosOption = False,
     device: DeviceOption = None,
@@ -94,11 +147,15 @@ def generate_command(
 ) -> None:
     """Answer one prompt. The text goes to stdout, statistics to stderr.
 
+    The clock runs from the prompt to the last token, once the model is loaded and warm.
+
     Example:  d2f generate "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many
     apples does Ann have?"
     """
     if stream and as_json:
-        raise typer.BadParameter("--stream and --json exclude each other")
+        raise UsageError("--stream and --json exclude each other")
+    if system is not None and chat is False:
+        raise UsageError("--system: without effect with --no-chat")
     changed = given(
         block_size=block_size,
         add_threshold=add_threshold,
@@ -118,33 +175,34 @@ def generate_command(
         response_interval=response_interval,
         refresh_share=refresh_share,
     )
-    check_choices(strategy, changed, options)
-    loaded, tokenizer = load_answerer(
-        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
-    )
     from d2f.engine.policy import default_limit
     from d2f.engine.request import Request
 
-    strategy = strategy or default_strategy(loaded.spec, changed)
-    prompt_ids = tokenizer.encode_prompt(_read(prompt), chat=chat)
-    if max_new_tokens is None:
-        max_new_tokens = default_limit(loaded.spec, len(prompt_ids))
     request = Request(
-        prompt_ids=prompt_ids,
-        max_new_tokens=max_new_tokens,
-        policy=chosen_policy(loaded.spec, strategy, changed),
-        strategy=strategy,
+        prompt_ids=(),
+        **given(max_new_tokens=max_new_tokens),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         seed=seed,
+        stop=tuple(stop or ()),
         options=options,
     )
-    start = time.perf_counter()
-    result = _answer(loaded, tokenizer, request, stream)
-    text = tokenizer.decode(_seen(result.token_ids, loaded.spec.eos_token_ids))
-    _report(text, result, time.perf_counter() - start, stream, as_json)
+    check_choices(request, strategy, changed)
+    loaded, tokenizer = load_answerer(
+        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
+    )
+    strategy = strategy or default_strategy(loaded.spec, changed)
+    prompt_ids = _prompt_ids(tokenizer, _read(prompt), chat, system)
+    if max_new_tokens is None:
+        max_new_tokens = default_limit(loaded.spec, len(prompt_ids))
+    policy = chosen_policy(loaded.spec, strategy, changed)
+    request = replace(request, strategy=strategy, policy=policy, max_new_tokens=max_new_tokens)
+    check_fit(loaded.spec, request)
+    request = replace(request, prompt_ids=prompt_ids)
+    result, text, seconds = _answer(loaded, tokenizer, request, stream)
+    _report(result, text, seconds, stream, as_json)
 
 
 def _read(prompt: str) -> str:
@@ -152,33 +210,66 @@ def _read(prompt: str) -> str:
     return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
 
 
+def _prompt_ids(
+    tokenizer: Tokenizer, prompt: str, chat: bool | None, system: str | None
+) -> list[int]:
+    if tokenizer.chat_template is None and (chat or system is not None):
+        option = "--chat" if chat else "--system"
+        raise UsageError(f"{option}: this model has no chat template; pass the prompt without it")
+    if system is None:
+        return tokenizer.encode_prompt(prompt, chat=chat)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    return tokenizer.encode_chat(messages)
+
+
 def _answer(
     model: Transformer, tokenizer: Tokenizer, request: Request, stream: bool
-) -> GenerationResult:
-    from d2f.engine.engine import Engine
+) -> tuple[GenerationResult, str, float]:
+    """The answer, its text, and the seconds it took; a stream's text is printed on the way."""
+    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.serving.choice import Choice
 
-    engine = Engine(model)
-    if not stream:
-        return engine.generate([request])[0]
-    decoder, shown, result = tokenizer.stream(), 0, None
-    for output in engine.stream(request):
-        seen = _seen(output.token_ids, model.spec.eos_token_ids)
-        typer.echo(decoder.push(seen[shown:]), nl=False)
-        shown, result = len(seen), output.result
-    typer.echo(decoder.close())
+    engine = Engine(model, EngineConfig(), tokenizer)
+    _warm_up(engine, request)
+    choice = Choice(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
+    text, result = "", None
+    start = time.perf_counter()
+    if stream:
+        for output in engine.stream(request):
+            result = output.result
+            text += _say(choice.grow(output.token_ids))
+    else:
+        result = engine.generate([request])[0]
+    seconds = time.perf_counter() - start
     assert result is not None
-    return result
+    rest = choice.end(result.token_ids)
+    if stream:
+        typer.echo(rest)
+    return result, text + rest, seconds
 
 
-def _seen(token_ids: list[int], ends: tuple[int, ...]) -> list[int]:
-    """The tokens of the text: an end is none of them, even one that is an ordinary word."""
-    return token_ids[:-1] if token_ids and token_ids[-1] in ends else token_ids
+def _warm_up(engine: Engine, request: Request) -> None:
+    """Let the first forward, which is slow whatever it computes, be one that nobody waits for."""
+    few = replace(
+        request,
+        prompt_ids=list(request.prompt_ids[:1]),
+        max_new_tokens=min(_WARM_TOKENS, request.max_new_tokens),
+        stop=(),
+        options={},  # some are only right for longer answers
+    )
+    engine.generate([few])
+    engine.forget_prompts()
+
+
+def _say(text: str) -> str:
+    typer.echo(text, nl=False)
+    return text
 
 
 def _report(
-    text: str, result: GenerationResult, seconds: float, streamed: bool, as_json: bool
+    result: GenerationResult, text: str, seconds: float, streamed: bool, as_json: bool
 ) -> None:
-    count = len(result.token_ids)
+    count, forwards = len(result.token_ids), result.num_forwards
     if as_json:
         typer.echo(
             json.dumps(
@@ -198,7 +289,7 @@ def _report(
     if not streamed:
         typer.echo(text)
     log.print(
-        f"{count} tokens in {result.num_forwards} forwards "
+        f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
         f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
         f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
         style="dim",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.errors import CheckpointError
+from d2f.errors import CheckpointError, counted
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
@@ -210,7 +210,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for file in report["files"] or []:
         size = _human(file["bytes"])
-        lines.append(("file", f"{file['name']}, {size}, {file['tensors']} tensors"))
+        lines.append(("file", f"{file['name']}, {size}, {counted(file['tensors'], 'tensor')}"))
     return lines
 
 
@@ -241,7 +241,8 @@ def _end(end: dict[str, Any]) -> str:
 def _adapter_line(adapter: dict[str, Any]) -> str:
     return (
         f"LoRA r={adapter['r']}, alpha={adapter['alpha']} on {', '.join(adapter['targets'])} "
-        f"({adapter['modules']} modules, {adapter['parameters']:,} parameters)"
+        f"({counted(adapter['modules'], 'module')}, "
+        f"{counted(adapter['parameters'], 'parameter', ',')})"
     )
 
 

@@ -129,25 +129,41 @@ def last_lines(text: Text, console: Console, most: int) -> Text:
 def render_blocks(
     blocks: Sequence[BlockView], tokenizer: Tokenizer, *, named: bool = False
 ) -> Text:
-    """All blocks of a response in their colours, or, where there are none, with their states."""
+    """All blocks of a response in their colours, or, where there are none, with their states.
+
+    Without the states, the text of decoded blocks is that of their tokens decoded as a whole:
+    nothing stands between two blocks but what the tokens say.
+    """
     text = Text()
-    for block in blocks:
+    writer = _Writer(tokenizer)
+    for number, block in enumerate(blocks, 1):
         style = STYLES[block.state.value]
         if named:
             text.append(f"[{block.state.value}]")
-        run: list[int] = []
-        for token in block.token_ids:
-            if token is None:
-                text.append(_words(run, tokenizer), style)
-                run = []
-                text.append("·", style)
-            else:
-                run.append(token)
-        text.append(_words(run, tokenizer), style)
-        text.append(" ")
+        written = "".join(map(writer.write, block.token_ids))
+        if number == len(blocks):
+            written += writer.close()
+        text.append(harmless(written.replace("\n", "⏎").replace("<|endoftext|>", "■")), style)
     return text
 
 
-def _words(token_ids: list[int], tokenizer: Tokenizer) -> str:
-    words = tokenizer.decode(token_ids, skip_special_tokens=False)
-    return harmless(words.replace("\n", "⏎").replace("<|endoftext|>", "■"))
+class _Writer:
+    """Text of tokens one after the other, in which a gap does not change what follows it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream(skip_special_tokens=False)
+        self._before: int | None = None
+
+    def write(self, token: int | None) -> str:
+        if token is not None:
+            self._before = token
+            return self._stream.push([token])
+        text = self._stream.close() + "·"
+        # Some decoders drop the space before a first token; behind a gap, none is the first.
+        if self._before is not None and "\ufffd" not in self._tokenizer.decode([self._before]):
+            self._stream.push([self._before])
+        return text
+
+    def close(self) -> str:
+        return self._stream.close()

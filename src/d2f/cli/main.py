@@ -5,39 +5,66 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from d2f import __version__
 from d2f.cli.bench import bench_app
 from d2f.cli.chat import chat_command
-from d2f.cli.console import log
+from d2f.cli.command import Command
+from d2f.cli.console import log, say
+from d2f.cli.ctrl_c import CtrlC
 from d2f.cli.demo import demo_command
 from d2f.cli.eval import eval_command
-from d2f.cli.generate import generate_command
+from d2f.cli.generate import PromptCommand, generate_command
 from d2f.cli.inspect import inspect_command
+from d2f.cli.recipes import recipes_app
 from d2f.cli.report import report_command
 from d2f.cli.serve import serve_command
 from d2f.cli.train import train_command
+from d2f.cli.usage import UsageError
 from d2f.errors import D2FError, D2FWarning
+
+
+class _Commands(TyperGroup):
+    """The commands, which leave it to `main` to say that somebody stopped them."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise _Stopped(str(stop)) from stop
+
+
+class _Stopped(BaseException):
+    """A Ctrl-C that typer, which would end without a word, lets through."""
+
 
 app = typer.Typer(
     name="d2f",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo_command)
-app.command("generate")(generate_command)
-app.command("chat")(chat_command)
-app.command("train")(train_command)
-app.command("serve")(serve_command)
-app.command("eval")(eval_command)
-app.command("inspect")(inspect_command)
+_COMMANDS = {
+    "demo": demo_command,
+    "chat": chat_command,
+    "train": train_command,
+    "serve": serve_command,
+    "eval": eval_command,
+    "inspect": inspect_command,
+    "report": report_command,
+}
+app.command("generate", cls=PromptCommand)(generate_command)
+for _name, _command in _COMMANDS.items():
+    app.command(_name, cls=Command)(_command)
 app.add_typer(bench_app, name="bench")
-app.command("report")(report_command)
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.callback(invoke_without_command=True)
@@ -73,15 +100,19 @@ def _show_warning(
 
 
 def main() -> None:
-    """Run the command line: exit code 0 done, 1 failed with one clear line, 2 usage."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed after one clear line, 2 wrong use of a command or an option, 130
+    stopped with Ctrl-C.
+    """
+    ctrl_c = CtrlC()
     try:
-        with warnings.catch_warnings():
+        with ctrl_c, warnings.catch_warnings():
             warnings.filterwarnings("always", category=D2FWarning)
             warnings.showwarning = _show_warning
             app()
-    except KeyboardInterrupt:
-        log.print("stopped")
-        sys.exit(130)
+    except (KeyboardInterrupt, _Stopped) as stop:
+        _end(str(stop) or "stopped", 130)
     except BrokenPipeError:
         # The reader of our output has gone, as `d2f … | head` does; nothing is left to say.
         sys.stderr.close()
@@ -89,10 +120,18 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
+        if ctrl_c.came:
+            # Libraries that are interrupted while they load fail in ways of their own.
+            _end("stopped", 130)
         expected = isinstance(error, D2FError | OSError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (d2f --debug … shows where)"
         message = " ".join(f"{kind}{error}{hint}".split())
         log.print("[red]error:[/red]", end=" ")
-        log.print(message, markup=False, soft_wrap=True)
-        sys.exit(1)
+        _end(message, 2 if isinstance(error, UsageError) else 1)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Say one last line."""
+    say(log, message, markup=False)
+    sys.exit(code)

@@ -55,13 +55,18 @@ def report_command(
 
     Example:  d2f report results/word-problems results/functions --paper
     """
+    from d2f.evaluation.plot import new_figure
     from d2f.evaluation.report.document import build_report, write_report
     from d2f.evaluation.report.results import load_results
+    from d2f.evaluation.results import check_writable
 
+    folder = output or results[0] / "report"
     found = load_results(results)
     found = found.with_tail() if count_tail else found
+    check_writable(folder)
+    if not no_figures:
+        new_figure(1, 1, without="--no-figures")
     report = build_report(found, paper=paper)
-    folder = output or results[0] / "report"
     options = [*(["--paper"] if paper else []), *(["--count-tail"] if count_tail else [])]
     command = shlex.join(["d2f", "report", *map(str, results), *options])
     page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)

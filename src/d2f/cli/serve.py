@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2f.cli.decoding_options import (
+    DEFAULT_MODEL,
     EosOption,
     ReplaceEosOption,
     default_strategy,
     load_answerer,
 )
+from d2f.cli.usage import UsageError, usage
 from d2f.errors import ConfigError
+from d2f.shipped import PREFIX
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from d2f.serving.service import Service
     from d2f.serving.settings import ServeSettings
 
-SHIPPED_NAME = "d2f-student"
 RACE_MODELS = ("autoregressive", "teacher")
 """Shipped models that the page races the shipped student against."""
 RACE_BATCH_SIZE = 4
@@ -39,7 +41,8 @@ EXAMPLES_SEED = 135
 
 def serve_command(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id. Default: the shipped student.")
+        str | None,
+        typer.Option(help="Folder, hub id, or shipped:NAME. Default: shipped:student."),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None,
     host: Annotated[str, typer.Option(help="Address; one that others reach needs a key.")] = (
@@ -111,19 +114,20 @@ def serve_command(
     from d2f.serving.server import open_socket, run_server, url_of
     from d2f.serving.settings import ServeSettings
 
-    settings = ServeSettings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        max_waiting=max_waiting,
-        request_timeout=request_timeout,
-        max_tokens=max_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        drain_seconds=drain_seconds,
-        log_prompts=log_prompts,
-        cors_origins=tuple(cors_origin or ()),
-    )
-    sources = _race_sources(race_model, shipped=model is None)
+    with usage():
+        settings = ServeSettings(
+            host=host,
+            port=port,
+            api_key=api_key,
+            max_waiting=max_waiting,
+            request_timeout=request_timeout,
+            max_tokens=max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            drain_seconds=drain_seconds,
+            log_prompts=log_prompts,
+            cors_origins=tuple(cors_origin or ()),
+        )
+    sources = _race_sources(race_model, shipped=model in (None, DEFAULT_MODEL))
     # What fails in milliseconds comes before the weights, which may take minutes.
     with open_socket(host, port) as bound, LogWriter(sys.stderr):
         served = [
@@ -162,19 +166,17 @@ def require_packages() -> None:
         raise ConfigError(f"d2f serve needs {', '.join(missing)}: pip install 'd2f[serve]'")
 
 
-def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str | Path]:
-    """Name -> folder or hub id of the race's models."""
-    from d2f.shipped import shipped_model
-
+def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str]:
+    """Name -> what `--model` could be, of the race's models."""
     if not given:
-        return {name: shipped_model(name) for name in RACE_MODELS} if shipped else {}
-    sources: dict[str, str | Path] = {}
+        return {name: PREFIX + name for name in RACE_MODELS} if shipped else {}
+    sources: dict[str, str] = {}
     for text in given:
         name, equals, source = text.partition("=")
         if not (name and equals and source):
-            raise ConfigError(f"--race-model {text!r} is not of the form NAME=DIR")
+            raise UsageError(f"--race-model {text!r} is not of the form NAME=DIR")
         if name in sources:
-            raise ConfigError(f"--race-model {name} is given twice")
+            raise UsageError(f"--race-model {name} is given twice")
         sources[name] = source
     return sources
 
@@ -194,7 +196,7 @@ def main_model(
 
     Raises:
         CheckpointError: There is none, or it is broken.
-        ConfigError: The device or the dtype cannot be used, or `eos` names no token.
+        UsageError: The device or the dtype cannot be used, or `eos` names no token.
     """
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.serving.served_model import ServedModel
@@ -203,17 +205,21 @@ def main_model(
         source, adapter, device, dtype, eos=eos, replace_eos=replace_eos
     )
     return ServedModel(
-        name=name or (SHIPPED_NAME if source is None else Path(source).resolve().name),
+        name=name or _served_name(source or DEFAULT_MODEL),
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
         strategy=default_strategy(loaded.spec),
-        examples=_prompts() if source is None else (),
+        examples=_prompts() if source in (None, DEFAULT_MODEL) else (),
     )
 
 
-def _race_model(
-    name: str, source: str | Path, device: str | None, dtype: str | None
-) -> ServedModel:
+def _served_name(source: str) -> str:
+    if source.startswith(PREFIX):
+        return f"d2f-{source.removeprefix(PREFIX)}"
+    return Path(source).resolve().name
+
+
+def _race_model(name: str, source: str, device: str | None, dtype: str | None) -> ServedModel:
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.engine.sizing import enough_bytes
     from d2f.serving.served_model import ServedModel

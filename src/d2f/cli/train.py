@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.cli.console import log, out
+from d2f.cli.console import out
+from d2f.cli.usage import UsageError, load_with
+from d2f.errors import counted
 
 if TYPE_CHECKING:
     from d2f.training.run import TrainingSummary
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file, as those in recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="A TOML file, or one of `d2f recipes`.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder to write to; the recipe names one.")
     ] = None,
@@ -54,6 +56,7 @@ def train_command(
     import os
     from dataclasses import asdict
 
+    from d2f.cli.device import choose_device
     from d2f.cli.train_answers import make_evaluator, make_sampler
     from d2f.errors import ConfigError
     from d2f.training.config import load_recipe
@@ -63,8 +66,10 @@ def train_command(
     overrides = list(settings or [])
     if output is not None:
         overrides.append(f"output={json.dumps(str(output))}")
+    if not dry_run and (gpu is not None or processes is not None):
+        raise UsageError("--gpu and --processes are for a --dry-run")
     try:
-        config = load_recipe(recipe, overrides)
+        config = load_with(load_recipe, recipe, overrides)
     except ConfigError:
         # Of the processes on a machine, all of which read the same file, one says so.
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -75,6 +80,8 @@ def train_command(
 
         show_plan(config, gpu=gpu, share=peak_share, processes=processes, as_json=as_json)
         return
+    if device is not None:
+        device = choose_device(device)
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = Terminal() if is_main else Silent()
@@ -92,20 +99,18 @@ def train_command(
     if as_json and is_main:
         out.print_json(json.dumps(asdict(summary)))
     if not summary.finished:
-        if is_main:
-            log.print(
-                f"stopped at step {summary.steps}; saved in {summary.folder}; "
-                "go on with the same command and --resume",
-                markup=False,
-                soft_wrap=True,
-            )
-        raise typer.Exit(1)
+        if not is_main:
+            raise typer.Exit(130)
+        raise KeyboardInterrupt(
+            f"stopped at step {summary.steps}; saved in {summary.folder}; "
+            "go on with the same command and --resume"
+        )
     if not as_json and is_main:
         _print_summary(summary)
 
 
 def _print_summary(summary: TrainingSummary) -> None:
-    line = f"{summary.folder}  ({summary.steps} steps, {summary.seconds:.0f} s)"
+    line = f"{summary.folder}  ({counted(summary.steps, 'step')}, {summary.seconds:.0f} s)"
     out.print(line, markup=False)
     if summary.best is not None:
         score, step = summary.best["score"], summary.best["step"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from d2f.cli.console import out, plain_table
-from d2f.errors import CheckpointError, ConfigError, unknown_name
+from d2f.cli.usage import UsageError
+from d2f.errors import CheckpointError, counted, unknown_name
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
@@ -42,7 +43,8 @@ def plan(
         processes: GPUs; None: as many as a launcher has started, else 1.
 
     Raises:
-        ConfigError: An unknown GPU, or a batch that the processes cannot divide.
+        UsageError: An unknown GPU.
+        ConfigError: A batch that the processes cannot divide.
         CheckpointError: The model's config.json cannot be had.
     """
     import os
@@ -116,7 +118,7 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
     precision = "bfloat16" if fast else "float32"
     if gpu is not None:
         if gpu not in _GPUS:
-            raise ConfigError(unknown_name("GPU", gpu, _GPUS))
+            raise UsageError(unknown_name("GPU", gpu, _GPUS))
         memory, fp32 = _GPUS[gpu]
         return {
             "name": gpu,
@@ -163,19 +165,23 @@ def print_plan(facts: dict[str, Any]) -> None:
         f"{facts['num_trained_parameters'] / 1e6:,.2f}M trained"
     )
     _say(
-        f"an update: {facts['sequences_per_update']:,} sequences, "
-        f"{facts['tokens_per_update']:,} tokens; "
+        f"an update: {counted(facts['sequences_per_update'], 'sequence', ',')}, "
+        f"{counted(facts['tokens_per_update'], 'token', ',')}; "
         f"{f'on each of {processes} processes ' if processes > 1 else ''}"
         f"{accumulated} micro-batch{'es' if accumulated > 1 else ''} of {facts['micro_batch_size']}"
     )
     most = "at most " if facts["max_seconds"] else ""
     until = f" within {_duration(facts['max_seconds'])}" if facts["max_seconds"] else ""
     if data["num_samples"] is None:
-        _say(f"{most}{facts['updates']:,} updates{until}; epochs not known: {data['note']}")
+        _say(
+            f"{most}{counted(facts['updates'], 'update', ',')}{until}; epochs not known: "
+            f"{data['note']}"
+        )
     else:
         _say(
-            f"{most}{facts['updates']:,} updates{until}: {data['epochs']:.2f} epochs of "
-            f"{data['num_samples']:,} samples ({data['note']})"
+            f"{most}{counted(facts['updates'], 'update', ',')}{until}: {data['epochs']:.2f} "
+            "epochs of "
+            f"{counted(data['num_samples'], 'sample', ',')} ({data['note']})"
         )
     _print_memory(facts)
     if facts["seconds"] is not None:

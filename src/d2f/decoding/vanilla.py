@@ -28,7 +28,7 @@ from d2f.decoding.batch import (
 from d2f.decoding.canvas import Canvas
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, counted, unknown_name
 from d2f.models.spec import Architecture
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import MARGIN, NEG_ENTROPY, uniform_noise
@@ -134,7 +134,8 @@ def transfer_plan(
     ]
     if num_steps is not None and num_steps < len(spans):
         raise ConfigError(
-            f"num_steps is {num_steps}; {max_new_tokens} tokens in blocks of {block_length} "
+            f"num_steps is {num_steps}; {counted(max_new_tokens, 'token')} in blocks of "
+            f"{block_length} "
             f"need at least {len(spans)}"
         )
     _check_most(num_steps)

@@ -20,7 +20,7 @@ from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
 from d2f.engine.runner import Pending, Runner
 from d2f.engine.sizing import FREE_TOKENS, power_of_two, round_up
 from d2f.engine.task import Task
-from d2f.errors import D2FError, RequestError
+from d2f.errors import D2FError, RequestError, counted
 from d2f.models.cache import DUMP_PAGE
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
@@ -117,9 +117,9 @@ class PagedLane:
         needed, pages = self._pages_for(task.longest), self.pool.num_pages
         if needed > pages:
             raise RequestError(
-                f"the prompt's {len(task.request.prompt_ids)} tokens and max_new_tokens "
+                f"the prompt's {counted(len(task.request.prompt_ids), 'token')} and max_new_tokens "
                 f"{task.request.max_new_tokens} need {needed} pages of the key/value cache, which "
-                f"has {pages} of {self._page_size} tokens; shorten the prompt, lower "
+                f"has {pages} of {counted(self._page_size, 'token')}; shorten the prompt, lower "
                 "max_new_tokens or give the engine more with kv_cache_bytes"
             )
 

@@ -11,10 +11,10 @@ from typing import Any
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
 from d2f.decoding.alternatives import Alternatives as Alternatives
 from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
-from d2f.decoding.strategies import STRATEGIES, check_strategy
+from d2f.decoding.strategies import STRATEGIES, check_options, check_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.policy import default_strategy
-from d2f.errors import RequestError
+from d2f.errors import RequestError, counted
 from d2f.models.spec import ModelSpec
 
 MOST_TEMPERATURE = 1e30
@@ -113,13 +113,13 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     prompt = _token_ids("prompt", request.prompt_ids, spec)
     eos = spec.eos_token_ids if request.eos_token_id is None else request.eos_token_id
     eos_ids = tuple(_token_ids("EOS", [eos] if isinstance(eos, int) else eos, spec))
+    _check_limit(request.max_new_tokens)
     limit = request.max_new_tokens
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise RequestError(f"max_new_tokens is {limit!r}; it must be a whole number of at least 1")
     if len(prompt) + limit > spec.max_positions:
         raise RequestError(
-            f"the prompt's {len(prompt)} tokens and max_new_tokens {limit} exceed the model's "
-            f"{spec.max_positions} positions; shorten the prompt or lower max_new_tokens"
+            f"the prompt's {counted(len(prompt), 'token')} and max_new_tokens {limit} exceed the "
+            f"model's {counted(spec.max_positions, 'position')}; shorten the prompt or lower "
+            "max_new_tokens"
         )
     strategy = request.strategy
     if strategy is None:
@@ -143,6 +143,28 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
         top_p=float(request.top_p),
         min_p=float(request.min_p),
     )
+
+
+def check_request(request: Request) -> None:
+    """Refuse what no model could be asked for, before one is loaded; the prompt may be missing.
+
+    Raises:
+        RequestError: A length, stop string or setting of the sampling is out of its range.
+        ConfigError: An unknown strategy or option, or a bad value.
+
+    Example:
+        >>> check_request(Request(prompt_ids=(), top_p=0.9))
+    """
+    _check_limit(request.max_new_tokens)
+    if request.strategy is not None:
+        check_options(request.strategy, request.options)
+    _check_sampling(request)
+    _stop_strings(request)
+
+
+def _check_limit(limit: object) -> None:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise RequestError(f"max_new_tokens is {limit!r}; it must be a whole number of at least 1")
 
 
 def _stop_strings(request: Request) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 from d2f.models.cache import PagedCache
 from d2f.models.spec import ModelSpec
 
@@ -65,7 +65,8 @@ def cache_pages(
     pages = min(budget // page_bytes, useful)
     if pages < 1:
         raise ConfigError(
-            f"{budget / 1e6:,.1f} MB for the key/value cache hold no page of {page_size} tokens "
+            f"{budget / 1e6:,.1f} MB for the key/value cache hold no page of "
+            f"{counted(page_size, 'token')} "
             f"({page_bytes / 1e6:,.1f} MB); give it more with kv_cache_bytes, or lower page_size"
         )
     # One for padding.

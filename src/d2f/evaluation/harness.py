@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 from d2f.evaluation.code_scoring import CodeEval, CodeScorer
 from d2f.evaluation.harness_answers import TextScorer, cut, stop_strings
 from d2f.evaluation.harness_definitions import (
@@ -208,7 +208,7 @@ def _num_shots(name: str, part: Any, wanted: int | None) -> int:
     most = len(part.sampler.df) - own if wanted else 0
     if wanted > most:
         raise ConfigError(
-            f"num_fewshot {wanted}: the task {name} has {most} examples for its prompt"
+            f"num_fewshot {wanted}: the task {name} has {counted(most, 'example')} for its prompt"
         )
     return wanted
 

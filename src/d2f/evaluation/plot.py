@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,38 @@ def trim(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def check_format(path: str | Path) -> None:
+    """Refuse a picture of a kind that cannot be drawn, before the work that it is to show.
+
+    Args:
+        path: Its file; a name without an ending is that of a PNG.
+
+    Raises:
+        ConfigError: matplotlib draws no such files.
+
+    Example:
+        >>> check_format("race.svg")
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if _format(path) not in known:
+        raise ConfigError(
+            f"{path} is no picture that can be drawn; its name may end in "
+            f"{', '.join('.' + ending for ending in sorted(known))}"
+        )
+
+
+def _format(path: str | Path) -> str:
+    return Path(path).suffix.removeprefix(".").lower() or "png"
+
+
 def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> None:
-    """Draw tokens per second and tokens per forward of each row as bars, into a PNG.
+    """Draw tokens per second and tokens per forward of each row as bars, into a file.
 
     Args:
         rows: `Row.summary()` of each runner.
-        path: Where the PNG goes.
+        path: Where the picture goes; its ending says of which kind it is.
         title: What ran where.
 
     Raises:
@@ -81,4 +108,6 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
     axes[-1].xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[0].invert_yaxis()
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    part = Path(path).with_name(f"{Path(path).name}.part")
+    figure.savefig(part, dpi=150, format=_format(path))
+    os.replace(part, path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
 from d2f.evaluation.statistics import mean_and_error
 from d2f.problems import Problem, extract_answer
@@ -116,7 +116,7 @@ def run_race(
     for runner in runners:
         if not 1 <= runner.num_problems <= len(problems):
             raise ConfigError(
-                f"{runner.name} is to answer {runner.num_problems} problems, "
+                f"{runner.name} is to answer {counted(runner.num_problems, 'problem')}, "
                 f"but there are {len(problems)}"
             )
         answer_problem(runner, problems[0], max_new_tokens=max_new_tokens)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from starlette.types import Receive, Scope
 
+from d2f.errors import counted
 from d2f.serving.errors import ApiError
 from d2f.serving.settings import ServeSettings
 
@@ -74,7 +75,7 @@ async def _read(receive: Receive, limit: int) -> bytes:
     if size > limit:
         raise ApiError(
             413,
-            f"the body is longer than the {limit} bytes that this server takes",
+            f"the body is longer than the {counted(limit, 'byte')} that this server takes",
             code="body_too_large",
             headers={"Connection": "close"},
         )

@@ -17,7 +17,7 @@ from d2f.engine.policy import (
     heeds_policy,
 )
 from d2f.engine.request import Request
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, counted, unknown_name
 from d2f.serving.errors import ApiError
 from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody
 from d2f.serving.served_model import ServedModel
@@ -199,8 +199,9 @@ def _limit(
     if wanted > room:
         raise ApiError(
             400,
-            f"the prompt's {prompt_length} tokens and {name} {wanted} exceed the model's "
-            f"{positions} positions; shorten the prompt or lower {name}",
+            f"the prompt's {counted(prompt_length, 'token')} and {name} {wanted} exceed the "
+            "model's "
+            f"{counted(positions, 'position')}; shorten the prompt or lower {name}",
             param=name,
             code="context_length_exceeded",
         )
@@ -224,7 +225,7 @@ async def _encode(
         prompts = await _aside(_encode_prompts, body, model.tokenizer)
     for ids in prompts:
         if len(ids) > most:
-            raise _too_long(f"{len(ids)} tokens", most, param)
+            raise _too_long(f"{counted(len(ids), 'token')}", most, param)
     return prompts
 
 
@@ -259,13 +260,13 @@ def _encode_chat(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
 
 def _check_length(characters: int, most: int, param: str) -> None:
     if characters > most * _MOST_CHARACTERS_PER_TOKEN:
-        raise _too_long(f"{characters} characters", most, param)
+        raise _too_long(f"{counted(characters, 'character')}", most, param)
 
 
 def _too_long(length: str, most: int, param: str) -> ApiError:
     return ApiError(
         400,
-        f"the prompt has {length}; at most {most} tokens are taken",
+        f"the prompt has {length}; at most {counted(most, 'token')} are taken",
         param=param,
         code="context_length_exceeded",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -104,6 +105,8 @@ class Server(uvicorn.Server):
         self._endings: list[asyncio.Task[None]] = []
         self.fault: str | None = None
         """Why it ended before it was ready."""
+        self.interrupted = False
+        """Whether it was Ctrl-C that ended it."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop."""
@@ -117,6 +120,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End after draining; told again, do not wait for requests. Called by the signal."""
         assert self._loop is not None, "signals are caught while it serves"
+        self.interrupted |= sig == signal.SIGINT
         self._loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
@@ -151,8 +155,11 @@ def run_server(
 
     Raises:
         ConfigError: The engines could not be made ready.
+        KeyboardInterrupt: The signal was Ctrl-C's; requests have ended as with any other.
     """
     server = Server(app, service, settings, on_ready)
     server.run(sockets=[bound])
     if server.fault is not None:
         raise ConfigError(server.fault)
+    if server.interrupted:
+        raise KeyboardInterrupt

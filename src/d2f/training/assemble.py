@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import as_diffusion, build_model, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
@@ -154,7 +154,8 @@ def _check_vocabulary(model: Transformer, tokenizer: Tokenizer, config: TrainCon
     spec = model.spec
     if tokenizer.vocab_size > spec.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}"
+            f"the tokenizer has {counted(tokenizer.vocab_size, 'token')}, the model "
+            f"{spec.vocab_size}"
         )
     if not spec.eos_token_ids:
         raise ConfigError("the model's config names no eos_token_id")
@@ -169,7 +170,8 @@ def _check_vocabulary(model: Transformer, tokenizer: Tokenizer, config: TrainCon
 def _check_teacher(model: Transformer, teacher: Transformer) -> None:
     if teacher.spec.vocab_size != model.spec.vocab_size or teacher.spec.architecture.causal:
         raise ConfigError(
-            f"the teacher, a {teacher.spec.architecture.name} of {teacher.spec.vocab_size} tokens, "
+            f"the teacher, a {teacher.spec.architecture.name} of "
+            f"{counted(teacher.spec.vocab_size, 'token')}, "
             f"cannot teach a {model.spec.architecture.name} of {model.spec.vocab_size}"
         )
 
@@ -190,7 +192,7 @@ def load_dataset(
     if config.data.sequence_length > model.spec.max_positions:
         raise ConfigError(
             f"data.sequence_length is {config.data.sequence_length}; the model has "
-            f"{model.spec.max_positions} positions"
+            f"{counted(model.spec.max_positions, 'position')}"
         )
     encoded = encode_data(config.data, tokenizer, folder, note, model.spec)
     return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import TrainingError
+from d2f.errors import TrainingError, counted
 from d2f.training.encoded import Encoded
 from d2f.training.sections import DataConfig
 from d2f.training.seeds import generator
@@ -91,9 +91,10 @@ class TokenDataset:
         self._length_E = length_E[keep_E]
         if not len(self):
             raise TrainingError(
-                f"none of {self.num_rows} samples fits into data.sequence_length "
+                f"none of {counted(self.num_rows, 'sample')} fits into data.sequence_length "
                 f"{config.sequence_length}, and {self.num_long_prompts} have a prompt of more than "
-                f"{longest} tokens; raise data.sequence_length or data.max_prompt_length, or set "
+                f"{counted(longest, 'token')}; raise data.sequence_length or "
+                "data.max_prompt_length, or set "
                 "over_long or long_prompt to 'truncate'"
             )
 

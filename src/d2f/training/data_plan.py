@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from d2f.errors import D2FError
+from d2f.errors import D2FError, counted
 from d2f.models.spec import ModelSpec
 from d2f.text import Tokenizer
 from d2f.training.assemble import find_tokenizer
@@ -47,7 +47,9 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
 def _without_held_out(count: int, config: TrainConfig, note: str) -> DataPlan:
     held_out = (config.evaluate.held_out or 0) if config.evaluate else 0
     if held_out >= count:
-        return _unknown(f"evaluate.held_out {held_out} leaves nothing of {count} samples")
+        return _unknown(
+            f"evaluate.held_out {held_out} leaves nothing of {counted(count, 'sample')}"
+        )
     return DataPlan(num_samples=count - held_out, note=note)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from d2f.errors import TrainingError
+from d2f.errors import TrainingError, counted
 from d2f.training.data import TokenDataset
 from d2f.training.seeds import generator
 
@@ -46,7 +46,8 @@ def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
     )
     if len(chosen) < count or not kept_E.any():
         raise TrainingError(
-            f"evaluate.held_out is {count}, but the data have {len(dataset):,} samples with "
+            f"evaluate.held_out is {count}, but the data have "
+            f"{counted(len(dataset), 'sample', ',')} with "
             f"{len(chosen):,} different prompts among those looked at; lower it"
         )
     before = len(dataset)

@@ -11,6 +11,7 @@ from typing import Any
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.hub import is_hub_id
 from d2f.models.spec import ModelSpec
+from d2f.shipped import PREFIX
 from d2f.training.config import TrainConfig, to_table
 
 _STAGES = {
@@ -111,6 +112,8 @@ def _origin(config: TrainConfig) -> str:
         return f"Trained from `{base}`."
     if config.model.init is None:
         return "Trained from random weights."
+    if config.model.init.startswith(PREFIX):
+        return f"Trained from `{config.model.init}`, which comes with d2f."
     return "Trained from weights in a local folder, which this card does not know by a public name."
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2f.errors import ConfigError, D2FError, TrainingError
+from d2f.errors import ConfigError, D2FError, TrainingError, counted
 from d2f.models.checkpoint import resolve_device
 
 T = TypeVar("T")
@@ -169,7 +169,8 @@ class _Group(Processes):
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if found.type == "cuda" and local_rank >= gpus:
             raise ConfigError(
-                f"this machine has {gpus} GPUs, too few for process {local_rank + 1} of those "
+                f"this machine has {counted(gpus, 'GPU')}, too few for process {local_rank + 1} "
+                "of those "
                 "started on it; start fewer, or use --device cpu"
             )
         return found.type == "cpu"

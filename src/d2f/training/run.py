@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d2f.errors import TrainingError
+from d2f.errors import TrainingError, counted
 from d2f.models.storage import write_json
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
@@ -201,7 +201,8 @@ def _hold_out(config: TrainConfig, dataset: TokenDataset) -> list[HeldOut]:
 def _told(dataset: TokenDataset) -> str:
     held_out = f"{dataset.num_held_out:,} held out, " if dataset.num_held_out else ""
     return (
-        f"{len(dataset):,} samples of {dataset.mean_length:.0f} tokens on average, {held_out}"
+        f"{counted(len(dataset), 'sample', ',')} of "
+        f"{counted(dataset.mean_length, 'token', '.0f')} on average, {held_out}"
         f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long; "
         f"too long a prompt: {dataset.num_long_prompts:,} of the dropped, "
         f"{dataset.num_truncated_prompts:,} cut"

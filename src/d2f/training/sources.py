@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2f.errors import ConfigError, RequestError, TrainingError
+from d2f.errors import ConfigError, RequestError, TrainingError, counted
 from d2f.problems import ProblemConfig, generate_problems
 from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
@@ -246,7 +246,8 @@ def _refuse_if_all(bad_rows: BadRows, num_good: int) -> None:
     if bad_rows.count and not num_good:
         columns = ", ".join(sorted(bad_rows.columns)) or "none"
         raise TrainingError(
-            f"none of {bad_rows.count:,} rows can be used: {bad_rows.text()}. The rows have the "
+            f"none of {counted(bad_rows.count, 'row', ',')} can be used: {bad_rows.text()}. The "
+            "rows have the "
             f"columns: {columns}. Map them in [data.columns]"
         )
 
@@ -255,7 +256,10 @@ def _report(encoded: Encoded, note: Note) -> None:
     bad_rows = encoded.bad_rows
     if bad_rows.count:
         num_rows = bad_rows.count + len(encoded.prompt_lengths)
-        note(f"{bad_rows.count:,} of {num_rows:,} rows are bad and left out: {bad_rows.text()}")
+        note(
+            f"{bad_rows.count:,} of {counted(num_rows, 'row', ',')} are bad and left out: "
+            f"{bad_rows.text()}"
+        )
 
 
 def _cache_key(

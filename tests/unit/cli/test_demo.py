@@ -64,6 +64,11 @@ def test_files_are_checked_before_the_race(d2f, tmp_path, monkeypatch):
         assert (done.code, done.err.count("\n")) == (1, 1)
         assert f"cannot write {tmp_path}" in done.err
         assert d2f("demo", option, tmp_path).code == 2
+    for name in ("race.xyz", "race.json", "race.part"):
+        done = d2f("demo", "--plot", tmp_path / name)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "is no picture that can be drawn" in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib(d2f, monkeypatch):
@@ -105,8 +110,8 @@ def test_blocks_have_the_colours_of_their_states(tmp_path):
         ),
     ]
     text = render_blocks(views, tokenizer)
-    assert text.plain == "ab ·b■ "
+    assert text.plain == "ab·b■"
     styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
     assert styles["ab"] == "white on grey30"
-    assert styles["·"] == styles["b■"] == "black on bright_yellow"
+    assert styles["·b■"] == "black on bright_yellow"
     assert all(state.value in legend().plain for state in BlockState)

@@ -113,6 +113,47 @@ def test_options_of_the_baselines_reach_them(generate):
         assert forwards(*fast, "--factor", 1000) <= 2
 
 
+@pytest.mark.parametrize("prompt", ["-5 + 3?", "-5", "-x is what?", "--stream of what?", "—"])
+def test_a_prompt_may_begin_with_a_dash(generate, d2f, folder, prompt):
+    ids = Tokenizer.load(folder).encode_prompt(prompt)
+    expected = generate_ids(load_model(folder, device="cpu"), ids, max_new_tokens=20)
+    text = Tokenizer.load(folder).decode(expected.token_ids) + "\n"
+    options = ("--model", folder, "--device", "cpu", "--max-new-tokens", 20, "--seed", -1)
+    assert generate("--seed", -1, prompt=prompt).out == text
+    assert d2f("generate", *options, prompt).out == text
+    assert d2f("generate", *options, "--", prompt).out == text
+
+
+@pytest.mark.parametrize("wrong", ["--streem", "--no-such=1", "-x"])
+def test_an_unknown_option_is_no_prompt(d2f, wrong):
+    done = d2f("generate", wrong)
+    assert (done.code, done.out) == (2, "")
+    assert "No such option" in done.err
+
+
+def test_text_ends_before_a_stop_string(generate):
+    whole = generate().out[:-1]
+    assert len(whole) > 6
+    for stops in ([whole[3:5]], [whole[4], "never"], ["never"]):
+        options = [word for stop in stops for word in ("--stop", stop)]
+        ends = [whole.find(stop) for stop in stops if stop in whole]
+        expected = whole[: min(ends)] if ends else whole
+        assert generate(*options).out == expected + "\n"
+        assert generate(*options, "--stream").out == expected + "\n"
+        record = json.loads(generate(*options, "--json").out)
+        assert (record["text"], record["finish_reason"] == "stop") == (expected, bool(ends))
+
+
+def test_a_system_message_goes_through_the_template(generate, tmp_path):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    path = write_checkpoint(tmp_path, "llada", policy=POLICY, tokenizer=True)
+    (path / "chat_template.jinja").write_text(template)
+    asked = generate("--system", "be brief", model=path)
+    assert asked.code == 0
+    assert asked.out == generate("--no-chat", model=path, prompt="system:be brief;user:1+1=;").out
+    assert asked.out != generate(model=path).out
+
+
 def test_sampling_is_seeded(generate):
     hot = ("--temperature", 2)
     assert generate(*hot, "--seed", 1).out == generate(*hot, "--seed", 1).out
@@ -155,12 +196,15 @@ def test_sampling_among_one_token_needs_no_seed(generate):
         (["--chat"], "no chat template"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["--dtype", "float31"], "float31"),
-        (["--adapter", "/no/such/adapter"], "/no/such/adapter"),
+        (["--seed", 2**63], "seed is"),
+        (["--stop", ""], "stop string ''"),
+        (["--system", "be brief"], "--system: this model has no chat template"),
+        (["--system", "be brief", "--no-chat"], "--system: without effect with --no-chat"),
     ],
 )
-def test_refused_in_one_clear_line(generate, options, message):
+def test_wrong_values_are_refused_in_one_clear_line(generate, options, message):
     done = generate(*options)
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ")
     assert message in done.err
     assert done.err.count("\n") == 1
@@ -182,7 +226,7 @@ def test_options_are_checked_before_the_model_is_read(generate, options, message
 
 def test_policy_options_are_refused_for_an_autoregressive_model(generate, causal):
     done = generate("--add-threshold", 0.5, model=causal)
-    assert done.code == 1
+    assert done.code == 2
     assert "--add-threshold: without effect on strategy autoregressive" in done.err
 
 
@@ -199,6 +243,8 @@ def test_wrong_folders(generate, causal, tmp_path):
         return done.err
 
     assert "there is no folder '/no/such/model'" in error(model="/no/such/model")
+    assert "/no/such/adapter" in error("--adapter", "/no/such/adapter")
+    assert "did you mean 'teacher'" in error(model="shipped:techer")
     adapter = write_adapter(tmp_path / "a", "Dream")
     assert "an adapter for another model" in error("--adapter", adapter)
     assert "holds an adapter, not a model" in error(model=adapter)

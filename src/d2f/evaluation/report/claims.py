@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from d2f.errors import counted
 from d2f.evaluation.report import table as show
 from d2f.evaluation.report.ablations import by_block_size, noise_groups, threshold_curve
 from d2f.evaluation.report.differences import (
@@ -212,7 +213,7 @@ def _score_kept(comparison: Comparison) -> Finding:
     if found is None or one is None or teacher is None:
         return _missing("scores of pipelined and vanilla")
     if found.num_pairs < MIN_PROBLEMS:
-        return Finding(NOT_TESTABLE, f"only {found.num_pairs} problems")
+        return Finding(NOT_TESTABLE, f"only {counted(found.num_pairs, 'problem')}")
     verdict = _verdict(found.low, found.high, -MOST_LOST)
     paired = paired_difference(one, teacher) is not None
     kind = "paired" if paired else "not paired"
@@ -345,7 +346,9 @@ def _fine_tuning_alone(comparison: Comparison) -> Finding:
 
 def _room(row: Row) -> str:
     tokens, early_stop = row.room
-    return f"{'goes on after' if early_stop is False else 'stops at'} EOS, {tokens} tokens"
+    return (
+        f"{'goes on after' if early_stop is False else 'stops at'} EOS, {counted(tokens, 'token')}"
+    )
 
 
 def _block_size(comparison: Comparison) -> Finding:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 from d2f.evaluation.metrics import OF_TOKENS
 
 FORMAT = 1
@@ -346,7 +346,8 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
         if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
             return "score.correct is not made of the digits 0 and 1"
         if digits and len(digits) != score["num_problems"]:
-            return f"score.correct has {len(digits)} digits for {score['num_problems']} problems"
+            return f"score.correct has {counted(len(digits), 'digit')} for "
+            f"{counted(score['num_problems'], 'problem')}"
     if speed is not None:
         spreads = {
             key: speed.get(key)

@@ -1,0 +1,26 @@
+"""What every command of `d2f` has in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from typer.core import TyperCommand
+
+from d2f.cli.usage import UsageError
+
+
+class Command(TyperCommand):
+    """A command that takes no number that is none: `nan` passes all limits, and `inf` most."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it.
+
+        Raises:
+            UsageError: A number is not finite.
+        """
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                option = next(p.opts[0] for p in self.params if p.name == name)
+                raise UsageError(f"{option} is {value}; it must be a finite number")
+        return super().invoke(ctx)
