@@ -444,6 +444,41 @@ def test_events_are_read_whatever_pieces_they_come_in(open_page, address):
 # ------------------------------------------------------------------------------------ looks
 
 
+@pytest.mark.parametrize("width", [360, 1360])
+def test_what_a_button_starts_is_in_view(open_page, address, width):
+    page = open_page(address, viewport={"width": width, "height": 740})
+    for start in ("#try", ".chip", "#send"):
+        page.wait_for_selector("#send:visible")
+        if start == "#send":
+            page.fill("#prompt", "1 + 1?")
+        page.locator(start).first.click()
+        page.wait_for_selector(".notes .link >> nth=-1")
+        page.wait_for_selector("#send:visible")
+        box = page.locator("#blocks .block").first.bounding_box()
+        assert 0 <= box["y"] < 740
+        page.evaluate("scrollTo(0, 0)")
+
+
+def test_an_empty_field_means_its_default(open_page, address):
+    page = open_page(address)
+    page.wait_for_selector("#send:enabled")
+    usual = page.input_value("#max-tokens")
+    page.fill("#max-tokens", "")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.locator(".chip").first.click()
+    assert asked.value.post_data_json["max_tokens"] == int(usual) == 192
+    page.wait_for_selector(".notes .link")
+    assert page.locator(".error").count() == 0
+    page.click("#race-tab")
+    page.fill("#race-tokens", "")
+    with page.expect_request(
+        lambda request: "completions" in request.url and request.post_data_json["max_tokens"] > 16
+    ) as asked:
+        page.click("#race-start")
+    assert asked.value.post_data_json["max_tokens"] == 128
+    page.click("#race-stop")
+
+
 def test_phone_width_never_scrolls_sideways(open_page, address):
     page = open_page(address, viewport={"width": 360, "height": 740}, has_touch=True)
     page.wait_for_selector(".chip")

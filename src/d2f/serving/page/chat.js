@@ -46,7 +46,7 @@ export class Chat {
     byId("again").addEventListener("click", () => this.ask(this.asked));
     byId("try").addEventListener("click", () => {
       this.ask(this.examples[0]);
-      this.messages.focus(); // the button is gone
+      this.messages.focus({ preventScroll: true }); // the button is gone
     });
   }
 
@@ -129,7 +129,7 @@ export class Chat {
         { model: model.id, messages, ...request },
         {
           onText: (text) => {
-            run.text += text;
+            run.say(text);
             answer.textContent = run.text;
             this.messages.scrollTop = this.messages.scrollHeight;
           },

@@ -49,7 +49,16 @@ export function swap(gone, shown) {
   const hadFocus = document.activeElement === gone;
   shown.hidden = false;
   gone.hidden = true;
-  if (hadFocus) shown.focus();
+  if (hadFocus) shown.focus({ preventScroll: true }); // what was started may be elsewhere
+}
+
+/**
+ * The number in a field; left empty, it is the one that the field shows as its placeholder.
+ *
+ * @param {HTMLInputElement} field
+ */
+export function numberIn(field) {
+  return Number(field.value || field.placeholder);
 }
 
 /**

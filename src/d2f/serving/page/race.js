@@ -1,7 +1,7 @@
 /** The race: the same prompt in four ways, one after the other, replayed against one clock. */
 
 import { ApiError, streamAnswer } from "./api.js";
-import { announce, byId, h, swap } from "./dom.js";
+import { announce, byId, h, numberIn, swap } from "./dom.js";
 import { showPlaying } from "./pipeline.js";
 import { Player } from "./player.js";
 import { END, Run, clock, counted, figure, visible } from "./run.js";
@@ -138,14 +138,14 @@ export class Race {
       await streamAnswer({ ...body, max_tokens: WARM_UP_TOKENS }, ignored, signal);
       note("Measuring");
       const listener = {
-        onText: (text) => (run.text += text),
+        onText: (text) => run.say(text),
         onStep: (step) => {
           run.add(step);
           parts.result.textContent = `${counted(step.num_committed, "token")} in ${counted(step.num_forwards, "forward")}`;
         },
         onEnd: () => (run.finished = true),
       };
-      const max_tokens = Number(byId("race-tokens").value);
+      const max_tokens = numberIn(byId("race-tokens"));
       await streamAnswer({ ...body, max_tokens }, listener, signal);
       lane.run = run;
       parts.element.dataset.phase = "measured";
@@ -241,13 +241,11 @@ function showLane(lane, run, first, seconds) {
   const total = run.steps[run.last].numCommitted || 1;
   const tokens = run.tokensAt(step);
   let decoded = 0;
-  const committed = [];
   const ahead = [];
   for (let position = 0; position < total; position += 1) {
     const token = tokens.get(position);
     decoded += token ? 1 : 0;
-    const text = token ? plain(token.text) : "·";
-    (position < numCommitted ? committed : ahead).push(text);
+    if (position >= numCommitted) ahead.push(token ? plain(token.text) : "·");
   }
   // Masked places behind the last token say nothing.
   const behind = ahead.join("").replace(/·+$/, "");
@@ -255,7 +253,7 @@ function showLane(lane, run, first, seconds) {
   parts.done.style.width = `${(100 * numCommitted) / total}%`;
   parts.ahead.style.width = `${(100 * decoded) / total}%`;
   parts.clock.textContent = clock(finished ? run.seconds : seconds);
-  parts.text.replaceChildren(committed.join(""), h("span", { class: "provisional" }, behind));
+  parts.text.replaceChildren(run.textAt(step), h("span", { class: "provisional" }, behind));
   if (!finished) parts.text.scrollTop = parts.text.scrollHeight;
   const now = run.counters(step);
   const perForward = `${figure(now.tokensPerForward)} tokens/forward`;

@@ -5,7 +5,7 @@
  * @typedef {import("./api.js").StepEvent} StepEvent
  * @typedef {import("./api.js").Token & {step: number}} DatedToken
  * @typedef {{seconds: number, numForwards: number, numCommitted: number, blocks: Block[],
- *            numEvents: number}} Step
+ *            numEvents: number, textLength: number}} Step
  * @typedef {{seconds: number, numForwards: number, numTokens: number, tokensPerSecond: number,
  *            tokensPerForward: number, millisecondsPerForward: number}} Counters
  */
@@ -21,7 +21,7 @@ export class Run {
     this.strategy = strategy;
     this.threshold = threshold;
     /** @type {Step[]} the first one is before any forward */
-    this.steps = [{ seconds: 0, numForwards: 0, numCommitted: 0, blocks: [], numEvents: 0 }];
+    this.steps = [{ seconds: 0, numForwards: 0, numCommitted: 0, blocks: [], numEvents: 0, textLength: 0 }];
     /** @type {DatedToken[]} in the order they were decoded */
     this.tokens = [];
     /** @type {Map<number, DatedToken>} the latest by position */
@@ -56,8 +56,28 @@ export class Run {
       numCommitted: event.num_committed,
       blocks: event.blocks.length ? event.blocks : (this.steps[index - 1]?.blocks ?? []),
       numEvents: this.tokens.length,
+      textLength: this.text.length,
     };
     if (index === 1) this.steps[0].blocks = beginning(event.blocks);
+  }
+
+  /**
+   * Take text that the last step made final.
+   *
+   * @param {string} text
+   */
+  say(text) {
+    this.text += text;
+    this.steps[this.last].textLength = this.text.length;
+  }
+
+  /**
+   * The text that was final after a step, as the server decoded it: as a whole.
+   *
+   * @param {number} step
+   */
+  textAt(step) {
+    return this.text.slice(0, this.steps[step].textLength);
   }
 
   /**

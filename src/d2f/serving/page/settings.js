@@ -1,6 +1,6 @@
 /** How to decode: strategy, thresholds, length, temperature. */
 
-import { byId, h } from "./dom.js";
+import { byId, h, numberIn } from "./dom.js";
 
 /**
  * @typedef {import("./api.js").Model} Model
@@ -88,6 +88,7 @@ export class Settings {
     for (const [name, input] of this.inputs) input.value = policy[name];
     this.strategy.value = strategy;
     this.maxTokens.value = maxTokens;
+    this.maxTokens.placeholder = this.maxTokens.value;
     this.temperature.value = 0;
     this.refresh();
   }
@@ -125,7 +126,7 @@ export class Settings {
     return {
       strategy,
       ...(policy && { policy }),
-      max_tokens: Number(this.maxTokens.value),
+      max_tokens: numberIn(this.maxTokens),
       temperature: Number(this.temperature.value),
     };
   }
