@@ -50,7 +50,9 @@ def train_command(
         int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
-    dropout: Annotated[float, typer.Option(help="Of the adapter; the recipes have 0.1.")] = 0.0,
+    dropout: Annotated[
+        float, typer.Option(help="Of the adapter; the recipes have 0.1.", min=0, max=1)
+    ] = 0.0,
     sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none",
     loss_memory: Annotated[
         int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
@@ -83,7 +85,7 @@ def train_command(
     from d2f.evaluation.rates import measure_rates
     from d2f.training.processes import Processes
 
-    with Processes.current(choose_device(device) if device else None) as processes:
+    with Processes.current(None if device is None else choose_device(device)) as processes:
         if processes.device.index is not None and processes.device.type == "cuda":
             # Events and limits are those of the current device.
             torch.cuda.set_device(processes.device)

@@ -138,8 +138,11 @@ def check_choices(request: Request, strategy: str | None, changed: dict[str, Any
 
     with usage():
         DecodingPolicy.from_dict(changed)
-        options = request.options if strategy is not None else {}
-        check_request(replace(request, strategy=strategy or request.strategy, options=options))
+        if strategy is None:
+            check_request(replace(request, options={}))
+            return
+        check_request(replace(request, strategy=strategy))
+    _check_heeded(strategy, changed)
 
 
 def check_fit(spec: ModelSpec, request: Request) -> None:
@@ -209,10 +212,16 @@ def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> De
     Raises:
         UsageError: One of them has no effect on the strategy.
     """
-    from d2f.engine.policy import changed_policy, unheeded
+    from d2f.engine.policy import changed_policy
+
+    _check_heeded(strategy, changed)
+    return changed_policy(spec, changed)
+
+
+def _check_heeded(strategy: str, changed: dict[str, Any]) -> None:
+    from d2f.engine.policy import unheeded
 
     useless = unheeded(strategy, changed)
     if useless:
         options = ", ".join("--" + name.replace("_", "-") for name in useless)
         raise UsageError(f"{options}: without effect on strategy {strategy}")
-    return changed_policy(spec, changed)

@@ -24,10 +24,11 @@ ARGUMENTS = {
     "report": ["/no/such/folder"],
     "recipes copy": ["nothing"],
 }
-WRONG = {int: ["-7", "nine", "1.5"], float: ["-7", "nan", "inf", "nine"]}
+WRONG = {int: ["-7"], float: ["-7", "nan"]}
 """Values that no option of a type takes, but for those below."""
 OTHERWISE = {
-    ("generate", "--seed"): ["nine", str(2**63)],
+    ("generate", "--seed"): ["nine", "1.5", str(2**63)],
+    ("generate", "--temperature"): ["-7", "nan", "inf", "nine"],
     ("chat", "--seed"): ["nine", str(2**63)],
     "--strategy": ["pipelind", ""],
     "--confidence": ["margn"],
