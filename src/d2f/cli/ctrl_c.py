@@ -1,8 +1,8 @@
-"""Ctrl-C, heard wherever it comes: one that falls into a library's callback is not lost."""
+"""Ctrl-C, heard wherever it comes: one that falls into a library's import is not lost."""
 
 from __future__ import annotations
 
-import _thread
+import os
 import signal
 import sys
 import threading
@@ -15,8 +15,9 @@ _AGAIN_SECONDS = 0.05
 class CtrlC:
     """Within it Ctrl-C raises `KeyboardInterrupt`, as usual, and is remembered.
 
-    Where Python cannot raise it, in a destructor or another callback, it would print a traceback
-    and go on; it is raised a little later instead.
+    It is raised a little later where it would be swallowed or do harm: while a module is imported,
+    since many a library tries an import and goes on whatever happens; and in a destructor, where
+    Python would print a traceback and go on.
 
     Example:
         >>> with CtrlC() as ctrl_c:
@@ -26,6 +27,7 @@ class CtrlC:
 
     def __init__(self) -> None:
         self.came = False
+        self._ended = False
 
     def __enter__(self) -> CtrlC:
         self._handler, self._hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
@@ -42,17 +44,37 @@ class CtrlC:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended = True
         if self._heard:
             sys.unraisablehook = self._hook
             # A second one ends the process at once, without a traceback of what was about to end.
             signal.signal(signal.SIGINT, signal.SIG_DFL if self.came else self._handler)
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, _number: int, frame: FrameType | None) -> None:
         self.came = True
-        raise KeyboardInterrupt
+        if not _is_importing(frame):
+            raise KeyboardInterrupt
+        self._again()
 
     def _unraisable(self, unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
+            self._again()
         else:
             self._hook(unraisable)
+
+    def _again(self) -> None:
+        timer = threading.Timer(_AGAIN_SECONDS, self._send)
+        timer.daemon = True  # it must not hold up the end
+        timer.start()
+
+    def _send(self) -> None:
+        if not self._ended:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False

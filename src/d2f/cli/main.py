@@ -113,6 +113,11 @@ def main() -> None:
             app()
     except (KeyboardInterrupt, _Stopped) as stop:
         _end(str(stop) or "stopped", 130)
+    except SystemExit as end:
+        if ctrl_c.came and end.code == 130:
+            # It came before a command began, and typer ends without a word.
+            _end("stopped", 130)
+        raise
     except BrokenPipeError:
         # The reader of our output has gone, as `d2f … | head` does; nothing is left to say.
         sys.stderr.close()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,9 +126,24 @@ def encode_data(
     with ProcessPoolExecutor(
         min(workers, len(tasks)), context, _start_worker, (str(folder), style)
     ) as pool:
-        for part in pool.map(_run_task, tasks):
+        with _no_interrupts():
+            parts = pool.map(_run_task, tasks)
+        for part in parts:
             result.extend(part)
     return result
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that are started within it leave an interrupt at the terminal to this one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode_pairs(
