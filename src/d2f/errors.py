@@ -62,8 +62,8 @@ def counted(number: float, thing: str, form: str = "") -> str:
         form: How the number is written, as `format` takes it.
 
     Example:
-        >>> counted(1, "forward"), counted(1200, "token", ","), counted(0.6, "token", ".0f")
-        ('1 forward', '1,200 tokens', '1 token')
+        >>> counted(1, "forward"), counted(1200, "token", ","), counted(2, "process")
+        ('1 forward', '1,200 tokens', '2 processes')
     """
-    written = format(number, form)
-    return f"{written} {thing if written == '1' else thing + 's'}"
+    written, ending = format(number, form), "es" if thing.endswith("s") else "s"
+    return f"{written} {thing if written == '1' else thing + ending}"

@@ -201,7 +201,8 @@ def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> 
     failed = sum((summary["score"] or {}).get("num_errors", 0) for summary in summaries)
     if failed:
         out.print(
-            f"\n{counted(failed, 'problem')} failed and count as wrong; problems.jsonl says why."
+            f"\n{counted(failed, 'problem')} failed and "
+            f"{'counts' if failed == 1 else 'count'} as wrong; problems.jsonl says why."
         )
     if recipe.speed is not None:
         out.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -31,7 +32,7 @@ from d2f.errors import D2FError, D2FWarning
 class _Commands(TyperGroup):
     """The commands, which leave it to `main` to say that somebody stopped them."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
         try:
             return super().invoke(ctx)
@@ -51,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "chat": chat_command,
     "train": train_command,

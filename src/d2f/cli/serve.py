@@ -150,7 +150,8 @@ def serve_command(
             typer.echo(f"serving {names} at {url}/v1; the page is at {url}/")
             sys.stdout.flush()
 
-        app, service = build_app(served, settings)
+        with usage():
+            app, service = build_app(served, settings)
         run_server(app, service, settings, bound, welcome)
 
 

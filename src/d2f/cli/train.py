@@ -12,6 +12,7 @@ from d2f.cli.usage import UsageError, load_with
 from d2f.errors import counted
 
 if TYPE_CHECKING:
+    from d2f.training.config import TrainConfig
     from d2f.training.run import TrainingSummary
 
 
@@ -58,8 +59,6 @@ def train_command(
 
     from d2f.cli.device import choose_device
     from d2f.cli.train_answers import make_evaluator, make_sampler
-    from d2f.errors import ConfigError
-    from d2f.training.config import load_recipe
     from d2f.training.progress import Silent, Terminal
     from d2f.training.run import train
 
@@ -68,13 +67,7 @@ def train_command(
         overrides.append(f"output={json.dumps(str(output))}")
     if not dry_run and (gpu is not None or processes is not None):
         raise UsageError("--gpu and --processes are for a --dry-run")
-    try:
-        config = load_with(load_recipe, recipe, overrides)
-    except ConfigError:
-        # Of the processes on a machine, all of which read the same file, one says so.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise typer.Exit(1) from None
-        raise
+    config = _load(recipe, overrides)
     if dry_run:
         from d2f.cli.train_plan import show_plan
 
@@ -107,6 +100,21 @@ def train_command(
         )
     if not as_json and is_main:
         _print_summary(summary)
+
+
+def _load(recipe: Path, overrides: list[str]) -> TrainConfig:
+    import os
+
+    from d2f.errors import ConfigError
+    from d2f.training.config import load_recipe
+
+    try:
+        return load_with(load_recipe, recipe, overrides)
+    except ConfigError as error:
+        # Of the processes on a machine, all of which read the same file, one says so.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+        raise
 
 
 def _print_summary(summary: TrainingSummary) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2f.errors import CheckpointError, ConfigError, D2FWarning, unknown_name
+from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.ends import find_ends
 from d2f.models.families import DREAM, config_from_spec, spec_from_config
@@ -235,8 +235,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"unknown device '{device}'; use 'cpu', 'cuda' or 'cuda:0'") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device '{device}' is not on this machine, which has {torch.cuda.device_count()} "
-            "GPUs that torch can use; use 'cpu'"
+            f"device '{device}' is not on this machine, which has "
+            f"{counted(torch.cuda.device_count(), 'GPU')} that torch can use; use 'cpu'"
         )
     return found
 

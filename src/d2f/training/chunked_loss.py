@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, counted, unknown_name
 from d2f.ops.linear import matmul_wide
 from d2f.training.objective import OBJECTIVES
 
@@ -143,7 +143,8 @@ def _check(
         found, expected = tuple(target.shape), (size,)
     if found != expected or weight_M.shape != (size,):
         raise ConfigError(
-            f"{size} hidden states over {vocab_size} tokens, a target of {found} and weights "
+            f"{size} hidden states over {counted(vocab_size, 'token')}, a target of {found} and "
+            "weights "
             f"{tuple(weight_M.shape)} do not belong together"
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 from d2f.models.lora import LoraConfig
 from d2f.recipe import at_least, from_table, one_of, read_recipe
 from d2f.training.sections import (
@@ -129,7 +129,8 @@ class TrainConfig:
         size = self.micro_batch_size or self.batch_size // processes
         if size == 0 or self.batch_size % (size * processes):
             raise ConfigError(
-                f"batch_size {self.batch_size} cannot be divided evenly among {processes} processes"
+                f"batch_size {self.batch_size} cannot be divided evenly among "
+                f"{counted(processes, 'process')}"
                 + (f" with micro_batch_size {size}" if self.micro_batch_size else "")
             )
         return size, self.batch_size // (size * processes)

@@ -134,7 +134,8 @@ class _Group(Processes):
             if os.environ["LOCAL_RANK"] != "0":
                 raise SystemExit(1) from None  # its neighbour says so
             raise TrainingError(
-                f"training with {os.environ['WORLD_SIZE']} processes needs accelerate: "
+                f"training with {counted(int(os.environ['WORLD_SIZE']), 'process')} needs "
+                "accelerate: "
                 "pip install 'd2f[train]'"
             ) from None
         import torch.distributed as dist

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import D2FError, TrainingError
+from d2f.errors import D2FError, TrainingError, counted
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import (
     checkpoint_folder,
@@ -403,7 +403,7 @@ class Trainer:
         states = state.get("process_rng", [state["rng"]])
         if len(states) != self.processes.world_size and self.config.lora is not None:
             self._reporter.note(
-                f"the checkpoint is of {len(states)} processes and goes on with "
+                f"the checkpoint is of {counted(len(states), 'process')} and goes on with "
                 f"{self.processes.world_size}: dropout will differ"
             )
         if self.processes.rank >= len(states):

@@ -41,7 +41,7 @@ def test_step_reports_all_rows_and_ratios(d2f, tmp_path):
     assert len(report["added_time_over_reading_added_kv"]) == 2 + 4
     assert report["engine"]["window"] == 40
     assert 0 <= report["engine"]["idle_share"] < 1
-    assert "llada-8b, 1 layers, random weights, float32" in done.out
+    assert "llada-8b, 1 layer, random weights, float32" in done.out
     assert "x the autoregressive step" in done.out
     assert "x reading the added keys and values" in " ".join(done.out.split())
     assert "device idle" in done.out
@@ -65,11 +65,11 @@ def test_step_of_a_checkpoint(d2f, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--shape", "lada-8b"), 1, "did you mean 'llada-8b'"),
-        (("--shape", "llada-8b", "--model", "x"), 1, "exclude each other"),
-        (("--model", "x", "--layers", 2), 1, "only a --shape can be cut"),
-        (("--shape", "qwen2.5-7b", "--window", 8), 1, "computes 1 token of a row"),
-        (("--backend", "cuda"), 1, "unknown backend 'cuda'"),
+        (("--shape", "lada-8b"), 2, "did you mean 'llada-8b'"),
+        (("--shape", "llada-8b", "--model", "x"), 2, "exclude each other"),
+        (("--model", "x", "--layers", 2), 2, "only a --shape can be cut"),
+        (("--shape", "qwen2.5-7b", "--window", 8), 2, "computes 1 token of a row"),
+        (("--backend", "cuda"), 2, "unknown backend 'cuda'"),
         (("--json", "/no/such/folder/x.json"), 1, "cannot write"),
         (("--batch", "1,x"), 2, "no list of whole numbers"),
         (("--window", "0"), 2, "no list of whole numbers"),
@@ -135,12 +135,12 @@ def test_race_of_the_shipped_models(d2f, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--shape", "llada-8b"), 1, "--accept N or --trace FILE"),
-        (("--accept", 4), 1, "are for a --shape"),
-        ((*SHAPE, "--trace", "x"), 1, "exclude each other"),
-        (("--shape", "qwen2.5-7b", "--accept", 4), 1, "qwen2.5-7b is autoregressive"),
-        (("--model", "x"), 1, "--model and --baseline go together"),
-        (("--layers", 2), 1, "only a --shape can be cut"),
+        (("--shape", "llada-8b"), 2, "--accept N or --trace FILE"),
+        (("--accept", 4), 2, "are for a --shape"),
+        ((*SHAPE, "--trace", "x"), 2, "exclude each other"),
+        (("--shape", "qwen2.5-7b", "--accept", 4), 2, "qwen2.5-7b is autoregressive"),
+        (("--model", "x"), 2, "--model and --baseline go together"),
+        (("--layers", 2), 2, "only a --shape can be cut"),
         ((*SHAPE, "--max-new-tokens", 10_000), 1, "exceed the model's 512 positions"),
         ((*SHAPE, "--record-trace", "/no/such/folder/x.json"), 1, "cannot write"),
         (("--shape", "llada-8b", "--trace", "/no/such/file"), 1, "No such file"),

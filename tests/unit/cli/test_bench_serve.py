@@ -58,8 +58,8 @@ def test_wrong_answers_fail_the_command(d2f, tmp_path, small_pool):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--url", "localhost"), 1, "it must be like http://127.0.0.1:8000"),
-        (("--api-key", "x"), 1, "--api-key is for the server of --url"),
+        (("--url", "localhost"), 2, "it must be like http://127.0.0.1:8000"),
+        (("--api-key", "x"), 2, "--api-key is for the server of --url"),
         (("--url", "http://127.0.0.1:9"), 1, "cannot be reached"),
         (("--json", "/no/such/folder/x.json"), 1, "cannot write"),
         (("--clients", 0), 2, "--clients"),

@@ -74,7 +74,7 @@ def test_all_rows_are_reported(d2f, tmp_path):
     assert list(repeat["loss_at"]) == ["1", "3"]
     assert len(repeat["losses"]) == 3
     assert repeat["losses"][2] < repeat["losses"][0]
-    assert "dream-7b, 1 layers, random weights, LoRA r=4" in done.out
+    assert "dream-7b, 1 layer, random weights, LoRA r=4" in done.out
     assert "One batch again and again (forward_kl, lr 0.01)" in done.out
 
 
@@ -118,18 +118,18 @@ def test_what_was_measured_survives_an_error(d2f, given_rates, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--shape", "lada-8b"), 1, "did you mean 'llada-8b'"),
-        (("--shape", "llada-8b", "--model", "x"), 1, "exclude each other"),
-        (("--layers", 2), 1, "only a --shape can be cut"),
-        ((*SHAPE, "--lora", 4, "--full"), 1, "--lora and --full exclude each other"),
-        (("--shape", "qwen2.5-7b", "--length", 32), 1, "qwen2.5-7b is autoregressive"),
-        ((*SHAPE, "--length", 4000), 1, "--length 4000: the model has 512 positions"),
-        ((*SHAPE, "--checkpointing", "maybe"), 1, "must be no, yes or both"),
-        ((*SHAPE, "--sharding", "half"), 1, "half"),
-        ((*SHAPE, "--micro-batch", "1,max"), 1, "max is for a GPU"),
-        ((*SHAPE, "--memory-limit", 80), 1, "--memory-limit is for a GPU"),
-        ((*SHAPE, "--dtype", "float16"), 1, "float16"),
-        ((*SHAPE, "--dropout", 1), 1, "dropout is 1"),
+        (("--shape", "lada-8b"), 2, "did you mean 'llada-8b'"),
+        (("--shape", "llada-8b", "--model", "x"), 2, "exclude each other"),
+        (("--layers", 2), 2, "only a --shape can be cut"),
+        ((*SHAPE, "--lora", 4, "--full"), 2, "--lora and --full exclude each other"),
+        (("--shape", "qwen2.5-7b", "--length", 32), 2, "qwen2.5-7b is autoregressive"),
+        ((*SHAPE, "--length", 4000), 2, "--length 4000: the model has 512 positions"),
+        ((*SHAPE, "--checkpointing", "maybe"), 2, "must be no, yes or both"),
+        ((*SHAPE, "--sharding", "half"), 2, "half"),
+        ((*SHAPE, "--micro-batch", "1,max"), 2, "max is for a GPU"),
+        ((*SHAPE, "--memory-limit", 80), 2, "--memory-limit is for a GPU"),
+        ((*SHAPE, "--dtype", "float16"), 2, "float16"),
+        ((*SHAPE, "--dropout", 1), 2, "dropout is 1"),
         ((*SHAPE, "--json", "/no/such/folder/x.json"), 1, "cannot write"),
         (("--micro-batch", "1,x"), 2, "no list of whole numbers"),
         (("--lora", 0), 2, "--lora"),

@@ -156,7 +156,7 @@ def test_help_and_example(talk):
 )
 def test_refused_before_the_first_message(d2f, folder, options, message):
     done = d2f("chat", "--model", folder, *options)
-    assert done.code == 1
+    assert done.code == 2
     assert message in done.err
 
 
@@ -312,7 +312,8 @@ def test_twice_ctrl_c_leaves(folder, monkeypatch):
         return answer
 
     monkeypatch.setattr("builtins.input", read)
-    assert talk.run()
+    with pytest.raises(KeyboardInterrupt):
+        talk.run()
     assert list(answers) == ["never"]
 
 

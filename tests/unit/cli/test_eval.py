@@ -144,7 +144,7 @@ def test_an_interrupt_ends_with_a_line_and_the_next_run_goes_on(evaluate, recipe
 
     monkeypatch.setattr(eval_progress.Terminal, "progress", progress)
     done = evaluate()
-    assert done.code == 1
+    assert done.code == 130
     assert done.err.splitlines()[-1] == (
         "stopped; all answers so far are in out; go on with the same command"
     )
@@ -156,22 +156,22 @@ def test_an_interrupt_ends_with_a_line_and_the_next_run_goes_on(evaluate, recipe
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--rows", "pipelind"), 1, "unknown row 'pipelind'; did you mean 'pipelined'"),
+        (("--rows", "pipelind"), 2, "unknown row 'pipelind'; did you mean 'pipelined'"),
         (("--num-problems", 0), 2, "--num-problems"),
-        (("--set", "rows.vanilla.options.steps=3"), 1, "unknown option 'steps'"),
-        (("--set", "score.num_problem=3"), 1, "did you mean 'num_problems'"),
+        (("--set", "rows.vanilla.options.steps=3"), 2, "unknown option 'steps'"),
+        (("--set", "score.num_problem=3"), 2, "did you mean 'num_problems'"),
         (("--set", "models.student.path=no/such/folder"), 1, "no folder 'no/such/folder'"),
         (("--set", "models.student.path=shipped:studnet"), 1, "did you mean 'student'"),
         (("--set", "models.student.chat_template=true"), 1, "has no chat template"),
-        (("--device", "no-such"), 1, "device 'no-such' cannot be used"),
-        (("--backend", "no-such"), 1, "unknown backend 'no-such'"),
+        (("--device", "no-such"), 2, "device 'no-such' cannot be used"),
+        (("--backend", "no-such"), 2, "unknown backend 'no-such'"),
     ],
 )
 def test_bad_input_is_one_clear_line(evaluate, arguments, code, words):
     done = evaluate(*arguments)
     assert done.code == code
     assert words in done.err
-    if code == 1:
+    if "Usage:" not in done.err:  # typer's own words
         assert len([line for line in done.err.splitlines() if "error" in line]) == 1
         assert "Traceback" not in done.err
 

@@ -39,9 +39,9 @@ def causal(tmp_path_factory):
 def refused(d2f, folder):
     """Why the server does not start, in one line."""
 
-    def run(*arguments, model=folder):
+    def run(*arguments, model=folder, code=1):
         done = d2f("serve", "--port", 0, "--device", "cpu", "--model", model, *arguments)
-        assert (done.code, done.out) == (1, "")
+        assert (done.code, done.out) == (code, "")
         assert done.err.startswith("error: ")
         assert done.err.count("\n") == 1
         return done.err
@@ -50,9 +50,9 @@ def refused(d2f, folder):
 
 
 def test_other_hosts_need_a_key(refused, monkeypatch):
-    assert "--api-key" in refused("--host", "0.0.0.0")
+    assert "--api-key" in refused("--host", "0.0.0.0", code=2)
     monkeypatch.setenv("D2F_API_KEY", "")
-    assert "key" in refused("--host", "0.0.0.0")
+    assert "key" in refused("--host", "0.0.0.0", code=2)
 
 
 def test_hosts_that_do_not_exist(refused):
@@ -74,17 +74,19 @@ def test_models_that_cannot_be_loaded(refused, tmp_path):
 
 @pytest.mark.parametrize("given", ["teacher", "=x", "teacher="])
 def test_race_models_of_another_form(refused, given):
-    assert f"--race-model {given!r} is not of the form NAME=DIR" in refused("--race-model", given)
+    assert f"--race-model {given!r} is not of the form NAME=DIR" in refused(
+        "--race-model", given, code=2
+    )
 
 
 def test_names_are_given_once(refused, folder):
     twice = ("--race-model", f"a={folder}", "--race-model", f"a={folder}")
-    assert "--race-model a is given twice" in refused(*twice)
-    assert "name of its own" in refused("--race-model", f"tiny={folder}")
+    assert "--race-model a is given twice" in refused(*twice, code=2)
+    assert "name of its own" in refused("--race-model", f"tiny={folder}", code=2)
 
 
 def test_values_out_of_range(refused):
-    assert "finite" in refused("--request-timeout", "inf")
+    assert "finite" in refused("--request-timeout", "inf", code=2)
 
 
 def test_missing_packages_are_named(refused, monkeypatch):
@@ -112,7 +114,10 @@ def started(folder, causal):
     process.communicate()
 
 
-def test_serves_until_it_is_told_to_stop(started, folder):
+@pytest.mark.parametrize(
+    ("number", "code", "last"), [(signal.SIGTERM, 0, None), (signal.SIGINT, 130, "stopped")]
+)
+def test_serves_until_it_is_told_to_stop(started, folder, number, code, last):
     line = started.stdout.readline()
     assert line.startswith("serving tiny, autoregressive at http://127.0.0.1:")
     url = line.split()[4].rstrip(";")
@@ -132,10 +137,11 @@ def test_serves_until_it_is_told_to_stop(started, folder):
         told = {model["id"]: model["d2f"] for model in json.load(response)["data"]}
     assert told["tiny"]["strategy"] == "vanilla"  # it carries no policy
     assert told["autoregressive"]["strategy"] == "autoregressive"
-    started.send_signal(signal.SIGTERM)
+    started.send_signal(number)
     out, err = started.communicate(timeout=30)
-    assert (started.returncode, out) == (0, "")
-    lines = [json.loads(line) for line in err.splitlines()]
+    assert (started.returncode, out) == (code, "")
+    assert last is None or err.splitlines()[-1] == last
+    lines = [json.loads(line) for line in err.splitlines() if line != last]
     assert [line["endpoint"] for line in lines] == ["/v1/chat/completions", "/v1/models"]
     assert lines[0]["status"] == 200
     assert lines[0]["completion_tokens"] == answer["usage"]["completion_tokens"]
