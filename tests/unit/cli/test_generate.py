@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.engine import Engine
 from d2f.engine.generate import generate_ids
 from d2f.models.checkpoint import load_model
 from d2f.testing import write_adapter, write_checkpoint
@@ -77,6 +80,28 @@ def test_an_autoregressive_model_decodes_autoregressively(generate, causal):
     record = json.loads(generate("--json", model=causal).out)
     assert record["tokens_per_forward"] == 1
     assert generate("--stream", model=causal).out == record["text"] + "\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_clock_starts_when_the_engine_is_warm(generate, monkeypatch, stream):
+    events = []
+    answer, watch, clock = Engine.generate, Engine.stream, time.perf_counter
+
+    def noted(call, prompts):
+        def run(engine, asked):
+            events.append([len(request.prompt_ids) for request in prompts(asked)])
+            return call(engine, asked)
+
+        return run
+
+    monkeypatch.setattr(Engine, "generate", noted(answer, list))
+    monkeypatch.setattr(Engine, "stream", noted(watch, lambda asked: [asked]))
+    monkeypatch.setattr(
+        "d2f.cli.generate.time",
+        SimpleNamespace(perf_counter=lambda: events.append("clock") or clock()),
+    )
+    assert generate(*["--stream"] * stream).code == 0
+    assert events == [[1], "clock", [4], "clock"]
 
 
 def test_prompt_from_standard_input(generate):

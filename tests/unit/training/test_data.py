@@ -61,7 +61,7 @@ def test_over_long_samples_are_dropped_or_truncated_and_counted():
     batch = behead.batch(torch.tensor([2, 3]))
     assert batch.ids_BL.tolist() == [[2, 3, 4, 5, 0, 0, 0, 0, 0], [7] + [0] * 8]
     assert batch.prompt_length_B.tolist() == [3, 0]
-    with pytest.raises(TrainingError, match="none of 1 samples"):
+    with pytest.raises(TrainingError, match="none of 1 sample "):
         TokenDataset(encoded([[1], [2, 3]]), config(3), eos_token_id=0)
 
 

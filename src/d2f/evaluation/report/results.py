@@ -346,8 +346,8 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
         if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
             return "score.correct is not made of the digits 0 and 1"
         if digits and len(digits) != score["num_problems"]:
-            return f"score.correct has {counted(len(digits), 'digit')} for "
-            f"{counted(score['num_problems'], 'problem')}"
+            problems = counted(score["num_problems"], "problem")
+            return f"score.correct has {counted(len(digits), 'digit')} for {problems}"
     if speed is not None:
         spreads = {
             key: speed.get(key)

@@ -117,7 +117,7 @@ def test_folder_without_results(tmp_path, folder, words):
         ({"score": 3}, "'score' is no table"),
         ({"score": {"num_problems": "many"}}, "num_problems is no whole number"),
         ({"score": {"num_problems": 1, "score": "x"}}, "score.score is no number"),
-        ({"score": {"num_problems": 2, "correct": "1"}}, "has 1 digits for 2 problems"),
+        ({"score": {"num_problems": 2, "correct": "1"}}, "has 1 digit for 2 problems"),
         ({"score": {"num_problems": 2, "correct": "1x"}}, "digits 0 and 1"),
         ({"speed": {"tokens_per_second": 7}}, "no median, lowest and highest"),
     ],
