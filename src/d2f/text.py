@@ -209,10 +209,8 @@ class Tokenizer:
             >>> tokenizer.decode([0]), tokenizer.decode_after([0])
             ('a', ' a')
         """
-        token_of = self._token_of(skip_special_tokens)
-        tokens = [token for i in ids if (token := token_of(i)) is not None]
-        before, whole = self._text_of(["a"]), self._text_of(["a", *tokens])
-        return whole[len(before) :]
+        stream = self.stream(skip_special_tokens=skip_special_tokens, follows=True)
+        return stream.push(ids) + stream.close()
 
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets, the chat template included."""
@@ -221,12 +219,13 @@ class Tokenizer:
             json.dumps(parts, sort_keys=True).encode(), digest_size=16
         ).hexdigest()
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        """A decoder for ids that arrive bit by bit."""
+    def stream(self, *, skip_special_tokens: bool = True, follows: bool = False) -> TextStream:
+        """A decoder for ids that arrive bit by bit; `follows`: behind other text."""
         return TextStream(
             self._backend.decoder,
             self._token_of(skip_special_tokens),
             tidies=self._tidies,
+            follows=follows,
         )
 
     def _begin(self, ids: list[int]) -> list[int]:
@@ -237,11 +236,6 @@ class Tokenizer:
         while start < len(ids) and ids[start] == bos:
             start += 1
         return [bos, *ids[start:]] if start or self._begins else ids
-
-    def _text_of(self, tokens: list[str]) -> str:
-        decoder = self._backend.decoder
-        text = " ".join(tokens) if decoder is None else decoder.decode(tokens)
-        return tidy(text) if self._tidies else text
 
     def _token_of(self, skip_special_tokens: bool) -> Callable[[int], str | None]:
         """What finds the token of an id, None for one that is not shown."""

@@ -50,6 +50,8 @@ class TextStream:
         decoder: The tokenizer's, None where it has none.
         token: The token of an id, None if it is not shown.
         tidies: Whether the decoded text goes through `tidy`.
+        follows: Whether other text stands before this one, so that no token here is the first,
+            which some decoders take the space from.
 
     Example:
         >>> from tokenizers.decoders import Metaspace
@@ -64,8 +66,12 @@ class TextStream:
         token: Callable[[int], str | None],
         *,
         tidies: bool = False,
+        follows: bool = False,
     ) -> None:
         self._token = token
+        # Other text is a letter, which goes through the steps and is not given out.
+        self._before = ["a"] if follows else []
+        self._num_before = len(_finished(_steps_of(decoder), self._before))
         self._steps = _steps_of(decoder)
         if tidies:
             self._steps += [_Replaced(*tidying) for tidying in _TIDYINGS]
@@ -75,9 +81,10 @@ class TextStream:
     def push(self, ids: Iterable[int]) -> str:
         """Add ids and return the text that is certain now."""
         pieces = [token for i in ids if (token := self._token(i)) is not None]
+        pieces, self._before = [*self._before, *pieces], []
         for step in self._steps:
             pieces = step.feed(pieces)
-        text = "".join(pieces)
+        text = self._without_before("".join(pieces))
         certain = text.rstrip(_HALF)
         halves, self._num_halves = self._num_halves, len(text) - len(certain)
         if certain:
@@ -87,12 +94,14 @@ class TextStream:
 
     def close(self) -> str:
         """Return what was withheld; nothing may be pushed any more."""
-        pieces: list[str] = []
-        for step in self._steps:
-            pieces = [*step.feed(pieces), *step.end()]
-        rest = _HALF * self._num_halves + "".join(pieces)
+        rest = _HALF * self._num_halves + self._without_before(_finished(self._steps, []))
         self._steps, self._num_halves = [], 0
         return rest
+
+    def _without_before(self, text: str) -> str:
+        cut = min(self._num_before, len(text))
+        self._num_before -= cut
+        return text[cut:]
 
 
 class _Step(Protocol):
@@ -101,6 +110,13 @@ class _Step(Protocol):
     def feed(self, pieces: list[str]) -> list[str]: ...
 
     def end(self) -> list[str]: ...
+
+
+def _finished(steps: Iterable[_Step], pieces: list[str]) -> str:
+    """What the steps make of these pieces if no others follow."""
+    for step in steps:
+        pieces = [*step.feed(pieces), *step.end()]
+    return "".join(pieces)
 
 
 def _steps_of(decoder: Decoder | None) -> list[_Step]:

@@ -153,16 +153,12 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream(skip_special_tokens=False)
-        self._before: int | None = None
 
     def write(self, token: int | None) -> str:
         if token is not None:
-            self._before = token
             return self._stream.push([token])
         text = self._stream.close() + "·"
-        # Some decoders drop the space before a first token; behind a gap, none is the first.
-        if self._before is not None and "\ufffd" not in self._tokenizer.decode([self._before]):
-            self._stream.push([self._before])
+        self._stream = self._tokenizer.stream(skip_special_tokens=False, follows=True)
         return text
 
     def close(self) -> str:

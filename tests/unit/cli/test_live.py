@@ -11,6 +11,7 @@ from tokenizers import decoders, models
 from d2f.cli.live import render_blocks
 from d2f.decoding.batch import BlockState, BlockView
 from d2f.text import Tokenizer
+from d2f.tokenizer_files import TokenizerFiles
 
 WORDS = ["the", "n", "ot", "▁is", "▁not", "▁", "##ed", "Ġis", "Ġn", "Ã", "©", "Ċ", "."]
 DECODERS = {
@@ -26,7 +27,8 @@ DECODERS = {
 def tokenizer_of(decoder: str) -> Tokenizer:
     backend = Backend(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
     backend.decoder = DECODERS[decoder]
-    return Tokenizer(backend, {}, None)
+    files = TokenizerFiles(backend=backend, config={}, special={}, hidden=frozenset())
+    return Tokenizer(files, None)
 
 
 def blocks_of(tokens: list[int | None], size: int) -> list[BlockView]:
@@ -61,6 +63,14 @@ def test_a_seam_changes_nothing_beside_gaps_either(decoder, tokens, size):
     named = render_blocks(blocks_of(tokens, size), tokenizer, named=True).plain
     assert several.plain == one == named.replace("[cached]", "")
     assert one.count("·") == tokens.count(None)
+
+
+def test_tokens_behind_a_gap_are_decoded():
+    tokens = [WORDS.index(word) for word in ("the", "Ġis", "Ã", "©", "Ċ")]
+    tokens[1:1] = [None]
+    for size in (1, 2, 3, 9):
+        text = render_blocks(blocks_of(tokens, size), tokenizer_of("byte level")).plain
+        assert text == "the· isé⏎"
 
 
 @pytest.mark.parametrize("decoder", ["metaspace", "llama 2"])
