@@ -13,7 +13,8 @@ from d2f.testing import tiny_adapter, tiny_model
 
 TYPES = ["llada", "Dream", "llama", "qwen2"]
 DIFFUSION = ["llada", "Dream"]
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+# Processors sum in different orders: one logit of 768 was 1.14e-5 off on a Xeon.
+TOLERANCE = {"atol": 3e-5, "rtol": 1e-5}
 BLOCK = 4
 TORCH = select_backend("torch", "cpu")
 

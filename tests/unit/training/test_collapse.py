@@ -87,7 +87,12 @@ def test_healthy_runs_do_not_warn(stage_config):
     assert all(("teacher_confidence" in r) == (config.stage == "d2f") for r in records)
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, alpha=8)])
+# Broken attention alone is warned of on some processors only: what is rounded otherwise there ends
+# elsewhere. With the layers that write to the residual stream broken, it was with each of six seeds.
+WRITING = ("o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, alpha=8, target_modules=WRITING)])
 def test_a_broken_student_is_warned_of(tmp_path, lora):
     broken = OptimizerConfig(lr=3.0, clip_norm=0)
     config = make_config(tmp_path, "d2f", steps=30, log_every=1, optimizer=broken, lora=lora)
