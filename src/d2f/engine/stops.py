@@ -75,6 +75,10 @@ class StopStrings:
             ends += [self._visible_length(token_ids, start) for start in starts]
         return text[: min(ends, default=len(text))]
 
+    def text_before(self, token_ids: Sequence[int], length: int) -> str:
+        """What people see of the first `length` characters with special tokens shown."""
+        return self._visible(token_ids)[: self._visible_length(token_ids, length)]
+
     def _visible_length(self, token_ids: Sequence[int], length: int) -> int:
         """How much people see of the first `length` characters with special tokens shown."""
         # The token that holds the next character; of its own text the part before that is kept.

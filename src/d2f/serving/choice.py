@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2f.engine.request import Alternatives
-from d2f.engine.stops import with_special_tokens
+from d2f.engine.stops import StopStrings, with_special_tokens
 from d2f.serving.special_stops import SpecialStops
 from d2f.text import Tokenizer
 
@@ -98,6 +98,7 @@ class Choice:
         unseen = tokenizer.special_tokens.union(text for text in ends if text)
         special = with_special_tokens(stop, unseen)
         self._special = SpecialStops(tokenizer, special) if special else None
+        self._found = StopStrings(special, tokenizer)
         self._texts = texts
         self._num_seen = 0
         self._held = ""
@@ -122,7 +123,7 @@ class Choice:
         if not self._stopped:
             self._add(self._stream.close())
             if self._special is not None:
-                self._cut(self._special.close(self._num_text))
+                self._cut(token_ids, self._special.close(self._num_text))
         return self._give(len(self._held))
 
     def logprobs(
@@ -157,20 +158,20 @@ class Choice:
         return shown
 
     def _take(self, token_ids: Sequence[int]) -> None:
-        fresh = token_ids[self._num_seen :]
-        self._num_seen = max(self._num_seen, len(token_ids))
+        first, self._num_seen = self._num_seen, max(self._num_seen, len(token_ids))
+        fresh = token_ids[first:]
         if self._texts is None and self._special is None:
             seen = [token for token in fresh if token not in self._eos]
             if seen and not self._stopped:
                 self._add(self._stream.push(seen))
             return
-        for token in fresh:
+        for count, token in enumerate(fresh, first + 1):
             if self._stopped:
                 return
             if token not in self._eos:
                 self._take_one(token)
             if self._special is not None:
-                self._cut(self._special.add(token, self._num_text))
+                self._cut(token_ids[:count], self._special.add(token, self._num_text))
 
     def _take_one(self, token: int) -> None:
         text = self._stream.push([token])
@@ -192,11 +193,14 @@ class Choice:
             self._held = self._held[: min(ends)[1]]
             self._stopped = True
 
-    def _cut(self, length: int | None) -> None:
-        """Let the text end after so many characters, where a stop string was found."""
-        if length is not None:
-            self._held = self._held[: max(length - self._num_given, 0)]
-            self._stopped = True
+    def _cut(self, token_ids: Sequence[int], start: int | None) -> None:
+        """Let the text end where a stop string was found in the text with special tokens shown."""
+        if start is None:
+            return
+        # Decoded anew: the stream may keep back a byte that a later token could have gone on with.
+        held = self._found.text_before(token_ids, start)[self._num_given :]
+        self._held = min(self._held, held, key=len) if self._stopped else held
+        self._stopped = True
 
     def _held_back(self) -> int:
         """Characters at the end that may turn out to begin a stop string."""

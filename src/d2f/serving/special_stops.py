@@ -9,7 +9,7 @@ from d2f.text import Tokenizer
 
 
 class SpecialStops:
-    """Finds in the text with special tokens shown where the text that people see must end.
+    """Finds stop strings in the text with special tokens shown, token by token.
 
     Args:
         tokenizer: The model's.
@@ -31,14 +31,14 @@ class SpecialStops:
         self._shown_lengths: list[int] = []
         """Characters that are shown, after each token."""
         self._seen_lengths: list[int] = []
-        """Characters that people see, after each token."""
+        """Characters that people certainly see, after each token."""
 
     def add(self, token_id: int, num_seen: int) -> int | None:
-        """Take a token; how much is seen before a stop string that is complete now, if one is.
+        """Take a token; where in the shown text a stop string begins that is complete now, if any.
 
         Args:
             token_id: The next one of the response.
-            num_seen: Characters that people see, this token's among them.
+            num_seen: Characters that people certainly see, this token's among them.
         """
         return self._grow(self._stream.push([token_id]), num_seen)
 
@@ -69,10 +69,10 @@ class SpecialStops:
             for stop in self._stop
             if (start := self._shown.find(stop, max(before - len(stop) + 1, 0))) >= 0
         ]
-        return self._seen_before(min(starts)) if starts else None
+        return min(starts, default=None)
 
     def _seen_before(self, shown: int) -> int:
-        """How much people see of the first `shown` characters."""
+        """How much people certainly see of the first `shown` characters."""
         index = bisect.bisect_right(self._shown_lengths, shown)
         if index == len(self._shown_lengths):
             return self._seen_lengths[-1] if index else 0

@@ -129,6 +129,34 @@ def test_a_stream_shows_nothing_of_a_stop(ids, stops, piece, cuts, logprobs, eos
     assert shown + choice.end(ids) == expected
 
 
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=IDS,
+    stops=STOPS,
+    piece=st.tuples(st.integers(0, 30), st.integers(1, 16)),
+    cuts=st.just(range(13)) | st.lists(st.integers(0, 12), max_size=5),
+)
+def test_a_stream_is_the_text_that_the_engine_cuts(kind, ids, stops, piece, cuts):
+    """Also where the decoder keeps back bytes that a later token could go on with."""
+    tokenizer = make_tokenizer(kind)
+    come = tokenizer.decode(ids, skip_special_tokens=False)[piece[0] : sum(piece)]
+    stops = [*stops, come] if holds_special(come) else stops
+    found = StopStrings(stops, tokenizer)
+    ids = ids[: found.num_tokens(ids)]
+    choice, shown = Choice(tokenizer, stop=stops), ""
+    for cut in sorted(cuts):
+        shown += choice.grow(ids[: min(cut, len(ids))])
+    assert shown + choice.end(ids) == found.cut_text(ids)
+
+
+def test_a_character_of_bytes_before_a_stop_is_shown():
+    choice = Choice(make_tokenizer("metaspace"), stop=["</s>"])
+    ids = [WORDS.index(token) for token in ("a", "<0xE2>", "<0x82>", "<0xAC>")] + [EOS - 1]
+    assert choice.grow(ids[:4]) == "a"
+    assert choice.end(ids) == "€"
+
+
 def test_what_follows_a_special_token_that_begins_a_stop_is_held_back():
     choice = Choice(make_tokenizer("plain"), stop=["<|x|>ab</s>"])
     ids = [1, EOS - 2, 0, 1, EOS - 1]
