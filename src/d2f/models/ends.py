@@ -17,14 +17,13 @@ _ANSWER_PADDING = "<|dlm_pad|>"
 """DiffuCoder fills what is left behind an answer with it; its authors' scripts cut there."""
 _ANSWER = "The answer of the assistant."
 _QUESTION = {"role": "user", "content": "The question of the user."}
+_TURNS = [_QUESTION, {"role": "assistant", "content": _ANSWER}]
 _CONVERSATIONS = (
-    [_QUESTION, {"role": "assistant", "content": _ANSWER}],
+    _TURNS,
     # Some templates want to be told who the assistant is.
-    [
-        {"role": "system", "content": "The task of the assistant."},
-        _QUESTION,
-        {"role": "assistant", "content": _ANSWER},
-    ],
+    [{"role": "system", "content": "The task of the assistant."}, *_TURNS],
+    # Others close a turn only where another one follows, as those of Qwen1.5.
+    [*_TURNS, _QUESTION],
 )
 
 
@@ -120,17 +119,17 @@ def _closing_token(tokenizer: Tokenizer) -> int | None:
     """The added token that follows an assistant's words in a rendered conversation."""
     if tokenizer.chat_template is None:
         return None
+    added = tokenizer.added_tokens
     for conversation in _CONVERSATIONS:
         try:
             text = tokenizer.render_chat(conversation)
         except D2FError:
             continue
         _, answer, behind = text.rpartition(_ANSWER)
-        if answer:
-            added = tokenizer.added_tokens
-            tokens = (token for token in tokenizer.encode(behind) if token in added)
+        for token in tokenizer.encode(behind) if answer else ():
             # Some tokenizers add runs of spaces to their vocabulary.
-            return next((token for token in tokens if added[token].strip()), None)
+            if added.get(token, "").strip():
+                return token
     return None
 
 

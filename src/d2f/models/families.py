@@ -292,10 +292,12 @@ def _check(spec: ModelSpec, where: str) -> None:
         )
     if spec.head_dim % 2:
         raise CheckpointError(f"{where}: head_dim is {spec.head_dim}; rotation needs an even one")
-    singles = (spec.mask_token_id, spec.bos_token_id, spec.pad_token_id)
-    for token in (*spec.eos_token_ids, *(token for token in singles if token is not None)):
-        if not isinstance(token, int):
-            raise CheckpointError(f"{where}: {token!r} is no token id")
+    for name in ("eos_token_ids", "mask_token_id", "bos_token_id", "pad_token_id"):
+        value = getattr(spec, name)
+        for token in value if isinstance(value, tuple) else () if value is None else (value,):
+            if isinstance(token, bool) or not isinstance(token, int):
+                entry = name.removesuffix("s")
+                raise CheckpointError(f"{where}: {entry}: {token!r} is no token id")
     mask = () if spec.mask_token_id is None else (spec.mask_token_id,)
     for name, tokens in (("mask_token_id", mask), ("eos_token_id", spec.eos_token_ids)):
         for token in tokens:
@@ -307,7 +309,7 @@ def _check(spec: ModelSpec, where: str) -> None:
 
 def _token_ids(config: Config) -> dict[str, Any]:
     eos = config.get("eos_token_id")
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     return {
         "mask_token_id": config.get("mask_token_id"),
         "eos_token_ids": eos_ids,

@@ -62,7 +62,8 @@ class Reserved:
 
 def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
     """What the special ones of these tokens are written as."""
-    special = [i for i in ids if i is not None and tokenizer.decode([i]) == ""]
+    # Some configs write -1 for a padding that there is not.
+    special = [i for i in ids if i is not None and i >= 0 and tokenizer.decode([i]) == ""]
     texts = (tokenizer.decode([i], skip_special_tokens=False) for i in special)
     return tuple(sorted(text for text in texts if text))
 

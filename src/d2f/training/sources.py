@@ -261,11 +261,11 @@ def _count(
 def _refuse_if_all(bad_rows: BadRows, num_good: int) -> None:
     """Raise where nothing is left to train on."""
     if bad_rows.count and not num_good:
-        columns = ", ".join(sorted(bad_rows.columns)) or "none"
+        columns = ", ".join(sorted(bad_rows.columns))
+        remedy = f". The rows have the columns: {columns}. Map them in [data.columns]"
         raise TrainingError(
-            f"none of {counted(bad_rows.count, 'row', ',')} can be used: {bad_rows.text()}. The "
-            "rows have the "
-            f"columns: {columns}. Map them in [data.columns]"
+            f"none of {counted(bad_rows.count, 'row', ',')} can be used: {bad_rows.text()}"
+            f"{remedy if columns else ''}"
         )
 
 

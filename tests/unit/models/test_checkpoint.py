@@ -174,7 +174,10 @@ def test_broken_config(folder):
         ({"num_hidden_layers": 0}, ["num_layers is 0"]),
         ({"num_key_value_heads": 3}, ["4 heads cannot share 3"]),
         ({"mask_token_id": 96}, ["mask_token_id is 96", "0 to 95"]),
-        ({"eos_token_id": ["a"]}, ["'a' is no token id"]),
+        ({"eos_token_id": ["a"]}, ["eos_token_id: 'a' is no token id"]),
+        ({"eos_token_id": "95"}, ["eos_token_id: '95' is no token id"]),
+        ({"eos_token_id": 3.0}, ["eos_token_id: 3.0 is no token id"]),
+        ({"pad_token_id": True}, ["pad_token_id: True is no token id"]),
         ({"rope_scaling": {"rope_type": "yarn"}}, ["unknown rope type 'yarn'"]),
     ],
 )

@@ -28,6 +28,12 @@ HEADERS = (
     "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
     "m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
 )
+QWEN_1_5 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if (loop.last and add_generation_prompt) or not loop.last %}{{ '<|im_end|>' + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LLADA = HEADERS + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 LLAMA_2 = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -84,6 +90,11 @@ PUBLISHED = {
         {"<|endoftext|>": {"config.json", "generation_config.json", "tokenizer's EOS", "padding"},
          "<|im_end|>": {"chat template"}, "<|dlm_pad|>": {"padding"}},
     ),
+    "Qwen1.5-7B-Chat": (
+        "qwen2", ("<|im_start|>", "<|im_end|>"), QWEN_1_5, {"eos_token_id": 95}, {},
+        {"<|endoftext|>": {"config.json", "generation_config.json", "tokenizer's EOS"},
+         "<|im_end|>": {"chat template"}},
+    ),
     "Qwen2.5-7B": (
         "qwen2", ("<|im_start|>", "<|im_end|>"), CHATML, {"eos_token_id": 95}, {},
         {"<|endoftext|>": {"config.json", "generation_config.json", "tokenizer's EOS"},
@@ -135,6 +146,10 @@ TEMPLATES = {
     "text lost": ("{{ m['role'] }}<|im_end|>", None),
     "text changed": ("{{ m['content'] | upper }}<|im_end|>", None),
     "closed by the mask": ("{{ m['content'] }}<|mask|>", None),
+    "closed if another follows": (
+        "{{ m['content'] }}{% if not loop.last %}<|eot_id|>{% endif %}",
+        "<|eot_id|>",
+    ),
     "refuses": ("{{ raise_exception('never') }}", None),
     "fails": ("{{ m['content'] + 1 }}", None),
     "broken": ("{% if %}", None),

@@ -79,7 +79,7 @@ def test_every_message_of_a_conversation_is_looked_at(tmp_path, chatty, place):
         roles[1:3] = ["user", "user"]
     chat = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
     config = settings(tmp_path, [{"chat": chat}], columns=ColumnConfig(messages="chat"))
-    with pytest.raises(TrainingError, match=r"none of 1 rows.* has '<\|endoftext\|>' written out"):
+    with pytest.raises(TrainingError, match=r"none of 1 row .* has '<\|endoftext\|>' written out"):
         encode_data(config, chatty, tmp_path)
 
 
@@ -126,8 +126,9 @@ def test_ids_of_the_model_are_reserved_too(tmp_path, tokenizer):
     assert Reserved.of(plain) == Reserved(masks=(), ends=())
     assert Reserved.of(plain, spec) == Reserved(masks=(MASK,), ends=(END,))
     # An ordinary piece of text, and an id that the tokenizer does not know.
-    odd = replace(spec, eos_token_ids=(5, 3000), mask_token_id=4, pad_token_id=None)
-    assert Reserved.of(plain, odd) == Reserved(masks=(), ends=())
+    for padding in (None, -1):
+        odd = replace(spec, eos_token_ids=(5, 3000), mask_token_id=4, pad_token_id=padding)
+        assert Reserved.of(plain, odd) == Reserved(masks=(), ends=())
 
 
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
