@@ -360,4 +360,6 @@ class _Held:
         return []
 
     def end(self) -> list[str]:
+        if not self._held:  # the library breaks down where it strips the end of nothing
+            return []
         return [self._decode(["".join(self._held)] if self._joined else self._held)]

@@ -48,7 +48,7 @@ loaded; if that is another model, answers are poor"
 def _same_folder(name: str, folder: Path) -> bool:
     try:
         return Path(name).expanduser().samefile(folder)
-    except OSError:
+    except (OSError, RuntimeError, ValueError):  # no such file, no such home, no name of a file
         return False
 
 

@@ -42,6 +42,8 @@ def test_the_same_model_by_another_name(tmp_path, base, loaded):
         (HUB, "/data/models/LLaDA-8B-Base"),
         (HUB, "hub/models--GSAI-ML--LLaDA-8B-Base/snapshots/0123abcd"),
         ("runs/teacher/final", "runs/autoregressive/final"),
+        ("~nobody-of-this-name/model", HUB),
+        ("a\0b", HUB),
         ("runs/teacher/checkpoint-100", "runs/teacher/checkpoint-200"),
     ],
 )

@@ -112,6 +112,13 @@ def test_text_comes_as_soon_as_it_is_certain(tmp_path, name, tokens, pieces):
     assert [stream.push([i]) for i in ids_of(*tokens)] == pieces
 
 
+def test_a_decoder_that_strips_the_end(tmp_path):
+    """The library strips the end of a text, but not of an empty one."""
+    ends = decoders.Sequence([decoders.Fuse(), decoders.Strip("b", 0, 1)])
+    tokenizer = write_tokenizer(tmp_path, ends)
+    assert pieces_of(tokenizer, ids_of("a", "b", "b"), [1, 1], True) == (["", "", ""], "ab")
+
+
 def test_a_push_looks_at_its_own_tokens_alone(tmp_path):
     tokenizer = write_tokenizer(tmp_path, DECODERS["llama-2"])
     stream, asked = tokenizer.stream(), []
