@@ -24,7 +24,7 @@ class Reserved:
 
     masks: tuple[str, ...]
     ends: tuple[str, ...]
-    """Paddings and the special tokens of `data.response_suffix` are among them."""
+    """Paddings and the added tokens of `data.response_suffix` are among them."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, spec: ModelSpec | None = None, suffix: str = "") -> Reserved:
@@ -61,11 +61,11 @@ class Reserved:
 
 
 def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
-    """What the special ones of these tokens are written as."""
-    # Some configs write -1 for a padding that there is not.
-    special = [i for i in ids if i is not None and i >= 0 and tokenizer.decode([i]) == ""]
-    texts = (tokenizer.decode([i], skip_special_tokens=False) for i in special)
-    return tuple(sorted(text for text in texts if text))
+    """What those of these tokens are written as that are kept whole wherever they stand."""
+    added = tokenizer.added_tokens
+    texts = {added[i] for i in ids if i is not None and i in added}
+    # Some tokenizers add spaces and ends of lines to their vocabulary.
+    return tuple(sorted(text for text in texts if text.strip()))
 
 
 def _refuse(text: str, reserved: tuple[str, ...], where: str) -> None:

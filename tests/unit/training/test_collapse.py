@@ -88,7 +88,8 @@ def test_healthy_runs_do_not_warn(stage_config):
 
 
 # Broken attention alone is warned of on some processors only: what is rounded otherwise there ends
-# elsewhere. With the layers that write to the residual stream broken, it was with each of six seeds.
+# elsewhere. With the layers that write to the residual stream broken, each of six seeds was warned
+# of.
 WRITING = ("o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tests.unit.training.tiny_run import Notes, make_config
+from tokenizers import AddedToken
 
 from d2f.errors import TrainingError
 from d2f.models.checkpoint import read_spec
@@ -129,6 +130,15 @@ def test_ids_of_the_model_are_reserved_too(tmp_path, tokenizer):
     for padding in (None, -1):
         odd = replace(spec, eos_token_ids=(5, 3000), mask_token_id=4, pad_token_id=padding)
         assert Reserved.of(plain, odd) == Reserved(masks=(), ends=())
+
+
+@pytest.mark.parametrize(("text", "kept"), [("</turn>", ("</turn>",)), ("\n", ())])
+def test_an_end_that_is_added_but_not_special_is_reserved(tmp_path, tokenizer, text, kept):
+    spec = read_spec(write_checkpoint(tmp_path / "model", "Dream"))
+    tokenizer._backend.add_tokens([AddedToken(text, special=False, normalized=False)])
+    ends = (tokenizer.token_id(text),)
+    reserved = Reserved.of(tokenizer, replace(spec, eos_token_ids=ends, pad_token_id=None))
+    assert set(reserved.ends) == {END, *kept}
 
 
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
