@@ -87,8 +87,8 @@ def test_healthy_runs_do_not_warn(stage_config):
     assert all(("teacher_confidence" in r) == (config.stage == "d2f") for r in records)
 
 
-# Broken attention alone is warned of on some processors only: what is rounded otherwise there ends
-# elsewhere. With the layers that write to the residual stream broken, it was with each of six seeds.
+# Broken attention alone is warned of on some processors only: what is rounded otherwise ends
+# elsewhere. With the layers broken that write to the residual stream, all of six seeds are.
 WRITING = ("o_proj", "gate_proj", "up_proj", "down_proj")
 
 
