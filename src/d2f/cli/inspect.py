@@ -195,7 +195,10 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokenizer", _tokenizer_line(report["tokenizer"], sizes["vocab_size"])),
         *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
         ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
-        ("decoded by", f"{report['strategy']}, at most {report['max_new_tokens']} new tokens"),
+        (
+            "decoded by",
+            f"{report['strategy']}, at most {counted(report['max_new_tokens'], 'new token')}",
+        ),
         ("adapter", "none" if adapter is None else _adapter_line(adapter)),
         (
             "weights",
@@ -219,9 +222,10 @@ def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
         return "none"
     if tokenizer["error"]:
         return f"cannot be used: {tokenizer['error']}"
-    line = f"{tokenizer['num_tokens']:,} tokens, {_template(tokenizer['chat_template'])}"
+    size = counted(tokenizer["num_tokens"], "token", ",")
+    line = f"{size}, {_template(tokenizer['chat_template'])}"
     more = tokenizer["num_tokens"] - vocab_size
-    return f"{line}; the model does not know {more:,} of the tokens" if more > 0 else line
+    return f"{line}; the model does not know {more:,} of them" if more > 0 else line
 
 
 def _template(template: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from d2f.errors import CheckpointError
+from d2f.errors import CheckpointError, counted
 from d2f.models.names import published_modules
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import FLOATS, StoredTensor
@@ -137,5 +137,5 @@ def misfit(
 def _another(folder: Path, problems: str, spec: ModelSpec) -> str:
     return (
         f"{folder} is an adapter for another model than this {spec.architecture.name} of "
-        f"{spec.num_layers} layers and width {spec.hidden_size}: {problems}"
+        f"{counted(spec.num_layers, 'layer')} and width {spec.hidden_size}: {problems}"
     )

@@ -163,7 +163,7 @@ def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
     for token in body.stop_token_ids or ():
         if token >= spec.vocab_size:
             raise _refused(
-                "stop_token_ids", f"{token} is outside the vocabulary of {spec.vocab_size} tokens"
+                "stop_token_ids", f"{token} is outside the vocabulary of {spec.vocab_size}"
             )
     return tuple(dict.fromkeys((*own, *(body.stop_token_ids or ()))))
 

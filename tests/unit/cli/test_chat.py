@@ -179,7 +179,7 @@ def test_the_shipped_models_are_not_told_the_conversation(d2f):
         assert not chat._remembers(None, shipped)
         assert chat._remembers(True, shipped)
     done = d2f("chat", "--history")
-    assert done.code == 1
+    assert done.code == 2
     assert "--history: this model was trained on single questions" in done.err
 
 

@@ -37,6 +37,8 @@ OTHERWISE = {
     "--backend": ["tritn"],
     "--shape": ["llada-9b"],
     "--stop": [""],
+    "--eos": ["two tokens", "99999999"],
+    "--cors-origin": ["nothing", "https://x/path"],
     "--batch": ["0", "1,x", ""],
     "--window": ["0", "x"],
     "--kv-length": ["-1", "1.5"],

@@ -69,14 +69,20 @@ def test_thresholds_at_their_ends(model, add, act, conf, window):
         ({"strategy": "pipelind"}, "did you mean 'pipelined'"),
         ({"num_steps": 4}, "unknown option 'num_steps'"),
         ({"strategy": "vanilla", "blok_length": 4}, "did you mean 'block_length'"),
-        ({"strategy": "vanilla", "num_steps": 1, "max_new_tokens": 64}, "need at least 2"),
+        (
+            {"strategy": "vanilla", "num_steps": 1, "max_new_tokens": 64, "block_length": 32},
+            "need at least 2",
+        ),
         ({"strategy": "vanilla", "block_length": 0}, "block_length is 0"),
         ({"strategy": "vanilla", "block_length": True}, "block_length is True; it must be a whole"),
         ({"strategy": "vanilla", "num_steps": 2.5}, "num_steps is 2.5; it must be a whole number"),
         ({"strategy": "vanilla", "num_steps": 0, "algorithm": "origin"}, "num_steps is 0"),
         ({"strategy": "vanilla", "algorithm": "entropi"}, "did you mean 'entropy'"),
         ({"strategy": "vanilla", "algorithm": 3}, "algorithm is 3; it must be a name"),
-        ({"strategy": "vanilla", "eps": 0.1}, "eps is 0.1; it is without effect on algorithm low"),
+        (
+            {"strategy": "vanilla", "algorithm": "low_confidence", "eps": 0.1},
+            "eps is 0.1; it is without effect on algorithm low",
+        ),
         ({"strategy": "vanilla", "algorithm": "entropy", "eps": 0}, "eps is 0; it must lie"),
         ({"strategy": "vanilla", "algorithm": "entropy", "eps": 1.0}, "eps is 1.0; it must lie"),
         (
@@ -114,7 +120,7 @@ def test_bad_requests_name_the_value(model, arguments, message):
 
 def test_diffusion_strategy_on_an_autoregressive_model():
     with pytest.raises(RequestError, match="decode it with strategy autoregressive"):
-        generate_ids(tiny_model("qwen2"), [1, 2])
+        generate_ids(tiny_model("qwen2"), [1, 2], strategy="pipelined")
 
 
 def test_autoregression_needs_a_prompt():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +89,12 @@ def test_plot_is_a_picture(tmp_path):
 
 def test_plots_score_axis_ends_at_all_problems(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+
+    def save(figure, file, **_):
+        drawn.append(figure)
+        Path(file).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
     plot_race(ROWS, tmp_path / "race.png", title="2 problems")
     assert drawn[0].axes[-1].get_xlim() == (0, 1)
 
