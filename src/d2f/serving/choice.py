@@ -123,7 +123,9 @@ class Choice:
         if not self._stopped:
             self._add(self._stream.close())
             if self._special is not None:
-                self._cut(token_ids, self._special.close(self._num_text))
+                start = self._special.close(self._num_text)
+                if start is not None:
+                    self._cut(token_ids, start)
         return self._give(len(self._held))
 
     def logprobs(
@@ -171,7 +173,9 @@ class Choice:
             if token not in self._eos:
                 self._take_one(token)
             if self._special is not None:
-                self._cut(token_ids[:count], self._special.add(token, self._num_text))
+                start = self._special.add(token, self._num_text)
+                if start is not None:
+                    self._cut(token_ids[:count], start)
 
     def _take_one(self, token: int) -> None:
         text = self._stream.push([token])
@@ -193,10 +197,8 @@ class Choice:
             self._held = self._held[: min(ends)[1]]
             self._stopped = True
 
-    def _cut(self, token_ids: Sequence[int], start: int | None) -> None:
+    def _cut(self, token_ids: Sequence[int], start: int) -> None:
         """Let the text end where a stop string was found in the text with special tokens shown."""
-        if start is None:
-            return
         # Decoded anew: the stream may keep back a byte that a later token could have gone on with.
         held = self._found.text_before(token_ids, start)[self._num_given :]
         self._held = min(self._held, held, key=len) if self._stopped else held
