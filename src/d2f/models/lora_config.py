@@ -107,8 +107,8 @@ class LoraConfig:
         if outside:
             raise ConfigError(
                 f"target_modules names {', '.join(outside)} of {name}; only the projections "
-                "inside the layers can be adapted. Name modules more exactly, as in "
-                f"'{spec.architecture.lora_targets[0]}'"
+                "inside the layers can be adapted. For a new adapter, name modules more exactly, "
+                f"as in '{spec.architecture.lora_targets[0]}'; for a finished one, {MERGE}"
             )
         if not found:
             raise ConfigError(

@@ -216,6 +216,7 @@ def test_config_out_of_range(values, message):
         ({"r": -1}, "r is -1"),
         ({"lora_alpha": None}, "alpha is None"),
         ({"target_modules": ["c_attn"]}, "names no module of llada"),
+        ({"target_modules": ["q_proj", "wte"]}, "for a finished one, merge the adapter"),
         ({"target_modules": 3}, "target_modules is 3"),
         ({"rank_pattern": [1]}, "rank_pattern"),
     ],
