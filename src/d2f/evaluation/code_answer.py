@@ -117,7 +117,7 @@ def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
 
 def _without_end_tokens(text: str) -> str:
     """The text up to the token with which a model ends its turn."""
-    text = text[:MAX_CHARACTERS]
+    text = text[:MAX_CHARACTERS].removeprefix("\ufeff")
     found = _END_TOKEN.search(text)
     while found is not None and not text[: found.start()].strip():
         text = text[found.end() :]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 _LIST_MARKER = re.compile(r"[\s>]*(?:[-*+]|\d{1,9}[.)])?\s*")
 """What may stand before a fence without being a sentence."""
+_QUOTE = re.compile(r"^\s*(?:>[ ]?)+")
 _PYTHON = re.compile(r"\s*\{?\s*\.?(?:i?python\d*(?:\.\d+)?|py\d?)(?![\w-])", re.IGNORECASE)
 _STRING_START = re.compile(r"(?:^\s*|[=(\[,:]\s*|\breturn\s+)[rRbBuUfF]{0,2}(?P<quotes>\"\"\"|''')")
 """A string of several lines in code. Prose holds three quotes in other places, if at all."""
@@ -55,7 +56,8 @@ def split_blocks(lines: Sequence[str], *, strings: bool = True) -> list[Block]:
 
     def end(closed: bool) -> None:
         if fence is not None:
-            body = tuple(_without_margin(held, fence.column))
+            lines = [_QUOTE.sub("", line) for line in held] if fence.quoted else held
+            body = tuple(_without_margin(lines, fence.column))
             blocks.append(Block(lines=body, language=fence.info, closed=closed))
         elif any(line.strip() for line in held):
             blocks.append(Block(lines=tuple(held), language=None, closed=closed))
@@ -89,6 +91,8 @@ class _Fence:
     before: str
     """What stands before it in its line, if that is more than a list's marker."""
     column: int
+    quoted: bool = False
+    """Whether it stands in a quotation, whose every line begins with a mark."""
 
 
 def _opening(line: str) -> _Fence | None:
@@ -100,7 +104,9 @@ def _opening(line: str) -> _Fence | None:
         before = line[:found].rstrip(character)
         mark = line[len(before) : found + 3]
         if _LIST_MARKER.fullmatch(before):
-            return _Fence(mark=mark, info=info, before="", column=len(before))
+            quoted = ">" in before
+            column = 0 if quoted else len(before)
+            return _Fence(mark=mark, info=info, before="", column=column, quoted=quoted)
         named = _PYTHON.match(info)
         bare = named is not None and named.end() == len(info)
         if character == "`" and 3 * character not in before and (not info or bare):

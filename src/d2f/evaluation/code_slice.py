@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from d2f.evaluation.code_statements import BUILTINS, Statement
+from d2f.evaluation.code_statements import BUILTINS, Statement, reached
 
 _LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
 
@@ -111,21 +111,36 @@ class _Effects:
     def __init__(self, statements: Sequence[Statement], wanted: set[str]) -> None:
         self._variables = {n for s in statements if not s.is_definition for n in s.binds}
         self._definitions: dict[str, list[Statement]] = {}
+        self._classes = {n for s in statements if s.is_class for n in s.binds}
+        self._imported = {n for s in statements if s.is_import for n in s.binds}
+        self._same_objects: dict[str, set[str]] = {}
         for statement in statements:
+            if not statement.is_definition:
+                for name, others in statement.same_objects.items():
+                    self._same_objects.setdefault(name, set()).update(others)
             if statement.is_definition and not statement.is_import:
                 for name in statement.binds - wanted:  # to call a wanted one is an example
                     self._definitions.setdefault(name, []).append(statement)
 
     def of(self, statement: Statement) -> frozenset[str]:
         """Names whose objects it may change, by itself or by the functions that it uses."""
-        if statement.is_definition:
-            return frozenset()
-        found = set(statement.stores)
-        names, seen = [statement], {statement}
-        while names:
-            here = names.pop()
-            found |= here.stores | (here.touches & self._variables)
-            called = {s for name in here.reads for s in self._definitions.get(name, ())} - seen
-            seen |= called
-            names += called
-        return frozenset(found)
+        if statement.is_definition:  # its decorators may make it known to others
+            found = set(statement.registers_at - self._imported)
+            waiting, changeable = self._called(statement.runs), self._variables | self._classes
+        else:
+            found, waiting = set(statement.stores), {statement}
+            changeable = self._variables  # a method of a class is called by examples
+        seen: set[Statement] = set()
+        while waiting:
+            here = waiting.pop()
+            seen.add(here)
+            found |= here.stores | (here.touches & changeable)
+            for name in here.calls:  # as `add = table.append` makes one
+                found |= self._same_objects.get(name, frozenset())
+            waiting |= self._called(here.reads) - seen
+        others = reached(found, self._same_objects) & self._variables
+        return frozenset(found | others)
+
+    def _called(self, names: Iterable[str]) -> set[Statement]:
+        """The definitions of some names."""
+        return {statement for name in names for statement in self._definitions.get(name, ())}

@@ -10,7 +10,7 @@ import builtins
 import symtable
 import sys
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,8 @@ _HARMLESS_METHODS = frozenset(
     (*dir(str), *dir(tuple), *dir(frozenset), "get", "items", "keys", "values")
 )
 """Those that leave their object as it is: of types that nothing can change, and of a dict."""
+_PASSING_ON = frozenset(("enumerate", "iter", "reversed", "sorted", "zip"))
+"""Those that give what is in their arguments."""
 _NEVER_NEEDED = frozenset(("print", "input", "help", "exit", "quit", "breakpoint"))
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -111,7 +113,7 @@ class Statement:
         }
         parts = (n for n in ast.walk(self.node) if isinstance(n, ast.Attribute | ast.Subscript))
         roots = {_root(part) for part in parts if not isinstance(part.ctx, ast.Load)}
-        return frozenset(declared | {name for name in roots if name in self.reads})
+        return self._read_objects(roots) | declared
 
     @cached_property
     def touches(self) -> frozenset[str]:
@@ -127,12 +129,61 @@ class Statement:
                 continue
             given = [*call.args, *(keyword.value for keyword in call.keywords)]
             names |= {argument.id for argument in given if isinstance(argument, ast.Name)}
-        return frozenset(names & self.reads)
+        return self._read_objects(names)
+
+    @cached_property
+    def calls(self) -> frozenset[str]:
+        """Names of the top level that it calls as they are."""
+        functions = (part.func for part in ast.walk(self.node) if isinstance(part, ast.Call))
+        return self.reads & {part.id for part in functions if isinstance(part, ast.Name)}
+
+    def _read_objects(self, names: Set[str]) -> frozenset[str]:
+        """What of the top level some of its names stand for, in functions too."""
+        return self.reads & reached(names, self.same_objects)
+
+    @cached_property
+    def same_objects(self) -> dict[str, set[str]]:
+        """Names that it gives objects of other names, or parts of them: `row` in `row = x[1]`."""
+        found: dict[str, set[str]] = {}
+        for part in ast.walk(self.node):
+            if isinstance(part, ast.Assign):
+                targets, value = part.targets, part.value
+            elif isinstance(part, ast.For | ast.comprehension):
+                targets, value = [part.target], part.iter
+            elif isinstance(part, ast.AnnAssign | ast.NamedExpr) and part.value is not None:
+                targets, value = [part.target], part.value
+            else:
+                continue
+            values = [value]
+            if isinstance(value, ast.Call) and _root(value) in _PASSING_ON:
+                values = value.args
+            inner = (name for target in targets for name in ast.walk(target))
+            stored = (n for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+            for name in stored:
+                found.setdefault(name.id, set()).update(map(_object_of, values))
+        return found
+
+    @cached_property
+    def runs(self) -> frozenset[str]:
+        """Names that a definition calls when it runs: its decorators, and the classes it is of."""
+        called = getattr(self.node, "decorator_list", []) + getattr(self.node, "bases", [])
+        return frozenset(_root(part) for part in called) & self.reads
+
+    @cached_property
+    def registers_at(self) -> frozenset[str]:
+        """Names whose methods decorate it, as `@table.register` does."""
+        decorators = getattr(self.node, "decorator_list", [])
+        return frozenset(_object_of(part) for part in decorators) & self.reads
 
     @property
     def is_function(self) -> bool:
         """Whether it defines a function."""
         return isinstance(self.node, _Function)
+
+    @property
+    def is_class(self) -> bool:
+        """Whether it defines a class."""
+        return isinstance(self.node, ast.ClassDef)
 
     @property
     def is_import(self) -> bool:
@@ -336,6 +387,22 @@ def names_read(source: str, without: Set[str] = BUILTINS) -> list[str]:
     return sorted(read - bound - without)
 
 
+def reached(names: Set[str], links: Mapping[str, Set[str]]) -> set[str]:
+    """The names, and all that they lead to.
+
+    Example:
+        >>> sorted(reached({"a"}, {"a": {"b"}, "b": {"a", "c"}, "d": {"e"}}))
+        ['a', 'b', 'c']
+    """
+    found: set[str] = set()
+    waiting = set(names)
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= links.get(name, frozenset()) - found
+    return found
+
+
 def _root(node: ast.expr) -> str:
     """The name that `a.b[1](2).c` begins with; empty if it begins with none."""
     while True:
@@ -345,6 +412,15 @@ def _root(node: ast.expr) -> str:
             node = node.func
         else:
             return node.id if isinstance(node, ast.Name) else ""
+
+
+def _object_of(node: ast.expr) -> str:
+    """The name whose object, or a part of it, an expression may be; empty if there is none."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
+        if isinstance(node, ast.Call) and not isinstance(node.func, ast.Attribute):
+            return ""
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _does_nothing(node: ast.stmt) -> bool:

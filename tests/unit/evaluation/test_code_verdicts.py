@@ -154,7 +154,52 @@ ONE_BY_ONE = {
         f'```python\ndef total(xs):\n    """Add\n```\nOnce more:\n```python\n{GOOD}```',
         True,
     ),
+    "a function known by its decorator": (
+        "T = {}\n\n\ndef known(f):\n    T[f.__name__] = f\n    return f\n\n\n"
+        "@known\ndef add(xs):\n    return sum(xs)\n\n\n"
+        "def total(xs):\n    return T['add'](xs)\n",
+        True,
+    ),
+    "a function for a type": (
+        "from functools import singledispatch\n\n\n@singledispatch\ndef add(xs):\n"
+        "    return 0\n\n\n@add.register\ndef _(xs: list):\n    return sum(xs)\n\n\n"
+        "def total(xs):\n    return add(xs)\n",
+        True,
+    ),
+    "a wrong function for a type": (
+        "from functools import singledispatch\n\n\n@singledispatch\ndef add(xs):\n"
+        "    return sum(xs)\n\n\n@add.register\ndef _(xs: list):\n    return 0\n\n\n"
+        "def total(xs):\n    return add(xs)\n",
+        False,
+    ),
+    "a class known by its base": (
+        "class Known:\n    them = []\n\n    def __init_subclass__(cls):\n"
+        "        Known.them.append(cls)\n\n\nclass Adder(Known):\n"
+        "    def add(self, xs):\n        return sum(xs)\n\n\n"
+        "def total(xs):\n    return Known.them[0]().add(xs)\n",
+        True,
+    ),
+    "a table filled by another name": (
+        "T = []\nsame = T\nsame.append(sum)\nadd = T.append\nadd(0)\n\n\n"
+        "def total(xs):\n    return T[0](xs) + T[1]\n",
+        True,
+    ),
+    "the rows of a table changed": (
+        "T = [[0], [0]]\nfor i, row in enumerate(T):\n    row[0] = i\n    row.append(sum)\n\n\n"
+        "def total(xs):\n    return T[1][1](xs) * T[1][0] + T[0][0]\n",
+        True,
+    ),
+    "in a quotation": (
+        "So:\n> 1. ```python\n" + "".join(f"> {line}\n" for line in GOOD.split("\n")) + "> ```",
+        True,
+    ),
+    "a mark of the bytes' order": (f"\ufeff{GOOD}", True),
     # Examples do not.
+    "an example's result changed": (
+        f"{GOOD}xs = input()\nresult = total(xs)\nresult.sort()\nresult[0] = 1\n"
+        "for x in total(xs):\n    x.y = 1\n",
+        True,
+    ),
     "asks first": (
         f"n = int(input())\nxs = [int(input()) for _ in range(n)]\n{GOOD}print(total(xs))",
         True,
