@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.usage import UsageError, usage
+from d2f.errors import counted
 from d2f.shipped import PREFIX
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ ReplaceEosOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
+    str | None,
+    typer.Option(
+        help="float32 or bfloat16. Default: the checkpoint's; of a shipped model, the faster one."
+    ),
 ]
 
 
@@ -154,6 +158,11 @@ def check_fit(spec: ModelSpec, request: Request) -> None:
     from d2f.decoding.strategies import check_strategy
 
     assert request.strategy is not None
+    if request.max_new_tokens > spec.max_positions:
+        raise UsageError(
+            f"--max-new-tokens {request.max_new_tokens} is more than the model's "
+            f"{counted(spec.max_positions, 'position')}"
+        )
     with usage():
         # An empty prompt is refused later, as a prompt.
         check_strategy(request.strategy, request.options, spec, 1, request.max_new_tokens)
@@ -186,10 +195,12 @@ def load_answerer(
     source = model or DEFAULT_MODEL
     # What fails in milliseconds comes before the weights, which may take minutes.
     device = choose_device(device)
-    if dtype is not None or source.startswith(PREFIX):
+    if dtype is not None:
         dtype = choose_dtype(dtype, device)
     spec = read_spec(resolve_folder(source, weights=False))
     choose_threads(spec.num_parameters, device)
+    if dtype is None and source.startswith(PREFIX):
+        dtype = choose_dtype(None, device)  # measured with the threads that will compute
     tokenizer = Tokenizer.load(source)
     named = [int(one) if one.isascii() and one.isdigit() else one for one in eos or ()]
     with usage():

@@ -63,19 +63,22 @@ def demo_command(
     for path in (json_file, picture):
         if path is not None:
             check_writable(path)
-    from d2f.cli.device import choose_device, choose_dtype
+    from d2f.cli.device import choose_device, choose_dtype, choose_threads
     from d2f.evaluation.environment import describe_environment
+    from d2f.models.checkpoint import read_spec
     from d2f.problems import generate_problems
     from d2f.shipped import shipped_model
     from d2f.text import Tokenizer
 
     device = choose_device(device)
+    choose_threads(read_spec(shipped_model("student")).num_parameters, device)
     dtype = choose_dtype(dtype, device)
     models = _load_models(device, dtype)
     tokenizer = Tokenizer.load(shipped_model("student"))
     problems = list(generate_problems(num_problems, seed=seed, split="test"))
     environment = describe_environment(device=device, dtype=dtype)
-    out.print(f"[bold]d2f demo[/bold]  on {environment['processor']}, {dtype}\n")
+    threads = f"{counted(environment['num_threads'], 'thread')}, " if device == "cpu" else ""
+    out.print(f"[bold]d2f demo[/bold]  on {environment['processor']}, {threads}{dtype}\n")
     if live:
         _show_live(models["student"], tokenizer, seed)
     rows, limit = _race(models, tokenizer, problems, min(num_vanilla, num_problems))

@@ -105,7 +105,9 @@ OPTION_KINDS: dict[str, tuple[type, str]] = {
 def _check_option(strategy: str, name: str, value: object) -> None:
     known = STRATEGIES[strategy].options
     if name not in known:
-        raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}")
+        takers = [other for other, its in STRATEGIES.items() if name in its.options]
+        hint = f"; {name} belongs to {', '.join(takers)}" if takers else ""
+        raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}{hint}")
     kind, words = OPTION_KINDS[name]
     fits = isinstance(value, (int, float) if kind is float else kind)
     if kind is float and isinstance(value, int):
