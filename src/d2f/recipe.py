@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import tomllib
 import types
 import typing
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from d2f.errors import ConfigError, unknown_name
-from d2f.shipped.recipes import find_recipe
+from d2f.shipped.recipes import find_recipe, shipped_recipes
 
 T = TypeVar("T")
 
@@ -41,13 +42,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        known = "" if file.exists() else "; `d2f recipes` lists those that come with d2f"
+        known = "" if file.exists() else f"; {_near(path)}`d2f recipes` lists those of d2f"
         raise ConfigError(f"cannot read recipe {path}: {reason}{known}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)
     return table
+
+
+def _near(path: str | Path) -> str:
+    near = difflib.get_close_matches(str(path), [recipe.name for recipe in shipped_recipes()], n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:

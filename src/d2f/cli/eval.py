@@ -18,7 +18,7 @@ from d2f.cli.bench_options import (
     source_label,
 )
 from d2f.cli.console import log, out, plain_table
-from d2f.cli.usage import load_with, usage
+from d2f.cli.usage import check_command, load_with, usage
 from d2f.errors import counted
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def eval_command(
             overrides.append(f"{key}={json.dumps(str(value))}")
     if offline:
         overrides.append("offline=true")
+    check_command(recipe, "eval")
     loaded = load_with(load_eval_recipe, recipe, overrides)
     names = [name.strip() for name in rows.split(",")] if rows is not None else []
     with usage():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2f.cli.console import out
-from d2f.cli.usage import UsageError, load_with
+from d2f.cli.usage import UsageError, check_command, load_with
 from d2f.errors import counted
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def train_command(
         overrides.append(f"output={json.dumps(str(output))}")
     if not dry_run and (gpu is not None or processes is not None):
         raise UsageError("--gpu and --processes are for a --dry-run")
+    check_command(recipe, "train")
     config = _load(recipe, overrides)
     if dry_run:
         from d2f.cli.train_plan import show_plan

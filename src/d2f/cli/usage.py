@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from d2f.errors import ConfigError, RequestError
+from d2f.shipped.recipes import find_recipe
 
 T = TypeVar("T")
 
@@ -34,6 +35,20 @@ def usage() -> Iterator[None]:
         yield
     except (ConfigError, RequestError) as error:
         raise UsageError(str(error)) from error
+
+
+def check_command(recipe: Path, command: str) -> None:
+    """Refuse a recipe that comes with the package and is another command's.
+
+    Raises:
+        UsageError: It is.
+
+    Example:
+        >>> check_command(Path("tiny_cpu_student"), "train")
+    """
+    shipped = None if recipe.exists() else find_recipe(recipe)
+    if shipped is not None and shipped.command != command:
+        raise UsageError(f"{recipe} is a recipe of d2f {shipped.command}, not of d2f {command}")
 
 
 def load_with(

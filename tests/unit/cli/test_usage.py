@@ -190,3 +190,19 @@ def test_what_is_wrong_in_a_recipe_is_not_what_was_typed(tmp_path):
 def test_values_that_were_typed(error):
     with pytest.raises(UsageError, match="no"), usage():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "other"),
+    [("train", "word_problems", "eval"), ("eval", "recipes/tiny_cpu_student.toml", "train")],
+)
+def test_a_recipe_of_another_command_is_wrong_use(d2f, command, recipe, other):
+    done = d2f(command, recipe)
+    assert done.code == 2
+    assert f"{recipe} is a recipe of d2f {other}, not of d2f {command}" in done.err
+
+
+def test_a_misspelt_recipe_is_told_the_nearest(d2f):
+    done = d2f("train", "tiny_cpu_studnt")
+    assert done.code == 1
+    assert "did you mean tiny_cpu_student?" in done.err
