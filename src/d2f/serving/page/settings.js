@@ -8,15 +8,15 @@ import { byId, h, numberIn } from "./dom.js";
  *            step: number}} Slider
  */
 
-/** @type {Slider[]} in the paper's words */
+/** @type {Slider[]} in the glossary's words, with the paper's symbols */
 const SLIDERS = [
   {
     name: "add_threshold", symbol: "τ_add", title: "add the next block", min: 0, max: 1, step: 0.01,
-    says: "A new, semi-activated block joins the pipeline once this share of the last block is decoded.",
+    says: "A new, semi-active block joins the pipeline once this share of the last block is decoded.",
   },
   {
     name: "activate_threshold", symbol: "τ_act", title: "activate a block", min: 0, max: 1, step: 0.01,
-    says: "A block becomes fully-activated once this share of its predecessor is decoded; it then decodes at least one token in each forward.",
+    says: "A block becomes fully active once this share of its predecessor is decoded; it then decodes at least one token in each forward.",
   },
   {
     name: "confidence_threshold", symbol: "τ_conf", title: "accept a token", min: 0, max: 1, step: 0.01,
