@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import uvicorn
@@ -25,6 +25,12 @@ ALL = (
     ("d2f-student", "student", "pipelined"),
     ("autoregressive", "autoregressive", "autoregressive"),
     ("teacher", "teacher", "vanilla"),
+)
+# Unlike the shipped models' own template, this one keeps every message of a conversation.
+WHOLE_CONVERSATION = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
 )
 LONG = ProblemConfig(min_steps=6, shuffle_rate=1.0)
 EXAMPLES = tuple(
@@ -60,23 +66,17 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(names=ALL, api_key=None) -> Iterator[tuple[str, LiveServer]]:
-    """A running server and its address."""
-    tokenizer = Tokenizer.load(shipped_model("student"))
-    models = [
-        ServedModel(
-            name=name,
-            engine=Engine(
-                load_model(shipped_model(model), device="cpu", dtype="float32"),
-                EngineConfig(max_batch_size=4, kv_cache_bytes=1 << 24),
-                tokenizer,
-            ),
-            tokenizer=tokenizer,
-            strategy=strategy,
-            examples=EXAMPLES,
-        )
-        for name, model, strategy in names
-    ]
+def live_server(
+    names=ALL, api_key=None, templates: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, LiveServer]]:
+    """A running server and its address.
+
+    Args:
+        names: Name, shipped model and default strategy of each model.
+        api_key: The key that clients must send, if any.
+        templates: Chat templates by name, for models that do not keep their own.
+    """
+    models = [_served(*entry, (templates or {}).get(entry[0])) for entry in names]
     metrics = Metrics()
     settings = ServeSettings(port=0, api_key=api_key, drain_seconds=0.0)
     server = LiveServer(create_app(Service(models, metrics=metrics), settings, metrics))
@@ -84,3 +84,17 @@ def live_server(names=ALL, api_key=None) -> Iterator[tuple[str, LiveServer]]:
         yield server.start(), server
     finally:
         server.stop()
+
+
+def _served(name: str, model: str, strategy: str, template: str | None) -> ServedModel:
+    tokenizer = Tokenizer.load(shipped_model("student"))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    config = EngineConfig(max_batch_size=4, kv_cache_bytes=1 << 24)
+    network = load_model(shipped_model(model), device="cpu", dtype="float32")
+    return ServedModel(
+        name=name,
+        engine=Engine(network, config, tokenizer),
+        tokenizer=tokenizer,
+        strategy=strategy,
+        examples=EXAMPLES,
+    )

@@ -10,7 +10,7 @@ import urllib.request
 from contextlib import closing
 
 import pytest
-from tests.browser.live_server import ALL, EXAMPLES, live_server
+from tests.browser.live_server import ALL, EXAMPLES, WHOLE_CONVERSATION, live_server
 
 from d2f.engine.generate import generate_ids
 from d2f.models.checkpoint import load_model
@@ -122,26 +122,39 @@ def test_enter_sends_shift_enter_starts_a_line_and_text_stays_text(open_page, ad
     assert page.input_value("#prompt") == ""
 
 
-def test_a_model_of_single_questions_says_so(open_page, address):
+def test_a_model_of_single_questions_says_so_and_offers_no_earlier_messages(open_page, address):
     page = open_page(address)
     page.wait_for_selector("#send:enabled")
     assert "trained on single questions" in page.locator("#alone").inner_text()
+    assert page.locator("#keep").is_visible()
+    assert page.locator("#keep").is_disabled()
     assert not page.is_checked("#keep")
 
 
-def test_earlier_messages_are_sent_only_when_asked_for(open_page, address):
-    page = open_page(address)
-    page.fill("#max-tokens", "8")
-    ask_example(page)
-    assert "cut at the most tokens allowed" in page.locator(".notes").inner_text()
-    sent = []
-    for keep in (False, True):
-        page.set_checked("#keep", keep)
-        with page.expect_request("**/v1/chat/completions") as asked:
-            page.locator(".chip").nth(1).click()
-        sent.append([message["role"] for message in asked.value.post_data_json["messages"]])
-        page.wait_for_selector("#send:visible")
-    assert sent == [["user"], ["user", "assistant", "user"]]
+def test_earlier_messages_are_sent_only_when_asked_for(browser, open_page):
+    several = ("conversation", "student", "pipelined")
+    templates = {"conversation": WHOLE_CONVERSATION}
+    with live_server([several, ALL[0]], templates=templates) as (address, _):
+        page = open_page(address)
+        page.wait_for_selector("#send:enabled")
+        assert page.locator("#alone").is_hidden()
+        page.fill("#max-tokens", "8")
+        ask_example(page)
+        assert "cut at the most tokens allowed" in page.locator(".notes").inner_text()
+        sent = []
+        for keep in (False, True):
+            page.set_checked("#keep", keep)
+            with page.expect_request("**/v1/chat/completions") as asked:
+                page.locator(".chip").nth(1).click()
+            sent.append([message["role"] for message in asked.value.post_data_json["messages"]])
+            page.wait_for_selector("#send:visible")
+        assert sent == [["user"], ["user", "assistant", "user"]]
+        # The choice does not go along to a model that would not read those messages.
+        page.select_option("#model", ALL[0][0])
+        assert page.locator("#keep").is_disabled()
+        assert not page.is_checked("#keep")
+        page.select_option("#model", "conversation")
+        assert page.locator("#keep").is_enabled()
 
 
 def test_stop_ends_the_request_on_the_server_too(open_page, address):
@@ -191,22 +204,67 @@ def test_replay_by_scrubber_and_keyboard_shows_each_step(open_page, address):
     assert tiles(page) == steps[-1]
 
 
-def test_counters_follow_the_events_own_seconds(open_page, address):
-    page = open_page(address)
-    step = {"tokens": [], "blocks": [{"start": 0, "length": 4, "state": "fully active"}]}
-    events = [
-        {"seconds": 0.5, "waited": 0, "num_forwards": 1, "num_committed": 2, **step},
-        {"seconds": 2.0, "waited": 0, "num_forwards": 4, "num_committed": 8, **step},
-    ]
-    chunks = [{"choices": [{"delta": {}, "finish_reason": None}], "d2f": it} for it in events]
+def told_events(*totals):
+    """The body of an answer after whose steps so many seconds, forwards and tokens are past."""
+    blocks = [{"start": 0, "length": 4, "state": "fully active"}]
+    chunks = []
+    for seconds, num_forwards, num_committed in totals:
+        step = {"seconds": seconds, "num_forwards": num_forwards, "num_committed": num_committed}
+        step |= {"waited": 0, "tokens": [], "blocks": blocks}
+        chunks.append({"choices": [{"delta": {}, "finish_reason": None}], "d2f": step})
     chunks[-1]["choices"][0]["finish_reason"] = "stop"
     lines = [f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks]
-    fulfil(page, body="".join([*lines, "data: [DONE]\r\n\r\n"]))
+    return "".join([*lines, "data: [DONE]\r\n\r\n"])
+
+
+def test_counters_follow_the_events_own_seconds(open_page, address):
+    page = open_page(address)
+    fulfil(page, body=told_events((0.5, 1, 2), (2.0, 4, 8)))
     ask_example(page)
     page.click("#to-end")
     names = ("seconds", "forwards", "tokens", "per-forward", "per-second", "ms")
     shown = [page.locator(f"#c-{name}").inner_text() for name in names]
     assert shown == ["2.000 s", "4", "8", "2.00", "4.00", "500"]
+
+
+def test_one_of_a_thing_is_told_in_the_singular(open_page, address):
+    page = open_page(address)
+    fulfil(page, body=told_events((0.5, 1, 1), (1.0, 2, 2)))
+    ask_example(page)
+    assert " · 2 tokens · 2 forwards · " in page.locator(".notes").inner_text()
+    page.click("#to-start")
+    for number, forward, token in (
+        (0, "forwards", "tokens"),
+        (1, "forward", "token"),
+        (2, "forwards", "tokens"),
+    ):
+        counters = page.locator(".counters div").all_inner_texts()
+        expected = [f"{forward}\n{number}", f"{token} decoded\n{number}"]
+        assert counters[1:3] == expected
+        page.click("#step-on")
+    page.unroute("**/v1/chat/completions")
+    fulfil(page, body=told_events((0.5, 1, 1)))
+    page.click("#again")
+    page.wait_for_selector(".answer:nth-of-type(4) .link")
+    assert " · 1 token · 1 forward · " in page.locator(".notes").last.inner_text()
+    page.click("#race-tab")
+    page.click("#race-start")
+    page.wait_for_selector("#race-player:visible")
+    page.focus("#race-scrubber")
+    page.keyboard.press("End")
+    results = page.locator(".lane-result").all_inner_texts()
+    assert results == ["1 token · 1 forward · 1.00 tokens/forward · 2.00 tokens/s"] * len(LANES)
+    told = page.locator("#announcer").text_content()
+    assert told.count("1 token in 1 forward, 0.500 s") == len(LANES)
+
+
+def test_page_calls_the_states_of_a_block_by_one_name_each(open_page, address):
+    page = open_page(address)
+    page.wait_for_selector(".chip")
+    text = page.locator("body").text_content()
+    assert "semi-active" in text
+    assert "fully active" in text
+    assert not re.search(r"activated|fully-active", text)
 
 
 def test_probability_is_told_on_hover_and_on_focus(open_page, address):

@@ -63,9 +63,8 @@ export class Chat {
     this.history = [];
     byId("keep-label").hidden = !template;
     byId("alone").hidden = template && !single;
-    byId("alone").textContent = single
-      ? "This model was trained on single questions: its template leaves earlier messages out."
-      : "This model has no chat template: each message stands alone.";
+    byId("alone").textContent = whyAlone(template, single);
+    this.keep.disabled = single;
     // A model that comes with examples was made for questions like them, each on its own.
     this.keep.checked = template && !single && examples.length === 0;
     const chips = examples.map((text) => h("li", {}, this.chip(text)));
@@ -211,4 +210,15 @@ export class Chat {
     this.input.value = prompt;
     this.input.focus();
   }
+}
+
+/**
+ * Why a model answers each message on its own; nothing for a model that reads earlier ones.
+ *
+ * @param {boolean} template whether it has a chat template
+ * @param {boolean} single whether that template leaves earlier messages out
+ */
+function whyAlone(template, single) {
+  if (!template) return "This model has no chat template: each message stands alone.";
+  return single ? "This model was trained on single questions: its template leaves earlier messages out." : "";
 }

@@ -2,7 +2,7 @@
 
 import { byId, h } from "./dom.js";
 import { Player } from "./player.js";
-import { END, clock, figure, visible } from "./run.js";
+import { END, clock, figure, named, visible } from "./run.js";
 
 /**
  * @typedef {import("./run.js").Run} Run
@@ -199,7 +199,9 @@ export class Pipeline {
     const now = this.run.counters(this.step);
     byId("c-seconds").textContent = clock(now.seconds);
     byId("c-forwards").textContent = String(now.numForwards);
+    byId("c-forwards-name").textContent = named(now.numForwards, "forward");
     byId("c-tokens").textContent = String(now.numTokens);
+    byId("c-tokens-name").textContent = `${named(now.numTokens, "token")} decoded`;
     byId("c-per-second").textContent = figure(now.tokensPerSecond);
     byId("c-per-forward").textContent = figure(now.tokensPerForward);
     byId("c-ms").textContent = figure(now.millisecondsPerForward);

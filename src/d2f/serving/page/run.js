@@ -182,11 +182,21 @@ export function clock(value) {
 }
 
 /**
+ * What so many things are called.
+ *
+ * @param {number} number
+ * @param {string} thing
+ */
+export function named(number, thing) {
+  return number === 1 ? thing : `${thing}s`;
+}
+
+/**
  * A number of things in words.
  *
  * @param {number} number
  * @param {string} thing
  */
 export function counted(number, thing) {
-  return `${number} ${thing}${number === 1 ? "" : "s"}`;
+  return `${number} ${named(number, thing)}`;
 }
