@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.cli.console import log, out
+from d2f.cli.console import explain_blank, log, out, say
 from d2f.cli.decoding_options import (
     ActivateOption,
     AdapterOption,
@@ -217,9 +217,10 @@ class Chat:
                 f"{spec.num_parameters / 1e6:,.1f}M parameters on {model.device}, "
                 f"{str(model.dtype).removeprefix('torch.')}, strategy {self.session.strategy}"
             )
-            from d2f.cli.live import legend
+            from d2f.cli.live import SIGNS, legend
 
             log.print(legend())
+            log.print(SIGNS, style="dim")
         tokenizer = self.session.tokenizer
         if not self.session.remembers:
             reason = "no history"
@@ -322,7 +323,9 @@ class Chat:
             result = answer(self.session.engine, request, lambda: False)
             seconds = time.perf_counter() - start
             assert result is not None
-        self.session.keep(message, self._print_text(result.token_ids))
+        text = self._print_text(result.token_ids)
+        self.session.keep(message, text)
+        explain_blank(text)
         self._report(result, seconds, slow)
 
     def _seconds_per_forward(self) -> float:
@@ -337,7 +340,7 @@ class Chat:
 
         text = self.session.tokenizer.decode(token_ids)
         if out.is_terminal:  # which itself would break lines within words
-            out.print(harmless(text), markup=False, highlight=False, emoji=False)
+            say(out, harmless(text), markup=False, highlight=False, emoji=False)
         else:
             typer.echo(text)
         return text

@@ -23,6 +23,12 @@ def say(console: Console, *words: Any, **style: Any) -> None:
     console.print(*words, soft_wrap=not console.is_terminal, **style)
 
 
+def explain_blank(text: str) -> None:
+    """Say on stderr that an answer has no text, where it would look like a failure."""
+    if not text.strip():
+        log.print("the answer ended without a text", style="dim")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     part = path.with_name(path.name + ".part")

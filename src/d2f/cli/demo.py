@@ -124,7 +124,7 @@ def _load_models(device: str, dtype: str) -> dict[str, Transformer]:
 def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     from rich.text import Text
 
-    from d2f.cli.live import SLOWED_SECONDS, legend, render_blocks, watch_answer
+    from d2f.cli.live import SIGNS, SLOWED_SECONDS, legend, render_blocks, watch_answer
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
     from d2f.problems import ProblemConfig, extract_answer, generate_problems
@@ -132,7 +132,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     if out.is_terminal:
         out.print(legend())
     slowed = f", slowed down to {SLOWED_SECONDS} s per forward" if out.is_terminal else ""
-    say(out, f"[dim]Three long problems told out of order{slowed}; · is not decoded yet[/dim]\n")
+    say(out, f"[dim]Three long problems told out of order{slowed}; {SIGNS}[/dim]\n")
     engine = Engine(model)
     # On easy problems most of a block comes at once, and there is little to see.
     hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)

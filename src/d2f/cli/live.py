@@ -27,6 +27,8 @@ STYLES = {
     "complete": "white on blue",
     "cached": "white on grey30",
 }
+SIGNS = "· is not decoded yet, ■ is the end"
+"""What stands for tokens without a text."""
 _PATIENCE_SECONDS = 0.02
 """How often somebody who waits looks up."""
 # What a terminal would obey instead of showing it; a model may write anything.
@@ -107,7 +109,7 @@ def watch_answer(
                 console.print(f"{forwards:3d} ", blocks, sep="")
                 continue
             colourless = console.color_system is None or console.no_color
-            blocks = render_blocks(step.blocks, tokenizer, named=colourless)
+            blocks = render_blocks(step.blocks, tokenizer, named=colourless, apart=colourless)
             status = Text(f"forward {forwards}", style="dim")
             shown = last_lines(blocks, console, console.height - 2)
             screen.update(Group(shown, status), refresh=True)
@@ -127,19 +129,28 @@ def last_lines(text: Text, console: Console, most: int) -> Text:
 
 
 def render_blocks(
-    blocks: Sequence[BlockView], tokenizer: Tokenizer, *, named: bool = False
+    blocks: Sequence[BlockView], tokenizer: Tokenizer, *, named: bool = False, apart: bool = False
 ) -> Text:
     """All blocks of a response in their colours, or, where there are none, with their states.
 
     Without the states, the text of decoded blocks is that of their tokens decoded as a whole:
     nothing stands between two blocks but what the tokens say.
+
+    Args:
+        blocks: The blocks.
+        tokenizer: The model's.
+        named: Write each block's state before it.
+        apart: Begin each block on a line of its own, with a space behind its state. There no
+            state is broken over lines or taken for a part of a word.
     """
     text = Text()
     writer = _Writer(tokenizer)
     for number, block in enumerate(blocks, 1):
         style = STYLES[block.state.value]
+        if apart and number > 1:
+            text.append("\n")
         if named:
-            text.append(f"[{block.state.value}]")
+            text.append(f"[{block.state.value}]" + " " * apart, "bold")
         written = "".join(map(writer.write, block.token_ids))
         if number == len(blocks):
             written += writer.close()

@@ -272,15 +272,19 @@ def test_a_stopped_answer_leaves_the_engine(folder):
 @pytest.mark.parametrize("off", [{"color_system": None}, {"no_color": True}])
 def test_states_are_named_where_there_are_no_colours(folder, off):
     session, screen = new_session(folder), io.StringIO()
-    console = Console(width=200, file=screen, force_terminal=True, **off)
+    console = Console(width=18, file=screen, force_terminal=True, **off)
     request = session.request("1+1=")
     watch_answer(console, session.engine, request, session.tokenizer)
-    assert "[fully active]" in screen.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    names = re.findall(r"^\[(?:semi-active|fully active|complete|cached)\]", shown, re.MULTILINE)
+    assert "[fully active]" in names
+    assert len(names) == len(re.findall("active|complete|cached", shown))
 
 
 def test_answers_and_errors_break_between_words(folder, monkeypatch):
     session, screen = new_session(folder), io.StringIO()
-    console = Console(width=20, file=screen, force_terminal=True)
+    # As the console of answers is.
+    console = Console(width=20, file=screen, force_terminal=True, soft_wrap=True)
     monkeypatch.setattr(chat, "out", console)
     monkeypatch.setattr(chat, "log", console)
     talk = Chat(session, slow=None)
@@ -292,6 +296,23 @@ def test_answers_and_errors_break_between_words(folder, monkeypatch):
     shown = screen.getvalue().splitlines()
     assert shown[:3] == ["seventeen [apples] ", "and twentythree ", ":pear: and 14"]
     assert {word for line in shown[3:] for word in line.split()} >= set(text.split()[:-1])
+
+
+@pytest.mark.parametrize(("text", "count"), [("", 1), (" \n", 1), ("4", 0)])
+def test_an_answer_without_a_text_is_explained(talk, monkeypatch, text, count):
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: text)
+    done = talk("1+1=")
+    assert (done.code, done.out) == (0, text + "\n")
+    assert done.err.count("the answer ended without a text\n") == count
+
+
+def test_the_signs_are_explained_before_the_first_message(folder, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(chat, "log", Console(width=80, file=screen, force_terminal=True))
+    talk = Chat(new_session(folder), None)
+    talk.is_live = True
+    talk.welcome()
+    assert "· is not decoded yet, ■ is the end" in screen.getvalue()
 
 
 def test_only_the_end_of_a_long_answer_is_shown():

@@ -95,6 +95,7 @@ def test_live_view_of_a_pipe(d2f, monkeypatch):
     assert " ".join(problem.prompt.split()) in " ".join(text.split())
     assert "  1 " in text
     assert "[cached]" in text
+    assert "· is not decoded yet, ■ is the end" in " ".join(text.split())
     assert f", the answer is {problem.answer}" in text
 
 

@@ -61,7 +61,9 @@ def test_a_seam_changes_nothing_beside_gaps_either(decoder, tokens, size):
     one = render_blocks(blocks_of(tokens, len(tokens)), tokenizer).plain
     several = render_blocks(blocks_of(tokens, size), tokenizer)
     named = render_blocks(blocks_of(tokens, size), tokenizer, named=True).plain
+    apart = render_blocks(blocks_of(tokens, size), tokenizer, named=True, apart=True).plain
     assert several.plain == one == named.replace("[cached]", "")
+    assert apart == named.replace("[cached]", "\n[cached] ").removeprefix("\n")
     assert one.count("·") == tokens.count(None)
 
 
