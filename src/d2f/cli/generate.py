@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.command import Command
-from d2f.cli.console import log
+from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
     ActivateOption,
     AdapterOption,
@@ -53,7 +53,7 @@ from d2f.cli.decoding_options import (
     load_answerer,
 )
 from d2f.cli.usage import UsageError
-from d2f.errors import counted
+from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:
     from d2f.decoding.batch import GenerationResult
@@ -190,11 +190,12 @@ def generate_command(
         options=options,
     )
     check_choices(request, strategy, changed)
+    prompt = _read(prompt)
     loaded, tokenizer = load_answerer(
         model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
     )
     strategy = strategy or default_strategy(loaded.spec, changed)
-    prompt_ids = _prompt_ids(tokenizer, _read(prompt), chat, system)
+    prompt_ids = _prompt_ids(tokenizer, prompt, chat, system)
     if max_new_tokens is None:
         max_new_tokens = default_limit(loaded.spec, len(prompt_ids))
     policy = chosen_policy(loaded.spec, strategy, changed)
@@ -207,7 +208,11 @@ def generate_command(
 
 def _read(prompt: str) -> str:
     # As a shell does with $(…), so that `echo … | d2f generate -` asks what was meant.
-    return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    if not text.strip():
+        where = " on stdin" if prompt == "-" else ""
+        raise RequestError(f"the prompt{where} is empty; write what the model is to answer")
+    return text
 
 
 def _prompt_ids(
@@ -216,6 +221,11 @@ def _prompt_ids(
     if tokenizer.chat_template is None and (chat or system is not None):
         option = "--chat" if chat else "--system"
         raise UsageError(f"{option}: this model has no chat template; pass the prompt without it")
+    if system is not None and "system" in tokenizer.left_out:
+        raise UsageError(
+            "--system: this model's chat template leaves system messages out; pass the prompt "
+            "without it"
+        )
     if system is None:
         return tokenizer.encode_prompt(prompt, chat=chat)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
@@ -288,6 +298,7 @@ def _report(
         return
     if not streamed:
         typer.echo(text)
+    explain_blank(text)
     log.print(
         f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
         f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "

@@ -281,14 +281,49 @@ def test_wrong_folders(generate, causal, tmp_path):
 
 
 def test_prompts_of_extreme_length(generate, causal):
-    assert generate(prompt="").code == 0
-    done = generate(prompt="", model=causal)
+    done = generate(prompt="~", model=causal)
     assert done.code == 1
     assert "the prompt is empty" in done.err
     done = generate(prompt="-", stdin="word " * 100_000)
     assert done.code == 1
     assert "500000 tokens" in done.err
     assert len(done.err) < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "where"),
+    [("", "", ""), (" \t", "", ""), ("-", "", " on stdin"), ("-", " \n\n", " on stdin")],
+)
+@pytest.mark.parametrize("options", [[], ["--json"], ["--stream"], ["--no-chat"]])
+def test_an_empty_prompt_is_refused_before_the_model_is_read(
+    generate, prompt, stdin, where, options
+):
+    done = generate(*options, prompt=prompt, stdin=stdin, model="/no/such/model")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == (f"error: the prompt{where} is empty; write what the model is to answer\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--json"]])
+def test_an_answer_without_a_text_is_explained(generate, options):
+    said = "the answer ended without a text\n"
+    whole = generate().out[:-1]
+    assert said not in generate(*options).err
+    done = generate(*options, "--stop", whole[0])
+    assert done.code == 0
+    if "--json" in options:  # whose record says as much
+        assert (json.loads(done.out)["text"], done.err) == ("", "")
+    else:
+        assert done.out == "\n"
+        assert done.err.count(said) == 1
+
+
+def test_a_system_message_that_the_template_leaves_out_is_refused(d2f):
+    done = d2f("generate", EASY, "--system", "be brief", "--device", "cpu")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: --system: this model's chat template leaves system messages out; pass the prompt "
+        "without it\n"
+    )
 
 
 def test_the_shipped_model_answers_an_easy_problem(d2f):
