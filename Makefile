@@ -23,9 +23,10 @@ install: $(STAMP) ## create .venv with the package, the demo's plot and the tool
 demo: $(STAMP) ## solve problems live, then race D2F against autoregression
 	$(BIN)/d2f demo $(DEMO_ARGS)
 
-# Two processes, since two cores are what CI has; a file's tests stay together, as they share models.
+# Two processes, since two cores are what CI has; a file's tests stay together, as they share models. In
+# the order of their names: files of few long tests would come last, and one process would wait.
 test: $(STAMP) ## run the tests, all but those of the page
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/browser $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/browser $(TEST_ARGS)
 
 browser: $(STAMP) ## run the tests of the server's page in a real Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
