@@ -1,4 +1,4 @@
-"""What a folder's files say about its tokenizer, heeded as transformers 5 heeds them.
+"""The files of a tokenizer: this module reads a folder's as transformers 5 reads them.
 
 Tokens that were added to a vocabulary stand in up to five places. Those of tokenizer.json always
 count. Beside them count those of `added_tokens_decoder` in tokenizer_config.json; where that is

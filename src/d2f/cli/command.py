@@ -1,4 +1,4 @@
-"""What every command of `d2f` has in common."""
+"""The class of all commands of `d2f`: it holds what they have in common."""
 
 from __future__ import annotations
 

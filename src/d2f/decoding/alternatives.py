@@ -1,4 +1,4 @@
-"""What could have been accepted where a token was: the most probable tokens of its position.
+"""Alternatives of a token: the most probable tokens at its position, which it was chosen from.
 
 Shapes: M positions, A alternatives, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""Where a stop string ends a response, special tokens included."""
+"""Stop strings: this module finds where one ends a response, special tokens included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the queue will have room again, going by how long recent requests took."""
+"""The queue's pace: this module tells when a place is free, from how long recent requests took."""
 
 from __future__ import annotations
 
