@@ -21,12 +21,12 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from crew import Crew, Job
+from tables import Row, Tables, best, without_speed
 
 from d2f.training.checkpoint import list_checkpoints
 
@@ -43,12 +43,7 @@ NOISE_LEVELS = ((0.95, 0.9), (0.9, 0.9), (0.85, 0.9), (0.95, 0.98))
 """Activate and confidence thresholds of table 4: the paper's, and what suits the shipped student's
 confidence."""
 BATCHES = (1, 4, 16, 64, 256)
-ALLOWANCE = 0.005
-"""A setting qualifies when it scores at most half a point below its method's best; of those that
-do, the one of most tokens per forward is taken, of equals the one that computes least."""
 UNPAGED = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +70,12 @@ class Plan:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.output: Path = options.output
+        self.tables = Tables(
+            output=options.output,
+            score_batch=options.score_batch,
+            speed_problems=options.speed_problems,
+            eval_args=options.eval_args,
+        )
         runs = str(options.runs)
         families = (
             Family(
@@ -161,7 +161,7 @@ class Plan:
         for family in self.families:
             for method, settings in grids().items():
                 rows = [
-                    self._row(family, method, f"{method}-{index}", setting)
+                    self.tables.row(method, f"{method}-{index}", setting)
                     for index, setting in enumerate(settings)
                 ]
                 table = self._recipe(family, "methods", rows, score=self.options.grid_problems)
@@ -172,34 +172,23 @@ class Plan:
                 paths = [Path(model["path"]) for model in table["models"].values()]
                 weights = tuple(p / "model.safetensors" for p in paths if "shipped:" not in str(p))
                 build = functools.partial(dict, table)
-                yield self._evaluation(f"grid-{family.name}-{method}", "grid", build, weights)
+                yield self.tables.evaluation(f"grid-{family.name}-{method}", "grid", build, weights)
 
     def chosen(self, family: Family) -> dict[str, Row]:
         """The best setting of each method by its validation score, with a note of the grid."""
-        best: dict[str, Row] = {}
-        for method, settings in grids().items():
-            results = [
-                (json.loads(self._grid_summary(family, method, i).read_text()), setting)
-                for i, setting in enumerate(settings)
-            ]
-            top = max(result["score"]["score"] for result, _ in results)
-            result, setting = max(
-                (pair for pair in results if pair[0]["score"]["score"] >= top - ALLOWANCE),
-                key=lambda pair: (
-                    pair[0]["score"]["tokens_per_forward"],
-                    -pair[0]["score"]["query_tokens_per_forward"],
-                ),
+        return {
+            method: best(
+                [
+                    (self._grid_summary(family, method, i), setting)
+                    for i, setting in enumerate(settings)
+                ],
+                "validation problems",
             )
-            note = {
-                "where": f"{result['score']['num_problems']} validation problems",
-                "tried": len(settings),
-                "chosen": {**setting.get("policy", {}), **setting.get("options", {})},
-            }
-            best[method] = {**setting, "grid": note}
-        return best
+            for method, settings in grids().items()
+        }
 
     def _grid_summary(self, family: Family, method: str, index: int) -> Path:
-        folder = self.output / "grid" / f"grid-{family.name}-{method}"
+        folder = self.tables.folder(f"grid-{family.name}-{method}", "grid")
         return folder / f"{method}-{index}" / "summary.json"
 
     # ---------------------------------------------------------------------------------- measure
@@ -211,8 +200,8 @@ class Plan:
             for name, build in self._tables(family).items():
                 if not name.startswith("batch-"):
                     models = self._trained(family, name)
-                    scores = functools.partial(_without_speed, functools.partial(build, family))
-                    yield self._evaluation(
+                    scores = functools.partial(without_speed, functools.partial(build, family))
+                    yield self.tables.evaluation(
                         f"{family.name}-{name}", "score", scores, (*needs, *models)
                     )
 
@@ -221,8 +210,9 @@ class Plan:
         for family in self.families:
             for name, build in self._tables(family).items():
                 full = f"{family.name}-{name}"
-                scored = () if name.startswith("batch-") else (self._done(f"score-{full}"),)
-                yield self._evaluation(full, "speed", functools.partial(build, family), scored)
+                scored = self.tables.done(f"score-{full}")
+                needs = () if name.startswith("batch-") else (scored,)
+                yield self.tables.evaluation(full, "speed", functools.partial(build, family), needs)
 
     def _tables(self, family: Family) -> dict[str, Callable[[Family], Row]]:
         tables: dict[str, Callable[[Family], Row]] = {
@@ -253,7 +243,7 @@ class Plan:
         rows = []
         for method in names:
             setting = chosen.get(method, chosen["vanilla"] if "vanilla" in method else {})
-            row = self._row(family, method, method, setting)
+            row = self.tables.row(method, method, setting)
             if method == "vanilla-512":
                 row |= {"max_new_tokens": 512, "num_problems": self.options.slow_problems}
                 row |= {"model": "teacher-long", "label": "vanilla-512 (teacher of 640 positions)"}
@@ -278,7 +268,7 @@ class Plan:
                 "add_threshold": level if add == "same" else add,
             }
             setting = {"policy": {**policy, **changed}, "labels": changed}
-            rows.append(self._row(family, "pipelined", f"{level}-add-{add}", setting))
+            rows.append(self.tables.row("pipelined", f"{level}-add-{add}", setting))
         return self._recipe(family, "thresholds", rows, score=self.options.problems, speed=True)
 
     def _steps(self, family: Family) -> Row:
@@ -292,7 +282,7 @@ class Plan:
                 "max_new_tokens": limit,
                 "labels": {"tokens_per_step": share},
             }
-            rows.append(self._row(family, "vanilla-eos-stop", f"{share}-tokens-a-step", setting))
+            rows.append(self.tables.row("vanilla-eos-stop", f"{share}-tokens-a-step", setting))
         return self._recipe(family, "steps", rows, score=self.options.problems, speed=True)
 
     def _block_size(self, family: Family) -> Row:
@@ -300,7 +290,7 @@ class Plan:
         rows = []
         for size in (8, 16, 32, 48, 64, 96):
             setting = {"policy": {**policy, "block_size": size}, "labels": {"block_size": size}}
-            rows.append(self._row(family, "pipelined", f"blocks-of-{size}", setting))
+            rows.append(self.tables.row("pipelined", f"blocks-of-{size}", setting))
         return self._recipe(family, "block-size", rows, score=self.options.problems, speed=True)
 
     def _batch(self, family: Family, size: int) -> Row:
@@ -308,7 +298,7 @@ class Plan:
         rows = []
         for method in ("autoregressive", "serial", "pipelined"):
             setting = {**chosen.get(method, {}), "labels": {"batch_size": size}}
-            rows.append(self._row(family, method, f"{method}-at-{size}", setting))
+            rows.append(self.tables.row(method, f"{method}-at-{size}", setting))
         table = self._recipe(family, "batch", rows, speed=True)
         count = max(self.options.speed_problems, 2 * size)
         table["speed"] |= {"batch_size": size, "num_problems": count}
@@ -318,13 +308,13 @@ class Plan:
         chosen = self.chosen(family)
         changed = {"model": "control"}
         rows = [
-            self._row(family, "vanilla", "teacher", chosen["vanilla"]),
-            self._row(family, "control", "control", chosen["vanilla"]) | changed,
-            self._row(family, "undistilled", "teacher-pipelined", chosen["pipelined"]),
-            self._row(family, "control", "control-pipelined", chosen["pipelined"])
+            self.tables.row("vanilla", "teacher", chosen["vanilla"]),
+            self.tables.row("control", "control", chosen["vanilla"]) | changed,
+            self.tables.row("undistilled", "teacher-pipelined", chosen["pipelined"]),
+            self.tables.row("control", "control-pipelined", chosen["pipelined"])
             | changed
             | {"strategy": "pipelined"},
-            self._row(family, "pipelined", "student", chosen["pipelined"]),
+            self.tables.row("pipelined", "student", chosen["pipelined"]),
         ]
         table = self._recipe(family, "control", rows, score=self.options.problems, speed=True)
         table["models"]["control"] = {"path": str(self.options.runs / "control" / "final")}
@@ -343,25 +333,11 @@ class Plan:
                 "model": model,
             }
             name = f"{model}-{activate}-{confidence}"
-            rows.append(self._row(family, "pipelined", name, setting))
+            rows.append(self.tables.row("pipelined", name, setting))
         table = self._recipe(family, "noise", rows, score=self.options.problems, speed=True)
         return table | {"models": models}
 
     # ---------------------------------------------------------------------------------- recipes
-
-    def _row(self, family: Family, method: str, name: str, setting: Row) -> Row:
-        strategy, model = METHODS[method]
-        row: Row = {
-            "name": name,
-            "method": method,
-            "model": model,
-            "strategy": strategy,
-            "max_new_tokens": "gold",
-            **setting,
-        }
-        if method in ("vanilla", "vanilla-512", "control"):
-            row["early_stop"] = False
-        return row
 
     def _recipe(
         self,
@@ -371,52 +347,17 @@ class Plan:
         *,
         score: int | None = None,
         speed: bool = False,
-    ) -> dict[str, Any]:
-        used = {row["model"] for row in rows}
-        table: dict[str, Any] = {
+    ) -> Row:
+        task = {
             "task": family.task,
             "family": family.title,
             "test_set": family.task,
             "experiment": experiment,
-            "seed": 1,
-            "models": {n: model for n, model in family.models().items() if n in used},
-            "rows": list(rows),
         }
-        if score is not None:
-            table["score"] = {"num_problems": score, "batch_size": self.options.score_batch}
-        if speed:
-            table["speed"] = {
-                "num_problems": self.options.speed_problems,
-                "num_runs": 3,
-                "batch_size": 1,
-            }
-        return table
+        return self.tables.recipe(task, family.models(), rows, score=score, speed=speed)
 
     def _grid_files(self, family: Family) -> tuple[Path, ...]:
-        return tuple(self._done(f"grid-{family.name}-{method}") for method in grids())
-
-    def _done(self, name: str) -> Path:
-        return self.output / "done" / name
-
-    def _evaluation(
-        self, name: str, part: str, build: Callable[[], Row], needs: tuple[Path, ...] = ()
-    ) -> Job:
-        recipe = self.output / "recipes" / f"{name}.toml"
-        folder = self.output / ("grid" if part == "grid" else "measure") / name
-
-        def prepare() -> tuple[str, ...]:
-            recipe.parent.mkdir(parents=True, exist_ok=True)
-            recipe.write_text(to_toml({**build(), "output": str(folder)}))
-            return ()
-
-        job = f"score-{name}" if part == "score" else name
-        return Job(
-            name=job,
-            command=("d2f", "eval", str(recipe), *self.options.eval_args),
-            makes=self._done(job),
-            needs=needs,
-            prepare=prepare,
-        )
+        return tuple(self.tables.done(f"grid-{family.name}-{method}") for method in grids())
 
 
 URGENCY = (
@@ -424,21 +365,6 @@ URGENCY = (
     *("functions-methods", "words-methods", ""),
 )
 """Beginnings of jobs' names: what others wait for comes first."""
-METHODS = {
-    "autoregressive": ("autoregressive", "autoregressive"),
-    "vanilla": ("vanilla", "teacher"),
-    "vanilla-eos-stop": ("vanilla", "teacher"),
-    "vanilla-512": ("vanilla", "teacher"),
-    "dllm-cache": ("dllm-cache", "teacher"),
-    "fast-dllm-parallel": ("parallel", "teacher"),
-    "fast-dllm-prefix": ("prefix-cache", "teacher"),
-    "fast-dllm-dual": ("dual-cache", "teacher"),
-    "undistilled": ("pipelined", "teacher"),
-    "control": ("vanilla", "teacher"),
-    "serial": ("serial", "student"),
-    "pipelined": ("pipelined", "student"),
-}
-"""Strategy and model of each method."""
 
 
 def grids() -> dict[str, list[Row]]:
@@ -483,10 +409,6 @@ def grids() -> dict[str, list[Row]]:
     }
 
 
-def _without_speed(build: Callable[[], Row]) -> Row:
-    return {key: value for key, value in build().items() if key != "speed"}
-
-
 def urgency(job: Job) -> int:
     """The place of a job among those that could start."""
     return next(place for place, start in enumerate(URGENCY) if job.name.startswith(start))
@@ -495,26 +417,6 @@ def urgency(job: Job) -> int:
 def noise_run(schedule: str, seed: int) -> str:
     """Name of a student of table 4."""
     return f"noise_{schedule}_{seed}".replace("-", "_")
-
-
-def to_toml(table: Mapping[str, Any]) -> str:
-    """A recipe's text: plain values first, then its tables."""
-    lines = [f"{key} = {_value(v)}" for key, v in table.items() if key not in ("models", "rows")]
-    lines = [line for line in lines if line]
-    for name, model in table["models"].items():
-        lines += ["", f"[models.{json.dumps(name)}]"]
-        lines += [f"{key} = {_value(v)}" for key, v in model.items()]
-    for row in table["rows"]:
-        lines += ["", "[[rows]]"]
-        lines += [f"{key} = {_value(v)}" for key, v in row.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{json.dumps(key)} = {_value(v)}" for key, v in value.items())
-        return "{ " + inner + " }"
-    return json.dumps(value)
 
 
 def main() -> None:
@@ -542,7 +444,7 @@ def main() -> None:
     if "report" in options.parts:
         folder = options.output / "measure"
         report = ("d2f", "report", str(folder), "--paper")
-        crew.run([Job(name="report", command=report, makes=plan.output / "done" / "report")])
+        crew.run([Job(name="report", command=report, makes=plan.tables.done("report"))])
     if crew.failed:
         sys.exit(f"failed: {', '.join(crew.failed)}; see {crew.logs}")
 
