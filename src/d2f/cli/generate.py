@@ -13,6 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2f.cli.asked import Asked
+from d2f.cli.bulk_options import (
+    BatchOption,
+    ColumnOption,
+    CountOption,
+    FreshOption,
+    InputOption,
+    OutputOption,
+    read_bulk,
+)
 from d2f.cli.command import Command
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
@@ -45,12 +55,7 @@ from d2f.cli.decoding_options import (
     ThresholdOption,
     TopKOption,
     TopPOption,
-    check_choices,
-    check_fit,
-    chosen_policy,
-    default_strategy,
     given,
-    load_answerer,
 )
 from d2f.cli.usage import UsageError
 from d2f.errors import RequestError, counted
@@ -66,8 +71,11 @@ _WARM_TOKENS = 8
 _OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 PromptArgument = Annotated[
-    str,
-    typer.Argument(help="The prompt, which may begin with a dash; - alone reads it from stdin."),
+    str | None,
+    typer.Argument(
+        help="The prompt, which may begin with a dash; - alone reads it from stdin.",
+        show_default=False,
+    ),
 ]
 StopOption = Annotated[
     list[str] | None, typer.Option(help="The text ends before this; repeatable.", metavar="TEXT")
@@ -76,7 +84,9 @@ SystemOption = Annotated[
     str | None, typer.Option(help="A system message, by the chat template.", metavar="TEXT")
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object; with --input, a summary.")
+]
 
 
 class PromptCommand(Command):
@@ -110,7 +120,7 @@ def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
 
 
 def generate_command(
-    prompt: PromptArgument,
+    prompt: PromptArgument = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     strategy: StrategyOption = None,
@@ -144,18 +154,29 @@ def generate_command(
     dtype: DtypeOption = None,
     stream: StreamOption = False,
     as_json: JsonOption = False,
+    source: InputOption = None,
+    output: OutputOption = None,
+    column: ColumnOption = None,
+    n: CountOption = None,
+    batch_size: BatchOption = None,
+    fresh: FreshOption = False,
 ) -> None:
-    """Answer one prompt. The text goes to stdout, statistics to stderr.
+    """Answer one prompt, or a file of them. Text goes to stdout, statistics to stderr.
 
-    The clock runs from the prompt to the last token, once the model is loaded and warm.
+    The clock runs from the prompt to the last token, once the model is loaded and warm. A run with
+    --input that was stopped goes on with the same command.
 
     Example:  d2f generate "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many
     apples does Ann have?"
+
+    Example:  d2f generate --input prompts.jsonl --output answers.jsonl
     """
     if stream and as_json:
         raise UsageError("--stream and --json exclude each other")
-    if system is not None and chat is False:
-        raise UsageError("--system: without effect with --no-chat")
+    bulk = read_bulk(
+        prompt, source, output, columns=column, num_samples=n, batch_size=batch_size,
+        fresh=fresh, stream=stream, as_json=as_json,
+    )  # fmt: skip
     changed = given(
         block_size=block_size,
         add_threshold=add_threshold,
@@ -175,7 +196,6 @@ def generate_command(
         response_interval=response_interval,
         refresh_share=refresh_share,
     )
-    from d2f.engine.policy import default_limit
     from d2f.engine.request import Request
 
     request = Request(
@@ -189,19 +209,23 @@ def generate_command(
         stop=tuple(stop or ()),
         options=options,
     )
-    check_choices(request, strategy, changed)
-    prompt = _read(prompt)
-    loaded, tokenizer = load_answerer(
-        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
-    )
-    strategy = strategy or default_strategy(loaded.spec, changed)
-    prompt_ids = _prompt_ids(tokenizer, prompt, chat, system)
-    if max_new_tokens is None:
-        max_new_tokens = default_limit(loaded.spec, len(prompt_ids))
-    policy = chosen_policy(loaded.spec, strategy, changed)
-    request = replace(request, strategy=strategy, policy=policy, max_new_tokens=max_new_tokens)
-    check_fit(loaded.spec, request)
-    request = replace(request, prompt_ids=prompt_ids)
+    asked = Asked(
+        model=model, adapter=adapter, device=device, dtype=dtype, eos=eos or [],
+        replace_eos=replace_eos, strategy=strategy, changed=changed,
+        max_new_tokens=max_new_tokens, chat=chat, system=system, request=request,
+    )  # fmt: skip
+    asked.check()
+    if bulk is not None:
+        from d2f.cli.generate_bulk import answer_file
+
+        answer_file(bulk, asked)
+    elif prompt is not None:
+        _answer_one(_read(prompt), asked, stream, as_json)
+
+
+def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
+    loaded, tokenizer, request = asked.load()
+    request = asked.limited(request, loaded.spec, asked.prompt_ids(tokenizer, prompt))
     result, text, seconds = _answer(loaded, tokenizer, request, stream)
     _report(result, text, seconds, stream, as_json)
 
@@ -213,23 +237,6 @@ def _read(prompt: str) -> str:
         where = " on stdin" if prompt == "-" else ""
         raise RequestError(f"the prompt{where} is empty; write what the model is to answer")
     return text
-
-
-def _prompt_ids(
-    tokenizer: Tokenizer, prompt: str, chat: bool | None, system: str | None
-) -> list[int]:
-    if tokenizer.chat_template is None and (chat or system is not None):
-        option = "--chat" if chat else "--system"
-        raise UsageError(f"{option}: this model has no chat template; pass the prompt without it")
-    if system is not None and "system" in tokenizer.left_out:
-        raise UsageError(
-            "--system: this model's chat template leaves system messages out; pass the prompt "
-            "without it"
-        )
-    if system is None:
-        return tokenizer.encode_prompt(prompt, chat=chat)
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-    return tokenizer.encode_chat(messages)
 
 
 def _answer(

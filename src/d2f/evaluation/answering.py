@@ -32,7 +32,8 @@ class Answering:
 
     Args:
         engine: Answers them.
-        indices: Numbers of the problems, in the order in which they are put.
+        indices: Numbers of the problems, in the order in which they are put; each is asked for
+            when there is room for it.
         make_request: The request of a problem; may raise `RequestError`.
         most: Problems that the engine holds at once; above its batch size others wait in it, so
             that one joins the moment another is done.
@@ -54,7 +55,8 @@ class Answering:
         most: int,
     ) -> None:
         self._engine, self._make, self._most = engine, make_request, most
-        self._waiting = deque(indices)
+        self._waiting = iter(indices)
+        self._drained = False
         self._alone: deque[int] = deque()
         """Problems that were together in a step that broke off; they try again one by one."""
         self._running: dict[int, int] = {}
@@ -68,7 +70,7 @@ class Answering:
         """
         seconds = 0.0
         try:
-            while self._waiting or self._alone or self._running:
+            while not self._drained or self._alone or self._running:
                 start = time.perf_counter()
                 finished = self._admit()
                 if self._running:
@@ -82,10 +84,17 @@ class Answering:
 
     def _admit(self) -> list[Answered]:
         """Put as many problems as fit; those that cannot be put have failed."""
-        source, most = (self._alone, 1) if self._alone else (self._waiting, self._most)
+        alone = bool(self._alone)
+        most = 1 if alone else self._most
         failed = []
-        while source and len(self._running) < most:
-            index = source.popleft()
+        while len(self._running) < most:
+            if alone:
+                index = self._alone.popleft() if self._alone else None
+            else:
+                index = next(self._waiting, None)
+                self._drained = index is None
+            if index is None:
+                break
             try:
                 self._running[self._engine.add(self._make(index))] = index
             except RequestError as error:

@@ -61,7 +61,7 @@ class Terminal:
         """Move the row's bar."""
         if self._live:
             if row not in self._bars:
-                self._bars[row] = self._progress.add_task(row, total=total, text="")
+                self._bars[row] = self._progress.add_task(row, total=total, completed=done, text="")
             self._progress.update(self._bars[row], completed=done, total=total, text=text)
             return
         now = time.monotonic()

@@ -98,16 +98,9 @@ class RowFolder:
             raise ConfigError(f"{self.path} has results but no settings.json; {FRESH}")
         if known is None:
             return
-        wanted = plain(settings)
-        differ = [
-            f"{name} was {_short(known.get(name))}, now {_short(wanted.get(name))}"
-            for name in dict.fromkeys([*known, *wanted])
-            if known.get(name) != wanted.get(name)
-        ]
+        differ = differences(known, settings)
         if differ:
-            raise ConfigError(
-                f"{self.path} has results of other settings: {'; '.join(differ)}; {FRESH}"
-            )
+            raise ConfigError(f"{self.path} has results of other settings: {differ}; {FRESH}")
 
     # -------------------------------------------------------------------------------- records
 
@@ -158,6 +151,21 @@ class RowFolder:
         if not isinstance(content, dict):
             raise ConfigError(f"{path} holds no table; {FRESH}")
         return content
+
+
+def differences(known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """In words, what settings are other than those read from a file; nothing where none is.
+
+    Example:
+        >>> differences({"seed": 0, "stop": []}, {"seed": 1, "stop": ()})
+        'seed was 0, now 1'
+    """
+    wanted = plain(settings)
+    return "; ".join(
+        f"{name} was {_short(known.get(name))}, now {_short(wanted.get(name))}"
+        for name in dict.fromkeys([*known, *wanted])
+        if known.get(name) != wanted.get(name)
+    )
 
 
 def check_writable(path: Path) -> None:

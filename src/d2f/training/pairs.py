@@ -57,30 +57,62 @@ def read_pair(row: object, columns: ColumnConfig) -> Pair:
         ...           columns)
         Pair(prompt='1+1=', response='2')
     """
-    if not isinstance(row, Mapping):
-        raise BadRow(f"{_kind(row)}, not an object with the columns {_listed(columns)}")
-    messages: list[Message] = []
-    if columns.system is not None:
-        system = _value(row, columns.system)
-        if system is not None and system != "":
-            text = _text(system, f"'{columns.system}'")
-            messages.append({"role": "system", "content": text})
+    messages = _said(row, columns, columns.used())
     if columns.messages is None:
-        prompt = _text(_value(row, columns.prompt), f"'{columns.prompt}'")
+        assert isinstance(row, Mapping)
         response = _text(_value(row, columns.response), f"'{columns.response}'")
-        messages.append({"role": "user", "content": prompt})
     else:
-        messages += _messages(_value(row, columns.messages), columns)
         if messages[-1]["role"] != "assistant":
             raise BadRow(
                 f"'{columns.messages}' ends with a message of role '{messages[-1]['role']}', "
                 "not the assistant's"
             )
         response = messages.pop()["content"]
-        if not any(message["role"] == "user" for message in messages):
-            raise BadRow(f"'{columns.messages}' has no message of the user before the answer")
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
-    return Pair(messages[0]["content"] if alone else messages, response)
+    return Pair(_prompt(messages, columns), response)
+
+
+def read_prompt(row: object, columns: ColumnConfig) -> Prompt:
+    """The prompt that a row holds, whether or not it has a response.
+
+    An assistant's message at the end of a conversation is its response and not part of the prompt,
+    so a row that `read_pair` takes has the same prompt here.
+
+    Raises:
+        BadRow: As `read_pair`.
+
+    Example:
+        >>> from d2f.training.sections import ColumnConfig
+        >>> read_prompt({"question": "1+1="}, ColumnConfig(prompt="question"))
+        '1+1='
+    """
+    messages = _said(row, columns, columns.used(response=False))
+    if columns.messages is not None and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return _prompt(messages, columns)
+
+
+def _said(row: object, columns: ColumnConfig, needed: Sequence[str]) -> list[Message]:
+    """The messages of a row, which needs these columns: up to the user's, or the whole list."""
+    if not isinstance(row, Mapping):
+        listed = ", ".join(f"'{name}'" for name in needed)
+        raise BadRow(f"{_kind(row)}, not an object with the columns {listed}")
+    messages: list[Message] = []
+    if columns.system is not None:
+        system = _value(row, columns.system)
+        if system is not None and system != "":
+            text = _text(system, f"'{columns.system}'")
+            messages.append({"role": "system", "content": text})
+    if columns.messages is not None:
+        return messages + _messages(_value(row, columns.messages), columns)
+    prompt = _text(_value(row, columns.prompt), f"'{columns.prompt}'")
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def _prompt(messages: list[Message], columns: ColumnConfig) -> Prompt:
+    if not any(message["role"] == "user" for message in messages):
+        raise BadRow(f"'{columns.messages}' has no message of the user before the answer")
+    alone = len(messages) == 1
+    return messages[0]["content"] if alone else messages
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
@@ -146,7 +178,3 @@ def _text(value: object, name: str) -> str:
 
 def _kind(value: object) -> str:
     return _KINDS.get(type(value), f"of type {type(value).__name__}")
-
-
-def _listed(columns: ColumnConfig) -> str:
-    return ", ".join(f"'{name}'" for name in columns.used())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,23 +88,26 @@ class JsonPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetPart:
-    """A Parquet file, of which only the mapped columns are read."""
+    """A Parquet file."""
 
     path: Path
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None = None
+    """Those that are read; None: all."""
 
     def identity(self) -> list[Any]:
         """Path, size and time of change."""
         return _file_identity(self.path)
 
     def rows(self) -> Iterator[Row]:
-        """Objects with the mapped columns."""
+        """Objects with these columns."""
         parquet = _library("pyarrow.parquet", "Parquet files")
         number = 0
         try:
             with parquet.ParquetFile(self.path) as file:
-                _check_columns(str(self.path), self.columns, file.schema_arrow.names)
-                for batch in file.iter_batches(_BATCH, columns=list(self.columns)):
+                names = file.schema_arrow.names
+                columns = names if self.columns is None else list(self.columns)
+                _check_columns(str(self.path), columns, names)
+                for batch in file.iter_batches(_BATCH, columns=columns):
                     for row in _batch_rows(batch):
                         number += 1
                         yield f"{self.path}:{number}", row
@@ -238,7 +241,7 @@ def _table_part(name: str, table: Any, config: DataConfig) -> Part:
     return TablePart(name=name, table=table.select_columns(list(columns)))
 
 
-def _check_columns(where: str, wanted: tuple[str, ...], names: list[str]) -> None:
+def _check_columns(where: str, wanted: Sequence[str], names: list[str]) -> None:
     for column in wanted:
         if column not in names:
             raise TrainingError(f"{where}: {missing_column(column, names)}")

@@ -104,9 +104,10 @@ class ColumnConfig:
         """Whether more than one message may precede a response."""
         return self.messages is not None or self.system is not None
 
-    def used(self) -> tuple[str, ...]:
-        """The columns that a row must have."""
+    def used(self, *, response: bool = True) -> tuple[str, ...]:
+        """The columns that a row must have, or must have to be answered: without the response."""
         texts = (self.messages,) if self.messages else (self.prompt, self.response)
+        texts = texts if response else texts[:1]
         return (*texts, self.system) if self.system else texts
 
 

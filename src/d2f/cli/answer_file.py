@@ -1,0 +1,262 @@
+"""The file that answers go to, which an interrupted run goes on with.
+
+Each line is on its way to the disk the moment its answer is finished, in whatever order that is;
+once all are there, the file is put into the order of the input. A second file beside it,
+`NAME.settings`, says how the answers came about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import ConfigError, D2FError, counted
+from d2f.evaluation.results import differences, write_json
+
+_REMEDY = "name another --output, or start afresh with --fresh"
+
+
+@dataclass
+class Totals:
+    """Sums over the answers in a file."""
+
+    answers: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    cut: int = 0
+    """Answers that ended by length."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count a line."""
+        tokens, forwards = record["num_tokens"], record["num_forwards"]
+        self.cut += record["finish_reason"] == "length"
+        self.answers += 1
+        self.tokens += tokens
+        self.forwards += forwards
+
+
+class AnswerFile:
+    """Answers by number of the row and of the sample, a line each.
+
+    Args:
+        path: The file; it is made. It belongs to this process until it is closed.
+        settings: All that answers depend on, of JSON's types.
+        num_samples: Answers of a row.
+        fresh: Forget what is there.
+
+    Raises:
+        ConfigError: The file has answers of other settings, or something else; another process
+            writes there; or it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
+        >>> answers = AnswerFile(path, {"seed": 0})
+        >>> answers.begin({})
+        >>> counts = {"num_tokens": 3, "num_forwards": 1, "finish_reason": "eos"}
+        >>> answers.add([{"response": "2", "row": 4, **counts}])
+        >>> answers.close()
+        >>> AnswerFile(path, {"seed": 0}).has(4)
+        True
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, num_samples: int = 1, fresh: bool = False
+    ) -> None:
+        self.path = path
+        self._real = path.resolve()
+        self._settings_path = self._real.with_name(self._real.name + ".settings")
+        self._settings, self._num_samples = settings, num_samples
+        self.totals = Totals()
+        self._done = bytearray()
+        """By key, whether the answer is there."""
+        self._keys, self._offsets = array("q"), array("q")
+        self._tidy = True
+        """Whether the lines are in order, and nothing is between them."""
+        self._size = 0
+        self._file = self._open()
+        try:
+            if fresh:
+                self._settings_path.unlink(missing_ok=True)
+                os.ftruncate(self._file, 0)
+            self.about = self._agree()
+            """What an earlier run noted about itself; empty if there are no answers of one."""
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def has(self, row: int, sample: int = 0) -> bool:
+        """Whether an answer is there."""
+        key = self._key(row, sample)
+        return key < len(self._done) and bool(self._done[key])
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """Say how the answers come about, before the first of them.
+
+        Args:
+            about: What else a later run wants to know, of JSON's types.
+        """
+        if not self.about:
+            write_json(self._settings_path, {"settings": self._settings, "about": about})
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append answers: whole lines, or none where the disk is full.
+
+        Raises:
+            D2FError: The file cannot be written.
+        """
+        records = list(records)
+        lines = [_line(record) for record in records]
+        data = memoryview(b"".join(lines))
+        try:
+            # A disk that runs full takes a part first and raises at the next call.
+            while data:
+                data = data[os.write(self._file, data) :]
+        except BaseException as error:
+            # Half a line would spoil the next one.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            if isinstance(error, OSError):
+                raise D2FError(
+                    f"cannot write {self.path}: {error.strerror}; "
+                    f"{counted(self.totals.answers, 'answer', ',')} are kept; make room, and go "
+                    "on with the same command"
+                ) from None
+            raise
+        for line, record in zip(lines, records, strict=True):
+            self._note(record, len(line))
+
+    def finish(self) -> None:
+        """Put the lines into the order of the input, and see to it that they are on the disk.
+
+        Raises:
+            D2FError: There is no room for that; all answers are in the file still.
+        """
+        try:
+            if not self._tidy:
+                self._sort()
+            else:
+                os.fsync(self._file)
+        except OSError as error:
+            raise D2FError(
+                f"cannot put {self.path} into the order of the input: {error.strerror}; all "
+                "answers are in it; make room, and give the same command again"
+            ) from None
+
+    def close(self) -> None:
+        """Let other processes write there."""
+        os.close(self._file)
+
+    # ---------------------------------------------------------------------------------- inside
+
+    def _key(self, row: int, sample: int) -> int:
+        return row * self._num_samples + sample
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        try:
+            file = os.open(self._real, flags, 0o666)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise ConfigError(f"cannot write {self.path}: it is no file, so no run can go on")
+            self._lock(file)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _lock(self, file: int) -> None:
+        """Keep other processes out, which would append the same answers again."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another d2f generate writes to {self.path}; wait for it, or name another --output"
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+
+    def _agree(self) -> dict[str, Any]:
+        """What is known of the answers that are there, which came about as new ones will."""
+        if os.fstat(self._file).st_size == 0:
+            return {}
+        try:
+            known = json.loads(self._settings_path.read_text(encoding="utf-8"))
+            before, about = dict(known["settings"]), dict(known["about"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self.path} is there already, and {self._settings_path.name}, which would say "
+                f"how it came about, cannot be read; {_REMEDY}"
+            ) from None
+        differ = differences(before, self._settings)
+        if differ:
+            raise ConfigError(f"{self.path} has answers of other settings: {differ}; {_REMEDY}")
+        return about
+
+    def _read(self) -> None:
+        """Take stock of the file, and cut off a line that a crash left unfinished."""
+        with self._real.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    os.ftruncate(self._file, self._size)
+                    break
+                try:
+                    self._note(json.loads(line), len(line))
+                except (ValueError, KeyError, TypeError):
+                    # What no run wrote, or only a part of it got to the disk.
+                    self._size += len(line)
+                    self._tidy = False
+
+    def _note(self, record: Mapping[str, Any], length: int) -> None:
+        """Count a line at the end of the file."""
+        row, sample = record["row"], record.get("sample", 0)
+        if self.has(row, sample):
+            raise ValueError(f"a second answer to row {row}")
+        self.totals.add(record)
+        key = self._key(row, sample)
+        if key >= len(self._done):
+            self._done.extend(bytes(key + 1 - len(self._done)))
+        self._tidy = self._tidy and (not self._keys or self._keys[-1] < key)
+        self._done[key] = True
+        self._keys.append(key)
+        self._offsets.append(self._size)
+        self._size += length
+
+    def _sort(self) -> None:
+        part = self._real.with_name(self._real.name + ".part")
+        try:
+            with self._real.open("rb") as source, part.open("wb") as target:
+                for place in sorted(range(len(self._keys)), key=self._keys.__getitem__):
+                    source.seek(self._offsets[place])
+                    target.write(source.readline())
+                target.flush()
+                os.fsync(target.fileno())
+            shutil.copymode(self._real, part)
+            os.replace(part, self._real)
+        except BaseException:
+            part.unlink(missing_ok=True)  # it takes room that a full disk needs
+            raise
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line, in letters that people read where they are valid Unicode."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        text = json.dumps(record, default=str).encode()
+    return text + b"\n"

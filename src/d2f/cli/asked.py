@@ -1,0 +1,143 @@
+"""What `d2f generate` is asked for beside prompts: the model, and how it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from d2f.cli.decoding_options import (
+    check_choices,
+    check_fit,
+    chosen_policy,
+    default_strategy,
+    load_answerer,
+)
+from d2f.cli.usage import UsageError
+
+if TYPE_CHECKING:
+    from d2f.engine.request import Request
+    from d2f.models.spec import ModelSpec
+    from d2f.models.transformer import Transformer
+    from d2f.text import Tokenizer
+    from d2f.training.pairs import Message, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Options of `d2f generate`, as they were given."""
+
+    model: str | None
+    adapter: str | None
+    device: str | None
+    dtype: str | None
+    eos: Sequence[str]
+    replace_eos: bool
+    strategy: str | None
+    changed: dict[str, Any]
+    """Fields of the policy."""
+    max_new_tokens: int | None
+    chat: bool | None
+    system: str | None
+    request: Request
+    """Everything else; its prompt is empty."""
+
+    def check(self) -> None:
+        """Refuse what no model could be asked for, before one is loaded.
+
+        Raises:
+            UsageError: An unknown name, a bad value, or options that exclude each other.
+        """
+        if self.system is not None and self.chat is False:
+            raise UsageError("--system: without effect with --no-chat")
+        check_choices(self.request, self.strategy, self.changed)
+
+    def load(self, dtype: str | None = None) -> tuple[Transformer, Tokenizer, Request]:
+        """The model, its tokenizer, and the request with what the model decides.
+
+        Args:
+            dtype: In place of the model's own, where none was asked for.
+
+        Raises:
+            CheckpointError: There is no such model, or it is broken.
+            UsageError: What was asked for does not fit it.
+        """
+        model, tokenizer = load_answerer(
+            self.model,
+            self.adapter,
+            self.device,
+            self.dtype or dtype,
+            eos=self.eos,
+            replace_eos=self.replace_eos,
+        )
+        self._check_template(tokenizer)
+        strategy = self.strategy or default_strategy(model.spec, self.changed)
+        policy = chosen_policy(model.spec, strategy, self.changed)
+        request = replace(self.request, strategy=strategy, policy=policy)
+        return model, tokenizer, self.limited(request, model.spec)
+
+    def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
+        """A request for the answer to a prompt of so many tokens, as long as it may be by default.
+
+        Raises:
+            UsageError: The strategy or its options do not fit the model or the length.
+        """
+        from d2f.engine.policy import default_limit
+
+        if self.max_new_tokens is None:
+            limit = default_limit(spec, len(prompt_ids))
+            request = replace(request, max_new_tokens=limit)
+        check_fit(spec, request)
+        return replace(request, prompt_ids=prompt_ids)
+
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, through the chat template if it is used.
+
+        A system message of the prompt's own stays the only one.
+
+        Raises:
+            RequestError: The template refuses it, or there is none for several messages.
+        """
+        from d2f.training.pairs import encode_prompt
+
+        if self.system is not None:
+            messages: list[Message] = (
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+            )
+            if messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": self.system})
+            prompt = messages
+        return encode_prompt(tokenizer, prompt, self.chat)
+
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on, but for the files of the model."""
+        request = self.request
+        return {
+            "strategy": self.strategy,
+            "policy": self.changed,
+            "options": dict(request.options),
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "min_p": request.min_p,
+            "seed": request.seed,
+            "stop": list(request.stop),
+            "eos": list(self.eos),
+            "replace_eos": self.replace_eos,
+            "chat": self.chat,
+            "system": self.system,
+            "dtype": self.dtype,
+        }
+
+    def _check_template(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.chat_template is None and (self.chat or self.system is not None):
+            option = "--chat" if self.chat else "--system"
+            raise UsageError(
+                f"{option}: this model has no chat template; pass the prompt without it"
+            )
+        if self.system is not None and "system" in tokenizer.left_out:
+            raise UsageError(
+                "--system: this model's chat template leaves system messages out; pass the prompt "
+                "without it"
+            )

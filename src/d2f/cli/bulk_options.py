@@ -1,0 +1,116 @@
+"""The options of `d2f generate` about a file of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2f.cli.usage import UsageError, usage
+
+if TYPE_CHECKING:
+    from d2f.cli.prompt_file import PromptFile
+
+InputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--input",
+        help="A file of prompts (.jsonl, .json, .parquet); needs --output.",
+        metavar="FILE",
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", help="--input: where a line for each answer goes.", metavar="FILE"),
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="--input: what a column holds, as prompt=question, messages=conversations or any "
+        "other of [data.columns] of a training recipe; repeatable.",
+        metavar="WHAT=NAME",
+    ),
+]
+CountOption = Annotated[int | None, typer.Option("--n", help="--input: answers of a row.", min=1)]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(help="--input: answers at a time. Default: 16, on a GPU 128.", min=1),
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="--input: throw away what an earlier run has answered.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bulk:
+    """Which prompts are answered, and where the answers go."""
+
+    source: PromptFile
+    output: Path
+    num_samples: int
+    batch_size: int | None
+    fresh: bool
+    as_json: bool
+
+
+def read_bulk(
+    prompt: str | None,
+    source: Path | None,
+    output: Path | None,
+    *,
+    columns: Sequence[str] | None,
+    num_samples: int | None,
+    batch_size: int | None,
+    fresh: bool,
+    stream: bool,
+    as_json: bool,
+) -> Bulk | None:
+    """The options about a file of prompts; None for one prompt.
+
+    Raises:
+        UsageError: There is no prompt at all, or options exclude each other.
+    """
+    if source is None:
+        if prompt is None:
+            raise UsageError("there is nothing to answer; give a PROMPT, or a file with --input")
+        alone = {"--output": output, "--column": columns, "--n": num_samples}
+        for option, value in (alone | {"--batch-size": batch_size, "--fresh": fresh}).items():
+            if value:
+                raise UsageError(f"{option}: without effect without --input")
+        return None
+    if prompt is not None:
+        raise UsageError("a PROMPT and --input exclude each other")
+    if output is None:
+        raise UsageError("--input needs --output, the file for the answers")
+    if stream:
+        raise UsageError("--stream: without effect with --input")
+    if output.resolve() == source.resolve():
+        raise UsageError(f"--output {output} is the file with the prompts; name another")
+    return Bulk(
+        source=_read_source(source, columns or ()),
+        output=output,
+        num_samples=num_samples or 1,
+        batch_size=batch_size,
+        fresh=fresh,
+        as_json=as_json,
+    )
+
+
+def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
+    # Imported here: they bring torch, which `d2f --help` does without.
+    from d2f.cli.prompt_file import PromptFile
+    from d2f.recipe import from_table
+    from d2f.training.sections import ColumnConfig
+
+    table = {}
+    for word in words:
+        what, equals, name = word.partition("=")
+        if not equals or not what or not name:
+            raise UsageError(f"--column {word!r}: write it as WHAT=NAME, prompt=question say")
+        table[what] = name
+    with usage():
+        return PromptFile(path=path, columns=from_table(ColumnConfig, table, "--column"))

@@ -1,0 +1,195 @@
+"""`d2f generate --input`: answers to a file of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+from d2f.cli.answer_desk import AnswerDesk
+from d2f.cli.answer_file import AnswerFile
+from d2f.cli.asked import Asked
+from d2f.cli.bulk_options import Bulk
+from d2f.cli.console import log, say
+from d2f.cli.decoding_options import DEFAULT_MODEL
+from d2f.cli.prompt_file import refuse_all
+from d2f.cli.usage import UsageError
+from d2f.errors import counted
+from d2f.training.bad_rows import BadRows
+
+_BATCH_SIZE = {"cpu": 16, "cuda": 128}
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+
+
+def answer_file(bulk: Bulk, asked: Asked) -> None:
+    """Answer what an earlier run has not, and say what became of all rows.
+
+    Raises:
+        D2FError: No row can be answered, or the files cannot be read or written.
+        ConfigError: The output has answers to other prompts or by other settings.
+        UsageError: What was asked for does not fit the model.
+        KeyboardInterrupt: The run was stopped, by Ctrl-C or SIGTERM.
+    """
+    if bulk.num_samples > 1 and asked.request.temperature == 0:
+        raise UsageError(f"--n {bulk.num_samples}: all the same at --temperature 0")
+    bulk.source.check()
+    source = asked.model or DEFAULT_MODEL
+    settings = {
+        "input": bulk.source.sha256,
+        "model": model_sha256(source, asked.adapter),
+        "columns": asdict(bulk.source.columns),
+        "n": bulk.num_samples,
+        **asked.settings(),
+    }
+    answers = AnswerFile(bulk.output, settings, num_samples=bulk.num_samples, fresh=bulk.fresh)
+    with closing(answers):
+        run = _Run(bulk, asked, answers)
+        try:
+            with _sigterm_as_ctrl_c():
+                if answers.totals.answers < run.num_wanted:
+                    run.answer(source)
+                answers.finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; {answers.totals.answers:,} of {counted(run.num_wanted, 'answer', ',')} "
+                f"are in {bulk.output}; go on with the same command"
+            ) from None
+    if not answers.totals.answers:
+        refuse_all(run.bad_rows)
+    if bulk.as_json:
+        typer.echo(json.dumps(run.summary()))
+    else:
+        _say_summary(run.summary(), run.bad_rows)
+
+
+def model_sha256(source: str, adapter: str | None) -> str:
+    """SHA-256 of all files that make a model, and its adapter, by their names.
+
+    Raises:
+        CheckpointError: There is no such model.
+    """
+    from d2f.hub import resolve_folder
+
+    digest = hashlib.sha256()
+    for name in filter(None, (source, adapter)):
+        path = Path(name).expanduser()
+        if path.is_file():
+            files = [path]
+        else:
+            folder = resolve_folder(name)
+            files = sorted(one for one in folder.iterdir() if one.suffix in _MODEL_FILES)
+        for one in files:
+            digest.update(one.name.encode())
+            with one.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    """A run through the prompts, and what it counts."""
+
+    def __init__(self, bulk: Bulk, asked: Asked, answers: AnswerFile) -> None:
+        self._bulk, self._asked, self._answers = bulk, asked, answers
+        self.num_wanted = bulk.source.num_rows * bulk.num_samples
+        self._num_before = answers.totals.answers
+        self._num_tokens, self._seconds = 0, 0.0
+        """Of this run, not of those before."""
+        self.bad_rows = BadRows()
+
+    def answer(self, source: str) -> None:
+        """Answer all rows that have no answer yet."""
+        from d2f.engine.engine import Engine, EngineConfig
+        from d2f.evaluation.answering import Answering
+        from d2f.evaluation.eval_progress import Terminal
+        from d2f.provenance import describe_code
+
+        bulk, answers = self._bulk, self._answers
+        model, tokenizer, request = self._asked.load(answers.about.get("dtype"))
+        dtype = str(model.dtype).removeprefix("torch.")
+        answers.begin({"model": source, "dtype": dtype, **describe_code()})
+        size = bulk.batch_size or _BATCH_SIZE.get(model.device.type, 128)
+        engine = Engine(model, EngineConfig(max_batch_size=size), tokenizer)
+        desk = AnswerDesk(
+            bulk.source, answers, self._asked, model, tokenizer, request,
+            num_samples=bulk.num_samples,
+        )  # fmt: skip
+        self.bad_rows = desk.bad_rows
+        terminal, start = Terminal(), time.perf_counter()
+        try:
+            most = size if size == 1 else 2 * size
+            for finished, _ in Answering(engine, desk.numbers(), desk.request, most=most):
+                written = desk.take(finished)
+                answers.add(written)
+                self._num_tokens += sum(record["num_tokens"] for record in written)
+                self._seconds = time.perf_counter() - start
+                terminal.progress("answers", answers.totals.answers, *self._pace())
+        finally:
+            terminal.close()
+            engine.close()
+
+    def _pace(self) -> tuple[int, str]:
+        """How many answers there will be, and how fast they come."""
+        done = self._answers.totals.answers
+        total = max(self.num_wanted - self.bad_rows.count * self._bulk.num_samples, done)
+        text = f"{self._num_tokens / self._seconds:,.0f} tokens/s"
+        if not log.is_terminal:  # where the bar says it
+            left = self._seconds * (total - done) / max(done - self._num_before, 1)
+            text += f"  {timedelta(seconds=int(left))} left"
+        return total, text
+
+    def summary(self) -> dict[str, Any]:
+        """What is in the file, which rows are not, and how fast this run was."""
+        totals = self._answers.totals
+        return {
+            "output": str(self._bulk.output),
+            "num_rows": self._bulk.source.num_rows,
+            "num_answers": totals.answers,
+            "num_new_answers": totals.answers - self._num_before,
+            "num_tokens": totals.tokens,
+            "num_forwards": totals.forwards,
+            "tokens_per_forward": totals.tokens / max(totals.forwards, 1),
+            "seconds": self._seconds,
+            "tokens_per_second": self._num_tokens / self._seconds if self._num_tokens else None,
+            "length_share": totals.cut / totals.answers,
+            "num_bad_rows": self.bad_rows.count,
+            "bad_rows": self.bad_rows.to_table(),
+        }
+
+
+def _say_summary(summary: Mapping[str, Any], bad_rows: BadRows) -> None:
+    rate = summary["tokens_per_second"]
+    speed = f", {rate:,.0f} tokens/s" if rate is not None else ""
+    say(
+        log,
+        f"{summary['output']}: {counted(summary['num_answers'], 'answer', ',')}, "
+        f"{counted(summary['num_tokens'], 'token', ',')} "
+        f"({summary['tokens_per_forward']:.2f} per forward{speed}), "
+        f"{summary['length_share']:.1%} ended by length",
+        markup=False,
+    )
+    if bad_rows.count:
+        rows = counted(summary["num_rows"], "row", ",")
+        text = f"{bad_rows.count:,} of {rows} are bad and have no answer: {bad_rows.text()}"
+        say(log, text, markup=False)
