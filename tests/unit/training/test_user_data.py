@@ -19,6 +19,7 @@ from d2f.text import Tokenizer
 from d2f.training.config import load_recipe, to_table, with_defaults
 from d2f.training.data import TokenDataset
 from d2f.training.pairs import encode_prompt
+from d2f.training.rows import ParquetPart
 from d2f.training.run import train
 from d2f.training.sections import ColumnConfig, DataConfig, ModelConfig, SampleConfig
 from d2f.training.sources import encode_data, read_held_out, read_pairs
@@ -238,6 +239,13 @@ def test_only_the_first_numbers_of_many_bad_rows_are_kept(tmp_path, tokenizer):
         str(number) for number in range(2, 102)
     ]
     assert notes[0].endswith("a.jsonl:6, …)")
+
+
+def test_parquet_may_be_read_with_all_its_columns(tmp_path):
+    rows = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}]
+    path = write_parquet(tmp_path / "a.parquet", rows)
+    found = list(ParquetPart(path=path).rows())
+    assert found == [(f"{path}:{number}", row) for number, row in enumerate(rows, 1)]
 
 
 def test_bad_text_in_parquet_spoils_no_other_row(tmp_path, tokenizer):
