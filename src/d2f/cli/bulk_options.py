@@ -31,7 +31,7 @@ ColumnOption = Annotated[
     typer.Option(
         "--column",
         help="--input: what a column holds, as prompt=question, messages=conversations or any "
-        "other of [data.columns] of a training recipe; repeatable.",
+        "other name in data.columns of a training recipe; repeatable.",
         metavar="WHAT=NAME",
     ),
 ]
@@ -72,11 +72,12 @@ def read_bulk(
     """The options about a file of prompts; None for one prompt.
 
     Raises:
-        UsageError: There is no prompt at all, or options exclude each other.
+        BadParameter: There is no prompt at all.
+        UsageError: Options exclude each other, or have no effect.
     """
     if source is None:
         if prompt is None:
-            raise UsageError("there is nothing to answer; give a PROMPT, or a file with --input")
+            raise typer.BadParameter("there is nothing to answer; give a PROMPT, or --input FILE")
         alone = {"--output": output, "--column": columns, "--n": num_samples}
         for option, value in (alone | {"--batch-size": batch_size, "--fresh": fresh}).items():
             if value:

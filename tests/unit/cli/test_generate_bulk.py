@@ -349,7 +349,6 @@ def test_wrong_options_are_refused_in_one_clear_line(bulk, options, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "there is nothing to answer; give a PROMPT, or a file with --input"),
         ({"source": Path("p")}, "--input needs --output"),
         ({"source": Path("p"), "output": Path("./p")}, "is the file with the prompts"),
         ({"prompt": "x", "source": Path("p")}, "a PROMPT and --input exclude each other"),
@@ -365,6 +364,12 @@ def test_options_that_belong_together(given, message):
     options |= dict.fromkeys(("fresh", "stream", "as_json"), False)
     with pytest.raises(UsageError, match=re.escape(message)):
         read_bulk(**(options | given))
+
+
+def test_nothing_to_answer(d2f):
+    done = d2f("generate", "--seed", 1)
+    assert (done.code, done.out) == (2, "")
+    assert "there is nothing to answer; give a PROMPT, or --input FILE" in done.err
 
 
 def test_files_that_are_none(bulk, source, tmp_path):

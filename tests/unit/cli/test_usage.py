@@ -51,6 +51,7 @@ OTHERWISE = {
     "--rows": ["pipelind", ""],
     "--race-model": ["teacher", "=x", "x="],
     "--url": ["ftp://x", "nothing"],
+    "--column": ["prompt", "promt=x"],
     ("generate", "--algorithm"): ["entropi"],
     ("demo", "--plot"): ["race.xyz"],
 }
@@ -71,7 +72,7 @@ NEEDS = {
 """Without which an option has no effect, and is refused for that."""
 ANY_TEXT = {
     "--model", "--adapter", "--system", "--host", "--api-key", "--name", "--data", "--output",
-    "--json", "--plot", "--trace", "--record-trace", "--to", "--baseline",
+    "--json", "--plot", "--trace", "--record-trace", "--to", "--baseline", "--input",
 }  # fmt: skip
 """Folders, files and names: what is wrong with them is not how the command was used."""
 
