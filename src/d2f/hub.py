@@ -1,4 +1,4 @@
-"""Find the folder of a model, an adapter or a tokenizer: local, shipped, or of the hub."""
+"""Find the folder of a model, an adapter or a tokenizer: local, shipped, of the hub, of a GGUF."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from d2f.errors import CheckpointError
 from d2f.shipped import named_folder
 
+_GGUF = ".gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -20,12 +21,14 @@ def is_hub_id(name: str) -> bool:
 def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder that a path, a hub id `owner/name` or a name `shipped:student` stands for.
 
-    A folder that exists wins over a hub id of the same name, and over a shipped model. From the
+    A GGUF file stands for a folder with the small files that the hub would hold for its model. A
+    folder that exists wins over a hub id of the same name, and over a shipped model. From the
     hub come configuration, tokenizer and safetensors files (`weights=False`: without the last),
     never code or pickles.
 
     Raises:
-        CheckpointError: No such folder, or the hub does not give it (offline, unknown, private).
+        CheckpointError: No such folder, or the hub does not give it (offline, unknown, private);
+            a GGUF file is broken or of a kind that is not supported.
 
     Example:
         >>> resolve_folder("/no/such/folder")
@@ -39,7 +42,9 @@ id like owner/name
     if path.is_dir() and name:
         return path
     if path.exists() and name:
-        raise CheckpointError(f"'{name}' is a file; give the folder that holds it")
+        return _folder_of_file(path)
+    if path.suffix.lower() == _GGUF:
+        raise CheckpointError(f"there is no file '{name}'; check the path")
     shipped = named_folder(name)
     if shipped is not None:
         return shipped
@@ -62,3 +67,14 @@ id like owner/name
             "your hub login"
         ) from error
     return Path(folder)
+
+
+def _folder_of_file(file: Path) -> Path:
+    """The folder that a file stands for."""
+    # Imported here: other models do not need it.
+    from d2f.gguf.container import is_gguf
+    from d2f.gguf.folder import gguf_folder
+
+    if is_gguf(file):
+        return gguf_folder(file)
+    raise CheckpointError(f"'{file}' is a file; give the folder that holds it, or a GGUF file")

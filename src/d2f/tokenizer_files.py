@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d2f.errors import CheckpointError
+from d2f.gguf import NO_TOKENIZER
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -250,6 +251,8 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
         raise
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{file} is no tokenizer that can be read: {error}") from None
+    if (folder / NO_TOKENIZER).exists():
+        raise CheckpointError((folder / NO_TOKENIZER).read_text(encoding="utf-8"))
     raise CheckpointError(
         f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. "
         "Give a folder that has one, or save it with transformers as tokenizer.json"

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: JSON, safetensors headers, folders that are replaced as a whole."""
+"""Files of a checkpoint: JSON, headers of its weights, folders that are replaced as a whole."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
+from d2f.gguf.folder import linked_gguf
+from d2f.gguf.layouts import HubTensor, read_hub_tensors
+from d2f.gguf.values import read_values
 
 POLICY_FILE = "decoding_policy.json"
 GENERATION_FILE = "generation_config.json"
@@ -35,14 +38,17 @@ _NUM_NAMED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """What a safetensors header says about one tensor."""
+    """What the header of a safetensors or GGUF file says about one tensor."""
 
     file: Path
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
     kind: str
-    """Its type as the header names it; weights have one of `FLOATS`."""
+    """Its type as the header names it; weights have one of `FLOATS`. Quantised blocks of a GGUF
+    have the type that they are read in."""
+    in_gguf: HubTensor | None = None
+    """Where a GGUF has it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,9 +108,14 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Names, shapes and types of `stem`.safetensors, or of the shards that its index lists.
 
+    The folder of a GGUF gives its tensors by the hub's names.
+
     Raises:
         CheckpointError: The file is missing, broken or pickled.
     """
+    gguf = linked_gguf(folder)
+    if gguf is not None:
+        return {name: _in_gguf(tensor) for name, tensor in read_hub_tensors(gguf).items()}
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         return _read_header(single)
@@ -132,6 +143,17 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _in_gguf(tensor: HubTensor) -> StoredTensor:
+    source = tensor.source
+    return StoredTensor(
+        file=source.file,
+        name=source.name,
+        shape=source.shape,
+        kind=source.type.kind,
+        in_gguf=tensor,
+    )
+
+
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     with _opened(file) as stored:
@@ -147,6 +169,8 @@ def read_tensor(
     stored: StoredTensor, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
     """One tensor, copied to `device` and converted (None: as stored)."""
+    if stored.in_gguf is not None:
+        return read_values(stored.in_gguf, device, dtype or stored.dtype)
     # Opened anew for each tensor, and copied: a map of the whole file would stay resident beside
     # the copies, and a tensor that lies in the map is not aligned as CPU kernels like it.
     with _opened(stored.file) as file:

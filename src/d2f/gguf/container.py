@@ -1,0 +1,228 @@
+"""The container: its metadata, and where in the file the tensors lie."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import CheckpointError
+from d2f.gguf.block_types import BlockType, block_type
+
+MAGIC = b"GGUF"
+_OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Number of a type of metadata -> its letter in `struct`."""
+_STRING, _ARRAY = 8, 9
+_ALIGNMENT = 32
+_MAX_DIMENSIONS = 4
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFTensor:
+    """Where a tensor lies in a GGUF, and in which blocks."""
+
+    file: Path
+    name: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    """As torch orders it: rows first."""
+    type: BlockType
+    offset: int
+    """Where its bytes begin in the file."""
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.num_values // self.type.values * self.type.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """What the header of a GGUF says."""
+
+    file: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+    """By name."""
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file is a GGUF by its name or by how it begins."""
+    if file.suffix.lower() == ".gguf":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_container(file: Path) -> Container:
+    """Read the header of a GGUF and check that its tensors are there in whole.
+
+    Raises:
+        CheckpointError: The file is no GGUF, is cut short, one part of several, of another byte
+            order, version or block type, or it needs the package `gguf`, which is missing.
+    """
+    try:
+        with file.open("rb") as stream:
+            if stream.seek(0, 2) < 24:
+                head = _head(file)
+                _check_magic(file, head)
+                raise CheckpointError(f"{file} is cut short: it ends in its header; {_AGAIN}")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                return _parse(file, mapped)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(4)
+
+
+def _check_magic(file: Path, head: bytes) -> None:
+    if head == MAGIC:
+        return
+    if head in _OLD_MAGICS:
+        raise CheckpointError(
+            f"{file} is of the format before GGUF ({head[::-1].decode()}); convert the original "
+            "model to GGUF with a llama.cpp of today"
+        )
+    what = f"it begins with {head!r}, not {MAGIC!r}" if head else "it is empty"
+    raise CheckpointError(f"{file} is no GGUF: {what}; give a GGUF, or a model's folder or hub id")
+
+
+def _parse(file: Path, mapped: mmap.mmap) -> Container:
+    _check_magic(file, mapped[:4])
+    cursor = _Cursor(file, mapped)
+    version = _version(file, cursor)
+    num_tensors, num_entries = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_entries):
+        name = cursor.text()
+        metadata[name] = cursor.value(cursor.scalar("I"))
+    parts = metadata.get("split.count", 1)
+    if parts > 1:
+        raise CheckpointError(
+            f"{file} is part {metadata.get('split.no', 0) + 1} of {parts}; put the parts together "
+            "(llama-gguf-split --merge FIRST_PART WHOLE) and give the whole"
+        )
+    listed = [_tensor(file, cursor) for _ in range(num_tensors)]
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1:
+        raise CheckpointError(f"{file}: general.alignment is {alignment!r}; {_AGAIN}")
+    start = -(-cursor.position // alignment) * alignment
+    tensors = {
+        name: GGUFTensor(file=file, name=name, shape=shape, type=kind, offset=start + offset)
+        for name, shape, kind, offset in listed
+    }
+    if len(tensors) < len(listed):
+        raise CheckpointError(f"{file} names a tensor twice; {_AGAIN}")
+    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=0)
+    if end > len(mapped):
+        raise CheckpointError(
+            f"{file} is cut short: its tensors end at byte {end:,}, and it has {len(mapped):,}; "
+            f"{_AGAIN}"
+        )
+    return Container(file=file, version=version, metadata=metadata, tensors=tensors)
+
+
+def _version(file: Path, cursor: _Cursor) -> int:
+    version = int(cursor.scalar("I"))
+    if version in _VERSIONS:
+        return version
+    if version and version & 0xFFFF == 0:
+        raise CheckpointError(
+            f"{file} is a big-endian GGUF; only little-endian ones are read, so convert it with "
+            "the script gguf-convert-endian of the package gguf"
+        )
+    remedy = (
+        "convert the original model again with a llama.cpp of today"
+        if version < min(_VERSIONS)
+        else "update d2f, or convert the model with an older llama.cpp"
+    )
+    raise CheckpointError(
+        f"{file} is of GGUF version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]} are "
+        f"read, so {remedy}"
+    )
+
+
+def _tensor(file: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], BlockType, int]:
+    name = cursor.text()
+    dimensions = cursor.scalar("I")
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise CheckpointError(f"{file}: tensor {name} has {dimensions} dimensions; {_AGAIN}")
+    shape = tuple(reversed(cursor.scalars("Q", dimensions)))
+    kind = block_type(cursor.scalar("I"), f"{file}: tensor {name}")
+    if shape[-1] % kind.values:
+        raise CheckpointError(
+            f"{file}: the rows of tensor {name} hold {shape[-1]} values, which blocks of "
+            f"{kind.values} ({kind.name}) cannot; {_AGAIN}"
+        )
+    return name, shape, kind, cursor.scalar("Q")
+
+
+class _Cursor:
+    """Reads a header from its begin to its end."""
+
+    def __init__(self, file: Path, mapped: mmap.mmap) -> None:
+        self.file, self.mapped, self.position = file, mapped, 4
+
+    def scalar(self, letter: str) -> Any:
+        return self.scalars(letter, 1)[0]
+
+    def scalars(self, letter: str, count: int) -> tuple[Any, ...]:
+        layout = f"<{count}{letter}"
+        start = self._skip(count * struct.calcsize("<" + letter))
+        return struct.unpack_from(layout, self.mapped, start)
+
+    def text(self) -> str:
+        size = self.scalar("Q")
+        start = self._skip(size)
+        try:
+            return self.mapped[start : start + size].decode("utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"{self.file} is damaged: a text at byte {start:,} is no UTF-8; {_AGAIN}"
+            ) from None
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind == _ARRAY:
+            inner, count = self.scalar("I"), self.scalar("Q")
+            if inner in _SCALARS:
+                return list(self.scalars(_SCALARS[inner], count))
+            self._skip(count, move=False)  # an entry takes a byte at least
+            return [self.value(inner) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise CheckpointError(
+                f"{self.file} is damaged: metadata of type {kind} at byte {self.position:,}; "
+                f"{_AGAIN}"
+            )
+        return self.scalar(_SCALARS[kind])
+
+    def _skip(self, size: int, *, move: bool = True) -> int:
+        start = self.position
+        if start + size > len(self.mapped):
+            raise CheckpointError(
+                f"{self.file} is cut short: its header goes on at byte {start:,}, and it has "
+                f"{len(self.mapped):,}; {_AGAIN}"
+            )
+        self.position += size if move else 0
+        return start

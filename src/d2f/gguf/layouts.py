@@ -1,0 +1,173 @@
+"""Layouts of GGUF files that this core computes, and their tensors by the hub's names."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f.errors import CheckpointError, unknown_name
+from d2f.gguf.container import Container, GGUFTensor, read_container
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_WHOLE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_TENSOR = "rope_freqs.weight"
+"""Factors on the rotary wave lengths; they become an entry of config.json."""
+_IGNORED = re.compile(rf"{re.escape(ROPE_TENSOR)}|blk\.\d+\.attn_rot_embd\.weight")
+_NAMED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What differs between layouts."""
+
+    model_type: str
+    """Of the config.json that describes it."""
+    class_name: str
+    """First entry of `architectures` there."""
+    biases: tuple[str, ...]
+    """Tensors of a layer that have a bias, always."""
+    interleaved: bool
+    """Whether the rows of queries and keys are stored in the order of rotation in pairs."""
+
+
+LAYOUTS = {
+    "llama": Layout(
+        model_type="llama", class_name="LlamaForCausalLM", biases=(), interleaved=True
+    ),
+    "qwen2": Layout(
+        model_type="qwen2",
+        class_name="Qwen2ForCausalLM",
+        biases=("attn_q", "attn_k", "attn_v"),
+        interleaved=False,
+    ),
+}
+"""By `general.architecture`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTensor:
+    """A tensor of a GGUF as the hub would have it."""
+
+    source: GGUFTensor
+    interleaved_heads: int | None
+    """Heads whose rows must be put into the hub's order; None: the rows are in order."""
+
+
+def layout_of(container: Container) -> Layout:
+    """The layout of a GGUF.
+
+    Raises:
+        CheckpointError: It is another one, or the file holds no language model.
+    """
+    file, metadata = container.file, container.metadata
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        what = "LoRA adapter; give its folder in PEFT's format" if kind == "adapter" else str(kind)
+        raise CheckpointError(f"{file} holds no model: its general.type is {what}")
+    name = metadata.get("general.architecture")
+    if name not in LAYOUTS:
+        raise CheckpointError(
+            f"{file}: {unknown_name('GGUF layout', name, LAYOUTS)}; give a model of one of these"
+        )
+    experts = metadata.get(f"{name}.expert_count", 0)
+    if experts:
+        raise CheckpointError(
+            f"{file} is of the layout {name} with {experts} experts; only models without experts "
+            "are supported"
+        )
+    return LAYOUTS[name]
+
+
+def hub_tensors(container: Container) -> dict[str, HubTensor]:
+    """The weights of a GGUF by the hub's names.
+
+    Raises:
+        CheckpointError: The layout is another one, or a tensor does not belong to it.
+    """
+    layout = layout_of(container)
+    names = {tensor: _hub_name(tensor, layout) for tensor in container.tensors}
+    strange = [t for t, hub in names.items() if hub is None and not _IGNORED.fullmatch(t)]
+    if strange:
+        more = len(strange) - _NAMED
+        listed = ", ".join(strange[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        raise CheckpointError(
+            f"{container.file} has tensors that the layout {layout.model_type} does not: {listed}; "
+            "this variant of it is not supported"
+        )
+    heads = _heads(container, layout)
+    return {
+        hub: HubTensor(
+            source=container.tensors[tensor],
+            interleaved_heads=heads.get(hub.split(".")[-2]) if layout.interleaved else None,
+        )
+        for tensor, hub in names.items()
+        if hub is not None
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(file: Path, size: int, changed: int) -> dict[str, HubTensor]:
+    return hub_tensors(read_container(file))
+
+
+def read_hub_tensors(file: Path) -> Mapping[str, HubTensor]:
+    """As `hub_tensors`, by the file; a header is parsed once while the file does not change."""
+    about = file.stat()
+    return _cached(file, about.st_size, about.st_mtime_ns)
+
+
+def _hub_name(tensor: str, layout: Layout) -> str | None:
+    if tensor in _WHOLE:
+        return _WHOLE[tensor]
+    found = _BLOCK.fullmatch(tensor)
+    part, _, kind = found[2].rpartition(".") if found else ("", "", "")
+    known = part in _LAYER and (kind == "weight" or (kind == "bias" and part in layout.biases))
+    return f"model.layers.{found[1]}.{_LAYER[part]}.{kind}" if found and known else None
+
+
+def _heads(container: Container, layout: Layout) -> dict[str, int]:
+    """Heads of queries and of keys."""
+    queries = number(container, "attention.head_count")
+    keys = number(container, "attention.head_count_kv", queries)
+    return {"q_proj": queries, "k_proj": keys}
+
+
+def number(container: Container, entry: str, default: int | None = None) -> int:
+    """A whole number of at least 1 of the layout's metadata.
+
+    Raises:
+        CheckpointError: It is missing and has no default, is something else, or differs by layer.
+    """
+    name = f"{container.metadata.get('general.architecture')}.{entry}"
+    value: Any = container.metadata.get(name, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if value is None:
+        raise CheckpointError(
+            f"{container.file}: the metadata lack {name}; convert the original model again"
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{container.file}: {name} is {value!r}; only one whole number for all layers is "
+            "supported"
+        )
+    return value
