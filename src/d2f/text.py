@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path_or_hub_id: str | Path) -> Tokenizer:
-        """Load the tokenizer of a model folder or hub id.
+        """Load the tokenizer of a model folder, hub id or GGUF file.
 
         tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream. Tokens
         that other files add have the ids and flags that transformers 5 gives them.

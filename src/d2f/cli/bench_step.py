@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 def step_command(
     shape: ShapeOption = None,
-    model: Annotated[str | None, typer.Option(help="Or a model: folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")
+    ] = None,
     layers: LayersOption = None,
     batch: Annotated[str, typer.Option(help="Rows; several as 1,16.")] = "1",
     window: Annotated[

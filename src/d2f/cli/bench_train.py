@@ -34,7 +34,9 @@ _MOST_TRIED = 32
 
 def train_command(
     shape: ShapeOption = None,
-    model: Annotated[str | None, typer.Option(help="Or a model: folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")
+    ] = None,
     layers: LayersOption = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)

@@ -23,7 +23,7 @@ DEFAULT_MODEL = f"{PREFIX}student"
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Folder, hub id, or shipped:NAME. Default: shipped:student."),
+    typer.Option(help="Folder, hub id, GGUF file or shipped:NAME. Default: shipped:student."),
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
 StrategyOption = Annotated[

@@ -176,11 +176,14 @@ def weights_sha256(source: str, adapter: str | None) -> str:
     Raises:
         CheckpointError: There is no such model.
     """
+    from d2f.gguf.folder import linked_gguf
     from d2f.hub import resolve_folder
 
     digest = hashlib.sha256()
-    for folder in filter(None, (source, adapter)):
-        for path in sorted(resolve_folder(folder).glob("*.safetensors")):
+    for name in filter(None, (source, adapter)):
+        folder = resolve_folder(name)
+        gguf = linked_gguf(folder)
+        for path in sorted(folder.glob("*.safetensors")) if gguf is None else [gguf]:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

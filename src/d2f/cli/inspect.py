@@ -19,7 +19,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja"
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: folder, hub id or GGUF file.")],
     adapter: Annotated[
         str | None, typer.Option(help="Folder or hub id of a LoRA adapter for it.")
     ] = None,
@@ -48,7 +48,8 @@ def inspect_command(
 def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
     """The facts of a checkpoint and, if given, of an adapter for it, as plain values.
 
-    From the hub only the small files are fetched; `dtype` and `files` are then None. `tokenizer`
+    From the hub only the small files are fetched; `dtype` and `files` are then None. `gguf_blocks`
+    are tensors, numbers and bytes by block type, None for all but a GGUF file. `tokenizer`
     is None for a folder without one, which can still decode ids; what is wrong with a broken one
     is its `error`.
 
@@ -65,12 +66,13 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import match_headers, read_spec
     from d2f.models.ends import find_ends
+    from d2f.models.imported import block_counts
     from d2f.models.lora import with_adapter
 
     folder = resolve_folder(path, weights=False)
     spec = read_spec(folder)
-    # A folder given by its path must hold its weights; that of a hub id need not hold them yet.
-    local = Path(path).expanduser().is_dir()
+    # What is given by its path must hold its weights; the folder of a hub id need not yet.
+    local = Path(path).expanduser().exists()
     stored = match_headers(folder, spec) if local or any(folder.glob("*.safetensors")) else None
     adapted = None
     if adapter is not None:
@@ -104,6 +106,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
         },
         "files": None if stored is None else _files(stored),
+        "gguf_blocks": block_counts(stored or {}) or None,
     }
 
 
@@ -214,7 +217,14 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     for file in report["files"] or []:
         size = _human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {counted(file['tensors'], 'tensor')}"))
+    blocks = (report["gguf_blocks"] or {}).items()
+    lines += [("blocks" if n == 0 else "", _blocks(*one)) for n, one in enumerate(blocks)]
     return lines
+
+
+def _blocks(name: str, count: dict[str, int]) -> str:
+    tensors = counted(count["tensors"], "tensor")
+    return f"{name}, {_human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:

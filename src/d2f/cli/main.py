@@ -20,6 +20,7 @@ from d2f.cli.ctrl_c import CtrlC
 from d2f.cli.demo import demo_command
 from d2f.cli.eval import eval_command
 from d2f.cli.generate import PromptCommand, generate_command
+from d2f.cli.import_gguf import import_command
 from d2f.cli.inspect import inspect_command
 from d2f.cli.recipes import recipes_app
 from d2f.cli.report import report_command
@@ -59,6 +60,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve_command,
     "eval": eval_command,
     "inspect": inspect_command,
+    "import": import_command,
     "report": report_command,
 }
 app.command("generate", cls=PromptCommand)(generate_command)

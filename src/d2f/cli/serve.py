@@ -42,7 +42,7 @@ EXAMPLES_SEED = 135
 def serve_command(
     model: Annotated[
         str | None,
-        typer.Option(help="Folder, hub id, or shipped:NAME. Default: shipped:student."),
+        typer.Option(help="Folder, hub id, GGUF file or shipped:NAME. Default: shipped:student."),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None,
     host: Annotated[str, typer.Option(help="Address; one that others reach needs a key.")] = (

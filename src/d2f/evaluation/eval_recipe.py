@@ -38,7 +38,7 @@ class ModelEntry:
     """`[models.NAME]`: a model that rows name."""
 
     path: str
-    """Folder, hub id, or `shipped:student` and its like."""
+    """Folder, hub id, GGUF file, or `shipped:student` and its like."""
     adapter: str | None = None
     """LoRA adapter: folder or hub id."""
     chat_template: bool | None = None

@@ -50,9 +50,7 @@ class Layout:
 
 
 LAYOUTS = {
-    "llama": Layout(
-        model_type="llama", class_name="LlamaForCausalLM", biases=(), interleaved=True
-    ),
+    "llama": Layout(model_type="llama", class_name="LlamaForCausalLM", biases=(), interleaved=True),
     "qwen2": Layout(
         model_type="qwen2",
         class_name="Qwen2ForCausalLM",

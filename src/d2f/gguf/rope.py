@@ -19,6 +19,9 @@ _LENGTH = "original_max_position_embeddings"
 _COMMON = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _LENGTH: 8192}
 """Of all published Llama 3 models."""
 _TOLERANCE = 1e-3
+_NOISE = 2e-5
+_DECIMALS = 5
+"""Of a number that went through float32."""
 
 
 def rope_scaling(container: Container, theta: float, head_dim: int) -> dict[str, Any] | None:
@@ -80,7 +83,7 @@ def _fitted(
     entries = dict(_COMMON)
     if length is not None:
         entries[_LENGTH] = length
-    factor = round(float(factors.max()), 4)
+    factor = round(float(factors.max()), _DECIMALS)
     for found in (entries, _solved(factors, frequencies, factor, entries[_LENGTH])):
         if found is None:
             continue
@@ -93,8 +96,11 @@ def _fitted(
 def _solved(
     factors: np.ndarray[Any, Any], frequencies: np.ndarray[Any, Any], factor: float, length: float
 ) -> dict[str, Any] | None:
-    """Both ends of the part between, from two of its factors; only their ratio to `length` counts."""
-    inside = np.flatnonzero((factors > 1.0 + 1e-6) & (factors < factor * (1 - 1e-6)))
+    """Where the part between begins and ends, from two of its factors.
+
+    Only the ratios of both to `length` count.
+    """
+    inside = np.flatnonzero((factors > 1.0 + _NOISE) & (factors < factor - _NOISE))
     if len(inside) < 2:
         return None
     smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
@@ -105,8 +111,8 @@ def _solved(
         return None
     low = turns[last] - smooth[last] / slope
     return {
-        "low_freq_factor": round(float(low), 4),
-        "high_freq_factor": round(float(low + 1 / slope), 4),
+        "low_freq_factor": round(float(low), _DECIMALS),
+        "high_freq_factor": round(float(low + 1 / slope), _DECIMALS),
         _LENGTH: length,
     }
 

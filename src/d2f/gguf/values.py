@@ -24,7 +24,10 @@ def read_values(tensor: HubTensor, device: torch.device, dtype: torch.dtype) -> 
     rows = values.view(-1, source.shape[-1])
     # Copied on write, which never happens: torch wants memory that could be written to.
     stored = np.memmap(
-        source.file, mode="c", offset=source.offset, shape=(len(rows), source.num_bytes // len(rows))
+        source.file,
+        mode="c",
+        offset=source.offset,
+        shape=(len(rows), source.num_bytes // len(rows)),
     )
     step = max(1, _PART // source.shape[-1])
     for start in range(0, len(rows), step):

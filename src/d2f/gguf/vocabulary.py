@@ -132,7 +132,9 @@ def _post_processor(bos: str, ids: Mapping[str, int | None]) -> dict[str, Any]:
     }
 
 
-def _model(vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **more: Any) -> dict[str, Any]:
+def _model(
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **more: Any
+) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
@@ -35,6 +34,7 @@ from d2f.models.storage import (
     read_tensor,
     replaced_folder,
     write_json,
+    write_weights,
 )
 from d2f.models.transformer import Transformer
 
@@ -53,7 +53,8 @@ _BUFFERS = (
     ".self_attn.masked_bias", ".attention.bias", ".attention.masked_bias",
 )  # fmt: skip
 """Ends of the names of buffers in floating point; no module of these ends has a bias of its own."""
-_OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
+OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
+"""What a saved model replaces of a folder."""
 
 
 def load_model(
@@ -70,10 +71,12 @@ def load_model(
     evaluation mode and its parameters require no gradient.
 
     Args:
-        path_or_hub_id: Folder with config.json and safetensors, or a hub id such as `owner/name`.
+        path_or_hub_id: Folder with config.json and safetensors, a hub id such as `owner/name`, or
+            a GGUF file of the Llama or Qwen2 layout.
         adapter: Folder or hub id of an adapter in PEFT's format.
         device: Where the weights go; None: the GPU if there is one, else the CPU.
-        dtype: `torch.float32`, `"bfloat16"`, …; None: the one that the checkpoint holds.
+        dtype: `torch.float32`, `"bfloat16"`, …; None: the one that the checkpoint holds;
+            of quantised blocks, which hold none, `torch.float32`, which loses nothing.
         merge_adapter: Add the adapter to the weights, rather than compute it beside them.
 
     Raises:
@@ -106,7 +109,7 @@ def load_model(
         warning = other_base(base, path_or_hub_id, folder)
         if warning is not None:
             warnings.warn(warning, D2FWarning, stacklevel=2)
-    kept = to_dtype or _main_dtype(stored)
+    kept = to_dtype or main_dtype(stored)
     for name, (module, attribute) in places.items():
         _assign(module, attribute, read_tensor(stored[name], target, kept))
     model.eval()
@@ -140,7 +143,7 @@ def read_spec(folder: Path) -> ModelSpec:
 def match_headers(
     folder: Path, spec: ModelSpec, places: Mapping[str, tuple[nn.Module, str]] | None = None
 ) -> dict[str, StoredTensor]:
-    """The stored tensors of a model, checked against its config by their headers alone.
+    """The stored tensors of a model, checked against its config by their headers.
 
     `places` are the parameters of a model of this spec, when one is already built.
     """
@@ -208,7 +211,7 @@ def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
         )
 
 
-def _main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     """The dtype of most numbers: a few norms in fp32 do not make an fp32 model."""
     count: Counter[torch.dtype] = Counter()
     for tensor in stored.values():
@@ -288,40 +291,17 @@ def save_model(
         name: getattr(*place).detach().contiguous()
         for name, place in published_parameters(model).items()
     }
-    shards = _split(tensors, max_shard_bytes)
     # The key is the one that both older and newer releases of transformers read.
     config = config_from_spec(model.spec) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    with replaced_folder(Path(folder), _OWNED) as new:
+    with replaced_folder(Path(folder), OWNED) as new:
         write_json(new / "config.json", config)
         if model.spec.recommended_policy is not None:
             write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
         limit = model.spec.recommended_max_new_tokens
         if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
             write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
-        files: dict[str, str] = {}
-        for i, shard in enumerate(shards):
-            single = len(shards) == 1
-            file = "model" if single else f"model-{i + 1:05d}-of-{len(shards):05d}"
-            save_file(shard, new / f"{file}.safetensors", metadata={"format": "pt"})
-            files |= dict.fromkeys(shard, f"{file}.safetensors")
-        if len(shards) > 1:
-            size = sum(t.nbytes for t in tensors.values())
-            index = {"metadata": {"total_size": size}, "weight_map": files}
-            write_json(new / "model.safetensors.index.json", index)
-
-
-def _split(tensors: Mapping[str, Tensor], max_bytes: int | None) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in tensors.items():
-        # The header takes its share: name, dtype, shape and offsets as JSON, padded.
-        size = tensor.nbytes + len(name) + 160
-        if max_bytes is not None and shards[-1] and used + size > max_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor
-        used += size
-    return shards
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        write_weights(new, sizes, tensors.__getitem__, max_shard_bytes)
 
 
 def build_model(

@@ -29,7 +29,7 @@ class ModelConfig:
     """`[model]`: what is trained, and who teaches it."""
 
     init: str | None = None
-    """Folder or hub id of the weights to start from; none: new weights after `config`.
+    """Folder, hub id or GGUF file of the weights to start from; none: new weights after `config`.
     Autoregressive weights in a diffusion stage become a Dream model, whose head stays shifted."""
     config: Mapping[str, Any] | None = None
     """Architecture of new weights: the entries of a published config.json."""
@@ -58,7 +58,7 @@ class TokenizerConfig:
     """`[tokenizer]`: where the tokenizer comes from; without this table, from `model.init`."""
 
     path: str | None = None
-    """Folder or hub id."""
+    """Folder, hub id or GGUF file."""
     vocab_size: int | None = None
     """Train a byte-level BPE of this size on the data instead."""
     num_samples: int = 20_000
