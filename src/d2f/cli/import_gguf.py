@@ -36,7 +36,8 @@ def import_command(
     with usage():
         resolve_dtype(dtype)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=log, transient=True) as progress:
+    shown = log.is_terminal
+    with Progress(*columns, console=log, transient=True, disable=not shown) as progress:
         task = progress.add_task("weights", total=None)
         about = import_gguf(
             file,
