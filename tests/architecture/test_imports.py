@@ -25,6 +25,7 @@ LAYERS = (
     ("text", "problems"),
     ("chat_template", "text_stream", "tokenizer_files"),
     ("hub", "provenance", "recipe"),
+    ("gguf",),
     ("shipped",),
     ("errors",),
 )

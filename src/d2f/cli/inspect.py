@@ -99,12 +99,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         "strategy": default_strategy(spec),
         "max_new_tokens": default_limit(spec),
         "recommended_policy": None if policy is None else policy.to_dict(),
-        "memory": {
-            "weights_bf16_bytes": 2 * spec.num_parameters,
-            "weights_fp32_bytes": 4 * spec.num_parameters,
-            "kv_bf16_bytes_per_token": spec.kv_bytes_per_token,
-            "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
-        },
+        "memory": _memory(spec),
         "files": None if stored is None else _files(stored),
         "gguf_blocks": block_counts(stored or {}) or None,
     }
@@ -150,6 +145,15 @@ def _sizes(spec: ModelSpec) -> dict[str, Any]:
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"]
     names += ["num_kv_heads", "head_dim", "max_positions", "tie_embeddings"]
     return {name: getattr(spec, name) for name in names}
+
+
+def _memory(spec: ModelSpec) -> dict[str, int]:
+    return {
+        "weights_bf16_bytes": 2 * spec.num_parameters,
+        "weights_fp32_bytes": 4 * spec.num_parameters,
+        "kv_bf16_bytes_per_token": spec.kv_bytes_per_token,
+        "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
+    }
 
 
 def _numel(tensor: StoredTensor) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
@@ -34,7 +35,6 @@ from d2f.models.storage import (
     read_tensor,
     replaced_folder,
     write_json,
-    write_weights,
 )
 from d2f.models.transformer import Transformer
 
@@ -302,6 +302,43 @@ def save_model(
             write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_weights(new, sizes, tensors.__getitem__, max_shard_bytes)
+
+
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], max_bytes: int | None
+) -> None:
+    """Write model.safetensors, or shards of at most `max_bytes` and their index.
+
+    Args:
+        folder: Where to.
+        sizes: Bytes of each tensor, by name, in the order of the files.
+        read: Gives a tensor by its name; those of one file are in memory at a time.
+        max_bytes: None: one file.
+    """
+    shards = _split(sizes, max_bytes)
+    files: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
+        tensors = {name: read(name) for name in shard}
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, f"{file}.safetensors")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, num_bytes in sizes.items():
+        # The header takes its share: name, dtype, shape and offsets as JSON, padded.
+        size = num_bytes + len(name) + 160
+        if max_bytes is not None and shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
 
 
 def build_model(

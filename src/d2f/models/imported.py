@@ -15,7 +15,14 @@ from d2f.gguf import NO_TOKENIZER
 from d2f.gguf.container import read_container
 from d2f.gguf.folder import hub_files
 from d2f.hub import resolve_folder
-from d2f.models.checkpoint import OWNED, main_dtype, match_headers, read_spec, resolve_dtype
+from d2f.models.checkpoint import (
+    OWNED,
+    main_dtype,
+    match_headers,
+    read_spec,
+    resolve_dtype,
+    write_weights,
+)
 from d2f.models.storage import (
     GENERATION_FILE,
     StoredTensor,
@@ -23,7 +30,6 @@ from d2f.models.storage import (
     read_tensor,
     replaced_folder,
     write_json,
-    write_weights,
 )
 
 IMPORT_FILE = "import.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
@@ -176,43 +175,6 @@ def read_tensor(
     # the copies, and a tensor that lies in the map is not aligned as CPU kernels like it.
     with _opened(stored.file) as file:
         return file.get_tensor(stored.name).to(device, dtype or stored.dtype, copy=True)
-
-
-def write_weights(
-    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], max_bytes: int | None
-) -> None:
-    """Write model.safetensors, or shards of at most `max_bytes` and their index.
-
-    Args:
-        folder: Where to.
-        sizes: Bytes of each tensor, by name, in the order of the files.
-        read: Gives a tensor by its name; those of one file are in memory at a time.
-        max_bytes: None: one file.
-    """
-    shards = _split(sizes, max_bytes)
-    files: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
-        tensors = {name: read(name) for name in shard}
-        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, f"{file}.safetensors")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, num_bytes in sizes.items():
-        # The header takes its share: name, dtype, shape and offsets as JSON, padded.
-        size = num_bytes + len(name) + 160
-        if max_bytes is not None and shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
 
 
 @contextmanager
