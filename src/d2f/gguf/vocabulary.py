@@ -3,7 +3,7 @@
 transformers reads these vocabularies as well, and not always as the model's own tokenizer does: it
 does not split the digits of `smollm`, does not compose characters for `qwen2`, and cuts the texts
 of `llama` as its Llama class does, not as SentencePiece. The measure here is the tokenizer with
-which a model was published (ADR 22).
+which a model was published.
 """
 
 from __future__ import annotations

@@ -128,6 +128,8 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError(
             f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
         )
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(f"{folder} holds GGUF files; give one of them, such as {files[0]}")
     spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
     ends = tuple(end.id for end in find_ends(folder, spec) if end.has_row)
     policy = read_policy(folder)

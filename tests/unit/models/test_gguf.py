@@ -21,6 +21,7 @@ from d2f.gguf.container import Container, GGUFTensor, read_container
 from d2f.gguf.rope import llama3_factors, rope_scaling
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import load_model, match_headers, read_spec
+from d2f.models.lora_base import other_base
 from d2f.models.storage import read_tensor
 from d2f.text import Tokenizer
 
@@ -229,10 +230,23 @@ def test_a_file_is_found_by_its_name_or_its_begin(tmp_path, whole):
         load_model("owner/name.gguf")
 
 
+@pytest.mark.parametrize("suffix", ["", ".Q4_1", "-Q4_K_M", ".IQ2_XXS", "-f16", ".BF16"])
+def test_an_adapter_knows_its_base_by_the_name_of_the_file(tmp_path, whole, suffix):
+    file = shutil.copy(whole, tmp_path / f"SmolLM2-135M-Instruct{suffix}.gguf")
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert other_base(base, file, resolve_folder(file)) is None
+    assert other_base("HuggingFaceTB/SmolLM2-360M", file, resolve_folder(file)) is not None
+
+
 def test_a_file_without_tokenizer_is_a_model_all_the_same(whole):
     assert load_model(whole, device="cpu").spec.vocab_size == SIZES["vocab_size"]
     with pytest.raises(CheckpointError, match=r"m\.gguf holds no tokenizer; import the file"):
         Tokenizer.load(whole)
+
+
+def test_a_folder_of_files_is_answered_with_one_of_them(tmp_path, whole):
+    shutil.copy(whole, tmp_path / "b.gguf")
+    refused(tmp_path, "holds GGUF files", str(tmp_path / "b.gguf"))
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path):
