@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from d2f.errors import CheckpointError
+from d2f.errors import CheckpointError, counted
 from d2f.gguf.container import Container
 from d2f.gguf.layouts import hub_tensors, layout_of, number
 from d2f.gguf.rope import rope_scaling
@@ -39,6 +39,12 @@ def model_config(container: Container) -> dict[str, Any]:
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise CheckpointError(f"{container.file} lacks the tensor token_embd.weight")
+    layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if number(container, "block_count") != len(layers):
+        raise CheckpointError(
+            f"{container.file} has tensors of {counted(len(layers), 'layer')}, and its metadata "
+            f"speak of {number(container, 'block_count')}; download it again"
+        )
     heads = number(container, "attention.head_count")
     width = number(container, "embedding_length")
     head_dim = number(container, "attention.key_length", width // heads)
@@ -58,7 +64,7 @@ def model_config(container: Container) -> dict[str, Any]:
         "vocab_size": embedding.source.shape[0],
         "hidden_size": width,
         "intermediate_size": number(container, "feed_forward_length"),
-        "num_hidden_layers": number(container, "block_count"),
+        "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
         "num_key_value_heads": number(container, "attention.head_count_kv", heads),
         "head_dim": head_dim,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 
 import gguf
 import numpy as np
@@ -152,6 +153,20 @@ def test_wherever_a_file_is_cut_short_one_line_says_so(tmp_path, whole):
         refused(file, "cut short", "download it again")
 
 
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), bytes_=st.binary(min_size=1, max_size=4))
+def test_a_damaged_header_is_read_or_refused(tmp_path_factory, whole, share, bytes_):
+    content = bytearray(whole.read_bytes())
+    end = read_container(whole).tensors["token_embd.weight"].offset
+    at = 4 + int(share * (end - 8))
+    content[at : at + len(bytes_)] = bytes_
+    file = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    file.write_bytes(content)
+    with suppress(CheckpointError):
+        folder = resolve_folder(file)
+        match_headers(folder, read_spec(folder))
+
+
 BROKEN = {
     "text": (b"hello, I am a text of some length", "is no GGUF", "b'hell'"),
     "empty": (b"", "is no GGUF", "it is empty"),
@@ -189,7 +204,7 @@ REFUSED = {
     "scale": ({"metadata": {"llama.logit_scale": 0.5}}, "llama.logit_scale is 0.5"),
     "norms": ({"tensors": {"blk.0.attn_q_norm.weight": [1.0]}}, "blk.0.attn_q_norm.weight"),
     "bias": ({"tensors": {"blk.1.attn_q.bias": [1.0] * 256}}, "blk.1.attn_q.bias"),
-    "missing": ({"metadata": {"llama.block_count": 3}}, "missing", "model.layers.2."),
+    "layers": ({"metadata": {"llama.block_count": 1 << 31}}, "tensors of 2 layers", "2147483648"),
     "eos": ({"metadata": {"tokenizer.ggml.eos_token_id": 500}}, "eos_token_id is 500"),
 }
 
