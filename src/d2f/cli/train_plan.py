@@ -61,8 +61,8 @@ def plan(
     found = estimate(config, spec, processes=processes, compiled=compiled)
     data = plan_data(config, spec)
     epochs = None
-    if data.num_samples is not None:
-        epochs = config.steps * config.batch_size / data.num_samples
+    if data.num_rows is not None:
+        epochs = config.steps * config.batch_size / data.num_rows
     seconds = None
     if device["flops_per_second"] is not None:
         seconds = found.seconds(config.steps, device["flops_per_second"], share)
@@ -178,10 +178,16 @@ def print_plan(facts: dict[str, Any]) -> None:
             f"{data['note']}"
         )
     else:
+        samples, rows = counted(data["num_samples"], "sample", ","), data["num_rows"]
+        epochs = "epochs (not known before samples are packed)"
+        if rows is not None:
+            epochs = f"{data['epochs']:.2f} epochs"
+        packed = (
+            f" in {counted(rows, 'row', ',')}" if rows not in (None, data["num_samples"]) else ""
+        )
         _say(
-            f"{most}{counted(facts['updates'], 'update', ',')}{until}: {data['epochs']:.2f} "
-            "epochs of "
-            f"{counted(data['num_samples'], 'sample', ',')} ({data['note']})"
+            f"{most}{counted(facts['updates'], 'update', ',')}{until}: {epochs} of {samples}"
+            f"{packed} ({data['note']})"
         )
     _print_memory(facts)
     if facts["seconds"] is not None:

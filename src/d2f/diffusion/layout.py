@@ -6,6 +6,9 @@ One rule on integers decides attention everywhere: each position carries a block
 is visible to a query iff its number is not larger. Full attention gives every position 0, causal
 attention its own position, block-causal attention 0 to the prompt and 1, 2, … to the blocks that
 follow it. Padding carries `PADDING_BLOCK`, which no real query reaches.
+
+Where several samples stand in one row, the numbers grow from sample to sample, and a query also
+carries the smallest number of its own sample: it sees no key whose number is smaller than that.
 """
 
 from __future__ import annotations
@@ -60,12 +63,26 @@ def causal_blocks(length: int, device: torch.device | str | None = None) -> Tens
     return torch.arange(length, device=device, dtype=torch.int32)[None]
 
 
-def visible(query_blocks_BL: Tensor, key_blocks_BS: Tensor) -> Tensor:
+def visible(
+    query_blocks_BL: Tensor, key_blocks_BS: Tensor, first_BL: Tensor | None = None
+) -> Tensor:
     """Which keys each query may attend to: (B, L, S), bool.
+
+    Args:
+        query_blocks_BL: Block numbers of the queries.
+        key_blocks_BS: Block numbers of the keys.
+        first_BL: Smallest number that each query sees, that of its sample's first block; None: all
+            keys of a row are of one sample.
 
     Example:
         >>> visible(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
         tensor([[[ True, False],
                  [ True,  True]]])
+        >>> visible(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+        tensor([[[ True, False],
+                 [False,  True]]])
     """
-    return key_blocks_BS[:, None, :] <= query_blocks_BL[:, :, None]
+    seen_BLS = key_blocks_BS[:, None, :] <= query_blocks_BL[:, :, None]
+    if first_BL is None:
+        return seen_BLS
+    return seen_BLS & (key_blocks_BS[:, None, :] >= first_BL[:, :, None])

@@ -172,6 +172,7 @@ class Transformer(nn.Module):
         positions_BL: Tensor | None = None,
         blocks_BL: Tensor | None = None,
         *,
+        first_BL: Tensor | None = None,
         mask: BlockMask | None = None,
         recompute: bool = False,
         compiled: bool = False,
@@ -183,7 +184,9 @@ class Transformer(nn.Module):
             positions_BL: Position of each token; None: 0, 1, ….
             blocks_BL: Block number of each token (B or 1, L); padding carries `PADDING_BLOCK`.
                 None: all tokens see each other, which needs no mask.
-            mask: Instead of `blocks_BL`, what `tiled_mask` makes of them: no mask of L² then, but
+            first_BL: With `blocks_BL`, the smallest block number that each token sees, where
+                several samples stand in a row; None: all of them.
+            mask: Instead of these two, what `tiled_mask` makes of them: no mask of L² then, but
                 the layers, or the caller, must be compiled.
             recompute: Keep of each layer its input only, and compute the layer once more in the
                 backward pass (activation checkpointing). Without gradients it changes nothing.
@@ -194,7 +197,7 @@ class Transformer(nn.Module):
             positions_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
         x_BLD = self.embed(ids_BL)
         rope = rope_tables(positions_BL, self._frequencies(), self._rope_dtype())
-        attended = self._mask(blocks_BL) if mask is None else mask
+        attended = self._mask(blocks_BL, first_BL) if mask is None else mask
         recompute = recompute and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
@@ -328,15 +331,19 @@ class Transformer(nn.Module):
         out_TD = layer.product(layer.down_proj, layer.gated(h_TD, backend), backend)
         features.mlp_LD.index_copy_(0, slots_T, out_TD)
 
-    def align(self, hidden_BLD: Tensor) -> Tensor:
+    def align(self, hidden_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
         """The hidden state that predicts the token at each position of a sequence: (B, L, D).
 
         Where the architecture predicts the next position, that is the state before. Position 0 has
-        none before it and uses its own, as Dream's published code does.
+        none before it and uses its own, as Dream's published code does. With `positions_BL` there
+        may be several samples in a row, each with a position 0.
         """
         if not self.spec.architecture.shifted:
             return hidden_BLD
-        return torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1)
+        before_BLD = torch.cat([hidden_BLD[:, :1], hidden_BLD[:, :-1]], dim=1)
+        if positions_BL is None:
+            return before_BLD
+        return torch.where((positions_BL == 0)[:, :, None], hidden_BLD, before_BLD)
 
     def head(self, aligned_MD: Tensor) -> Tensor:
         """Logits (M, V) in fp32 of aligned hidden states; leading dimensions are kept."""
@@ -380,14 +387,17 @@ class Transformer(nn.Module):
             blocks_BL = torch.where(inside_BL, blocks_BL, PADDING_BLOCK)
         return self.head(self.align(self(ids_BL, blocks_BL=blocks_BL)))
 
-    def _mask(self, blocks_BL: Tensor | None) -> AttentionMask | None:
+    def _mask(self, blocks_BL: Tensor | None, first_BL: Tensor | None) -> AttentionMask | None:
         if blocks_BL is None:
             return None
+
+        def seen(start: int, end: int) -> Tensor:
+            first_BR = None if first_BL is None else first_BL[:, start:end]
+            return visible(blocks_BL[:, start:end], blocks_BL, first_BR)
+
         size = (len(blocks_BL), blocks_BL.shape[1], blocks_BL.shape[1])
         groups = self.spec.num_heads // self.spec.num_kv_heads
-        return AttentionMask(
-            lambda start, end: visible(blocks_BL[:, start:end], blocks_BL), size, groups
-        )
+        return AttentionMask(seen, size, groups)
 
     def _rope_dtype(self) -> torch.dtype:
         return torch.float32 if self.spec.architecture.rope_full_precision else self.dtype

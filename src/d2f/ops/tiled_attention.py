@@ -6,6 +6,7 @@ Whoever calls `tiled_attention` should be compiled as a whole: only then is it o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,16 @@ MIN_HEAD_DIM = 16
 _AFTER, _BEFORE = torch.iinfo(torch.int32).max, -1
 
 
-def classify_tiles(blocks_BL: Tensor) -> tuple[Tensor, Tensor]:
+def classify_tiles(blocks_BL: Tensor, first_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Which tiles are visible in part, and which as a whole: (B, Q, K) each, bool.
 
     A tile is empty if the smallest number of its keys exceeds the largest of its queries, whole if
     the largest of its keys does not exceed the smallest of its queries. A last tile that is not
     full of positions is never whole, as the kernels must then look at its bounds.
+
+    With `first_BL`, the smallest number that each query sees, a tile is also empty if all numbers
+    of its keys are smaller than all of those, and whole only if none is smaller than any of them.
+    Where numbers grow along a row, no tile is taken for visible in part that is empty.
 
     Example:
         >>> partial, whole = classify_tiles(torch.arange(3 * TILE, dtype=torch.int32)[None])
@@ -48,12 +53,18 @@ def classify_tiles(blocks_BL: Tensor) -> tuple[Tensor, Tensor]:
     )
     low_BQ1, high_BQ1 = queries_BQT.amin(-1)[:, :, None], queries_BQT.amax(-1)[:, :, None]
     low_B1K, high_B1K = keys_BKT.amin(-1)[:, None], keys_BKT.amax(-1)[:, None]
-    whole_BQK = high_B1K <= low_BQ1
-    return (low_B1K <= high_BQ1) & ~whole_BQK, whole_BQK
+    whole_BQK, some_BQK = high_B1K <= low_BQ1, low_B1K <= high_BQ1
+    if first_BL is not None:
+        first_BQT = F.pad(first_BL, (0, missing), value=_AFTER).unflatten(1, (-1, TILE))
+        whole_BQK &= low_B1K >= first_BQT.amax(-1)[:, :, None]
+        some_BQK &= high_B1K >= first_BQT.amin(-1)[:, :, None]
+    return some_BQK & ~whole_BQK, whole_BQK
 
 
-def tiled_mask(blocks_BL: Tensor) -> BlockMask:
+def tiled_mask(blocks_BL: Tensor, first_BL: Tensor | None = None) -> BlockMask:
     """What `tiled_attention` needs to know of the block numbers (B, L), int32.
+
+    `first_BL`, of the same shape, is the smallest number that each query sees; None: all of them.
 
     Made of the smallest and largest number of each tile: (L / `TILE`)² entries, and nothing of
     size L² on the way. The host waits for nothing. It is to be made outside of what is compiled,
@@ -63,18 +74,31 @@ def tiled_mask(blocks_BL: Tensor) -> BlockMask:
 
     blocks_BL = blocks_BL.contiguous()
     length = blocks_BL.shape[1]
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return blocks_BL[batch, key] <= blocks_BL[batch, query]
-
-    partial_BQK, whole_BQK = classify_tiles(blocks_BL)
+    partial_BQK, whole_BQK = classify_tiles(blocks_BL, first_BL)
     return BlockMask.from_kv_blocks(
         *_listed(partial_BQK),
         *_listed(whole_BQK),
         BLOCK_SIZE=TILE,
-        mask_mod=visible,
+        mask_mod=_rule(blocks_BL, None if first_BL is None else first_BL.contiguous()),
         seq_lengths=(length, length),
     )
+
+
+def _rule(blocks_BL: Tensor, first_BL: Tensor | None) -> Callable[..., Tensor]:
+    """Whether a query sees a key, as FlexAttention asks it."""
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return blocks_BL[batch, key] <= blocks_BL[batch, query]
+
+    if first_BL is None:
+        return visible
+    lowest_BL = first_BL
+
+    def visible_in_sample(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        number = blocks_BL[batch, key]
+        return (number <= blocks_BL[batch, query]) & (number >= lowest_BL[batch, query])
+
+    return visible_in_sample
 
 
 def _listed(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:

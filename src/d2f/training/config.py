@@ -146,11 +146,17 @@ class TrainConfig:
             raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
         noise = self.noise
         ends = noise is None or noise.random_end or not noise.train_on_eos_blocks
-        if self.data.padding == "longest" and not ends:
+        if self.data.padding == "packed" and noise is not None and noise.random_end:
             raise ConfigError(
-                'data.padding = "longest" has nothing to leave out while noise.train_on_eos_blocks '
-                "trains on EOS up to data.sequence_length; set that to false, or padding to "
-                '"full"'
+                'data.padding = "packed" needs to know where samples end before the run; with '
+                'noise.random_end each step draws that anew. Set padding to "full" or "longest", '
+                "or random_end and train_on_eos_blocks to false"
+            )
+        if self.data.padding != "full" and not ends:
+            raise ConfigError(
+                f'data.padding = "{self.data.padding}" has nothing to leave out while '
+                "noise.train_on_eos_blocks trains on EOS up to data.sequence_length; set that to "
+                'false, or padding to "full"'
             )
         if self.stage != "d2f" and (self.objective is not None or self.model.teacher != "init"):
             raise ConfigError(f"stage {self.stage} has no use for [objective] or model.teacher")

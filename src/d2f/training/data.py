@@ -83,6 +83,8 @@ class TokenDataset:
         self.num_held_out = 0
         self.bad_rows = encoded.bad_rows
         self.cache_file = encoded.cache_file
+        self.row_counts: dict[str, Any] = {}
+        """How the samples are packed into rows, where they are."""
         tokens_T = _tensor(encoded.tokens)
         fits = int(tokens_T.max()) < 2**15
         self._tokens_T = tokens_T.to(torch.int16 if fits else torch.int32)
@@ -107,6 +109,10 @@ class TokenDataset:
         ids = self._tokens_T[start : start + int(self._length_E[row])].tolist()
         return ids[:prompt], ids[prompt:]
 
+    def extents(self) -> tuple[Tensor, Tensor]:
+        """Of each sample the tokens of its prompt, and where its answer ends, its EOS included."""
+        return self._prompt_E.long(), (self._length_E + 1).clamp_max(self.sequence_length)
+
     def keep(self, kept_E: Tensor) -> None:
         """Forget the samples that a mask (E,) of bools leaves out; the others move up."""
         self._start_E, self._prompt_E, self._length_E = (
@@ -123,7 +129,8 @@ class TokenDataset:
 
         `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
         kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
-        `first_bad_rows` say why and which.
+        `first_bad_rows` say why and which. With `padding = "packed"`, `packed_rows` is the number
+        of rows that hold the used samples, and `filled` the share of their positions that is.
         """
         return {
             "rows": self.num_rows,
@@ -133,6 +140,7 @@ class TokenDataset:
             "truncated_prompts": self.num_truncated_prompts,
             "held_out": self.num_held_out,
             "used": len(self),
+            **self.row_counts,
             "mean_length": round(self.mean_length, 2),
             "bad_rows": self.bad_rows.count,
             "bad_row_counts": self.bad_rows.counts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from d2f.errors import D2FError, counted
@@ -10,6 +11,7 @@ from d2f.text import Tokenizer
 from d2f.training.assemble import find_tokenizer
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
+from d2f.training.packing import pack_samples
 from d2f.training.sources import cached_data
 
 
@@ -19,6 +21,9 @@ class DataPlan:
 
     num_samples: int | None
     """None: not known without reading them."""
+    num_rows: int | None = None
+    """Sequences of an epoch: as many, or with `padding = "packed"` the rows that hold them; None:
+    not known without reading them."""
     note: str
     """How that is known, or why it is not."""
 
@@ -28,7 +33,8 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
     settings = config.data
     if settings.num_problems is not None:
         note = "generated; those that do not fit are dropped when the run starts"
-        return _without_held_out(settings.num_problems, config, note)
+        share = None if settings.padding == "packed" else 1.0
+        return _without_held_out(settings.num_problems, config, note, share)
     try:
         folder = find_tokenizer(config)
         if folder is None:
@@ -41,16 +47,22 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
         dataset = TokenDataset(encoded, settings, eos_token_id=(*spec.eos_token_ids, 0)[0])
     except D2FError as error:
         return _unknown(str(error).partition(". ")[0])
-    return _without_held_out(len(dataset), config, "counted in the cache of token ids")
+    share = 1.0
+    if settings.padding == "packed":
+        share = pack_samples(dataset, config).num_rows / len(dataset)
+    return _without_held_out(len(dataset), config, "counted in the cache of token ids", share)
 
 
-def _without_held_out(count: int, config: TrainConfig, note: str) -> DataPlan:
+def _without_held_out(count: int, config: TrainConfig, note: str, share: float | None) -> DataPlan:
+    """The plan, where `share` says how many rows there are for each sample (None: not known)."""
     held_out = (config.evaluate.held_out or 0) if config.evaluate else 0
     if held_out >= count:
         return _unknown(
             f"evaluate.held_out {held_out} leaves nothing of {counted(count, 'sample')}"
         )
-    return DataPlan(num_samples=count - held_out, note=note)
+    left = count - held_out
+    rows = None if share is None else math.ceil(left * share)
+    return DataPlan(num_samples=left, num_rows=rows, note=note)
 
 
 def _unknown(reason: str) -> DataPlan:

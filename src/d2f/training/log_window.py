@@ -35,7 +35,8 @@ class LogWindow:
         """Take the losses of a micro-batch's positions, for the mean of each block."""
         if num_blocks:
             counted_BL = inputs.weight_BL > 0
-            self._blocks.append(block_sums(loss_BL, counted_BL, inputs.block_BL, num_blocks))
+            block_BL = inputs.block_in_sample_BL
+            self._blocks.append(block_sums(loss_BL, counted_BL, block_BL, num_blocks))
 
     def record(
         self, step: int, tokens_per_step: int, seconds: float, processes: Processes

@@ -54,7 +54,8 @@ class TrainingSummary:
     seconds: float
     """Training time, without the first step, samples and checkpoints."""
     tokens: int
-    """steps * batch_size * sequence_length; with `padding = "longest"` fewer are computed."""
+    """steps * batch_size * sequence_length; with `padding = "longest"` fewer are computed. Padding
+    counts, of which `data` says how much there is with `padding = "packed"`."""
     last: dict[str, Any] | None
     """Last line of the log."""
     best: dict[str, Any] | None
@@ -156,6 +157,8 @@ def _train(
         state=load_state(checkpoint) if checkpoint else None,
         processes=processes,
     )
+    if dataset.row_counts:
+        reporter.note(_told_rows(dataset))
     try:
         finished = trainer.run()
     finally:
@@ -206,6 +209,14 @@ def _told(dataset: TokenDataset) -> str:
         f"{dataset.num_dropped:,} dropped and {dataset.num_truncated:,} truncated as over-long; "
         f"too long a prompt: {dataset.num_long_prompts:,} of the dropped, "
         f"{dataset.num_truncated_prompts:,} cut"
+    )
+
+
+def _told_rows(dataset: TokenDataset) -> str:
+    counts = dataset.row_counts
+    return (
+        f"packed into {counted(counts['packed_rows'], 'row', ',')} of "
+        f"{counted(dataset.sequence_length, 'token', ',')}, {counts['filled']:.1%} filled"
     )
 
 

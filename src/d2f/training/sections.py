@@ -19,7 +19,7 @@ BAD_ROWS = ("report", "refuse")
 ROLES = ("system", "user", "assistant", "tool")
 LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OVER_LONG = ("drop", "truncate")
-PADDING = ("full", "longest")
+PADDING = ("full", "longest", "packed")
 DTYPES = ("float32", "bfloat16")
 ANSWERS = ("number", "exact")
 
@@ -161,7 +161,9 @@ class DataConfig:
     """full: every sequence has `sequence_length` tokens. longest: the samples of a batch are sorted
     by length, and each micro-batch is cut to its longest, rounded up to one of eight lengths. A
     sample then ends where its noise ends (in stage autoregressive, with its first EOS), and sees
-    nothing behind. Each of the lengths is compiled for."""
+    nothing behind. Each of the lengths is compiled for. packed: as many whole samples as fit stand
+    in one row of `sequence_length`; each ends as with longest, starts at position 0, and sees
+    nothing of its neighbours. `batch_size` and `micro_batch_size` then count rows."""
     num_workers: int | None = None
     """Processes that generate and encode problems; none: as many as there are cores, for large
     sets. The data do not depend on it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from d2f.training.objective import position_loss
 from d2f.training.sections import ObjectiveConfig
 from d2f.training.step_inputs import NUM_LENGTHS, StepInputs
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+Seen = dict[str, Any]
+"""Who sees whom, and from where: what a model's `forward` is told besides the tokens. Block numbers
+or what `tiled_mask` made of them (neither: all see all), and positions, where they are not 0, 1, …
+"""
 
-Seen = Union[Tensor, "BlockMask", None]
-"""Who sees whom: block numbers (B or 1, L), what `tiled_mask` made of them, or None for all."""
+Blocks = tuple[Tensor | None, Tensor | None]
+"""Block numbers (B or 1, L), None where all see all; and the smallest one that each position sees,
+None where that is the row's."""
 
 GRAPHS_PER_LENGTH = 4
 """What a layer may be compiled as: the teacher's, the student's, and that of the student's first,
@@ -66,7 +69,7 @@ class StageLoss:
         self._distils = config.stage == "d2f"
         self._causal = config.stage == "autoregressive"
         random_end = config.noise is not None and config.noise.random_end
-        self._padded = random_end or config.data.padding == "longest"
+        self._padded = random_end or config.data.padding != "full"
         self._recompute = config.activation_checkpointing
         # FlexAttention is a fused kernel only where it is compiled.
         models = [model for model in (student, teacher) if model is not None]
@@ -110,9 +113,9 @@ class StageLoss:
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
-                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
                 target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
-        seen = self._seen(inputs, self._student_blocks(inputs))
+        seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
         return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
 
     def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -125,7 +128,7 @@ class StageLoss:
         if self._objective != "cross_entropy":
             teacher = self.teacher or self.student
             with self._teacher_view():
-                states_TE = self._plain_states(teacher, inputs, self._unordered_blocks(inputs))
+                states_TE = self._plain_states(teacher, inputs, self._teacher_blocks(inputs))
             states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
         states_TD = self._plain_states(self.student, inputs, self._student_blocks(inputs))
         return {
@@ -142,12 +145,12 @@ class StageLoss:
         if self._objective != "cross_entropy":
             teacher = self.teacher or self.student
             with torch.no_grad(), self._teacher_view():
-                seen = self._seen(inputs, self._unordered_blocks(inputs))
+                seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
                 states_TE = self._states(teacher, inputs.ids_BL, seen)
             target = TeacherStates(
                 hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
             )
-        seen = self._seen(inputs, self._student_blocks(inputs))
+        seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
         states_TD = self._states(self.student, inputs.ids_BL, seen)
         with self._products(inputs.ids_BL.device):
             loss, loss_M = chunked_loss(
@@ -170,42 +173,56 @@ class StageLoss:
         loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
-    def _seen(self, inputs: StepInputs, blocks_BL: Tensor | None) -> Seen:
+    def _seen(self, inputs: StepInputs, blocks: Blocks, *, tiled: bool) -> Seen:
         """What a model is told; made before what is compiled is entered."""
-        if blocks_BL is None or not self._tiled:
-            return blocks_BL
-        return tiled_mask(blocks_BL.expand(inputs.ids_BL.shape))
+        seen: Seen = {}
+        if inputs.position_BL is not None:
+            seen["positions_BL"] = inputs.position_BL
+        blocks_BL, first_BL = blocks
+        if blocks_BL is None:
+            return seen
+        if tiled:
+            return seen | {"mask": tiled_mask(blocks_BL.expand(inputs.ids_BL.shape), first_BL)}
+        seen["blocks_BL"] = blocks_BL
+        if first_BL is not None:
+            seen["first_BL"] = first_BL
+        return seen
 
-    def _student_blocks(self, inputs: StepInputs) -> Tensor | None:
-        """Block numbers that say what the student sees; None: everything."""
-        if self._causal:
-            return causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
-        return inputs.block_BL if self._distils else self._unordered_blocks(inputs)
+    def _student_blocks(self, inputs: StepInputs) -> Blocks:
+        """What the student sees."""
+        if self._distils:
+            return inputs.block_BL, inputs.first_BL
+        if not self._causal:
+            return self._teacher_blocks(inputs)
+        blocks_BL = causal_blocks(inputs.ids_BL.shape[1], inputs.ids_BL.device)
+        if inputs.position_BL is None:
+            return blocks_BL, None
+        # The places in the row; the first of a sample is where its position is 0.
+        blocks_BL = blocks_BL.expand_as(inputs.position_BL)
+        return blocks_BL, (blocks_BL - inputs.position_BL).to(torch.int32)
 
-    def _unordered_blocks(self, inputs: StepInputs) -> Tensor | None:
-        """The same under full attention, which hides padding only."""
+    def _teacher_blocks(self, inputs: StepInputs) -> Blocks:
+        """The same under full attention, which hides padding and other samples only."""
+        if inputs.first_BL is not None:
+            return inputs.first_BL, inputs.first_BL
         if not self._padded:
-            return None
+            return None, None
         padding_BL = inputs.block_BL == PADDING_BLOCK
-        return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32)
+        return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32), None
 
     def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned hidden states (T, D) of the flattened batch."""
-        given = {"blocks_BL": seen} if isinstance(seen, Tensor) else {"mask": seen}
         with self._products(ids_BL.device):
             forward = self._forward if model is self.student else model
-            states_BLD = forward(
-                ids_BL, recompute=self._recompute, compiled=self._by_layer, **given
-            )
-            return model.align(states_BLD).flatten(0, 1)
+            states_BLD = forward(ids_BL, recompute=self._recompute, compiled=self._by_layer, **seen)
+            return model.align(states_BLD, seen.get("positions_BL")).flatten(0, 1)
 
-    def _plain_states(
-        self, model: Transformer, inputs: StepInputs, blocks_BL: Tensor | None
-    ) -> Tensor:
+    def _plain_states(self, model: Transformer, inputs: StepInputs, blocks: Blocks) -> Tensor:
         """The same without the compiler and without tiles."""
+        seen = self._seen(inputs, blocks, tiled=False)
         with self._products(inputs.ids_BL.device):
             forward = self._forward if model is self.student else model
-            return model.align(forward(inputs.ids_BL, blocks_BL=blocks_BL)).flatten(0, 1)
+            return model.align(forward(inputs.ids_BL, **seen), inputs.position_BL).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned logits (T, V) of the flattened batch, fp32."""

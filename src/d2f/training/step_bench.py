@@ -211,7 +211,7 @@ class StepBench:
             moved = part.to(self.device)
             teacher = loss.teacher or loss.student
             with loss._teacher_view():
-                states_TD = loss._states(teacher, moved.ids_BL, None)
+                states_TD = loss._states(teacher, moved.ids_BL, {})
             assert moved.selected_M is not None
             states_MD = states_TD[moved.selected_M]
             head_VD = teacher.head_weight_VD

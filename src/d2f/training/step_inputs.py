@@ -44,32 +44,43 @@ class StepInputs:
     selected_M: Tensor | None = None
     """Positions of the flattened batch with a weight; None: the loss is computed at all of them,
     which keeps shapes the same from step to step."""
+    position_BL: Tensor | None = None
+    """Place of each token in its sample, where a row may hold several; None: 0, 1, …."""
+    first_BL: Tensor | None = None
+    """In such rows the block number (int32) of the first block of each token's sample, as block
+    numbers then grow from sample to sample."""
 
     def parts(self, size: int, *, select: bool) -> Iterator[StepInputs]:
         """Cut the batch into micro-batches; `select` leaves out positions without a weight."""
-        columns = (self.ids_BL, self.target_BL, self.weight_BL, self.block_BL)
-        for part in zip(*(c.split(size) for c in columns), strict=True):
-            length = self._cut(part[-1])
-            ids, target, weight, block = (c[:, :length].contiguous() for c in part)
+        columns = self._columns()
+        for part in zip(*(c.split(size) for c in columns.values()), strict=True):
+            named = dict(zip(columns, part, strict=True))
+            length = self._cut(named["block_BL"])
+            named = {name: column[:, :length].contiguous() for name, column in named.items()}
+            weight_BL = named["weight_BL"]
             yield StepInputs(
-                ids_BL=ids,
-                target_BL=target,
-                weight_BL=weight,
-                block_BL=block,
-                selected_M=weight.flatten().nonzero()[:, 0] if select else None,
+                **named, selected_M=weight_BL.flatten().nonzero()[:, 0] if select else None
             )
 
     def sorted(self, multiple: int) -> StepInputs:
         """The longest sequences first, to be cut at multiples of a length."""
         length_B = (self.block_BL != PADDING_BLOCK).sum(dim=1)
         order_B = length_B.argsort(descending=True, stable=True)
-        return StepInputs(
-            ids_BL=self.ids_BL[order_B],
-            target_BL=self.target_BL[order_B],
-            weight_BL=self.weight_BL[order_B],
-            block_BL=self.block_BL[order_B],
-            length_multiple=multiple,
-        )
+        ordered = {name: column[order_B] for name, column in self._columns().items()}
+        return StepInputs(**ordered, length_multiple=multiple)
+
+    @property
+    def block_in_sample_BL(self) -> Tensor:
+        """Block numbers that start at 0 in each sample (that of padding is then any)."""
+        return self.block_BL if self.first_BL is None else self.block_BL - self.first_BL
+
+    def _columns(self) -> dict[str, Tensor]:
+        """What there is of each position."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name.endswith("_BL") and value is not None
+        }
 
     def _cut(self, block_BL: Tensor) -> int:
         """Where these sequences may be cut."""
@@ -99,14 +110,17 @@ def make_inputs(
 ) -> StepInputs:
     """Corrupt a clean batch as the stage asks; the same generator state gives the same noise.
 
-    The noise of a sample does not depend on `data.padding`, by which the batch is sorted last.
+    The noise of a sample does not depend on `data.padding`, by which the batch is sorted last, or
+    put into rows of several samples by whoever drew it (`RowPlaces.pack`).
     """
-    shortens = config.data.padding == "longest"
-    if shortens and not (config.noise is not None and config.noise.random_end):
-        ends = batch.end_B if config.noise is None else _noise_end(batch, config.noise)
-        batch = replace(batch, length_B=ends)
+    padding = config.data.padding
+    if padding != "full" and not (config.noise is not None and config.noise.random_end):
+        ends_B = sample_ends(batch.prompt_length_B, batch.end_B, batch.length_B, config.noise)
+        batch = replace(batch, length_B=ends_B)
     inputs = _stage_inputs(batch, config, mask_token_id, generator)
-    return inputs.sorted(length_multiple(batch.ids_BL.shape[1])) if shortens else inputs
+    if padding == "longest":
+        return inputs.sorted(length_multiple(batch.ids_BL.shape[1]))
+    return inputs
 
 
 def length_multiple(sequence_length: int) -> int:
@@ -291,10 +305,29 @@ def _hidden_past_end(batch: Batch, block_BL: Tensor) -> Tensor:
 
 
 def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
-    """Where noise ends (B,): with the sequence, the block with the first EOS, or that EOS."""
-    if noise.train_on_eos_blocks:
-        return batch.length_B
-    if not noise.train_past_eos:
-        return batch.end_B
-    blocks_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
-    return (batch.prompt_length_B + blocks_B * noise.block_size).minimum(batch.length_B)
+    return sample_ends(batch.prompt_length_B, batch.end_B, batch.length_B, noise)
+
+
+def sample_ends(
+    prompt_B: Tensor, end_B: Tensor, length_B: Tensor, noise: NoiseConfig | None
+) -> Tensor:
+    """Where noise ends (B,): with the sequence, the block with the first EOS, or that EOS.
+
+    Args:
+        prompt_B: Tokens of the prompts.
+        end_B: Where the answers end, their first EOS included.
+        length_B: Where the sequences end.
+        noise: None: stage autoregressive, which ends with the first EOS.
+
+    Example:
+        >>> noise = NoiseConfig(kind="uniform", low=0.1, high=1, block_size=4,
+        ...                     train_on_eos_blocks=False)
+        >>> sample_ends(torch.tensor([3]), torch.tensor([9]), torch.tensor([20]), noise)
+        tensor([11])
+    """
+    if noise is not None and noise.train_on_eos_blocks:
+        return length_B
+    if noise is None or not noise.train_past_eos:
+        return end_B
+    blocks_B = -(-(end_B - prompt_B) // noise.block_size)
+    return (prompt_B + blocks_B * noise.block_size).minimum(length_B)

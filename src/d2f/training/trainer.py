@@ -40,11 +40,12 @@ from d2f.training.evaluations import Evaluations, Evaluator, SaveBest, measure_o
 from d2f.training.log_window import LogWindow
 from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
 from d2f.training.optimizer_state import load_shards, load_whole
+from d2f.training.packing import RowPacking, pack_samples
 from d2f.training.processes import Processes
 from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
 from d2f.training.stage_loss import StageLoss
-from d2f.training.step_inputs import make_inputs
+from d2f.training.step_inputs import StepInputs, make_inputs
 from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
@@ -124,8 +125,14 @@ class Trainer:
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
+        self._packing: RowPacking | None = None
+        if config.data.padding == "packed":
+            self._packing = pack_samples(dataset, config)
+            dataset.row_counts = self._packing.counts()
         self.order = SampleOrder(
-            num_rows=len(dataset), batch_size=config.batch_size, seed=config.seed
+            num_rows=self._packing.num_rows if self._packing else len(dataset),
+            batch_size=config.batch_size,
+            seed=config.seed,
         )
         self._dataset = dataset
         self._sampler = sampler
@@ -244,13 +251,7 @@ class Trainer:
     def _train_step(self) -> None:
         """One update from one batch, of which this process takes some micro-batches."""
         lr = learning_rate(self.config.optimizer, self.step, self.progress)
-        batch = self._dataset.batch(self.order.rows(self.step))
-        inputs = make_inputs(
-            batch,
-            self.config,
-            mask_token_id=self.student.spec.mask_token_id,
-            generator=generator(self.config.seed, "noise", self.step),
-        )
+        inputs = self._inputs()
         total = torch.zeros((), device=self.device)
         logged = (self.step + 1) % self.config.log_every == 0
         parts = inputs.parts(self._size, select=self.loss.selects)
@@ -270,6 +271,18 @@ class Trainer:
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
         self._window.add(total, norm, lr)
+
+    def _inputs(self) -> StepInputs:
+        """The step's whole batch, with its noise."""
+        rows_B = self.order.rows(self.step)
+        places = self._packing.places(rows_B) if self._packing else None
+        inputs = make_inputs(
+            self._dataset.batch(places.sample_S if places else rows_B),
+            self.config,
+            mask_token_id=self.student.spec.mask_token_id,
+            generator=generator(self.config.seed, "noise", self.step),
+        )
+        return places.pack(inputs) if places else inputs
 
     @property
     def _num_blocks(self) -> int:
