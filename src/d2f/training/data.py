@@ -148,9 +148,9 @@ class TokenDataset:
             "cache": self.cache_file,
         }
 
-    def batch(self, rows_B: Tensor) -> Batch:
-        """Gather samples by number."""
-        position_L = torch.arange(self.sequence_length)
+    def batch(self, rows_B: Tensor, length: int | None = None) -> Batch:
+        """Gather samples by number, as sequences of a length; None: of `sequence_length`."""
+        position_L = torch.arange(length or self.sequence_length)
         length_B = self._length_E[rows_B]
         # Past a sample's end the index runs into its neighbours; those tokens are replaced.
         index_BL = (self._start_E[rows_B][:, None] + position_L).clamp_max(len(self._tokens_T) - 1)

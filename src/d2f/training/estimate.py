@@ -169,7 +169,7 @@ def _has_teacher(config: TrainConfig) -> bool:
 
 
 def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[str, int]:
-    """Operations of an update; all tokens are taken to see all of their sequence."""
+    """Operations of an update; all tokens are taken to see all of their sequence, or row."""
     pairs = num_tokens * config.data.sequence_length
     work = Work(
         num_tokens=num_tokens,

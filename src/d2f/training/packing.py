@@ -34,6 +34,8 @@ class RowPlaces:
     """Where in the row each begins."""
     size: tuple[int, int]
     """B and L."""
+    longest: int
+    """Positions of the longest of these samples; what lies behind need not be made."""
 
     def pack(self, inputs: StepInputs) -> StepInputs:
         """Put samples that have a row each, in the order of `sample_S`, into shared rows.
@@ -43,21 +45,23 @@ class RowPlaces:
         """
         inside_SL = inputs.block_BL != PADDING_BLOCK
         sample_T, position_T = inside_SL.nonzero(as_tuple=True)
+        source_T = sample_T * inside_SL.shape[1] + position_T
         target_T = self.row_S[sample_T] * self.size[1] + self.start_S[sample_T] + position_T
-        offset_S = self._first_blocks((inputs.block_BL * inside_SL).amax(1) + 1)
+        first_S = self._first_blocks((inputs.block_BL * inside_SL).amax(1) + 1)
 
-        def moved(values_T: Tensor, filler: int) -> Tensor:
-            row_T = values_T.new_full((self.size[0] * self.size[1],), filler)
-            return row_T.index_copy(0, target_T, values_T).view(self.size)
+        def moved(values_SL: Tensor, filler: int) -> Tensor:
+            row_T = values_SL.new_full((self.size[0] * self.size[1],), filler)
+            row_T.index_copy_(0, target_T, values_SL.flatten().index_select(0, source_T))
+            return row_T.view(self.size)
 
-        first_T = offset_S[sample_T]
+        first_SL = first_S[:, None].expand(inside_SL.shape)
         return StepInputs(
-            ids_BL=moved(inputs.ids_BL[inside_SL], 0),
-            target_BL=moved(inputs.target_BL[inside_SL], 0),
-            weight_BL=moved(inputs.weight_BL[inside_SL], 0),
-            block_BL=moved(inputs.block_BL[inside_SL] + first_T, PADDING_BLOCK),
-            position_BL=moved(position_T, 0),
-            first_BL=moved(first_T, PADDING_BLOCK),
+            ids_BL=moved(inputs.ids_BL, 0),
+            target_BL=moved(inputs.target_BL, 0),
+            weight_BL=moved(inputs.weight_BL, 0),
+            block_BL=moved(inputs.block_BL + first_SL, PADDING_BLOCK),
+            position_BL=moved(torch.arange(inside_SL.shape[1]).expand(inside_SL.shape), 0),
+            first_BL=moved(first_SL, PADDING_BLOCK),
         )
 
     def _first_blocks(self, count_S: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class RowPacking:
         self._sample_E = sample_E[order_E]
         self._count_R = row_E.bincount()
         self._begin_R = self._count_R.cumsum(0) - self._count_R
-        length_E = length_E[self._sample_E]
+        self._length_E = length_E = length_E[self._sample_E]
         before_E = length_E.cumsum(0) - length_E
         self._start_E = before_E - before_E[self._begin_R].repeat_interleave(self._count_R)
         self.num_rows = len(self._count_R)
@@ -123,6 +127,7 @@ class RowPacking:
             row_S=row_S,
             start_S=self._start_E[index_S],
             size=(len(rows_B), self.row_length),
+            longest=int(self._length_E[index_S].max()),
         )
 
 

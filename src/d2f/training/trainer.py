@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -275,14 +276,16 @@ class Trainer:
     def _inputs(self) -> StepInputs:
         """The step's whole batch, with its noise."""
         rows_B = self.order.rows(self.step)
-        places = self._packing.places(rows_B) if self._packing else None
-        inputs = make_inputs(
-            self._dataset.batch(places.sample_S if places else rows_B),
-            self.config,
+        make = partial(
+            make_inputs,
+            config=self.config,
             mask_token_id=self.student.spec.mask_token_id,
             generator=generator(self.config.seed, "noise", self.step),
         )
-        return places.pack(inputs) if places else inputs
+        if self._packing is None:
+            return make(self._dataset.batch(rows_B))
+        places = self._packing.places(rows_B)
+        return places.pack(make(self._dataset.batch(places.sample_S, places.longest)))
 
     @property
     def _num_blocks(self) -> int:

@@ -129,6 +129,13 @@ def test_samples_are_counted_where_that_is_cheap(recipe, tmp_path):
     held_out = ("--set", "evaluate.every=5", "--set")
     assert "2.50 epochs of 32" in dry_run(recipe, *held_out, "evaluate.held_out=8")
     assert "leaves nothing of 40" in dry_run(recipe, *held_out, "evaluate.held_out=40")
+    packed = ("--set", 'data.padding="packed"', "--set", "noise.train_on_eos_blocks=false")
+    facts = json.loads(dry_run(recipe, *packed, "--set", "data.sequence_length=40", "--json"))
+    rows = facts["data"]["num_rows"]
+    assert 10 <= rows < 20
+    assert facts["data"]["epochs"] == pytest.approx(80 / rows)
+    text = dry_run(recipe, *packed, "--set", "data.sequence_length=40")
+    assert f"epochs of 40 samples in {rows} rows (counted" in text
 
 
 def test_new_weights_and_generated_data(tmp_path):

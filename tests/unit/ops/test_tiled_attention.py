@@ -27,10 +27,27 @@ def paper_blocks(length, prompts, block_size=32, ends=None):
     return blocks
 
 
-def dense_tiles(blocks):
+def packed_blocks(length, samples):
+    """Rows of samples, each with as many blocks as it says, and padding: their numbers.
+
+    `samples` lists (positions, blocks) of the samples of each row.
+    """
+    blocks = torch.full((len(samples), length), PADDING_BLOCK, dtype=torch.int32)
+    first = blocks.clone()
+    for row, own in enumerate(samples):
+        start = number = 0
+        for size, count in own:
+            end = min(start + size, length)
+            blocks[row, start:end] = number + torch.arange(end - start) * count // size
+            first[row, start:end] = number
+            start, number = end, number + count
+    return blocks, first
+
+
+def dense_tiles(blocks, first=None):
     """The tiles by their definition: some or all of their TILE * TILE positions are visible."""
     missing = -blocks.shape[1] % TILE
-    dense = F.pad(visible(blocks, blocks), (0, missing, 0, missing))
+    dense = F.pad(visible(blocks, blocks, first), (0, missing, 0, missing))
     tiles = dense.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).transpose(2, 3)
     whole = tiles.all(-1).all(-1)
     return tiles.any(-1).any(-1) & ~whole, whole
@@ -59,6 +76,41 @@ def test_tiles_are_those_of_the_dense_mask(blocks):
     expected_partial, expected_whole = dense_tiles(blocks)
     assert torch.equal(partial, expected_partial)
     assert torch.equal(whole, expected_whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4 * TILE),
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9)), max_size=9),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_tiles_of_packed_rows_are_those_of_the_dense_mask(length, samples):
+    for blocks, first in (
+        packed_blocks(length, samples),
+        (packed_blocks(length, samples)[1],) * 2,  # full attention
+    ):
+        for found, expected in zip(
+            classify_tiles(blocks, first), dense_tiles(blocks, first), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
+def test_a_query_sees_its_own_sample_only():
+    blocks, first = packed_blocks(8, [[(3, 2), (4, 4)]])
+    seen = visible(blocks, blocks, first)[0].int().tolist()
+    assert seen == [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 512])
@@ -100,9 +152,11 @@ def make_inputs(length, heads, kv_heads, size, device="cpu"):
     return [torch.randn(s, generator=g).to(device).requires_grad_(True) for s in shapes]
 
 
-def dense_attention(q, k, v, blocks):
+def dense_attention(q, k, v, blocks, first=None):
     mask = AttentionMask(
-        lambda start, end: visible(blocks[:, start:end], blocks),
+        lambda start, end: visible(
+            blocks[:, start:end], blocks, None if first is None else first[:, start:end]
+        ),
         (len(blocks), blocks.shape[1], blocks.shape[1]),
         q.shape[2] // k.shape[2],
     )
@@ -169,6 +223,18 @@ def test_fused_attention_is_that_of_the_dense_mask(length, kv_heads):
     blocks = paper_blocks(length, [7, length // 2], ends=[length, length - 9]).cuda()
     found = compiled(*inputs, tiled_mask(blocks))
     assert_same(found, dense_attention(*inputs, blocks), inputs, atol=1e-4, rtol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("length", [300, 512])
+def test_fused_attention_of_packed_rows_is_that_of_the_dense_mask(length):
+    compiled = torch.compile(tiled_attention, dynamic=False)
+    inputs = make_inputs(length, 4, 2, 64, "cuda")
+    samples = [[(60, 3), (90, 5), (140, 2)], [(length // 2, 9), (length // 2 - 9, 1)]]
+    blocks, first = (numbers.cuda() for numbers in packed_blocks(length, samples))
+    found = compiled(*inputs, tiled_mask(blocks, first))
+    assert_same(found, dense_attention(*inputs, blocks, first), inputs, atol=1e-4, rtol=1e-3)
 
 
 @needs_gpu

@@ -63,6 +63,18 @@ STAGES = {
             ),
         },
     ),
+    # Rows of a few samples each.
+    "d2f-packed": (
+        "d2f",
+        {
+            "data": DataConfig(
+                kind="problems", num_problems=1, sequence_length=48, padding="packed"
+            ),
+            "noise": NoiseConfig(
+                kind="original", low=0.2, high=0.7, block_size=4, train_on_eos_blocks=False
+            ),
+        },
+    ),
     # Frozen weights of another type than the adapter's.
     "d2f-lora-bfloat16": (
         "d2f",
@@ -76,7 +88,7 @@ STAGES = {
 CASES = [
     "autoregressive none", "autoregressive full", "masked-diffusion none", "masked-diffusion full",
     "d2f none", "d2f full", "d2f-lora none", "d2f-lora-bfloat16 full",
-    "d2f-sequence none", "d2f-sequence full",
+    "d2f-sequence none", "d2f-sequence full", "d2f-packed none",
 ]  # fmt: skip
 FEW_CASES = [
     "d2f none", "d2f full", "d2f-lora-bfloat16 full", "d2f-sequence none", "d2f-sequence full",

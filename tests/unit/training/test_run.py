@@ -69,18 +69,23 @@ def stored_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("stage", "lora"),
+    ("stage", "lora", "padding"),
     [
-        ("autoregressive", None),
-        ("masked-diffusion", None),
-        ("d2f", None),
-        ("d2f", LoraConfig(r=4, alpha=8, dropout=0.3)),
+        ("autoregressive", None, "packed"),
+        ("masked-diffusion", None, "full"),
+        ("d2f", None, "full"),
+        ("d2f", LoraConfig(r=4, alpha=8, dropout=0.3), "full"),
     ],
 )
-def test_resuming_goes_on_bit_for_bit(files, stage, lora):
-    straight = config_for(files, stage, "straight", lora=lora)
+def test_resuming_goes_on_bit_for_bit(files, stage, lora, padding):
+    straight, stopped = (
+        config_for(files, stage, name, lora=lora) for name in ("straight", "stopped")
+    )
+    straight, stopped = (
+        replace(config, data=replace(config.data, padding=padding, sequence_length=30))
+        for config in (straight, stopped)
+    )
     assert train(straight, device="cpu").finished
-    stopped = config_for(files, stage, "stopped", lora=lora)
     first = train(stopped, device="cpu", reporter=At(3, interrupt))
     assert (first.finished, first.steps) == (False, 3)
     assert Path(first.folder).name == "checkpoint-00000003"
