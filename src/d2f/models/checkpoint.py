@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.ends import find_ends
-from d2f.models.families import DREAM, config_from_spec, spec_from_config
-from d2f.models.lora import has_adapter, load_adapter, read_adapter
+from d2f.models.families import config_from_spec, read_as_diffusion, spec_from_config
+from d2f.models.lora import has_adapter, load_adapter, read_adapter, with_adapter
 from d2f.models.lora_base import other_base
+from d2f.models.lora_declaration import is_adapter
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec
@@ -73,7 +74,8 @@ def load_model(
     Args:
         path_or_hub_id: Folder with config.json and safetensors, a hub id such as `owner/name`, or
             a GGUF file of the Llama or Qwen2 layout.
-        adapter: Folder or hub id of an adapter in PEFT's format.
+        adapter: Folder or hub id of an adapter in PEFT's format, or of one that d2f has written,
+            which may read an autoregressive base as a diffusion model.
         device: Where the weights go; None: the GPU if there is one, else the CPU.
         dtype: `torch.float32`, `"bfloat16"`, …; None: the one that the checkpoint holds;
             of quantised blocks, which hold none, `torch.float32`, which loses nothing.
@@ -81,11 +83,13 @@ def load_model(
 
     Raises:
         CheckpointError: Something is missing, broken, of an unknown architecture or of another
-            model. All keys at fault are named at once, before any weight is loaded.
+            model. All keys at fault are named at once, before any weight is loaded; that an
+            adapter belongs to another model of the same shape shows after that.
         ConfigError: `device` or `dtype` is unknown.
 
     Warns:
-        D2FWarning: The adapter names another base model than the loaded one.
+        D2FWarning: The adapter names another base model than the loaded one, and holds nothing
+            by which that could be checked.
 
     Example:
         >>> from d2f.testing import write_checkpoint
@@ -105,15 +109,19 @@ def load_model(
     _check_tied_head(folder, spec)
     if adapter_folder is not None:
         # A wrong one shows before gigabytes are read.
-        base = read_adapter(adapter_folder, spec).base_model
-        warning = other_base(base, path_or_hub_id, folder)
-        if warning is not None:
+        found = read_adapter(adapter_folder, spec)
+        known = found.declaration is not None and found.declaration.fingerprint is not None
+        warning = other_base(found.base_model, path_or_hub_id, folder)
+        if warning is not None and not known:
             warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or main_dtype(stored)
     for name, (module, attribute) in places.items():
         _assign(module, attribute, read_tensor(stored[name], target, kept))
     model.eval()
     if adapter_folder is not None:
+        reading = with_adapter(spec, adapter_folder)
+        if reading.read_from is not None:
+            model = as_diffusion(model, mask_token_id=reading.mask_token_id or 0)
         load_adapter(model, adapter_folder, merge=merge_adapter)
     return model
 
@@ -121,10 +129,12 @@ def load_model(
 def read_spec(folder: Path) -> ModelSpec:
     """What a model folder says of the model: config.json, decoding policy, ends of an answer.
 
+    With an adapter the model is another one: see `with_adapter`.
+
     Raises:
         CheckpointError: A file is missing or broken.
     """
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    if is_adapter(folder):
         raise CheckpointError(
             f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
         )
@@ -394,24 +404,9 @@ def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
         >>> as_diffusion(tiny_model("qwen2"), mask_token_id=94).spec.architecture.name
         'Dream'
     """
-    spec = model.spec
-    if not spec.architecture.causal:
-        raise ConfigError(f"{spec.architecture.name} is a diffusion model already")
+    new_spec = read_as_diffusion(model.spec, mask_token_id)
     if has_adapter(model):
         raise ConfigError("the model carries an adapter; merge it first (merge_adapter)")
-    if not 0 <= mask_token_id < spec.vocab_size:
-        raise ConfigError(
-            f"mask_token_id is {mask_token_id}; the vocabulary holds ids 0 to {spec.vocab_size - 1}"
-        )
-    new_spec = replace(
-        spec,
-        architecture=DREAM,
-        mask_token_id=mask_token_id,
-        eos_token_ids=tuple(token for token in spec.eos_token_ids if token != mask_token_id),
-        qkv_bias=True,
-        recommended_policy=None,
-        recommended_max_new_tokens=None,
-    )
     with torch.device("meta"):
         new = Transformer(new_spec)
     given = dict(model.named_parameters())

@@ -7,9 +7,10 @@ them is a value here; no other module asks which family a model is of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from d2f.errors import CheckpointError, unknown_name
+from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.models.spec import Architecture, ModelSpec
 
 Config = Mapping[str, Any]
@@ -156,6 +157,31 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_dropout": 0.0,
     }
+
+
+def read_as_diffusion(spec: ModelSpec, mask_token_id: int) -> ModelSpec:
+    """The spec of an autoregressive model that is read as a diffusion model (see `as_diffusion`).
+
+    Raises:
+        ConfigError: The model is a diffusion model already, or its vocabulary does not hold
+            `mask_token_id`.
+    """
+    if not spec.architecture.causal:
+        raise ConfigError(f"{spec.architecture.name} is a diffusion model already")
+    if not 0 <= mask_token_id < spec.vocab_size:
+        raise ConfigError(
+            f"mask_token_id is {mask_token_id}; the vocabulary holds ids 0 to {spec.vocab_size - 1}"
+        )
+    return replace(
+        spec,
+        architecture=DREAM,
+        mask_token_id=mask_token_id,
+        eos_token_ids=tuple(token for token in spec.eos_token_ids if token != mask_token_id),
+        qkv_bias=True,
+        recommended_policy=None,
+        recommended_max_new_tokens=None,
+        read_from=spec.architecture.name,
+    )
 
 
 _LLADA_FIXED = {

@@ -17,19 +17,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import CheckpointError, ConfigError
+from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.hub import resolve_folder
+from d2f.models.base_fingerprint import Fingerprint, take_fingerprint
 from d2f.models.lora_config import LoraConfig, read_config, written_config
-from d2f.models.lora_tensors import MERGE, lora_keys, misfit, sort_tensors
+from d2f.models.lora_declaration import (
+    ADAPTER_DTYPES,
+    CONFIG_FILE,
+    DECLARATION_FILE,
+    Declaration,
+    adapted_spec,
+    read_declaration,
+)
+from d2f.models.lora_int8 import from_int8, num_groups, to_int8
+from d2f.models.lora_tensors import MERGE, lora_keys, misfit, scale_key, sort_tensors
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
     FLOATS,
+    GENERATION_FILE,
     POLICY_FILE,
     StoredTensor,
     compare_tensors,
     read_headers,
     read_json,
+    read_max_new_tokens,
     read_policy,
     read_tensor,
     replaced_folder,
@@ -38,7 +50,11 @@ from d2f.models.storage import (
 )
 from d2f.models.transformer import Transformer
 
-_OWNED = ("adapter_model*.safetensors", "adapter_config.json", POLICY_FILE)
+_FLOAT_STEM, _INT8_STEM = "adapter_model", "adapter_int8"
+_OWNED = (
+    f"{_FLOAT_STEM}*.safetensors", f"{_INT8_STEM}*.safetensors", CONFIG_FILE, DECLARATION_FILE,
+    POLICY_FILE,
+)  # fmt: skip
 
 
 class LoraLinear(nn.Module):
@@ -114,6 +130,9 @@ def attach_adapter(model: Transformer, config: LoraConfig, generator: torch.Gene
     _require_no_adapter(model)
     targets = config.targets(model.spec)
     model.requires_grad_(False)
+    # Now, since weights may be in shards when the adapter is saved. Some models hold no weights.
+    found = None if model.embed.weight.is_meta else _fingerprint(model)
+    model.spec = replace(model.spec, adapter_base=found)
     for published, ours in targets.items():
         base = model.get_submodule(ours)
         assert isinstance(base, nn.Linear)
@@ -123,6 +142,11 @@ def attach_adapter(model: Transformer, config: LoraConfig, generator: torch.Gene
         b_OR = torch.zeros(base.out_features, rank)
         new = LoraLinear(base, a_RI, b_OR, config, config.scale(published))
         _replace(model, ours, new.to(base.weight.device).train(model.training))
+
+
+def _fingerprint(model: Transformer) -> Fingerprint:
+    places = published_parameters(model)
+    return take_fingerprint({name: getattr(*place) for name, place in places.items()})
 
 
 def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool = True) -> None:
@@ -136,7 +160,8 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
 
     Raises:
         CheckpointError: The folder is broken, the adapter is of a kind that is not supported or
-            belongs to another model. The model is then as it was.
+            belongs to another model, or it reads its base as a diffusion model and this one is not
+            read so (`as_diffusion`; `load_model` does both). The model is then as it was.
         ConfigError: The model carries an adapter already.
 
     Example:
@@ -150,33 +175,65 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
     _require_no_adapter(model)
     folder = resolve_folder(path_or_hub_id)
     found = read_adapter(folder, model.spec)
+    declared = found.declaration
+    if declared is not None and declared.mask_token_id is not None and model.spec.read_from is None:
+        raise CheckpointError(
+            f"{folder} reads its base as a diffusion model; use load_model(base, adapter=…), or "
+            f"as_diffusion(model, mask_token_id={declared.mask_token_id}) first"
+        )
     _require_equal_copies(folder, found.copies, model)
+    fingerprint = _fingerprint(model)
+    _require_same_base(folder, found, fingerprint)
     new = {}
     for published, ours in found.targets.items():
         base = model.get_submodule(ours)
         assert isinstance(base, nn.Linear)
-        a_RI, b_OR = (
-            read_tensor(found.halves[name], base.weight.device, torch.float32)
-            for name in lora_keys(published)
-        )
+        a_RI, b_OR = found.read(published, base.weight.device)
         new[ours] = LoraLinear(base, a_RI, b_OR, found.config, found.config.scale(published))
     for ours, module in new.items():
         _replace(model, ours, module.requires_grad_(False).train(model.training))
-    model.spec = with_adapter(model.spec, folder)
+    model.spec = replace(with_adapter(model.spec, folder), adapter_base=fingerprint)
     if merge:
         merge_adapter(model)
 
 
-def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The spec of a model with the adapter of this folder, which may carry a decoding policy.
+def _require_same_base(folder: Path, found: StoredAdapter, fingerprint: Fingerprint) -> None:
+    """Refuse a model of the same shape that is not the base, where the adapter knows its base."""
+    if found.declaration is None or found.declaration.fingerprint is None:
+        return
+    difference = found.declaration.fingerprint.difference(fingerprint)
+    if difference is not None:
+        name = f"'{found.base_model}'" if found.base_model else "the one that it was trained on"
+        raise CheckpointError(
+            f"{folder} is an adapter for another model of this shape: {difference}; load {name}, "
+            "in any precision"
+        )
 
-    A diffusion model with an adapter counts as distilled: those that the paper's authors publish
-    carry no policy, and are decoded with the default one.
+
+def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec of a model with the adapter of this folder.
+
+    The base may be read as a diffusion model, and the adapter may carry a decoding policy and the
+    length of an answer (generation_config.json). A diffusion model with an adapter counts as
+    distilled unless the adapter says otherwise: those that the paper's authors publish carry no
+    policy, and are decoded with the default one.
+
+    Raises:
+        CheckpointError: A file is broken, or the base is of another architecture.
     """
+    declared = read_declaration(folder)
+    spec = adapted_spec(spec, folder, declared)
     policy = read_policy(folder) or spec.recommended_policy
-    if policy is None and not spec.architecture.causal:
+    causal = spec.architecture.causal
+    distilled = causal or policy is not None or declared is None or declared.distilled
+    if policy is None and distilled and not causal:
         policy = DecodingPolicy()
-    return replace(spec, recommended_policy=policy, distilled=True)
+    return replace(
+        spec,
+        recommended_policy=policy,
+        recommended_max_new_tokens=read_max_new_tokens(folder) or spec.recommended_max_new_tokens,
+        distilled=distilled,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +249,20 @@ class StoredAdapter:
     """Tensors of the base model that were saved with it, by their published names."""
     base_model: str | None
     """What it was trained on, as the one who saved it called that."""
+    declaration: Declaration | None
+    """What d2f has written beside it; None: others made it."""
+    scales: dict[str, StoredTensor]
+    """int8: the scales of `halves` by `scale_key`; else empty."""
+
+    def read(self, published: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Both halves of a module's adapter in fp32: (R, I) and (O, R)."""
+        keys = lora_keys(published)
+        if not self.scales:
+            a_RI, b_OR = (read_tensor(self.halves[k], device, torch.float32) for k in keys)
+            return a_RI, b_OR
+        a, b = (read_tensor(self.halves[k], device, torch.int8) for k in keys)
+        a_scale, b_scale = (read_tensor(self.scales[scale_key(k)], device) for k in keys)
+        return from_int8(a, a_scale, b, b_scale)
 
 
 def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
@@ -199,16 +270,23 @@ def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
 
     Raises `CheckpointError` if it is not supported or does not belong to a model of this spec.
     """
-    where = folder / "adapter_config.json"
+    declared = read_declaration(folder)
+    int8 = declared is not None and declared.lora is not None
+    where = folder / (DECLARATION_FILE if int8 else CONFIG_FILE)
     if not where.exists() and (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a whole model, not an adapter; load it by itself")
-    values = read_json(where)
+    adapted_spec(spec, folder, declared)  # refuses another architecture
+    values = declared.lora if declared is not None and declared.lora is not None else {}
+    values = values or read_json(where)
     try:
         config = read_config(values, spec, where)
         targets = config.targets(spec)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
-    halves, copies = sort_tensors(folder, read_headers(folder, "adapter_model"), spec)
+    stored = read_headers(folder, _INT8_STEM if int8 else _FLOAT_STEM)
+    scales = {n: t for n, t in stored.items() if int8 and n.endswith(".scale")}
+    rest = {n: t for n, t in stored.items() if n not in scales}
+    halves, copies = sort_tensors(folder, rest, spec, ("I8",) if int8 else tuple(FLOATS))
     _check_saved_modules(values.get("modules_to_save"), copies, where)
     modules = published_modules(spec)
     sizes = _linear_shapes(spec)
@@ -225,6 +303,8 @@ def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
     problems = compare_tensors(halves, wanted)
     if problems:
         raise CheckpointError(misfit(folder, problems, halves, shapes, spec))
+    if int8:
+        _check_scales(folder, scales, wanted)
     base = values.get("base_model_name_or_path")
     return StoredAdapter(
         config=config,
@@ -232,7 +312,24 @@ def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
         halves=halves,
         copies=_check_copies(folder, copies, spec),
         base_model=base if isinstance(base, str) and base else None,
+        declaration=declared,
+        scales=scales,
     )
+
+
+def _check_scales(
+    folder: Path, scales: Mapping[str, StoredTensor], halves: Mapping[str, tuple[int, ...]]
+) -> None:
+    """The scales must be those of the halves of these shapes, by header."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in halves.items():
+        groups = (rows, num_groups(columns)) if "lora_A" in name else (num_groups(rows), columns)
+        wanted[scale_key(name)] = groups
+    problems = compare_tensors(scales, wanted)
+    kinds = {tensor.kind for tensor in scales.values()} - FLOATS.keys()
+    if problems or kinds:
+        problems = problems or f"they are {', '.join(sorted(kinds))}"
+        raise CheckpointError(f"{folder}: the scales do not fit: {problems}; fetch it again")
 
 
 def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], where: Path) -> None:
@@ -365,32 +462,81 @@ def merge_adapter(model: Transformer) -> None:
         _replace(model, ours, base)
 
 
-def save_adapter(model: Transformer, folder: str | Path, *, base_model: str = "") -> None:
-    """Write the model's adapter as PEFT does, and the model's decoding policy if it has one.
+def save_adapter(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    base_model: str = "",
+    dtype: str = "float32",
+    distilled: bool = True,
+) -> None:
+    """Write the model's adapter as PEFT does, and what else it takes to load it.
+
+    That is the model's decoding policy and length of an answer if it has them, and
+    d2f_adapter.json: whether the base is read as a diffusion model, and what tells it from others.
+    PEFT does not read 8 bits, so an adapter in int8 has no adapter_config.json.
 
     Args:
         model: A model with an adapter that is not merged.
         folder: Replaced as a whole once all is written; other files in it stay.
         base_model: Hub id or folder of the base model, noted in adapter_config.json.
+        dtype: `float32`, `bfloat16`, or `int8`, which loses less than 1% of the update.
+        distilled: Whether it was trained to be decoded in blocks; False: it is decoded by
+            `vanilla` unless it carries a policy.
 
     Raises:
-        ConfigError: The model carries no adapter.
+        ConfigError: The model carries no adapter, `dtype` is unknown, or numbers are not finite.
         CheckpointError: The folder cannot be written.
+
+    Example:
+        >>> from d2f.testing import tiny_adapter, tiny_model
+        >>> import tempfile
+        >>> model, folder = tiny_model("Dream"), tempfile.mkdtemp()
+        >>> tiny_adapter(model)
+        >>> save_adapter(model, folder, dtype="int8")
+        >>> load_adapter(tiny_model("Dream"), folder)
     """
-    adapted = _adapted(model)
+    adapted, spec = _adapted(model), model.spec
     if not adapted:
         raise ConfigError("the model carries no adapter that could be saved")
+    if dtype not in ADAPTER_DTYPES:
+        raise ConfigError(unknown_name("dtype of an adapter", dtype, ADAPTER_DTYPES))
+    config = written_config(next(iter(adapted.values())).config, spec, base_model)
+    int8 = dtype == "int8"
+    declared = Declaration(
+        base_type=spec.read_from or spec.architecture.name,
+        vocab_size=spec.vocab_size,
+        mask_token_id=None if spec.read_from is None else spec.mask_token_id,
+        distilled=distilled,
+        dtype=dtype,
+        fingerprint=spec.adapter_base,
+        lora=config if int8 else None,
+    )
+    tensors = _stored_tensors(model, dtype)
+    with replaced_folder(Path(folder), _OWNED) as new:
+        if not int8:
+            write_json(new / CONFIG_FILE, config)
+        write_json(new / DECLARATION_FILE, declared.to_dict())
+        stem = _INT8_STEM if int8 else _FLOAT_STEM
+        save_file(tensors, new / f"{stem}.safetensors", metadata={"format": "pt"})
+        if spec.recommended_policy is not None:
+            write_json(new / POLICY_FILE, spec.recommended_policy.to_dict())
+        limit = spec.recommended_max_new_tokens
+        if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
+            write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
+
+
+def _stored_tensors(model: Transformer, dtype: str) -> dict[str, Tensor]:
+    """The tensors of the adapter's file, by their names there."""
     published = {ours: name for name, ours in published_modules(model.spec).items()}
     tensors: dict[str, Tensor] = {}
-    for ours, module in adapted.items():
-        halves = (module.lora_A, module.lora_B)
-        tensors |= {
-            key: half.detach().contiguous()
-            for key, half in zip(lora_keys(published[ours]), halves, strict=True)
-        }
-    config = next(iter(adapted.values())).config
-    with replaced_folder(Path(folder), _OWNED) as new:
-        write_json(new / "adapter_config.json", written_config(config, model.spec, base_model))
-        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        if model.spec.recommended_policy is not None:
-            write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
+    for ours, module in _adapted(model).items():
+        a_RI, b_OR = module.lora_A.detach(), module.lora_B.detach()
+        keys = lora_keys(published[ours])
+        if dtype == "int8":
+            names = [name for key in keys for name in (key, scale_key(key))]
+            tensors |= dict(zip(names, to_int8(a_RI, b_OR), strict=True))
+        else:
+            halves = (half.to(getattr(torch, dtype)).contiguous() for half in (a_RI, b_OR))
+            tensors |= dict(zip(keys, halves, strict=True))
+    return tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from d2f.errors import CheckpointError, counted
@@ -40,8 +40,16 @@ def lora_keys(published: str) -> tuple[str, str]:
     return a, b
 
 
+def scale_key(half: str) -> str:
+    """The name of the scales of a half in 8 bits."""
+    return f"{half.removesuffix('.weight')}.scale"
+
+
 def sort_tensors(
-    folder: Path, stored: Mapping[str, StoredTensor], spec: ModelSpec
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    spec: ModelSpec,
+    kinds: Collection[str] = tuple(FLOATS),
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The halves of the adapter by `lora_keys`, and copies of the base's tensors by their names.
 
@@ -50,7 +58,7 @@ def sort_tensors(
 
     Raises:
         CheckpointError: The file holds several adapters, a variant of LoRA that is not supported,
-            or numbers that are not in floating point.
+            or numbers of another type than `kinds`, as headers name them.
     """
     modules = published_modules(spec)
     halves: dict[str, StoredTensor] = {}
@@ -71,9 +79,9 @@ def sort_tensors(
             module, _, attribute = name.rpartition(".")
             copies[f"{_known(module, modules)}.{attribute}"] = tensor
             continue
-        if tensor.kind not in FLOATS:
+        if tensor.kind not in kinds:
             raise CheckpointError(
-                f"{folder}: {stored_name} is {tensor.kind}; only {', '.join(FLOATS)} are supported"
+                f"{folder}: {stored_name} is {tensor.kind}; only {', '.join(kinds)} are supported"
             )
         adapters.add(match["adapter"])
         halves[lora_keys(_known(match["module"], modules))["AB".index(match["half"])]] = tensor

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
+from d2f.models.base_fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,11 @@ class ModelSpec:
     distilled: bool = field(default=True, compare=False)
     """Whether it was trained to be decoded in blocks. False: a diffusion model's checkpoint without
     a decoding policy; of a model that was made here nobody asks."""
+    read_from: str | None = field(default=None, compare=False)
+    """`model_type` of the autoregressive checkpoint whose weights are read as a diffusion model's;
+    None: they are what config.json says."""
+    adapter_base: Fingerprint | None = field(default=None, compare=False)
+    """Of a model with an adapter: what tells its base from others."""
 
     @property
     def num_parameters(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import LoraConfig, save_adapter
+from d2f.models.lora_declaration import DECLARATION_FILE
 from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID, tiny_adapter, tiny_model
 
 MASK_TOKEN, EOS_TOKEN = "<|mask|>", "<|endoftext|>"
@@ -53,11 +54,15 @@ def write_adapter(
     config: LoraConfig | None = None,
     policy: DecodingPolicy | None = None,
 ) -> Path:
-    """Write the adapter of `tiny_adapter` for a tiny model and return its folder."""
+    """Write the adapter of `tiny_adapter` for a tiny model and return its folder.
+
+    It is as PEFT writes one: nothing in it tells its base from others of the same shape.
+    """
     model = tiny_model(model_type)
     model.spec = replace(model.spec, recommended_policy=policy)
     tiny_adapter(model, seed, config=config)
     save_adapter(model, folder)
+    (Path(folder) / DECLARATION_FILE).unlink()
     return Path(folder)
 
 

@@ -1,0 +1,134 @@
+"""What tells an adapter's base model from others of the same shape, in whatever precision.
+
+Norms and biases are stored unquantised everywhere, GGUF files included, and training changes them:
+they must be equal but for rounding to 16 bits. Matrices tell what leaves norms alone, such as a
+merged adapter: they may differ by as much as quantisation makes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2f.errors import CheckpointError
+
+ROUNDED = 0.01
+"""Largest distance of matrices that rounding to 16 or 8 bits gives (0.002; 0.008)."""
+QUANTISED = 0.25
+"""Largest distance of matrices that quantisation to fewer bits gives (4 bits: 0.09)."""
+_ROWS = 64  # of a matrix that are looked at: quantisation and training change all of them
+_FEW_ROWS = 8  # enough to see whether values are repeated
+_GROUP = 16  # smallest run of weights that a quantisation scales together
+_REPEATED = 0.05  # largest share of equal weights in such runs, where they are not quantised
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """A model's weights in a few hundred numbers.
+
+    Example:
+        >>> weights = {"norm": torch.rand(64) + 0.5, "matrix": torch.randn(64, 64)}
+        >>> rounded = {name: weight.bfloat16() for name, weight in weights.items()}
+        >>> take_fingerprint(weights).difference(take_fingerprint(rounded)) is None
+        True
+    """
+
+    norms: tuple[str, ...]
+    """SHA-256 of all norms and biases in bf16, rounded directly and by way of fp16."""
+    matrices: tuple[float, ...]
+    """Of each matrix W, by published name, u W v / |W| with fixed random signs u and v."""
+    quantised: bool
+    """Whether the matrices hold few different values, as quantisation leaves them."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Fingerprint:
+        """What `to_dict` gave; raises `CheckpointError` naming `where` if it is no fingerprint."""
+        try:
+            return cls(
+                norms=tuple(str(one) for one in values["norms"]),
+                matrices=tuple(float(one) for one in values["matrices"]),
+                quantised=bool(values["quantised"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{where}: the base's fingerprint is broken; fetch the adapter again"
+            ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fingerprint as plain JSON values."""
+        return asdict(self)
+
+    def distance(self, other: Fingerprint) -> float:
+        """Relative distance of all matrices, estimated; infinite where their numbers differ.
+
+        With random signs u and v, (u D v)² is |D|² on average, so the root mean square over all
+        matrices estimates |D| / |W|.
+        """
+        if len(self.matrices) != len(other.matrices):
+            return math.inf
+        squares = [(a - b) ** 2 for a, b in zip(self.matrices, other.matrices, strict=True)]
+        return math.sqrt(sum(squares) / max(len(squares), 1))
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What tells the two models apart, worded for an error; None where nothing does."""
+        if not set(self.norms) & set(other.norms):
+            return "the weights of its norms are others"
+        distance = self.distance(other)
+        quantised = self.quantised or other.quantised
+        if distance <= (QUANTISED if quantised else ROUNDED):
+            return None
+        return f"its matrices differ by {distance:.1%}"
+
+
+@torch.no_grad()
+def take_fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """The fingerprint of a model's weights by their published names.
+
+    Biases that are zero do not count: an autoregressive model that is read as a diffusion model
+    has some more of them.
+    """
+    vectors, matrices, repeated = [], [], []
+    for _, weight in sorted(weights.items()):
+        if weight.ndim == 1:
+            if weight.any():
+                vectors.append(weight.float().cpu())
+            continue
+        rows = weight[:_ROWS].float()
+        u, v = (_signs(size).to(rows.device) for size in rows.shape)
+        size = rows.norm().item()
+        matrices.append(round((u @ rows @ v).item() / size, 6) if size else 0.0)
+        repeated.append(_repeated_share(rows[:_FEW_ROWS]))
+    joined = torch.cat([torch.zeros(0), *vectors])
+    rounded = (joined.bfloat16(), joined.half().bfloat16())
+    return Fingerprint(
+        norms=tuple(dict.fromkeys(_sha256(one) for one in rounded)),
+        matrices=tuple(matrices),
+        quantised=statistics.median(repeated or [0.0]) > _REPEATED,
+    )
+
+
+def _repeated_share(rows: Tensor) -> float:
+    """Share of weights that equal another one of their group."""
+    columns = rows.shape[1] // _GROUP * _GROUP
+    groups = rows[:, :columns].reshape(-1, _GROUP).sort(1).values
+    return (groups[:, 1:] == groups[:, :-1]).float().mean().item() if groups.numel() else 0.0
+
+
+@functools.cache
+def _signs(size: int) -> Tensor:
+    """Random signs that are the same in every version of every library."""
+    digests = (hashlib.sha256(f"d2f {i}".encode()).digest() for i in range(-(-size // 256)))
+    bits = [byte >> k & 1 for digest in digests for byte in digest for k in range(8)]
+    return torch.tensor(bits[:size], dtype=torch.float32) * 2 - 1
+
+
+def _sha256(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

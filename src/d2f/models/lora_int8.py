@@ -1,0 +1,75 @@
+"""The two halves of an adapter in 8 bits, with a scale for every 32 numbers of a rank.
+
+Shapes: R rank, I inputs, O outputs of a projection, G groups of 32 inputs or outputs.
+
+An adapter's rows (of A) and columns (of B) belong to ranks of very different size, and outliers
+would coarsen a whole row: groups of 32 lose 0.7% of the update where one scale per rank loses 1.0%,
+for 6% more bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2f.errors import ConfigError
+
+GROUP = 32
+_LARGEST = 127
+
+
+def num_groups(size: int) -> int:
+    """Groups of `size` numbers; the last one may be shorter."""
+    return -(-size // GROUP)
+
+
+def balanced(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """Halves with the same product whose ranks are orthogonal and shared equally between the two.
+
+    Then no large ranks cancel each other, and errors of rounding stay in proportion to the update.
+
+    Example:
+        >>> a, b = balanced(torch.rand(4, 8), torch.rand(6, 4))
+        >>> a.shape, b.shape
+        (torch.Size([4, 8]), torch.Size([6, 4]))
+    """
+    rank = a_RI.shape[0]
+    q_b, r_b = torch.linalg.qr(b_OR.double())
+    q_a, r_a = torch.linalg.qr(a_RI.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root, missing = s.sqrt(), rank - s.numel()
+    a = F.pad((root[:, None] * v) @ q_a.T, (0, 0, 0, missing))
+    b = F.pad(q_b @ (u * root), (0, missing))
+    return a.float(), b.float()
+
+
+def to_int8(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Integers and scales of A, then of B: (R, I), (R, G), (O, R) and (G, R).
+
+    Raises `ConfigError` where a number is not finite.
+    """
+    if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+        raise ConfigError("the adapter holds numbers that are not finite, so it cannot be stored")
+    a, b = balanced(a_RI.cpu(), b_OR.cpu())
+    (a_int, a_scale), (b_int, b_scale) = _rounded(a), _rounded(b.T)
+    return a_int, a_scale, b_int.T.contiguous(), b_scale.T.contiguous()
+
+
+def from_int8(
+    a_RI: Tensor, a_scale_RG: Tensor, b_OR: Tensor, b_scale_GR: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The halves in fp32; the products of integers and scales are exact there."""
+    return _scaled(a_RI, a_scale_RG), _scaled(b_OR.T, b_scale_GR.T).T.contiguous()
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    size = rows.shape[1]
+    groups = F.pad(rows, (0, num_groups(size) * GROUP - size)).unflatten(1, (-1, GROUP))
+    scale = (groups.abs().amax(2) / _LARGEST).bfloat16()
+    steps = groups / scale.float().where(scale > 0, 1.0)[:, :, None]
+    return steps.round().clamp(-_LARGEST, _LARGEST).flatten(1)[:, :size].to(torch.int8), scale
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    return rows.float() * scale.float().repeat_interleave(GROUP, 1)[:, : rows.shape[1]]
