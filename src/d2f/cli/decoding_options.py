@@ -190,6 +190,7 @@ def load_answerer(
     from d2f.engine.ends import choose_ends
     from d2f.hub import resolve_folder
     from d2f.models.checkpoint import load_model, read_spec
+    from d2f.models.lora import with_adapter
     from d2f.text import Tokenizer
 
     source = model or DEFAULT_MODEL
@@ -198,6 +199,8 @@ def load_answerer(
     if dtype is not None:
         dtype = choose_dtype(dtype, device)
     spec = read_spec(resolve_folder(source, weights=False))
+    if adapter is not None:
+        spec = with_adapter(spec, resolve_folder(adapter))
     choose_threads(spec.num_parameters, device)
     if dtype is None and source.startswith(PREFIX):
         dtype = choose_dtype(None, device)  # measured with the threads that will compute

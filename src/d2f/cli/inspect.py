@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2f.cli.inspect_adapter import adapter_lines, human, inspect_adapter, pairs
 from d2f.errors import CheckpointError, counted
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
     from d2f.models.storage import StoredTensor
 
+_BRIEF = 4  # lines of an adapter beside its model; what else it says is the model's then
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="Model: folder, hub id or GGUF file.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: folder, hub id or GGUF file; or an adapter's folder.")
+    ],
     adapter: Annotated[
         str | None, typer.Option(help="Folder or hub id of a LoRA adapter for it.")
     ] = None,
@@ -28,21 +32,30 @@ def inspect_command(
     """Say what a checkpoint is: architecture, sizes, token ids, adapter, policy, memory needed.
 
     No weight is loaded, so this takes no memory; keys and shapes are checked all the same. Where
-    only the tokenizer is broken, the report says so and the exit status is 1.
+    only the tokenizer is broken, the report says so and the exit status is 1. Of an adapter by
+    itself: base, rank, targets, bytes, how the base is read, policy.
 
     Example: d2f inspect ./my-model --adapter ./my-adapter
     """
     import json
 
-    report = inspect_model(model, adapter)
+    alone = adapter is None and _is_adapter(model)
+    report = inspect_adapter(model) if alone else inspect_model(model, adapter)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         from rich.console import Console
 
-        Console().print(render(report))
-    if report["tokenizer"] and report["tokenizer"]["error"]:
+        Console().print(render(adapter_lines(report) if alone else _lines(report)))
+    if not alone and report["tokenizer"] and report["tokenizer"]["error"]:
         raise typer.Exit(1)
+
+
+def _is_adapter(name: str) -> bool:
+    from d2f.hub import resolve_folder
+    from d2f.models.lora_declaration import is_adapter
+
+    return is_adapter(resolve_folder(name, weights=False))
 
 
 def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
@@ -70,14 +83,14 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     from d2f.models.lora import with_adapter
 
     folder = resolve_folder(path, weights=False)
-    spec = read_spec(folder)
+    base = spec = read_spec(folder)
     # What is given by its path must hold its weights; the folder of a hub id need not yet.
     local = Path(path).expanduser().exists()
-    stored = match_headers(folder, spec) if local or any(folder.glob("*.safetensors")) else None
+    stored = match_headers(folder, base) if local or any(folder.glob("*.safetensors")) else None
     adapted = None
     if adapter is not None:
         adapter_folder = resolve_folder(adapter)
-        adapted = {"path": str(adapter)} | _adapter(adapter_folder, spec)
+        adapted = _adapter(str(adapter), adapter_folder, base)
         spec = with_adapter(spec, adapter_folder)
     policy = spec.recommended_policy
     return {
@@ -94,7 +107,11 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "pad": spec.pad_token_id,
         },
         "tokenizer": _tokenizer(folder),
-        "ends": [asdict(end) | {"sources": list(end.sources)} for end in find_ends(folder, spec)],
+        "ends": [
+            asdict(end) | {"sources": list(end.sources)}
+            for end in find_ends(folder, base)
+            if end.id != spec.mask_token_id
+        ],
         "adapter": adapted,
         "strategy": default_strategy(spec),
         "max_new_tokens": default_limit(spec),
@@ -125,20 +142,13 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
-    from d2f.models.lora import read_adapter
+def _adapter(name: str, folder: Path, base: ModelSpec) -> dict[str, Any]:
+    from d2f.models.lora_folder import read_adapter
 
-    found = read_adapter(folder, spec)
-    config, targets = found.config, found.targets
-    return {
-        "base_model": found.base_model,
-        "r": config.r,
-        "alpha": config.alpha,
-        "use_rslora": config.use_rslora,
-        "targets": sorted({published.rsplit(".", 1)[-1] for published in targets}),
-        "modules": len(targets),
-        "parameters": sum(_numel(tensor) for tensor in found.halves.values()),
-    }
+    found = read_adapter(folder, base)  # refuses what does not fit
+    parts = [published.rsplit(".", 1)[-1] for published in found.targets]
+    # An expression may have been narrowed down to names.
+    return inspect_adapter(name) | {"targets": sorted(set(parts)), "modules": len(parts)}
 
 
 def _sizes(spec: ModelSpec) -> dict[str, Any]:
@@ -176,14 +186,14 @@ def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
     ]
 
 
-def render(report: dict[str, Any]) -> Any:
-    """The report as a rich table of two columns."""
+def render(lines: list[tuple[str, str]]) -> Any:
+    """The lines of a report as a rich table of two columns."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _lines(report):
+    for name, value in lines:
         table.add_row(name, value)
     return table
 
@@ -198,28 +208,28 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("heads", f"{sizes['num_heads']}, {sizes['num_kv_heads']} of keys and values"),
         ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
         ("positions", f"{sizes['max_positions']:,}"),
-        ("token ids", _pairs(report["token_ids"])),
+        ("token ids", pairs(report["token_ids"])),
         ("tokenizer", _tokenizer_line(report["tokenizer"], sizes["vocab_size"])),
         *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
-        ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
+        ("policy", pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         (
             "decoded by",
             f"{report['strategy']}, at most {counted(report['max_new_tokens'], 'new token')}",
         ),
-        ("adapter", "none" if adapter is None else _adapter_line(adapter)),
+        *([("adapter", "none")] if adapter is None else adapter_lines(adapter)[:_BRIEF]),
         (
             "weights",
-            f"{_human(memory['weights_bf16_bytes'])} in bf16, "
-            f"{_human(memory['weights_fp32_bytes'])} in fp32",
+            f"{human(memory['weights_bf16_bytes'])} in bf16, "
+            f"{human(memory['weights_fp32_bytes'])} in fp32",
         ),
         (
             "KV cache",
-            f"{_human(memory['kv_bf16_bytes_per_token'])} per token in bf16, "
-            f"{_human(memory['kv_bf16_bytes_at_max_positions'])} for all positions",
+            f"{human(memory['kv_bf16_bytes_per_token'])} per token in bf16, "
+            f"{human(memory['kv_bf16_bytes_at_max_positions'])} for all positions",
         ),
     ]
     for file in report["files"] or []:
-        size = _human(file["bytes"])
+        size = human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {counted(file['tensors'], 'tensor')}"))
     blocks = (report["gguf_blocks"] or {}).items()
     lines += [("blocks" if n == 0 else "", _blocks(*one)) for n, one in enumerate(blocks)]
@@ -228,7 +238,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _blocks(name: str, count: dict[str, int]) -> str:
     tensors = counted(count["tensors"], "tensor")
-    return f"{name}, {_human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
+    return f"{name}, {human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
@@ -254,23 +264,3 @@ def _end(end: dict[str, Any]) -> str:
     text = "" if end["text"] is None else f" {end['text']!r}"
     row = "" if end["has_row"] else "; left out: the model has no row for it"
     return f"{end['id']}{text} ({', '.join(end['sources'])}{row})"
-
-
-def _adapter_line(adapter: dict[str, Any]) -> str:
-    return (
-        f"LoRA r={adapter['r']}, alpha={adapter['alpha']} on {', '.join(adapter['targets'])} "
-        f"({counted(adapter['modules'], 'module')}, "
-        f"{counted(adapter['parameters'], 'parameter', ',')})"
-    )
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, []))
-
-
-def _human(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError

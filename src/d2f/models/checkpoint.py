@@ -17,9 +17,10 @@ from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknow
 from d2f.hub import resolve_folder
 from d2f.models.ends import find_ends
 from d2f.models.families import config_from_spec, read_as_diffusion, spec_from_config
-from d2f.models.lora import has_adapter, load_adapter, read_adapter, with_adapter
+from d2f.models.lora import has_adapter, load_adapter, with_adapter
 from d2f.models.lora_base import other_base
 from d2f.models.lora_declaration import is_adapter
+from d2f.models.lora_folder import read_adapter
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec

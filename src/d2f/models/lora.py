@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.base_fingerprint import Fingerprint, take_fingerprint
-from d2f.models.lora_config import LoraConfig, read_config, written_config
+from d2f.models.lora_config import LoraConfig, written_config
 from d2f.models.lora_declaration import (
     ADAPTER_DTYPES,
     CONFIG_FILE,
@@ -29,18 +29,21 @@ from d2f.models.lora_declaration import (
     adapted_spec,
     read_declaration,
 )
-from d2f.models.lora_int8 import from_int8, num_groups, to_int8
-from d2f.models.lora_tensors import MERGE, lora_keys, misfit, scale_key, sort_tensors
+from d2f.models.lora_folder import (
+    FLOAT_STEM,
+    INT8_STEM,
+    StoredAdapter,
+    parameter_places,
+    read_adapter,
+)
+from d2f.models.lora_int8 import to_int8
+from d2f.models.lora_tensors import MERGE, lora_keys, scale_key
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
-    FLOATS,
     GENERATION_FILE,
     POLICY_FILE,
     StoredTensor,
-    compare_tensors,
-    read_headers,
-    read_json,
     read_max_new_tokens,
     read_policy,
     read_tensor,
@@ -50,9 +53,8 @@ from d2f.models.storage import (
 )
 from d2f.models.transformer import Transformer
 
-_FLOAT_STEM, _INT8_STEM = "adapter_model", "adapter_int8"
 _OWNED = (
-    f"{_FLOAT_STEM}*.safetensors", f"{_INT8_STEM}*.safetensors", CONFIG_FILE, DECLARATION_FILE,
+    f"{FLOAT_STEM}*.safetensors", f"{INT8_STEM}*.safetensors", CONFIG_FILE, DECLARATION_FILE,
     POLICY_FILE,
 )  # fmt: skip
 
@@ -197,6 +199,31 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
         merge_adapter(model)
 
 
+def use_config(model: Transformer, config: LoraConfig) -> None:
+    """Go on with a loaded adapter under this config, of which only the dropout may be another.
+
+    Raises:
+        ConfigError: Rank, scale or targets are not those of the adapter.
+    """
+    adapted = _adapted(model)
+    targets = {ours: published for published, ours in config.targets(model.spec).items()}
+    for ours in dict.fromkeys((*adapted, *targets)):
+        module, name = adapted.get(ours), targets.get(ours)
+        found = None if module is None else (module.lora_A.shape[0], module.scale)
+        wanted = None if name is None else (config.rank(name), config.scale(name))
+        if found != wanted:
+            kinds = [
+                "none" if x is None else f"rank {x[0]}, scale {x[1]:g}" for x in (found, wanted)
+            ]
+            raise ConfigError(
+                f"the adapter to start from does not fit [lora]: at {name or ours} it has "
+                f"{kinds[0]}, and [lora] asks for {kinds[1]}; give [lora] the adapter's own "
+                "r, alpha and target_modules"
+            )
+    for module in adapted.values():
+        module.config = config
+
+
 def _require_same_base(folder: Path, found: StoredAdapter, fingerprint: Fingerprint) -> None:
     """Refuse a model of the same shape that is not the base, where the adapter knows its base."""
     if found.declaration is None or found.declaration.fingerprint is None:
@@ -236,144 +263,11 @@ def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredAdapter:
-    """An adapter's folder, as its config and headers describe it."""
-
-    config: LoraConfig
-    targets: dict[str, str]
-    """Modules that it adapts: published name -> ours."""
-    halves: dict[str, StoredTensor]
-    """Its tensors by `lora_keys`."""
-    copies: dict[str, StoredTensor]
-    """Tensors of the base model that were saved with it, by their published names."""
-    base_model: str | None
-    """What it was trained on, as the one who saved it called that."""
-    declaration: Declaration | None
-    """What d2f has written beside it; None: others made it."""
-    scales: dict[str, StoredTensor]
-    """int8: the scales of `halves` by `scale_key`; else empty."""
-
-    def read(self, published: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Both halves of a module's adapter in fp32: (R, I) and (O, R)."""
-        keys = lora_keys(published)
-        if not self.scales:
-            a_RI, b_OR = (read_tensor(self.halves[k], device, torch.float32) for k in keys)
-            return a_RI, b_OR
-        a, b = (read_tensor(self.halves[k], device, torch.int8) for k in keys)
-        a_scale, b_scale = (read_tensor(self.scales[scale_key(k)], device) for k in keys)
-        return from_int8(a, a_scale, b, b_scale)
-
-
-def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
-    """What an adapter's folder holds, checked by header.
-
-    Raises `CheckpointError` if it is not supported or does not belong to a model of this spec.
-    """
-    declared = read_declaration(folder)
-    int8 = declared is not None and declared.lora is not None
-    where = folder / (DECLARATION_FILE if int8 else CONFIG_FILE)
-    if not where.exists() and (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds a whole model, not an adapter; load it by itself")
-    adapted_spec(spec, folder, declared)  # refuses another architecture
-    values = declared.lora if declared is not None and declared.lora is not None else {}
-    values = values or read_json(where)
-    try:
-        config = read_config(values, spec, where)
-        targets = config.targets(spec)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    stored = read_headers(folder, _INT8_STEM if int8 else _FLOAT_STEM)
-    scales = {n: t for n, t in stored.items() if int8 and n.endswith(".scale")}
-    rest = {n: t for n, t in stored.items() if n not in scales}
-    halves, copies = sort_tensors(folder, rest, spec, ("I8",) if int8 else tuple(FLOATS))
-    _check_saved_modules(values.get("modules_to_save"), copies, where)
-    modules = published_modules(spec)
-    sizes = _linear_shapes(spec)
-    shapes = {
-        published: sizes[ours.rsplit(".", 1)[-1]]
-        for published, ours in modules.items()
-        if ours.rsplit(".", 1)[-1] in sizes
-    }
-    wanted: dict[str, tuple[int, ...]] = {}
-    for published in targets:
-        rows, columns = shapes[published]
-        rank = config.rank(published)
-        wanted |= dict(zip(lora_keys(published), [(rank, columns), (rows, rank)], strict=True))
-    problems = compare_tensors(halves, wanted)
-    if problems:
-        raise CheckpointError(misfit(folder, problems, halves, shapes, spec))
-    if int8:
-        _check_scales(folder, scales, wanted)
-    base = values.get("base_model_name_or_path")
-    return StoredAdapter(
-        config=config,
-        targets=targets,
-        halves=halves,
-        copies=_check_copies(folder, copies, spec),
-        base_model=base if isinstance(base, str) and base else None,
-        declaration=declared,
-        scales=scales,
-    )
-
-
-def _check_scales(
-    folder: Path, scales: Mapping[str, StoredTensor], halves: Mapping[str, tuple[int, ...]]
-) -> None:
-    """The scales must be those of the halves of these shapes, by header."""
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, (rows, columns) in halves.items():
-        groups = (rows, num_groups(columns)) if "lora_A" in name else (num_groups(rows), columns)
-        wanted[scale_key(name)] = groups
-    problems = compare_tensors(scales, wanted)
-    kinds = {tensor.kind for tensor in scales.values()} - FLOATS.keys()
-    if problems or kinds:
-        problems = problems or f"they are {', '.join(sorted(kinds))}"
-        raise CheckpointError(f"{folder}: the scales do not fit: {problems}; fetch it again")
-
-
-def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], where: Path) -> None:
-    """Of modules that were trained whole the file must hold the tensors; compared later."""
-    stored = {name.rpartition(".")[0] for name in copies}
-    for module in named if isinstance(named, list) else [] if named is None else [named]:
-        if not any(f".{name}".endswith(f".{module}") for name in stored):
-            raise CheckpointError(
-                f"{where}: modules_to_save is {named!r}, which is not supported; {MERGE}"
-            )
-
-
-def _check_copies(
-    folder: Path, copies: Mapping[str, StoredTensor], spec: ModelSpec
-) -> dict[str, StoredTensor]:
-    """Those copies that are parameters of the model, by header; buffers are left out.
-
-    Raises `CheckpointError` for what is no tensor of the model, or one of another shape.
-    """
-    kept = {}
-    places = _places(spec) if copies else {}
-    for name, tensor in copies.items():
-        if name not in places:
-            if tensor.kind not in FLOATS or name.endswith("inv_freq"):
-                continue
-            raise CheckpointError(
-                f"{folder} holds {tensor.name}, which is no tensor of an adapter nor of this "
-                f"{spec.architecture.name}; remove it"
-            )
-        shape = tuple(getattr(*places[name]).shape)
-        if tensor.kind not in FLOATS or tensor.shape != shape:
-            raise CheckpointError(
-                f"{folder} holds {name} as {tensor.kind} of {list(tensor.shape)}, where the model "
-                f"has {list(shape)}; {MERGE}"
-            )
-        kept[name] = tensor
-    return kept
-
-
 def _require_equal_copies(
     folder: Path, copies: Mapping[str, StoredTensor], model: Transformer
 ) -> None:
     """Refuse tensors beside the adapter that differ from the model's own."""
-    places = _places(model.spec, model)
+    places = parameter_places(model.spec, model)
     different = []
     for name, tensor in copies.items():
         own = getattr(*places[name]).detach()
@@ -387,29 +281,6 @@ def _require_equal_copies(
             f"{folder} holds {some_names(different)} otherwise than the model, so it was trained "
             f"with the adapter or is another model's; {MERGE}"
         )
-
-
-def _places(spec: ModelSpec, model: Transformer | None = None) -> dict[str, tuple[nn.Module, str]]:
-    """Published names of the parameters, a tied head among them."""
-    if model is None:
-        with torch.device("meta"):
-            model = Transformer(spec)
-    places = published_parameters(model)
-    if spec.tie_embeddings:
-        embed, head = (spec.architecture.names[name] for name in ("embed", "lm_head"))
-        places[f"{head}.weight"] = places[f"{embed}.weight"]
-    return places
-
-
-def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the projections of a layer."""
-    with torch.device("meta"):
-        layer = Transformer(replace(spec, num_layers=1)).layers[0]
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 def _require_no_adapter(model: Transformer) -> None:
@@ -517,7 +388,7 @@ def save_adapter(
         if not int8:
             write_json(new / CONFIG_FILE, config)
         write_json(new / DECLARATION_FILE, declared.to_dict())
-        stem = _INT8_STEM if int8 else _FLOAT_STEM
+        stem = INT8_STEM if int8 else FLOAT_STEM
         save_file(tensors, new / f"{stem}.safetensors", metadata={"format": "pt"})
         if spec.recommended_policy is not None:
             write_json(new / POLICY_FILE, spec.recommended_policy.to_dict())

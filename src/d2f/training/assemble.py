@@ -12,7 +12,14 @@ from d2f.errors import ConfigError, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import as_diffusion, build_model, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
-from d2f.models.lora import adapter_parameters, attach_adapter, load_adapter
+from d2f.models.lora import (
+    adapter_parameters,
+    attach_adapter,
+    load_adapter,
+    use_config,
+    with_adapter,
+)
+from d2f.models.lora_declaration import read_declaration
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
@@ -71,7 +78,9 @@ def initial_spec(config: TrainConfig) -> ModelSpec:
         CheckpointError: There is no config.json.
     """
     if config.model.init is not None:
-        return read_spec(resolve_folder(config.model.init, weights=False))
+        spec = read_spec(resolve_folder(config.model.init, weights=False))
+        adapter = config.model.init_adapter
+        return spec if adapter is None else with_adapter(spec, resolve_folder(adapter))
     assert config.model.config is not None
     spec = spec_from_config(config.model.config, "[model.config]")
     known = config_from_spec(spec) | {"rope_parameters": None, "torch_dtype": None}
@@ -95,16 +104,7 @@ def load_models(
     full = config.lora is None
     at_start = checkpoint is None or not full
     model = _initial(config, tokenizer, device) if at_start else None
-    own_teacher = (
-        config.stage == "d2f"
-        and (full or config.model.teacher != "init")
-        and (config.objective is None or config.objective.objective != "cross_entropy")
-    )
-    teacher = None
-    if own_teacher and config.model.teacher != "init":
-        teacher = load_model(config.model.teacher, device=device, dtype=config.model.dtype)
-    elif own_teacher:
-        teacher = copy.deepcopy(model) if model else _initial(config, tokenizer, device)
+    teacher = _teacher(config, tokenizer, device, model) if config.own_teacher else None
     if model is None:
         assert checkpoint is not None
         model = load_model(checkpoint, device=device, dtype=config.model.dtype)
@@ -114,20 +114,41 @@ def load_models(
         teacher.eval().requires_grad_(False)
     if config.lora is None:
         model.requires_grad_(True)
-    elif checkpoint is None:
-        attach_adapter(model, config.lora, generator(config.seed, "adapter"))
-    else:
-        load_adapter(model, checkpoint, merge=False)
+    elif checkpoint is not None or config.model.init_adapter is not None:
+        load_adapter(model, checkpoint or str(config.model.init_adapter), merge=False)
+        use_config(model, config.lora)
         for parameter in adapter_parameters(model):
             parameter.requires_grad_(True)
+    else:
+        attach_adapter(model, config.lora, generator(config.seed, "adapter"))
     return model, teacher
+
+
+def _teacher(
+    config: TrainConfig, tokenizer: Tokenizer, device: torch.device, model: Transformer | None
+) -> Transformer:
+    """A teacher of its own; `model` is the start of the run, if it is in memory."""
+    settings = config.model
+    if settings.teacher != "init":
+        return load_model(
+            settings.teacher, settings.teacher_adapter, device=device, dtype=settings.dtype
+        )
+    if config.lora is None:
+        return copy.deepcopy(model or _initial(config, tokenizer, device))
+    # The student's own adapter will change.
+    assert settings.init is not None
+    return load_model(settings.init, settings.init_adapter, device, settings.dtype)
 
 
 def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Transformer:
     """The weights that the run starts from, of the kind that the stage trains."""
     settings = config.model
+    adapter = settings.init_adapter
+    declared = None if adapter is None else read_declaration(resolve_folder(adapter))
     if settings.init is not None:
-        model = load_model(settings.init, device=device, dtype=settings.dtype)
+        # One that is trained on stays beside the weights.
+        merged = adapter if config.lora is None else None
+        model = load_model(settings.init, merged, device=device, dtype=settings.dtype)
     else:
         spec = initial_spec(config)
         seed = derive_seed(config.seed, "weights")
@@ -137,7 +158,10 @@ def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) ->
         if not causal:
             raise ConfigError(f"{model.spec.architecture.name} is no autoregressive model")
         return model
-    candidates = (settings.mask_token_id, model.spec.mask_token_id, tokenizer.mask_token_id)
+    candidates = (
+        settings.mask_token_id, declared and declared.mask_token_id, model.spec.mask_token_id,
+        tokenizer.mask_token_id,
+    )  # fmt: skip
     mask = next((token for token in candidates if token is not None), None)
     if mask is None:
         raise ConfigError(
@@ -145,6 +169,14 @@ def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) ->
             "set model.mask_token_id"
         )
     if causal:
+        taught = declared is not None and declared.mask_token_id is not None
+        if config.has_teacher and settings.teacher == "init" and not taught:
+            raise ConfigError(
+                f"{settings.init or '[model.config]'} is autoregressive, and nothing has taught it "
+                "to fill masks, so it cannot be the teacher; name a diffusion model of the same "
+                "tokenizer as model.teacher, or train on the data with "
+                'objective.objective = "cross_entropy"'
+            )
         return as_diffusion(model, mask_token_id=mask)
     model.spec = replace(model.spec, mask_token_id=mask)
     return model
@@ -173,6 +205,11 @@ def _check_teacher(model: Transformer, teacher: Transformer) -> None:
             f"the teacher, a {teacher.spec.architecture.name} of "
             f"{counted(teacher.spec.vocab_size, 'token')}, "
             f"cannot teach a {model.spec.architecture.name} of {model.spec.vocab_size}"
+        )
+    if teacher.spec.mask_token_id not in (None, model.spec.mask_token_id):
+        raise ConfigError(
+            f"the teacher's mask token is {teacher.spec.mask_token_id}, the student's "
+            f"{model.spec.mask_token_id}; set model.mask_token_id to the teacher's"
         )
 
 

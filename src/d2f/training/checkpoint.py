@@ -188,7 +188,7 @@ def save_final(
     The model is converted to `model.output_dtype` in place, which ends its training.
     """
     if not has_adapter(model):
-        model.to(getattr(torch, config.model.output_dtype))
+        model.to(getattr(torch, config.model.weights_dtype))
     return _save_result(model, config, tokenizer_folder, facts, "final", {})
 
 
@@ -201,7 +201,7 @@ def save_best(
 ) -> Path:
     """Write `best/`, which is like `final/`, with the evaluation; the model stays as it is."""
     if not has_adapter(model):
-        model = _converted(model, getattr(torch, config.model.output_dtype))
+        model = _converted(model, getattr(torch, config.model.weights_dtype))
     return _save_result(
         model,
         config,
@@ -226,9 +226,10 @@ def _save_result(
     if policy is None and config.stage == "d2f":
         policy = DecodingPolicy()  # which says that the model is distilled
     with replaced_folder(folder, ["*"]) as new:
-        model.spec = replace(spec, recommended_policy=policy)
+        limit = config.model.max_new_tokens or spec.recommended_max_new_tokens
+        model.spec = replace(spec, recommended_policy=policy, recommended_max_new_tokens=limit)
         try:
-            _save_weights(model, config, new)
+            _save_weights(model, config, new, config.model.adapter_dtype)
         finally:
             model.spec = spec
         for file in _TOKENIZER_FILES:
@@ -258,9 +259,17 @@ def provenance() -> dict[str, Any]:
     return {**describe_code(), "gpu": gpu}
 
 
-def _save_weights(model: Transformer, config: TrainConfig, folder: Path) -> None:
+def _save_weights(
+    model: Transformer, config: TrainConfig, folder: Path, adapter_dtype: str = "float32"
+) -> None:
     if has_adapter(model):
-        save_adapter(model, folder, base_model=config.model.init or "")
+        save_adapter(
+            model,
+            folder,
+            base_model=config.model.base_name or config.model.init or "",
+            dtype=adapter_dtype,
+            distilled=config.stage != "masked-diffusion",
+        )
         return
     mib = config.model.max_shard_mib
     save_model(model, folder, max_shard_bytes=None if mib is None else mib * 2**20)

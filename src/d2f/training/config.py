@@ -120,6 +120,25 @@ class TrainConfig:
                 'weights faster, keep float32 and set precision = "bfloat16"'
             )
 
+        if self.model.output_dtype == "int8" and self.lora is None:
+            raise ConfigError(
+                'model.output_dtype "int8" is for the adapter of a [lora] table; all weights are '
+                'stored as "bfloat16" or "float32"'
+            )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the objective compares with a teacher, rather than with the data."""
+        hard = self.objective is not None and self.objective.objective == "cross_entropy"
+        return self.stage == "d2f" and not hard
+
+    @property
+    def own_teacher(self) -> bool:
+        """Whether there is a teacher of other weights than the student's without its adapter."""
+        model = self.model
+        other = self.lora is None or model.teacher != "init" or model.init_adapter is not None
+        return self.has_teacher and other
+
     def micro_batches(self, processes: int = 1) -> tuple[int, int]:
         """Sequences of a micro-batch, and how many of those each process has for an update.
 

@@ -163,11 +163,6 @@ def _counted_share(config: TrainConfig) -> float:
     return 1.0 if noise is None else (noise.low + noise.high) / 2
 
 
-def _has_teacher(config: TrainConfig) -> bool:
-    hard = config.objective is not None and config.objective.objective == "cross_entropy"
-    return config.stage == "d2f" and not hard
-
-
 def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[str, int]:
     """Operations of an update; all tokens are taken to see all of their sequence, or row."""
     pairs = num_tokens * config.data.sequence_length
@@ -179,7 +174,7 @@ def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[
     )
     found = step_flops(model, None, work).to_dict()
     del found["total"]
-    if not _has_teacher(config):
+    if not config.has_teacher:
         found["teacher"] = 0
     return found
 
@@ -197,7 +192,6 @@ def _memory(
     spec = model.spec
     size = getattr(torch, config.model.dtype).itemsize
     products = 2 if config.precision == "bfloat16" else size
-    own_teacher = _has_teacher(config) and (config.lora is None or config.model.teacher != "init")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = sum(
         m.lora_A.numel() + m.lora_B.numel() for m in model.modules() if isinstance(m, LoraLinear)
@@ -205,7 +199,7 @@ def _memory(
     shards = processes if config.sharding == "full" else 1
     base = spec.num_parameters * size
     # An adapter is not sharded; one layer, and embedding with head, are whole while they compute.
-    weights = (1 + own_teacher) * base // shards + 4 * adapter
+    weights = (1 + config.own_teacher) * base // shards + 4 * adapter
     if shards > 1:
         weights += (1 - 1 / shards) * (base - (spec.num_layers - 1) * _layer_weights(model) * size)
     kept = trained if adapter else trained // shards

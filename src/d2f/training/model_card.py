@@ -74,7 +74,7 @@ def _front_matter(config: TrainConfig, spec: ModelSpec) -> str:
     if _base(config):
         lines.append(f"base_model: {_base(config)}")
         lines.append(f"base_model_relation: {'finetune' if config.lora is None else 'adapter'}")
-    if config.lora is not None:
+    if config.lora is not None and config.model.adapter_dtype != "int8":
         lines.append("library_name: peft")
     elif spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
         lines.append("library_name: transformers")
@@ -91,7 +91,9 @@ def _front_matter(config: TrainConfig, spec: ModelSpec) -> str:
 
 
 def _base(config: TrainConfig) -> str | None:
-    """The hub id of the weights that the run started from, if that is what they are."""
+    """The hub id of the weights that the run started from, if they have one."""
+    if config.model.base_name is not None:
+        return config.model.base_name
     init = config.model.init
     if init is None or not is_hub_id(init) or Path(init).is_dir():
         return None
@@ -102,7 +104,9 @@ def _base(config: TrainConfig) -> str | None:
 def _kind(config: TrainConfig, spec: ModelSpec) -> str:
     size = f"{spec.num_parameters / 1e6:,.1f}M parameters"
     if config.lora is not None:
-        return f"LoRA adapter (r = {config.lora.r}) for a {spec.architecture.name} of {size}"
+        name = spec.read_from or spec.architecture.name
+        read = ", read as a diffusion model" if spec.read_from else ""
+        return f"LoRA adapter (r = {config.lora.r}) for a {name} of {size}{read}"
     return f"{spec.architecture.name} of {size}"
 
 
@@ -128,14 +132,36 @@ def _loading(config: TrainConfig, spec: ModelSpec) -> str:
                 'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
             )
         return text
+    return _code("bash", f"d2f generate --model {base} --adapter THIS_FOLDER 'a prompt'") + (
+        "\n\n" + _python(config, spec, base)
+    )
+
+
+def _python(config: TrainConfig, spec: ModelSpec, base: str) -> str:
+    """How an adapter is loaded in Python, by PEFT where PEFT can read it."""
+    ours = _code("python", f'import d2f\n\nmodel = d2f.load_model("{base}", adapter="THIS_FOLDER")')
+    if spec.read_from is not None:
+        ours += (
+            f"\n\nThe base model is the autoregressive checkpoint as it is published; the adapter "
+            f"makes it a diffusion model with the mask token {spec.mask_token_id}. Another base, "
+            "such as another fine-tune of the same shape, is refused; the same one in other "
+            "precisions is not."
+        )
+    if config.model.adapter_dtype == "int8":
+        return ours + (
+            "\n\nThe adapter is stored in 8 bits, which PEFT does not read. To write it in PEFT's "
+            "format, load it with `merge_adapter=False` and call `d2f.models.lora.save_adapter("
+            'model, FOLDER, dtype="float32")`.'
+        )
+    if spec.read_from is not None:
+        return ours + "\n\nThe files are in PEFT's format; decoding as trained needs d2f."
     code = (
         "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
         f'base = AutoModel.from_pretrained("{base}", trust_remote_code=True)\n'
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
     )
-    d2f = f"d2f generate --model {base} --adapter THIS_FOLDER 'a prompt'"
     return (
-        f"{_code('bash', d2f)}\n\nThe adapter is in PEFT's format (the base model's own code may "
+        f"{ours}\n\nThe adapter is in PEFT's format (the base model's own code may "
         f"be needed there; decoding as trained needs d2f):\n\n{_code('python', code)}"
     )
 

@@ -40,6 +40,12 @@ MakeEvaluator = Callable[[TrainConfig, Tokenizer], Callable[[Sequence[HeldOut]],
 # A checkpoint continues only the run that made it; other settings may change on resuming.
 _IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora", "evaluate")
 
+_FREE = {
+    "data": ("cache", "num_workers"),
+    # What of `final/` is no matter of training.
+    "model": ("output_dtype", "max_shard_mib", "max_new_tokens", "base_name"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
@@ -302,14 +308,14 @@ def _find_checkpoint(config: TrainConfig, resume: bool, reporter: Reporter) -> P
 
 
 def _identity(table: Mapping[str, Any], name: str) -> Any:
-    """A part of a recipe, without what does not change the data."""
+    """A part of a recipe, without what does not change what is trained, or on what."""
     part = table.get(name)
     if name == "evaluate":
         # Only this table's choice of samples changes what is trained on.
         held_out = part.get("held_out") if isinstance(part, Mapping) else None
         return None if held_out is None else (held_out, (part or {}).get("seed"))
-    if name == "data" and isinstance(part, Mapping):
-        return {key: value for key, value in part.items() if key not in ("cache", "num_workers")}
+    if isinstance(part, Mapping):
+        return {key: value for key, value in part.items() if key not in _FREE.get(name, ())}
     return part
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from d2f.diffusion.schedule import MaskRatioSchedule
 from d2f.errors import ConfigError
+from d2f.hub import is_hub_id
+from d2f.models.lora_declaration import ADAPTER_DTYPES
 from d2f.problems import ProblemConfig
 from d2f.problems.functions import FunctionConfig
 from d2f.recipe import at_least, one_of
@@ -31,6 +33,12 @@ class ModelConfig:
     init: str | None = None
     """Folder, hub id or GGUF file of the weights to start from; none: new weights after `config`.
     Autoregressive weights in a diffusion stage become a Dream model, whose head stays shifted."""
+    init_adapter: str | None = None
+    """LoRA adapter on `init`, folder or hub id, to start from. With [lora] it is what is trained
+    on; without, it is merged into the weights."""
+    base_name: str | None = None
+    """What others know `init` by, as a hub id; in the model card and the adapter's config. None:
+    `init` itself."""
     config: Mapping[str, Any] | None = None
     """Architecture of new weights: the entries of a published config.json."""
     mask_token_id: int | None = None
@@ -38,10 +46,16 @@ class ModelConfig:
     teacher: str = "init"
     """Stage d2f. "init": the weights the run starts from (the model with its adapter off, or a
     frozen copy where all weights are trained); else a folder or hub id."""
+    teacher_adapter: str | None = None
+    """LoRA adapter on `teacher`: folder or hub id."""
     dtype: str = "float32"
     """Type of the weights in memory; bfloat16 only for frozen weights below an adapter."""
-    output_dtype: str = "bfloat16"
-    """Type of the weights in `final/`."""
+    output_dtype: str | None = None
+    """Type of the weights in `final/`: float32, bfloat16 or, of an adapter, int8. None: bfloat16,
+    and float32 of an adapter."""
+    max_new_tokens: int | None = None
+    """Length of an answer that `final/` recommends; none: that of `init`, if it is a model of the
+    same kind."""
     max_shard_mib: int | None = None
     """Largest weight file in MiB; none: one file."""
 
@@ -49,8 +63,29 @@ class ModelConfig:
         if (self.init is None) == (self.config is None):
             raise ConfigError("[model] needs either init (weights) or config (a new architecture)")
         one_of("model.dtype", self.dtype, DTYPES)
-        one_of("model.output_dtype", self.output_dtype, DTYPES)
+        if self.output_dtype is not None:
+            one_of("model.output_dtype", self.output_dtype, ADAPTER_DTYPES)
         at_least("model.max_shard_mib", self.max_shard_mib, 1)
+        at_least("model.max_new_tokens", self.max_new_tokens, 1)
+        if self.init is None and (self.init_adapter or self.base_name):
+            raise ConfigError("model.init_adapter and model.base_name belong to model.init")
+        if self.base_name is not None and not is_hub_id(self.base_name):
+            raise ConfigError(f"model.base_name is '{self.base_name}'; it must be a hub id")
+        if self.teacher == "init" and self.teacher_adapter is not None:
+            raise ConfigError(
+                "model.teacher_adapter belongs to model.teacher, which must name its base; with "
+                "model.init_adapter the teacher is the model that the run starts from"
+            )
+
+    @property
+    def weights_dtype(self) -> str:
+        """Type of all weights in `final/`, where they are trained."""
+        return self.output_dtype or "bfloat16"
+
+    @property
+    def adapter_dtype(self) -> str:
+        """Type of the adapter in `final/`, where one is trained."""
+        return self.output_dtype or "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -333,7 +333,7 @@ class Trainer:
         self._check_finite()
         pause = time.perf_counter()
         self.student.eval()
-        dtype = getattr(torch, self.config.model.output_dtype)
+        dtype = getattr(torch, self.config.model.weights_dtype)
         with self.distributed.whole(self.device, dtype) as model:
             if model is not None and self.evaluations is not None:
                 self.evaluations.run(model, self.step)
@@ -346,7 +346,7 @@ class Trainer:
         if self._sampler is None or settings is None or self.step % settings.every:
             return
         self.student.eval()
-        dtype = getattr(torch, self.config.model.output_dtype)
+        dtype = getattr(torch, self.config.model.weights_dtype)
         with self.distributed.whole(self.device, dtype) as model:
             failed = model is not None and not self._sample(self._sampler, model)
             if self.processes.any(failed):
