@@ -32,7 +32,7 @@ from d2f.models.storage import (
     compare_tensors,
     read_headers,
     read_json,
-    read_tensor,
+    read_tensors,
 )
 from d2f.models.transformer import Transformer
 
@@ -61,11 +61,12 @@ class StoredAdapter:
     def read(self, published: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Both halves of a module's adapter in fp32: (R, I) and (O, R)."""
         keys = lora_keys(published)
+        halves = [self.halves[key] for key in keys]
         if not self.scales:
-            a_RI, b_OR = (read_tensor(self.halves[k], device, torch.float32) for k in keys)
+            a_RI, b_OR = read_tensors(halves, device, torch.float32)
             return a_RI, b_OR
-        a, b = (read_tensor(self.halves[k], device, torch.int8) for k in keys)
-        a_scale, b_scale = (read_tensor(self.scales[scale_key(k)], device) for k in keys)
+        scales = [self.scales[scale_key(key)] for key in keys]
+        a, b, a_scale, b_scale = read_tensors([*halves, *scales], device)
         return from_int8(a, a_scale, b, b_scale)
 
 

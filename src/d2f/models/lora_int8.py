@@ -2,9 +2,9 @@
 
 Shapes: R rank, I inputs, O outputs of a projection, G groups of 32 inputs or outputs.
 
-An adapter's rows (of A) and columns (of B) belong to ranks of very different size, and outliers
-would coarsen a whole row: groups of 32 lose 0.7% of the update where one scale per rank loses 1.0%,
-for 6% more bytes.
+Outliers coarsen only their group. Two pairs of halves are tried, the adapter's own and the one
+whose ranks are orthogonal and shared equally between the two; the one that loses less is kept. Of
+SmolLM2's adapters that is 0.5 to 0.7% of the update, for 6% more bytes than the integers have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def num_groups(size: int) -> int:
 def balanced(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
     """Halves with the same product whose ranks are orthogonal and shared equally between the two.
 
-    Then no large ranks cancel each other, and errors of rounding stay in proportion to the update.
+    Then no ranks cancel each other, whose errors would stay.
 
     Example:
         >>> a, b = balanced(torch.rand(4, 8), torch.rand(6, 4))
@@ -51,8 +51,19 @@ def to_int8(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """
     if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
         raise ConfigError("the adapter holds numbers that are not finite, so it cannot be stored")
-    a, b = balanced(a_RI.cpu(), b_OR.cpu())
-    (a_int, a_scale), (b_int, b_scale) = _rounded(a), _rounded(b.T)
+    own = a_RI.float().cpu(), b_OR.float().cpu()
+    update_OI = own[1] @ own[0]
+    tried = [_pair(*halves) for halves in (own, balanced(*own))]
+
+    def lost(pair: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
+        a, b = from_int8(*pair)
+        return (b @ a - update_OI).norm().item()
+
+    return min(tried, key=lost)
+
+
+def _pair(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (a_int, a_scale), (b_int, b_scale) = _rounded(a_RI), _rounded(b_OR.T)
     return a_int, a_scale, b_int.T.contiguous(), b_scale.T.contiguous()
 
 

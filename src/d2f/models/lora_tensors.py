@@ -135,6 +135,9 @@ def misfit(
     known = {key for module in shapes for key in lora_keys(module)}
     if any(key not in known for key in halves):
         return _another(folder, problems, spec)
+    layers = {int(number) for key in halves for number in re.findall(r"\.(\d+)\.", key)}
+    if layers and max(layers) + 1 < spec.num_layers and layers == set(range(len(layers))):
+        return _another(folder, problems, spec)
     where = folder / "adapter_config.json"
     if "missing" not in problems and "unexpected" not in problems:
         found = ", ".join(map(str, sorted(ranks)))

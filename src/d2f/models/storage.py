@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -175,6 +175,17 @@ def read_tensor(
     # the copies, and a tensor that lies in the map is not aligned as CPU kernels like it.
     with _opened(stored.file) as file:
         return file.get_tensor(stored.name).to(device, dtype or stored.dtype, copy=True)
+
+
+def read_tensors(
+    stored: Sequence[StoredTensor], device: torch.device, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Some small tensors, as `read_tensor` gives each, with one look at a file that holds all."""
+    if len({one.file for one in stored}) != 1:
+        return [read_tensor(one, device, dtype) for one in stored]
+    with _opened(stored[0].file) as file:
+        tensors = [file.get_tensor(one.name) for one in stored]
+        return [one.to(device, dtype or one.dtype, copy=True) for one in tensors]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2f.errors import CheckpointError, ConfigError
-from d2f.models.checkpoint import load_model
+from d2f.models.checkpoint import as_diffusion, load_model
 from d2f.models.lora import (
     LoraConfig,
     adapter_disabled,
@@ -20,6 +20,7 @@ from d2f.models.lora import (
     merge_adapter,
     save_adapter,
 )
+from d2f.models.names import published_parameters
 from d2f.testing import tiny_adapter, tiny_model, write_adapter, write_checkpoint
 
 IDS = torch.arange(20)[None]
@@ -486,6 +487,42 @@ def test_peft_reads_ours(tmp_path, peft, model_type, config):
     torch.testing.assert_close(
         ours.logits(IDS)[:, 1:], their_logits(theirs)[:, :-1], atol=1e-4, rtol=0
     )
+
+
+def read_as_diffusion(folder, dtype):
+    """Write an adapter of all projections, trained on a Llama that is read as a diffusion model."""
+    model = as_diffusion(tiny_model("llama"), mask_token_id=90)
+    tiny_adapter(model, config=LoraConfig(r=4, alpha=8, target_modules="all-linear"))
+    save_adapter(model, folder, dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peft_reads_the_same_update_on_an_autoregressive_base(tmp_path, peft, dtype):
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tmp_path / "m", "llama")
+    read_as_diffusion(tmp_path / "a", dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").merge_and_unload()
+    theirs = dict(theirs.named_parameters())
+    ours = load_model(tmp_path / "m", tmp_path / "a", "cpu")
+    assert ours.spec.architecture.name == "Dream"
+    bare = tiny_model("llama").layers[1].down_proj.weight
+    assert not torch.allclose(ours.layers[1].down_proj.weight, bare, atol=0.1)
+    for name, (module, attribute) in published_parameters(ours).items():
+        if attribute == "weight":
+            torch.testing.assert_close(theirs[name], getattr(module, attribute))
+
+
+def test_peft_says_that_it_cannot_read_8_bits(tmp_path, peft):
+    read_as_diffusion(tmp_path, "int8")
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
+        peft.PeftConfig.from_pretrained(str(tmp_path))
+    # Another type takes the place of this one.
+    read_as_diffusion(tmp_path, "bfloat16")
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).r == 4
+    assert not (tmp_path / "adapter_int8.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
