@@ -92,6 +92,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         adapter_folder = resolve_folder(adapter)
         adapted = _adapter(str(adapter), adapter_folder, base)
         spec = with_adapter(spec, adapter_folder)
+    ends = [end for end in find_ends(folder, base) if end.id != spec.mask_token_id]
     policy = spec.recommended_policy
     return {
         "path": str(path),
@@ -107,11 +108,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
             "pad": spec.pad_token_id,
         },
         "tokenizer": _tokenizer(folder),
-        "ends": [
-            asdict(end) | {"sources": list(end.sources)}
-            for end in find_ends(folder, base)
-            if end.id != spec.mask_token_id
-        ],
+        "ends": [asdict(end) | {"sources": list(end.sources)} for end in ends],
         "adapter": adapted,
         "strategy": default_strategy(spec),
         "max_new_tokens": default_limit(spec),

@@ -77,7 +77,10 @@ def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("base", base),
         ("base is read", f"{read}{'as it is' if mask is None else diffusion}"),
         ("policy", pairs(report["recommended_policy"] or {}) or unset),
-        ("answers", "length not named" if limit is None else f"at most {limit} new tokens"),
+        (
+            "answers",
+            "length not named" if limit is None else f"at most {counted(limit, 'new token')}",
+        ),
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import CheckpointError, unknown_name
+from d2f.errors import CheckpointError, counted, unknown_name
 from d2f.models.base_fingerprint import Fingerprint
 from d2f.models.families import read_as_diffusion
 from d2f.models.spec import ModelSpec
@@ -134,8 +134,8 @@ def adapted_spec(spec: ModelSpec, folder: Path, declared: Declaration | None) ->
     if (own, spec.vocab_size) != (declared.base_type, declared.vocab_size):
         raise CheckpointError(
             f"{folder} is an adapter for another model: it was trained on a {declared.base_type} "
-            f"of {declared.vocab_size} tokens, and this is a {own} of {spec.vocab_size}; give the "
-            "base that it was trained on"
+            f"of {counted(declared.vocab_size, 'token')}, and this is a {own} of "
+            f"{spec.vocab_size}; give the base that it was trained on"
         )
     if mask is None:
         return spec

@@ -158,9 +158,9 @@ def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) ->
         if not causal:
             raise ConfigError(f"{model.spec.architecture.name} is no autoregressive model")
         return model
+    taught = None if declared is None else declared.mask_token_id
     candidates = (
-        settings.mask_token_id, declared and declared.mask_token_id, model.spec.mask_token_id,
-        tokenizer.mask_token_id,
+        settings.mask_token_id, taught, model.spec.mask_token_id, tokenizer.mask_token_id,
     )  # fmt: skip
     mask = next((token for token in candidates if token is not None), None)
     if mask is None:
@@ -169,8 +169,7 @@ def _initial(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) ->
             "set model.mask_token_id"
         )
     if causal:
-        taught = declared is not None and declared.mask_token_id is not None
-        if config.has_teacher and settings.teacher == "init" and not taught:
+        if config.has_teacher and settings.teacher == "init" and taught is None:
             raise ConfigError(
                 f"{settings.init or '[model.config]'} is autoregressive, and nothing has taught it "
                 "to fill masks, so it cannot be the teacher; name a diffusion model of the same "
