@@ -22,11 +22,12 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
         4
     """
     from d2f.hub import resolve_folder
-    from d2f.models.lora_folder import adapter_files
+    from d2f.models.lora_folder import adapter_entries, adapter_headers
     from d2f.models.storage import read_max_new_tokens, read_policy
 
     folder = resolve_folder(path)
-    values, declared, stored = adapter_files(folder)
+    values, declared = adapter_entries(folder)
+    stored = adapter_headers(folder, declared)
     targets = values.get("target_modules")
     halves = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
     weights = {name: tensor for name, tensor in halves.items() if not name.endswith(".scale")}
@@ -58,8 +59,8 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts in words; those that belong to the adapter alone come first."""
-    checked = "is checked" if report["checks_base"] else "is known by its name only"
-    base = f"{report['base_model'] or 'not named'}; {checked}"
+    known = "its weights" if report["checks_base"] else "its name only"
+    base = f"{report['base_model'] or 'not named'}, known by {known}"
     mask = report["mask_token_id"]
     read = f"{report['base_type']}, " if report["base_type"] else ""
     diffusion = f"as a diffusion model with mask token {mask}"

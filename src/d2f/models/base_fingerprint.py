@@ -22,7 +22,7 @@ from d2f.errors import CheckpointError
 
 ROUNDED = 0.01
 """Largest distance of matrices that rounding to 16 or 8 bits gives (0.002; 0.008)."""
-QUANTISED = 0.25
+QUANTISED = 0.5
 """Largest distance of matrices that quantisation to fewer bits gives (4 bits: 0.09)."""
 _ROWS = 64  # of a matrix that are looked at: quantisation and training change all of them
 _FEW_ROWS = 8  # enough to see whether values are repeated

@@ -20,7 +20,7 @@ from d2f.models.families import config_from_spec, read_as_diffusion, spec_from_c
 from d2f.models.lora import has_adapter, load_adapter, with_adapter
 from d2f.models.lora_base import other_base
 from d2f.models.lora_declaration import is_adapter
-from d2f.models.lora_folder import read_adapter
+from d2f.models.lora_folder import adapter_entries, read_adapter
 from d2f.models.names import published_modules, published_parameters
 from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec
@@ -136,8 +136,11 @@ def read_spec(folder: Path) -> ModelSpec:
         CheckpointError: A file is missing or broken.
     """
     if is_adapter(folder):
+        base = adapter_entries(folder)[0].get("base_model_name_or_path")
+        named = f", '{base}'," if base else ""
         raise CheckpointError(
-            f"{folder} holds an adapter, not a model; give the base model and pass this as adapter"
+            f"{folder} holds an adapter, not a model; give the base model{named} and pass this as "
+            "adapter"
         )
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} holds GGUF files; give one of them, such as {files[0]}")

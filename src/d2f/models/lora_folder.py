@@ -70,20 +70,24 @@ class StoredAdapter:
         return from_int8(a, a_scale, b, b_scale)
 
 
-def adapter_files(
-    folder: Path,
-) -> tuple[Mapping[str, Any], Declaration | None, dict[str, StoredTensor]]:
-    """What stands in an adapter's folder: PEFT's entries, d2f's declaration and the headers.
+def adapter_entries(folder: Path) -> tuple[Mapping[str, Any], Declaration | None]:
+    """PEFT's entries of an adapter's folder, and what d2f declares there.
 
     Raises `CheckpointError` if something is missing or broken.
     """
     declared = read_declaration(folder)
     if declared is not None and declared.lora is not None:
-        return declared.lora, declared, read_headers(folder, INT8_STEM)
+        return declared.lora, declared
     where = folder / CONFIG_FILE
     if not where.exists() and (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a whole model, not an adapter; load it by itself")
-    return read_json(where), declared, read_headers(folder, FLOAT_STEM)
+    return read_json(where), declared
+
+
+def adapter_headers(folder: Path, declared: Declaration | None) -> dict[str, StoredTensor]:
+    """The tensors of an adapter's folder by their names there; raises `CheckpointError`."""
+    int8 = declared is not None and declared.dtype == "int8"
+    return read_headers(folder, INT8_STEM if int8 else FLOAT_STEM)
 
 
 def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
@@ -91,8 +95,9 @@ def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
 
     Raises `CheckpointError` if it is not supported or does not belong to a model of this spec.
     """
-    values, declared, stored = adapter_files(folder)
-    int8 = declared is not None and declared.lora is not None
+    values, declared = adapter_entries(folder)
+    stored = adapter_headers(folder, declared)
+    int8 = declared is not None and declared.dtype == "int8"
     where = folder / (DECLARATION_FILE if int8 else CONFIG_FILE)
     adapted_spec(spec, folder, declared)  # refuses another architecture
     try:
