@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from d2f.cli.decoding_options import load_answerer
+from d2f.cli.eval import _loader
 from d2f.cli.inspect import inspect_model
 from d2f.cli.inspect_adapter import inspect_adapter
+from d2f.cli.usage import UsageError
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.policy import default_limit, default_strategy
 from d2f.errors import CheckpointError, ConfigError, D2FWarning
+from d2f.evaluation.eval_recipe import ModelEntry
 from d2f.models.checkpoint import as_diffusion, load_model, save_model
 from d2f.models.lora import (
     LoraConfig,
@@ -355,3 +360,20 @@ def test_inspecting_an_adapter_by_itself_and_on_its_base(folders):
     assert (report["strategy"], report["max_new_tokens"]) == ("pipelined", 40)
     assert report["adapter"]["targets"][0] == "down_proj"
     assert report["adapter"]["dtype"] == "int8"
+
+
+def test_every_command_gets_the_same_model(folders):
+    base, folder = (str(path) for path in folders)
+    expected = load_model(base, folder, "cpu")
+    recipe = SimpleNamespace(models={"x": ModelEntry(path=base, adapter=folder)})
+    found = [load_answerer(base, folder, "cpu", "float32")[0]]  # generate, chat, serve
+    found.append(_loader(recipe, "cpu", "float32")("x").model)
+    for model in found:
+        assert model.spec == expected.spec
+        assert default_strategy(model.spec) == "pipelined"
+        assert torch.equal(model.logits(IDS), expected.logits(IDS))
+    with pytest.raises(UsageError, match="eos 90 is the mask token"):
+        load_answerer(base, folder, "cpu", "float32", eos=["90"])
+    for see in (inspect_model, load_model):
+        with pytest.raises(CheckpointError, match=f"give the base model, '{HUB}', and pass this"):
+            see(folder)
