@@ -43,7 +43,7 @@ class Fingerprint:
 
     norms: tuple[str, ...]
     """SHA-256 of all norms and biases in bf16, rounded directly and by way of fp16."""
-    matrices: tuple[float, ...]
+    matrices: Mapping[str, float]
     """Of each matrix W, by published name, u W v / |W| with fixed random signs u and v."""
     quantised: bool
     """Whether the matrices hold few different values, as quantisation leaves them."""
@@ -54,10 +54,10 @@ class Fingerprint:
         try:
             return cls(
                 norms=tuple(str(one) for one in values["norms"]),
-                matrices=tuple(float(one) for one in values["matrices"]),
+                matrices={str(k): float(one) for k, one in values["matrices"].items()},
                 quantised=bool(values["quantised"]),
             )
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise CheckpointError(
                 f"{where}: the base's fingerprint is broken; fetch the adapter again"
             ) from None
@@ -67,15 +67,16 @@ class Fingerprint:
         return asdict(self)
 
     def distance(self, other: Fingerprint) -> float:
-        """Relative distance of all matrices, estimated; infinite where their numbers differ.
+        """Relative distance of the matrices that both have, estimated.
+
+        A head that is stored although it is tied is no difference. Infinite where none is common.
 
         With random signs u and v, (u D v)² is |D|² on average, so the root mean square over all
         matrices estimates |D| / |W|.
         """
-        if len(self.matrices) != len(other.matrices):
-            return math.inf
-        squares = [(a - b) ** 2 for a, b in zip(self.matrices, other.matrices, strict=True)]
-        return math.sqrt(sum(squares) / max(len(squares), 1))
+        common = self.matrices.keys() & other.matrices.keys()
+        squares = [(self.matrices[name] - other.matrices[name]) ** 2 for name in common]
+        return math.sqrt(sum(squares) / len(squares)) if squares else math.inf
 
     def difference(self, other: Fingerprint) -> str | None:
         """What tells the two models apart, worded for an error; None where nothing does."""
@@ -95,8 +96,9 @@ def take_fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     Biases that are zero do not count: an autoregressive model that is read as a diffusion model
     has some more of them.
     """
-    vectors, matrices, repeated = [], [], []
-    for _, weight in sorted(weights.items()):
+    vectors, repeated = [], []
+    matrices: dict[str, float] = {}
+    for name, weight in sorted(weights.items()):
         if weight.ndim == 1:
             if weight.any():
                 vectors.append(weight.float().cpu())
@@ -104,13 +106,13 @@ def take_fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
         rows = weight[:_ROWS].float()
         u, v = (_signs(size).to(rows.device) for size in rows.shape)
         size = rows.norm().item()
-        matrices.append(round((u @ rows @ v).item() / size, 6) if size else 0.0)
+        matrices[name] = round((u @ rows @ v).item() / size, 6) if size else 0.0
         repeated.append(_repeated_share(rows[:_FEW_ROWS]))
     joined = torch.cat([torch.zeros(0), *vectors])
     rounded = (joined.bfloat16(), joined.half().bfloat16())
     return Fingerprint(
         norms=tuple(dict.fromkeys(_sha256(one) for one in rounded)),
-        matrices=tuple(matrices),
+        matrices=matrices,
         quantised=statistics.median(repeated or [0.0]) > _REPEATED,
     )
 

@@ -331,6 +331,8 @@ def merge_adapter(model: Transformer) -> None:
         merged_OI = (base.weight.float() + update_OI).to(base.weight.dtype)
         base.weight = nn.Parameter(merged_OI, requires_grad=False)
         _replace(model, ours, base)
+    # These are no longer the weights of an autoregressive checkpoint, nor of the adapter's base.
+    model.spec = replace(model.spec, read_from=None, adapter_base=None)
 
 
 def save_adapter(

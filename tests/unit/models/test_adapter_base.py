@@ -200,6 +200,18 @@ def test_a_model_with_the_adapter_merged_is_refused(folders, tmp_path):
         load_model(tmp_path / "merged", folder, "cpu")
 
 
+def test_an_adapter_on_the_merged_model_is_that_models(folders, tmp_path):
+    base, folder = folders
+    model = load_model(base, folder, "cpu")
+    save_model(model, tmp_path / "merged")
+    tiny_adapter(model, 5)
+    save_adapter(model, tmp_path / "second")
+    again = load_model(tmp_path / "merged", tmp_path / "second", "cpu", merge_adapter=False)
+    assert torch.equal(again.logits(IDS), model.logits(IDS))
+    with pytest.raises(CheckpointError, match="trained on a Dream of 96 tokens, and this is a lla"):
+        load_model(base, tmp_path / "second", "cpu")
+
+
 def test_a_model_in_memory_must_be_read_with_the_same_mask(folders):
     base, folder = folders
     with pytest.raises(CheckpointError, match=r"as_diffusion\(model, mask_token_id=90\) first"):
@@ -235,6 +247,7 @@ def test_a_base_that_is_no_autoregressive_one_is_known_too(tmp_path):
         ({"base__vocab_size": True}, "vocab_size is True"),
         ({"base__fingerprint": "x"}, "must be tables"),
         ({"base__fingerprint__norms": None}, "fingerprint is broken"),
+        ({"base__fingerprint__matrices": [1.0]}, "fingerprint is broken"),
         ({"mask_token_id": "16"}, "mask_token_id is '16'"),
         ({"mask_token_id": 96}, "vocabulary holds 0 to 95"),
         ({"distilled": None}, "distilled is None"),
@@ -377,3 +390,15 @@ def test_every_command_gets_the_same_model(folders):
     for see in (inspect_model, load_model):
         with pytest.raises(CheckpointError, match=f"give the base model, '{HUB}', and pass this"):
             see(folder)
+
+
+def test_a_tied_head_that_is_stored_is_no_other_model(tmp_path):
+    save_adapter(adapted("llama", tie_word_embeddings=True), tmp_path / "a")
+    base = tiny_model("llama", tie_word_embeddings=True)
+    save_model(base, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    assert load_model(tmp_path / "m", tmp_path / "a", "cpu").spec.mask_token_id == 90
