@@ -58,7 +58,7 @@ def load_harness_task(
         name: One of `HARNESS_TASKS`.
         num_examples: The first so many problems; None, or more than there are: all.
         split: "test", or "validation": other problems, to choose settings on.
-        data: A folder of the public files (`harness_data.FILES`); None: from the hub.
+        data: A folder of the public files (`benchmark_files.FILES`); None: from the hub.
         offline: Ask no network: what the hub's cache has will do.
         num_fewshot: Examples in the prompt; None: as many as the benchmark demands.
         clean_up: How a program is found in an answer; "ours" or "paper" (`CodeScorer`).

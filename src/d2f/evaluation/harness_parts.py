@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError
-from d2f.evaluation.harness_data import Row, read_split
+from d2f.evaluation.benchmark_files import Row, read_split
 from d2f.evaluation.harness_definitions import quiet
 
 _Rows = Mapping[str, list[tuple[str, Row]]]

@@ -8,8 +8,10 @@ from d2f.errors import ConfigError, unknown_name
 from d2f.evaluation.harness import HARNESS_TASKS, load_harness_task
 from d2f.evaluation.native import NATIVE_TASKS, load_native_task
 from d2f.evaluation.task import CLEAN_UPS, Task
+from d2f.evaluation.text2sql import load_text_to_sql
+from d2f.problems.text2sql import TEXT_TO_SQL
 
-TASKS = (*NATIVE_TASKS, *HARNESS_TASKS)
+TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, *TEXT_TO_SQL)
 """The names that a recipe may give."""
 CODE_TASKS = ("functions", "humaneval", "mbpp")
 """Those whose answers are programs that are run."""
@@ -73,10 +75,12 @@ def load_task(
             num_fewshot=num_fewshot,
             clean_up=clean_up,
         )
-    if data is not None:
-        raise ConfigError(f"the task {name} makes up its problems; leave out the data folder")
     if num_fewshot:
         raise ConfigError(f"the task {name} has no few-shot prompt; leave num_fewshot out")
+    if name in TEXT_TO_SQL:
+        return load_text_to_sql(name, num_examples=num_examples, split=split, data=data)
+    if data is not None:
+        raise ConfigError(f"the task {name} makes up its problems; leave out the data folder")
     return load_native_task(name, num_examples=num_examples, seed=seed, split=split)
 
 

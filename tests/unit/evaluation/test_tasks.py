@@ -14,7 +14,7 @@ from d2f.evaluation.tasks import TASKS, load_task
 def test_all_tasks_have_a_place():
     assert set(TASKS) == {
         "word-problems", "functions", "gsm8k", "gsm8k_cot",
-        "minerva_math", "minerva_math500", "humaneval", "mbpp",
+        "minerva_math", "minerva_math500", "humaneval", "mbpp", "advising", "wikisql",
     }  # fmt: skip
 
 

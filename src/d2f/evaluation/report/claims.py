@@ -15,7 +15,7 @@ from d2f.evaluation.report.differences import (
     small_sample,
 )
 from d2f.evaluation.report.paper import LABEL
-from d2f.evaluation.report.results import CODE, MATHEMATICS, Comparison, Row
+from d2f.evaluation.report.results import CODE, MATHEMATICS, OTHERS, Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median, ratio
 
 CLAIMS_TITLE = "The paper's claims, one by one"
@@ -57,12 +57,13 @@ class Claim:
     rule: str
     """When it counts as reproduced, and from which rows."""
     check: Callable[[Comparison], Finding]
-    tasks: tuple[str, ...] = (*MATHEMATICS, *CODE)
+    tasks: tuple[str, ...] = (*MATHEMATICS, *CODE, *OTHERS)
     """Where it can be tested; a task of the user's own is taken for any."""
 
     def concerns(self, comparison: Comparison) -> bool:
         """Whether the test set is of the claim's kind."""
-        return comparison.task in self.tasks or comparison.task not in (*MATHEMATICS, *CODE)
+        known = (*MATHEMATICS, *CODE, *OTHERS)
+        return comparison.task in self.tasks or comparison.task not in known
 
 
 def claim_table(comparisons: Sequence[Comparison]) -> Table:

@@ -14,6 +14,7 @@ _FILE = Path(__file__).parents[1] / "paper_tables.csv"
 _TEST_SETS = {
     "word-problems": ("GSM8K-4-shot", "GSM8K-CoT-8-shot"),
     "gsm8k": ("GSM8K-4-shot", "GSM8K-CoT-8-shot"),
+    "gsm8k-variants": ("GSM8K-4-shot", "GSM8K-CoT-8-shot"),
     "gsm8k_cot": ("GSM8K-4-shot", "GSM8K-CoT-8-shot"),
     "minerva_math": ("Math-4-shot", "Math-4-shot"),
     "minerva_math500": ("Math-4-shot", "Math-4-shot"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from d2f.errors import ConfigError, counted
 from d2f.evaluation.metrics import OF_TOKENS
+from d2f.problems.text2sql import TEXT_TO_SQL
 
 FORMAT = 1
 METHODS = (
@@ -22,8 +23,12 @@ METHODS = (
     "pipelined", "control",
 )  # fmt: skip
 """In the order of the paper's tables, autoregression first."""
-MATHEMATICS = ("word-problems", "gsm8k", "gsm8k_cot", "minerva_math", "minerva_math500")
+MATHEMATICS = (
+    "word-problems", "gsm8k", "gsm8k-variants", "gsm8k_cot", "minerva_math", "minerva_math500",
+)  # fmt: skip
 CODE = ("functions", "humaneval", "mbpp")
+OTHERS = TEXT_TO_SQL
+"""Benchmarks of kinds that the paper has none of."""
 _NUMBER_LABELS = (
     "activate_threshold", "confidence_threshold", "add_threshold", "block_size", "batch_size",
     "num_steps",

@@ -10,11 +10,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import ConfigError
+from d2f.errors import ConfigError, counted
 
 Row = dict[str, Any]
 
@@ -39,6 +39,24 @@ class Files:
     """Columns of text."""
     optional: tuple[str, ...] = ()
     """Columns of text that are kept if the first row has them."""
+    lists: Mapping[str, int] = field(default_factory=dict)
+    """Columns of lists of texts, each with the fewest texts that it may hold."""
+    origin: str = ""
+    """Where the files come from, for who lacks them."""
+
+
+_TEXT_TO_SQL = """the file holds one JSON object a line, made from the collection text2sql-data \
+(github.com/jkkummerfeld/text2sql-data, question splits) with its variables filled in"""
+
+
+def _text_to_sql(name: str, lists: Mapping[str, int]) -> Files:
+    return Files(
+        folder="text2sql",
+        splits={split: f"{name}.{split}.jsonl" for split in ("train", "validation", "test")},
+        texts=("question", "sql"),
+        lists=lists,
+        origin=_TEXT_TO_SQL,
+    )
 
 
 _GSM8K = Files(
@@ -71,9 +89,12 @@ FILES: Mapping[str, Files] = {
         splits=dict.fromkeys(MBPP_SPLITS, "mbpp.jsonl"),
         texts=("text", "code"),
         optional=("test_setup_code",),
+        lists={"test_list": 3},
     ),
+    "advising": _text_to_sql("advising", {}),
+    "wikisql": _text_to_sql("wikisql", {"columns": 1}),
 }
-"""Per lm-eval task."""
+"""Per task."""
 
 
 def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, Row]]:
@@ -105,8 +126,8 @@ def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, Row]]
                 f"{known.start} to {known.stop - 1}"
             )
     keep = [*files.texts, *(name for name in files.optional if name in rows[0][1])]
-    if task == "mbpp":
-        keep += ["task_id", "test_list"]
+    keep += ["task_id"] if task == "mbpp" else []
+    keep += files.lists
     return [(where, {name: row.get(name) for name in keep}) for where, row in rows]
 
 
@@ -120,10 +141,12 @@ def _find(task: str, files: Files, name: str, data: Path) -> Path:
         for file in (folder / name, folder / f"{name}.gz"):
             if file.is_file():
                 return file
-    other = "; for the 500 problems of math500.jsonl the task is minerva_math500"
+    more = f"; {files.origin}" if files.origin else ""
+    if task == "minerva_math":
+        more = "; for the 500 problems of math500.jsonl the task is minerva_math500"
     raise ConfigError(
         f"the data folder {data} has no {files.folder}/{name} (or {name}.gz), which the task "
-        f"{task} reads{other if task == 'minerva_math' else ''}"
+        f"{task} reads{more}"
     )
 
 
@@ -161,16 +184,16 @@ def _check(where: str, row: object, files: Files, task: str) -> bool:
             raise ConfigError(
                 f"{where}: the column '{name}' holds {_shown(value)}, which is no text of Unicode"
             )
-    if task != "mbpp":
-        return True
-    number, tests = row.get("task_id"), row.get("test_list")
-    if not isinstance(number, int) or isinstance(number, bool):
+    number = row.get("task_id")
+    if task == "mbpp" and (not isinstance(number, int) or isinstance(number, bool)):
         raise ConfigError(f"{where}: expected a whole number in the column 'task_id'{_has(row)}")
-    whole = isinstance(tests, list) and len(tests) >= 3 and all(isinstance(t, str) for t in tests)
-    if not whole:
-        raise ConfigError(
-            f"{where}: expected a list of at least 3 texts in the column 'test_list'{_has(row)}"
-        )
+    for name, least in files.lists.items():
+        texts = row.get(name)
+        if not (isinstance(texts, list) and len(texts) >= least and all(map(_storable, texts))):
+            raise ConfigError(
+                f"{where}: expected a list of at least {counted(least, 'text')} in the column "
+                f"'{name}'{_has(row)}"
+            )
     return True
 
 

@@ -16,7 +16,7 @@ from tests.unit.evaluation.harness_files import (
 )
 
 from d2f.errors import ConfigError
-from d2f.evaluation.harness_data import read_split
+from d2f.evaluation.benchmark_files import read_split
 
 
 def test_rows_keep_the_columns_of_the_task_and_their_place(tmp_path):

@@ -1,0 +1,137 @@
+"""SQL in one written form, so that texts that differ only in form compare equal.
+
+White space, upper and lower case outside quotes, and the order of conditions that AND joins do not
+count; all else does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+Item = str | list["Item"]
+"""A token, or the items between two brackets (or CASE and END), which are its first and last."""
+
+_TOKEN = re.compile(
+    r"""
+    # At the start of a word; a doubled quote is an escaped one.
+    (?<![^\s(),=<>!]) (?P<string> '(?:[^']|'')*'(?!') | "(?:[^"]|"")*"(?!") )
+    | [<>!]=|<>|[=<>(),]
+    | [^\s(),=<>!]+
+    | \S
+    """,
+    re.VERBOSE,
+)
+_OPENS = {"(": ")", "case": "end"}
+_BEGINS = {"where", "having", "on", "when"}
+"""Words behind which a condition stands."""
+_ENDS = _BEGINS | {
+    "select", "from", "group", "order", "limit", "union", "intersect", "except", "join", "inner",
+    "left", "right", "full", "cross", "natural", "then", "else", "as", ",",
+}  # fmt: skip
+"""Words before which it ends."""
+
+
+def sql_form(sql: str) -> tuple[str, ...]:
+    """The tokens of a query, those outside quotes in small letters, with AND's conditions sorted.
+
+    It takes any text, also what is no SQL. A quote opens a string only at the start of a word, and
+    only if it is closed; two quotes in a string are one that is escaped.
+
+    Example:
+        >>> one = sql_form("SELECT a FROM t WHERE b BETWEEN 1 AND 2 AND c = 'X'")
+        >>> one == sql_form("select a from t where c='X' and b between 1 and 2")
+        True
+        >>> one == sql_form("SELECT a FROM t WHERE b BETWEEN 1 AND 2 AND c = 'x'")
+        False
+    """
+    tokens = [t[0] if t["string"] else t[0].lower() for t in _TOKEN.finditer(sql)]
+    return tuple(_flat(_sorted_level(_nested(tokens))))
+
+
+def first_difference(wanted: Sequence[str], found: Sequence[str]) -> str:
+    """Where two forms part for the first time, in words.
+
+    Example:
+        >>> first_difference(sql_form("SELECT a FROM t"), sql_form("SELECT b FROM t"))
+        "expected a after 'select', not b"
+    """
+    same = 0
+    while same < min(len(wanted), len(found)) and wanted[same] == found[same]:
+        same += 1
+    place = f"after '{' '.join(wanted[max(same - 4, 0) : same])}'" if same else "at the start"
+    expected, got = (
+        tokens[same] if same < len(tokens) else "the end" for tokens in (wanted, found)
+    )
+    return f"expected {expected} {place}, not {got}"
+
+
+def _nested(tokens: Sequence[str]) -> list[Item]:
+    """Tokens as a tree; brackets that are not closed stay plain tokens."""
+    levels: list[list[Item]] = [[]]
+    for token in tokens:
+        if token in _OPENS:
+            levels.append([token])
+            continue
+        opened = levels[-1][0] if len(levels) > 1 else None
+        if isinstance(opened, str) and token == _OPENS[opened]:
+            whole = levels.pop()
+            levels[-1].append([*whole, token])
+        else:
+            levels[-1].append(token)
+    while len(levels) > 1:
+        rest = levels.pop()
+        levels[-1] += rest
+    return levels[0]
+
+
+def _sorted_level(items: Sequence[Item], *, condition: bool = False) -> list[Item]:
+    """The same with the conditions of each run of ANDs sorted, here and within.
+
+    `condition`: the items begin with one.
+    """
+    result: list[Item] = []
+    pending: list[Item] | None = [] if condition else None
+    for item in items:
+        if isinstance(item, list):
+            # A bracket without a query may hold a condition.
+            inside = item[0] == "(" and item[1] != "select"
+            item = [item[0], *_sorted_level(item[1:-1], condition=inside), item[-1]]
+        if pending is None or (isinstance(item, str) and item in _ENDS):
+            result += [*_sorted_condition(pending or []), item]
+            pending = [] if isinstance(item, str) and item in _BEGINS else None
+        else:
+            pending.append(item)
+    return result + _sorted_condition(pending or [])
+
+
+def _sorted_condition(items: Sequence[Item]) -> list[Item]:
+    result: list[Item] = []
+    for number, part in enumerate(_split(items, "or")):
+        result += ["or"] if number else []
+        conditions = sorted(_split(part, "and"), key=lambda found: tuple(_flat(found)))
+        for place, condition in enumerate(conditions):
+            result += ["and"] if place else []
+            result += condition
+    return result
+
+
+def _split(items: Sequence[Item], word: str) -> list[list[Item]]:
+    """Parts between a word, but for the AND that belongs to a BETWEEN."""
+    parts: list[list[Item]] = [[]]
+    between = False
+    for item in items:
+        if item == word and not (between and word == "and"):
+            parts.append([])
+            continue
+        between = item == "between" or (between and item != "and")
+        parts[-1].append(item)
+    return parts
+
+
+def _flat(items: Sequence[Item]) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, str):
+            yield item
+        else:
+            yield from _flat(item)

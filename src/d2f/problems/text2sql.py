@@ -1,0 +1,27 @@
+"""Questions to SQL as prompts: one form for training rows and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["TEXT_TO_SQL", "sql_prompt"]
+
+TEXT_TO_SQL = ("advising", "wikisql")
+"""The collections; Advising has one database, and WikiSQL a table for each question."""
+
+
+def sql_prompt(name: str, row: Mapping[str, Any]) -> str:
+    r"""The text that asks for a row's SQL.
+
+    Args:
+        name: One of `TEXT_TO_SQL`.
+        row: `question`, and for WikiSQL `columns`, the names of the table's columns.
+
+    Example:
+        >>> sql_prompt("wikisql", {"question": "Who won?", "columns": ["year", "winner"]})
+        'Write SQL for a table with the columns year, winner.\nWho won?'
+    """
+    if name == "advising":
+        return f"Write SQL for the course database.\n{row['question']}"
+    return f"Write SQL for a table with the columns {', '.join(row['columns'])}.\n{row['question']}"
