@@ -33,6 +33,7 @@ _VALIDATION: Mapping[str, str] = {
 _GOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "gsm8k": lambda doc: str(doc["answer"]),
     "gsm8k_cot": lambda doc: str(doc["answer"]),
+    "gsm8k-variants": lambda doc: str(doc["answer"]),
     "minerva_math": lambda doc: str(doc["solution"]),
     "minerva_math500": lambda doc: str(doc["solution"]),
     "humaneval": lambda doc: str(doc["canonical_solution"]),

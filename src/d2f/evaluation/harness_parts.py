@@ -37,7 +37,7 @@ def build_part(
     # The task asks for its training split only to find few-shot examples; that is read above.
     definition = {**definition, "training_split": None}
     rows = {split: read_split(name, split, data) for split in sorted(splits)}
-    return _from_rows(definition, rows)
+    return part_of_rows(definition, rows)
 
 
 def _from_hub(name: str, definition: Mapping[str, Any], offline: bool) -> Any:
@@ -73,7 +73,16 @@ def _no_network() -> Iterator[None]:
             setting.HF_HUB_OFFLINE = value
 
 
-def _from_rows(definition: Mapping[str, Any], rows: _Rows) -> Any:
+def part_of_rows(definition: Mapping[str, Any], rows: _Rows) -> Any:
+    """A task object of lm-eval on rows at hand.
+
+    Args:
+        definition: As `read_definitions` gives it.
+        rows: Per split that it names, each row with the place where it stands.
+
+    Raises:
+        ConfigError: A row is not what the task's own functions can use.
+    """
     with quiet():
         try:
             return _task_class()(config=dict(definition), rows=rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from d2f.errors import ConfigError, unknown_name
+from d2f.evaluation.gsm8k_variants import GSM8K_VARIANTS, load_gsm8k_variants
 from d2f.evaluation.harness import HARNESS_TASKS, load_harness_task
 from d2f.evaluation.native import NATIVE_TASKS, load_native_task
 from d2f.evaluation.task import CLEAN_UPS, Task
 from d2f.evaluation.text2sql import load_text_to_sql
 from d2f.problems.text2sql import TEXT_TO_SQL
 
-TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, *TEXT_TO_SQL)
+TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, GSM8K_VARIANTS, *TEXT_TO_SQL)
 """The names that a recipe may give."""
 CODE_TASKS = ("functions", "humaneval", "mbpp")
 """Those whose answers are programs that are run."""
@@ -35,8 +36,8 @@ def load_task(
         name: One of `TASKS`.
         num_examples: The first so many problems. None, or more than a fixed benchmark has: all of
             it; for the built-in families None is 1,000.
-        seed: Of the built-in families' problems. Other benchmarks are fixed, few-shot prompts
-            among them, and take no notice.
+        seed: Of the built-in families' problems, and of what gsm8k-variants draws and keeps aside.
+            Other benchmarks are fixed, few-shot prompts among them, and take no notice.
         split: "test", or "validation": other problems, to choose settings on.
         data: A folder of the benchmark's public files; None: from the hub.
         offline: Ask no network.
@@ -77,6 +78,10 @@ def load_task(
         )
     if num_fewshot:
         raise ConfigError(f"the task {name} has no few-shot prompt; leave num_fewshot out")
+    if name == GSM8K_VARIANTS:
+        return load_gsm8k_variants(
+            num_examples=num_examples, seed=seed, split=split, data=data, offline=offline
+        )
     if name in TEXT_TO_SQL:
         return load_text_to_sql(name, num_examples=num_examples, split=split, data=data)
     if data is not None:

@@ -15,6 +15,7 @@ def test_all_tasks_have_a_place():
     assert set(TASKS) == {
         "word-problems", "functions", "gsm8k", "gsm8k_cot",
         "minerva_math", "minerva_math500", "humaneval", "mbpp", "advising", "wikisql",
+        "gsm8k-variants",
     }  # fmt: skip
 
 

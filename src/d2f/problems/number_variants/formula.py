@@ -1,0 +1,88 @@
+"""The arithmetic between `<<` and `>>`: an expression of numbers and its value."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from d2f.problems.number_variants.numbers import Number, Value, exact, find_numbers
+
+_ALLOWED = re.compile(r"[\d+\-*/(). ]+")
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+Node = int | tuple["str | Node", ...]
+"""The number of an operand, or a sign and what it joins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """What is worked out, its operands from left to right.
+
+    Example:
+        >>> formula = read_formula("(20-5)*3")
+        >>> [n.text for n in formula.operands], formula.work_out([20, 6, 3])
+        (['20', '5', '3'], 42)
+    """
+
+    operands: tuple[Number, ...]
+    tree: Node
+
+    multiplies: bool
+    """Whether it has `*` or `/`."""
+
+    def work_out(self, values: Sequence[Value]) -> Value | None:
+        """The value with other operands; None for a division by zero."""
+        try:
+            return exact(_work_out(self.tree, values))
+        except ZeroDivisionError:
+            return None
+
+
+def read_formula(text: str) -> Formula | None:
+    """Read an expression of numbers, `+ - * /` and brackets; None where it is anything else.
+
+    Example:
+        >>> read_formula("2x+1") is None
+        True
+    """
+    text = text.rstrip()
+    if not _ALLOWED.fullmatch(text) or text.startswith(" "):
+        return None
+    numbers = find_numbers(text)
+    places = {number.start: index for index, number in enumerate(numbers)}
+    try:
+        tree = _node(ast.parse(text, mode="eval").body, places)
+    except (SyntaxError, KeyError, TypeError):
+        return None
+    multiplies = "*" in text or "/" in text
+    return Formula(operands=tuple(numbers), tree=tree, multiplies=multiplies)
+
+
+def _node(found: ast.expr, places: dict[int, int]) -> Node:
+    if isinstance(found, ast.Constant):
+        return places[found.col_offset]
+    if isinstance(found, ast.UnaryOp) and isinstance(found.op, ast.USub):
+        return ("neg", _node(found.operand, places))
+    if isinstance(found, ast.BinOp):
+        sign = _SIGNS[type(found.op)]  # type: ignore[index]
+        return (sign, _node(found.left, places), _node(found.right, places))
+    raise TypeError(type(found).__name__)
+
+
+def _work_out(node: Node | str, values: Sequence[Value]) -> Value:
+    if isinstance(node, int):
+        return values[node]
+    assert isinstance(node, tuple)
+    first = _work_out(node[1], values)
+    if node[0] == "neg":
+        return -first
+    second = _work_out(node[2], values)
+    if node[0] == "+":
+        return first + second
+    if node[0] == "-":
+        return first - second
+    if node[0] == "*":
+        return first * second
+    return exact(Fraction(first) / second)

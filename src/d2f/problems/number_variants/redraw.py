@@ -1,0 +1,233 @@
+"""Which numbers of a question may be drawn anew, and from what."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from d2f.problems.number_variants.numbers import Number, Value, exact
+from d2f.problems.number_variants.worked_problem import WorkedProblem
+
+_FIXED_BEFORE = re.compile(
+    r"(?:[\d.]/|[/:#A-Za-z]|\d-|(?:grade|level|number|no\.|chapter|room|page|route|highway|class"
+    r"|version|phase|part|at|until|till|by|from|since)\s)$",
+    re.IGNORECASE,
+)
+_FIXED_AFTER = re.compile(
+    r"/|:\d|-?(?:st|nd|rd|th|s)\b|[A-Za-z]\b|[ -]\d+/\d|-\d|-(?:for|to|in|by)-|\s?(?:a\.?m\b|p\.?m\b)"
+    r"|\s?o'clock",
+    re.IGNORECASE,
+)
+_UNITS = {
+    "day": 7, "hour": 24, "minute": 60, "second": 60, "month": 12, "week": 52, "inch": 12,
+}  # fmt: skip
+"""Counts of a unit stay on the same side of what makes the next one."""
+_UNIT = re.compile(rf"[ -]?({'|'.join(_UNITS)})(?:e?s)?\b")
+_PERCENT = re.compile(r" ?(?:%|percent|per cent)")
+_ARTICLE = re.compile(r"\b(an?) \$?$", re.IGNORECASE)
+_YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
+_SMALL = 4
+"""Up to this, a number may also be counted from names or pictured; see `_counted_elsewhere`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redraw:
+    """Values of a question that may change, with what they may become.
+
+    `sums`: values that are the sum or product of others in the question, and stay it.
+    """
+
+    pools: Mapping[Value, tuple[Value, ...]]
+    sums: tuple[tuple[Value, str, tuple[Value, ...]], ...]
+
+
+def plan_redraw(problem: WorkedProblem) -> Redraw:
+    """Find what may change without a second role coming apart.
+
+    A value stays where it could be something else as well: where a number of the answer has two
+    possible origins that would differ, where a word names the same value, in dates and fractions.
+    """
+    known = {number.value for number in problem.numbers}
+    frozen = {n.value for n in problem.numbers if _is_fixed(problem.question, n)}
+    frozen |= _counted_elsewhere(problem) | _whole_percents(problem) | _shortened(problem)
+    used = {
+        value
+        for step in problem.steps
+        for origins in step.origins
+        for origin in origins
+        for value in problem.depends_on(origin)
+    }
+    frozen |= known - used
+    sums = _sums(known)
+    while True:
+        before = len(frozen)
+        frozen |= _ambiguous(problem, frozen)
+        for total, _, parts in sums:
+            if total in frozen:
+                frozen |= set(parts)
+            elif set(parts) <= frozen:
+                frozen.add(total)
+        pools = {v: _pool(problem, v) for v in sorted(known - frozen)}
+        frozen |= {value for value, pool in pools.items() if len(pool) < 2}
+        if len(frozen) == before:
+            break
+    return Redraw(pools=pools, sums=tuple(found for found in sums if found[0] not in frozen))
+
+
+def _is_fixed(question: str, number: Number) -> bool:
+    before, after = question[: number.start], question[number.end :]
+    return bool(
+        number.value in (0, 1)
+        or _FIXED_BEFORE.search(before)
+        or _FIXED_AFTER.match(after)
+        or (_YEAR.fullmatch(number.text) and not before.endswith("$"))
+    )
+
+
+def _counted_elsewhere(problem: WorkedProblem) -> set[Value]:
+    """Small values that the answer uses more often than the question names them."""
+    named = [number.value for number in problem.numbers]
+    used = [
+        n.value
+        for step in problem.steps
+        for n, origins in zip(step.formula.operands, step.origins, strict=True)
+        if any(origin.kind == "question" for origin in origins)
+    ]
+    return {v for v in named if v <= _SMALL and used.count(v) > named.count(v)}
+
+
+def _whole_percents(problem: WorkedProblem) -> set[Value]:
+    """Percentages that make a whole together."""
+    percents = [n.value for n in problem.numbers if _PERCENT.match(problem.question[n.end :])]
+    return {
+        value
+        for size in range(2, len(percents) + 1)
+        for some in itertools.combinations(percents, size)
+        if sum(some) == 100
+        for value in some
+    }
+
+
+def _shortened(problem: WorkedProblem) -> set[Value]:
+    """Percentages that are reckoned with without the 100, as 10% of 40 by 40 / 10."""
+    question = problem.question
+    percents = {n.value for n in problem.numbers if _PERCENT.match(question[n.end :])}
+    found: set[Value] = set()
+    for step in problem.steps:
+        values = {number.value for number in step.formula.operands}
+        if step.formula.multiplies and not values & {100, Fraction(1, 100)}:
+            found |= values & percents
+    return found
+
+
+def _sums(known: set[Value]) -> list[tuple[Value, str, tuple[Value, ...]]]:
+    """Values that others of the question add or multiply up to, each by the first way found."""
+    found: dict[Value, tuple[Value, str, tuple[Value, ...]]] = {}
+    values = sorted(known - {0, 1})
+    for size in (2, 3):
+        for parts in itertools.combinations(values, size):
+            product = parts[0] * parts[1] if size == 2 else None
+            for total, sign in ((sum(parts), "+"), (product, "*")):
+                if total in known and total not in parts and total is not None:
+                    found.setdefault(exact(total), (exact(total), sign, parts))
+    return [found[total] for total in sorted(found)]
+
+
+def _ambiguous(problem: WorkedProblem, frozen: set[Value]) -> set[Value]:
+    """Values that a number goes back to whose possible origins part when the others change."""
+    known = {number.value for number in problem.numbers}
+    noise = random.Random(0)
+    for _ in range(2):
+        values = {
+            v: v if v in frozen else v + Fraction(noise.randrange(1, 10**6), 997) for v in known
+        }
+        results = problem.results(values)
+        if results is None:
+            return set(known)
+        for _, origins in problem.places:
+            if len({origin.value(values, results) for origin in origins}) > 1:
+                return set().union(*(problem.depends_on(origin) for origin in origins)) - frozen
+    return set()
+
+
+def _pool(problem: WorkedProblem, value: Value) -> tuple[Value, ...]:
+    """Values near another, of as many digits and as round."""
+    at = [number for number in problem.numbers if number.value == value]
+    decimals = max(number.decimals for number in at)
+    step = _step(value, decimals)
+    digits = len(str(int(value)))
+    percent = any(_PERCENT.match(problem.question[n.end :]) for n in at)
+    lowest, highest = Fraction(value, 2), value * 2
+    first = -(-lowest // step)
+    pool = (exact((first + i) * step) for i in range(int((highest - lowest) / step) + 1))
+    return tuple(
+        found
+        for found in pool
+        if lowest <= found <= highest
+        and found not in (0, 1)
+        and len(str(int(found))) == digits
+        and (found < 1) == (value < 1)
+        and ((found * 10).denominator == 1) == ((value * 10).denominator == 1)
+        and (found.denominator == 1) == (value.denominator == 1)
+        and not (percent and (found >= 100) != (value >= 100))
+        and all(_keeps_article(problem.question, number, found) for number in at)
+    )
+
+
+def _step(value: Value, decimals: int) -> Fraction:
+    """How round a value is: the step between its like."""
+    if value.denominator != 1:
+        steps = [Fraction(1, 2), Fraction(1, 4), Fraction(1, 10), Fraction(1, 20), Fraction(1, 100)]
+        smallest = Fraction(1, 10**decimals)
+        return next(
+            (s for s in steps if Fraction(value / s).denominator == 1 and s >= smallest), smallest
+        )
+    whole = int(value)
+    zeros = len(str(whole)) - len(str(whole).rstrip("0"))
+    if zeros and whole >= 100:
+        return Fraction(10 ** min(zeros, len(str(whole)) - 2))
+    return Fraction(5 if whole % 5 == 0 and whole >= 15 else 1)
+
+
+def article(number: str) -> str:
+    """`a` or `an`, as it stands before a number in digits.
+
+    Example:
+        >>> [article(number) for number in ("8", "80", "11", "12", "110")]
+        ['an', 'an', 'an', 'a', 'a']
+    """
+    whole = number.replace(",", "").partition(".")[0]
+    return "an" if whole.startswith("8") or whole in ("11", "18") else "a"
+
+
+def _keeps_article(text: str, number: Number, value: Value) -> bool:
+    found = _ARTICLE.search(text[: number.start])
+    return found is None or article(str(int(value))) == found[1].lower()
+
+
+def units_kept(problem: WorkedProblem, values: Mapping[Value, Value]) -> bool:
+    """Whether counts of days, hours and their like stay below, at or above the next unit."""
+    for number in problem.numbers:
+        unit = _UNIT.match(problem.question[number.end :])
+        if unit is not None:
+            limit = _UNITS[unit[1]]
+            if _side(number.value, limit) != _side(values[number.value], limit):
+                return False
+    return True
+
+
+def order_kept(before: Sequence[Value], after: Sequence[Value]) -> bool:
+    """Whether values stand in the same order as before, equal ones staying equal."""
+    order = sorted(range(len(before)), key=lambda i: before[i])
+    return all(
+        _side(before[i], before[j]) == _side(after[i], after[j])
+        for i, j in itertools.pairwise(order)
+    )
+
+
+def _side(one: Value, other: Value) -> int:
+    return (one > other) - (one < other)
