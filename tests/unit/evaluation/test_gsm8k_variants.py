@@ -11,7 +11,7 @@ from d2f.problems.grade_school import grade_school_prompt
 
 TRAIN = [
     {
-        "question": f"Ann has {n} pens and finds {n + 45} more. How many has she?",
+        "question": f"Ann has {n} {chr(45 + n)}s and finds {n + 45} more. How many has she?",
         "answer": f"She has {n}+{n + 45}=<<{n}+{n + 45}={2 * n + 45}>>{2 * n + 45}."
         f"\n#### {2 * n + 45}",
     }

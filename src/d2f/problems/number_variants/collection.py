@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Collection:
         seed: Another seed keeps other problems aside and draws other numbers.
 
     Example:
-        >>> problems = [Variant(question=f"{n}-9?", answer=f"#### {n - 9}") for n in range(40)]
+        >>> problems = [Variant(question=f"{'q' * n}-9?", answer="#### 9") for n in range(40)]
         >>> collection = Collection(problems=problems)
         >>> len(collection.kept_aside()), len(collection.to_train_on())
         (4, 36)
@@ -42,13 +43,20 @@ class Collection:
     seed: int = 0
 
     def kept_aside(self) -> list[Variant]:
-        """Problems that are in no training data, neither they nor variants of them: 500, or a
-        tenth where there are fewer than 5,000; for choosing settings."""
+        """Problems to choose settings on; neither they nor variants of them are trained on.
+
+        There are 500 of them, or a tenth where there are fewer than 5,000 in all.
+        """
         return self._ordered()[: self._num_aside()]
 
     def to_train_on(self) -> list[Variant]:
-        """All others, in the order in which they are asked for new numbers."""
-        return self._ordered()[self._num_aside() :]
+        """All others, in the order in which they are asked for new numbers.
+
+        Problems that differ from one that is kept aside in their numbers only are left out.
+        """
+        aside = {_words(problem) for problem in self.kept_aside()}
+        rest = self._ordered()[self._num_aside() :]
+        return [problem for problem in rest if _words(problem) not in aside]
 
     def make(self, problem: Variant) -> Made:
         """A problem's variants; the first one drawn is kept from training."""
@@ -62,14 +70,22 @@ class Collection:
         )
 
     def known_with_new_numbers(self, count: int = NUM_KNOWN) -> list[Variant]:
-        """The test set of known problems with new numbers: of the first so many that have one."""
-        found: list[Variant] = []
+        """The test set of known problems with new numbers: of the first so many that have one.
+
+        No question among them is one that people wrote. Training rows that come to the same by
+        chance, as variants of other problems with the same words, must be left out by who writes
+        them.
+        """
+        found: dict[str, Variant] = {}
+        written = {problem.question for problem in self.problems}
         for problem in self.to_train_on():
             if len(found) == count:
                 break
             # What `make` draws first.
-            found += make_variants(problem.question, problem.answer, seed=self.seed, most=1)
-        return found
+            for new in make_variants(problem.question, problem.answer, seed=self.seed, most=1):
+                if new.question not in written:
+                    found.setdefault(new.question, new)
+        return list(found.values())
 
     def _num_aside(self) -> int:
         return min(NUM_KEPT_ASIDE, len(self.problems) // 10)
@@ -81,3 +97,8 @@ class Collection:
             return hashlib.sha256(f"part {self.seed}\n{problem.question}".encode()).digest()
 
         return sorted(self.problems, key=key)
+
+
+def _words(problem: Variant) -> str:
+    """A question without its numbers."""
+    return re.sub(r"\d[\d,.]*", "0", problem.question)

@@ -14,7 +14,7 @@ _STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 
 
 def find_faults(original: Variant, variant: Variant) -> list[str]:
-    """Name what does not hold of a variant.
+    r"""Name what does not hold of a variant.
 
     Checked are: the words are the original's; the question differs; each annotation comes out; each
     result is positive where it was, and whole where it was; the last line is the last result; each
@@ -26,8 +26,8 @@ def find_faults(original: Variant, variant: Variant) -> list[str]:
         variant: Made of it.
 
     Example:
-        >>> one = Variant(question="2 and 3?", answer="2+3=<<2+3=5>>5\\n#### 5")
-        >>> find_faults(one, Variant(question="4 and 3?", answer="4+3=<<4+3=7>>8\\n#### 7"))
+        >>> one = Variant(question="2 and 3?", answer="2+3=<<2+3=5>>5\n#### 5")
+        >>> find_faults(one, Variant(question="4 and 3?", answer="4+3=<<4+3=7>>8\n#### 7"))
         ["the answer's 8 is neither in the question nor a result"]
     """
     faults = []
@@ -49,9 +49,9 @@ def find_faults(original: Variant, variant: Variant) -> list[str]:
             faults.append(f"{formula_text} is not {stated_text}")
     if len(was) != len(results):
         return [*faults, "it has other steps"]
-    for before, after in zip(was, results, strict=True):
-        if (before > 0) != (after > 0) or (before.denominator == 1) != (after.denominator == 1):
-            faults.append(f"{before} has become {after}")
+    for old, new in zip(was, results, strict=True):
+        if (old > 0) != (new > 0) or (old.denominator == 1) != (new.denominator == 1):
+            faults.append(f"{old} has become {new}")
     return faults + _unexplained(original, variant, results)
 
 

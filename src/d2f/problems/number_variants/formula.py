@@ -66,7 +66,7 @@ def _node(found: ast.expr, places: dict[int, int]) -> Node:
     if isinstance(found, ast.UnaryOp) and isinstance(found.op, ast.USub):
         return ("neg", _node(found.operand, places))
     if isinstance(found, ast.BinOp):
-        sign = _SIGNS[type(found.op)]  # type: ignore[index]
+        sign = _SIGNS[type(found.op)]
         return (sign, _node(found.left, places), _node(found.right, places))
     raise TypeError(type(found).__name__)
 

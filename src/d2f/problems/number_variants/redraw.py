@@ -18,8 +18,8 @@ _FIXED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _FIXED_AFTER = re.compile(
-    r"/|:\d|-?(?:st|nd|rd|th|s)\b|[A-Za-z]\b|[ -]\d+/\d|-\d|-(?:for|to|in|by)-|\s?(?:a\.?m\b|p\.?m\b)"
-    r"|\s?o'clock",
+    r"/|:\d|-?(?:st|nd|rd|th|s)\b|[A-Za-z]\b|[ -]\d+/\d|-\d|-(?:for|to|in|by)-"
+    r"|\s?(?:[ap]\.?m\b|o'clock)",
     re.IGNORECASE,
 )
 _UNITS = {

@@ -35,7 +35,7 @@ class Variant:
 def make_variants(
     question: str, answer: str, *, seed: int = 0, most: int = MOST_VARIANTS
 ) -> list[Variant]:
-    """Draw a problem's numbers anew.
+    r"""Draw a problem's numbers anew.
 
     Only numbers that occur in the annotations change, those whose every use in the answer is
     certain. Every result stays positive, and whole where it was whole, with no more decimals than
@@ -51,12 +51,12 @@ def make_variants(
         Variants that differ from each other and from the problem; none where it cannot be varied.
 
     Example:
-        >>> answer = "He eats 3*14=<<3*14=42>>42 pies.\\n#### 42"
+        >>> answer = "He eats 3*14=<<3*14=42>>42 pies.\n#### 42"
         >>> made = make_variants("Bo has 14 plates of 3 pies. How many pies?", answer, most=1)
         >>> made[0].question
         'Bo has 14 plates of 2 pies. How many pies?'
         >>> made[0].answer
-        'He eats 2*14=<<2*14=28>>28 pies.\\n#### 28'
+        'He eats 2*14=<<2*14=28>>28 pies.\n#### 28'
     """
     problem = read_problem(question, answer)
     if problem is None:

@@ -22,7 +22,7 @@ _LETTERED = re.compile(r"\d[A-Za-z]\b|\b[A-Za-z]\d")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a number comes from: a number of the question, a step's result, or nothing that varies."""
+    """What a number comes from: a number of the question, a step's result, or a word."""
 
     kind: str
     """"question", "result", "constant", or one of `_OF_PERCENT`."""
@@ -66,7 +66,7 @@ class Step:
 class WorkedProblem:
     """A problem whose every number is explained.
 
-    `places` are all numbers of the answer, those in annotations too, each with its possible origins.
+    `places` are all numbers of the answer, also in annotations, each with its possible origins.
     """
 
     question: str
@@ -96,14 +96,14 @@ class WorkedProblem:
 
 
 def read_problem(question: str, answer: str) -> WorkedProblem | None:
-    """Take a problem apart; None where something in the answer cannot be explained.
+    r"""Take a problem apart; None where something in the answer cannot be explained.
 
     Args:
         question: The text.
         answer: The text with its annotations `<<a*b=c>>` and the last line `#### c`.
 
     Example:
-        >>> answer = "He eats 3*4=<<3*4=12>>12.\\n#### 12"
+        >>> answer = "He eats 3*4=<<3*4=12>>12.\n#### 12"
         >>> problem = read_problem("Bo eats 3 pies on each of 4 plates. How many?", answer)
         >>> [origins[0].kind for _, origins in problem.places]
         ['question', 'question', 'question', 'question', 'result', 'result', 'result']
@@ -149,8 +149,8 @@ class _Reader:
         end = _MARK.search(self.answer)
         assert end is not None
         places += self._between(start, end.start(), result_at, None)
-        [final] = find_numbers(self.answer, end.start()) or [None]
-        if final is None or "-" in end[1] or final.value != self.steps[last].stated.value:
+        final = find_numbers(self.answer, end.start())[-1]
+        if "-" in end[1] or final.value != self.steps[last].stated.value:
             return None
         places.append((final, (Origin("result", last),)))
         if not all(origins for _, origins in places):
@@ -176,7 +176,7 @@ class _Reader:
         self.steps.append(Step(formula=formula, origins=origins, stated=stated[0]))
         return True
 
-    def _origins(self, value: Fraction, num_steps: int) -> tuple[Origin, ...]:
+    def _origins(self, value: Value, num_steps: int) -> tuple[Origin, ...]:
         """What a value may come from after so many steps; empty where nothing explains it."""
         found = [
             Origin("result", number)

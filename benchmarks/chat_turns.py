@@ -1,0 +1,150 @@
+"""Users' turns that a model wrote itself: where it begins to write one, and which are fit to ask.
+
+A turn is dropped for the first of these reasons: it did not come to an end, is empty, too short or
+too long, holds a special token or the template's own system message, is not English, goes round in
+circles, or is nearly the same as one before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2f.text import Tokenizer
+
+_PLACE = "PLACEOFTHEUSERSTURN"
+_SPECIAL = re.compile(r"<\|[^|>]*\|>|</?s>|<(?:bos|eos|pad|unk|mask)>|\[/?INST\]", re.IGNORECASE)
+_SYSTEM = re.compile(
+    r"you are (?:a |an )?(?:helpful|useful|friendly) (?:ai |virtual )?(?:assistant|bot|chatbot)"
+    r"|\b(?:as an ai|named smollm|trained by hugging ?face|how (?:can|may) i (?:help|assist) you"
+    r"|what can i do for you)\b|^(?:a|answer|assistant|chatbot|response)\b[^\n]{0,20}:",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""The default system message said again, and what an assistant says, not a user."""
+_COMMON = frozenset(
+    """a about am an and any are as at be been but by can could did do does each for from get give
+    had has have he help her his how i if in into is it its like make me more my need not of on one
+    or our out please she should so some than that the their them there these they this to up us use
+    want was we were what when where which who why will with would write you your""".split()
+)
+_QUOTES = "\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
+"""Curly quotes and dashes, which English has outside ASCII."""
+_LEAST_WORDS, _MOST_WORDS, _MOST_LETTERS = 3, 100, 700
+_LEAST_COMMON = 0.2
+"""Share of words that every English text has many of."""
+_MOST_OTHER = 0.05
+"""Share of characters outside ASCII."""
+_MOST_REPEATED = 0.3
+"""Share of runs of four words that stood before."""
+_LEAST_ZIPPED = 0.3
+"""Size of a long turn when compressed, over its own."""
+_NEAR = 0.6
+"""Of two turns' pairs of words, the share in both that makes them nearly the same."""
+
+
+def opening_of_user_turn(tokenizer: Tokenizer) -> str:
+    """A conversation as the chat template writes it, up to where the user's words begin.
+
+    Raises:
+        SystemExit: The tokenizer has no chat template, or the template leaves the user's words out.
+    """
+    if tokenizer.chat_template is None:
+        raise SystemExit("the model has no chat template, so it knows no user's turn")
+    text, place, _ = tokenizer.render_chat([{"role": "user", "content": _PLACE}]).partition(_PLACE)
+    if not place:
+        raise SystemExit("the chat template changes the user's words, so its turn is not found")
+    return text
+
+
+def filter_turns(
+    rows: Sequence[Mapping[str, Any]], column: str = "response"
+) -> tuple[list[str], dict[str, int]]:
+    """The turns that are fit to be asked, in their order, and how many fell for which reason."""
+    kept: list[str] = []
+    shown: dict[str, list[frozenset[str]]] = {}
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        text = str(row.get(column) or "").strip()
+        reason = "not ended" if row.get("finish_reason") == "length" else why_unfit(text)
+        if reason is None and _seen(text, shown):
+            reason = "near duplicate"
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        kept.append(text)
+    return kept, dict(dropped.most_common())
+
+
+def why_unfit(text: str) -> str | None:
+    """The first reason not to ask a turn; None where there is none."""
+    words = _words(text)
+    if not text:
+        return "empty"
+    if _SPECIAL.search(text):
+        return "special token"
+    if len(words) < _LEAST_WORDS:
+        return "too short"
+    if len(words) > _MOST_WORDS or len(text) > _MOST_LETTERS:
+        return "too long"
+    if _SYSTEM.search(text):
+        return "an assistant's words"
+    if not _looks_english(text, words):
+        return "not English"
+    return "goes in circles" if _goes_in_circles(text, words) else None
+
+
+def split_turns(
+    turns: Sequence[str], *, num_held_out: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Turns to train on, and those held out: as many as asked for, but at most half."""
+    count = min(num_held_out, len(turns) // 2)
+    chosen = set(random.Random(seed).sample(range(len(turns)), count))
+    return (
+        [turn for number, turn in enumerate(turns) if number not in chosen],
+        [turn for number, turn in enumerate(turns) if number in chosen],
+    )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?|\d+", text.lower())
+
+
+def _looks_english(text: str, words: Sequence[str]) -> bool:
+    common = sum(word in _COMMON for word in words) / len(words)
+    other = sum(ord(letter) > 127 and letter not in _QUOTES for letter in text) / len(text)
+    letters = sum(letter.isalpha() or letter.isspace() for letter in text) / len(text)
+    if any(letter.isalpha() and letter > "\u024f" for letter in text):
+        return False  # of another alphabet
+    return common >= _LEAST_COMMON and other <= _MOST_OTHER and letters >= 0.7
+
+
+def _goes_in_circles(text: str, words: Sequence[str]) -> bool:
+    runs = Counter(zip(*(words[i:] for i in range(4)), strict=False))
+    repeated = sum(runs.values()) - len(runs)
+    if runs and repeated / sum(runs.values()) > _MOST_REPEATED:
+        return True
+    if len(words) >= 8 and max(Counter(words).values()) / len(words) > 0.4:
+        return True
+    raw = text.encode()
+    return len(raw) > 200 and len(zlib.compress(raw)) / len(raw) < _LEAST_ZIPPED
+
+
+def _seen(text: str, shown: dict[str, list[frozenset[str]]]) -> bool:
+    """Whether a turn is nearly one before it; remembers it if not.
+
+    Only turns that share a pair of words are compared.
+    """
+    words = _words(text)
+    pairs = frozenset(" ".join(pair) for pair in itertools.pairwise(words))
+    near = {other for pair in pairs for other in shown.get(pair, [])}
+    if any(len(pairs & other) >= _NEAR * len(pairs | other) for other in near):
+        return True
+    for pair in pairs:
+        shown.setdefault(pair, []).append(pairs)
+    return False
