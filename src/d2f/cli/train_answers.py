@@ -21,7 +21,7 @@ _STRATEGIES: dict[str, str] = {
     "masked-diffusion": "vanilla",
     "d2f": "pipelined",
 }
-_BUILT_IN = ("word-problems", "functions")
+_WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", "wikisql")
 
 
 def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
@@ -103,7 +103,7 @@ def _load_task(settings: EvaluateConfig) -> Task:
     from d2f.evaluation.tasks import load_task
 
     assert settings.task is not None
-    split = settings.split or ("validation" if settings.task in _BUILT_IN else "test")
+    split = settings.split or ("validation" if settings.task in _WITH_VALIDATION else "test")
     return load_task(
         settings.task,
         num_examples=settings.num_problems,

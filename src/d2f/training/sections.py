@@ -371,7 +371,8 @@ class EvaluateConfig:
     num_problems: int = 100
     """task: the first so many problems."""
     split: str | None = None
-    """task: "validation" or "test"; none: validation for the built-in problems, else test."""
+    """task: "validation" or "test"; none: validation where such problems are never training data
+    (the built-in problems, gsm8k-variants, advising, wikisql), else test."""
     data: str | None = None
     """task: folder of the benchmark's files; none: from the hub."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""GSM8K's training problems as benchmarks: apart from the training rows, put and judged as gsm8k."""
+"""GSM8K's training problems as benchmarks: their parts, prompts and verdicts."""
 
 from __future__ import annotations
 

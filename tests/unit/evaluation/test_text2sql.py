@@ -8,11 +8,14 @@ import pytest
 from tests.unit.evaluation.eval_stand_ins import make_evaluation
 from tests.unit.evaluation.harness_files import write_jsonl
 
+from d2f.cli import train_answers
 from d2f.errors import ConfigError
+from d2f.evaluation import tasks
 from d2f.evaluation.report.document import build_report, markdown
 from d2f.evaluation.report.results import load_results
 from d2f.evaluation.tasks import load_task
 from d2f.problems.text2sql import TEXT_TO_SQL
+from d2f.training.sections import EvaluateConfig
 
 ROWS = {
     "advising": [
@@ -101,3 +104,14 @@ def test_an_evaluation_and_its_report_show_the_task(tmp_path):
     # Of the paper's claims, not those on mathematics or programs.
     assert claims["autoregressive"]["number"] == "no rows"
     assert claims["score"]["number"] != "no rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("advising", "validation"), ("gsm8k-variants", "validation"), ("gsm8k", "test")],
+)
+def test_training_looks_at_no_test_problems_where_there_are_others(monkeypatch, name, split):
+    asked = []
+    monkeypatch.setattr(tasks, "load_task", lambda name, **settings: asked.append(settings))
+    train_answers._load_task(EvaluateConfig(every=1, task=name))
+    assert asked[0]["split"] == split

@@ -28,7 +28,7 @@ PROBLEMS = [
     ),
     Variant(
         question="A shop has 40 coats. 30% are red. How many are not?",
-        answer="70% are not red, as 100-30=<<100-30=70>>70.\nThat is 40*.7=<<40*.7=28>>28.\n#### 28",
+        answer="70% are not, as 100-30=<<100-30=70>>70.\nThat is 40*.7=<<40*.7=28>>28.\n#### 28",
     ),
 ]
 

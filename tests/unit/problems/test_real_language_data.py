@@ -116,11 +116,13 @@ def test_turns_that_are_not_fit_to_be_asked(script, text, reason):
 
 
 def test_turns_are_filtered_and_held_out(script, tmp_path, capsys):
-    topics = ("tea", "cats", "old maps", "a garden", "my phone", "long walks")
-    good = [f"Can you tell me the best thing about {topic}, please?" for topic in topics[:1]]
-    good += [f"What should I know before I buy {topic} for my {t}?" for topic, t in zip(
-        ("bread", "wool", "paint", "shoes"), ("uncle Bob", "first house in town", "team", "dog Rex"),
-        strict=True)]  # fmt: skip
+    good = [
+        "Can you tell me the best thing about tea, please?",
+        "What should I know before I buy bread for my uncle Bob?",
+        "Write a short poem about the old town where I was born.",
+        "How do I teach my dog to sit when I tell him to?",
+        "I have been asked to plan a party. Where do I begin?",
+    ]
     rows = [{"response": turn, "finish_reason": "eos"} for turn in good]
     rows += [
         {"response": good[0].upper(), "finish_reason": "eos"},

@@ -205,8 +205,10 @@ class _Reader:
     def _between(
         self, start: int, end: int, result_at: Mapping[int, int], step: Step | None
     ) -> Iterator[tuple[Number, tuple[Origin, ...]]]:
-        """Numbers outside annotations; those of the formula that is written out before its step
-        are the step's own."""
+        """Numbers outside annotations.
+
+        Those of a formula that is written out before its step are the step's own.
+        """
         numbers = find_numbers(self.answer, start, end)
         mirrored: dict[int, tuple[Origin, ...]] = {}
         if step is not None:
