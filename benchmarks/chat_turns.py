@@ -8,6 +8,7 @@ circles, or is nearly the same as one before it.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import zlib
@@ -66,19 +67,18 @@ def filter_turns(
     rows: Sequence[Mapping[str, Any]], column: str = "response"
 ) -> tuple[list[str], dict[str, int]]:
     """The turns that are fit to be asked, in their order, and how many fell for which reason."""
-    kept: list[str] = []
-    shown: dict[str, list[frozenset[str]]] = {}
     dropped: Counter[str] = Counter()
+    fit: list[str] = []
     for row in rows:
         text = str(row.get(column) or "").strip()
         reason = "not ended" if row.get("finish_reason") == "length" else why_unfit(text)
-        if reason is None and _seen(text, shown):
-            reason = "near duplicate"
-        if reason is not None:
+        if reason is None:
+            fit.append(text)
+        else:
             dropped[reason] += 1
-            continue
-        kept.append(text)
-    return kept, dict(dropped.most_common())
+    kept = _without_near(fit)
+    dropped["near duplicate"] = len(fit) - len(kept)
+    return kept, {reason: count for reason, count in dropped.most_common() if count}
 
 
 def why_unfit(text: str) -> str | None:
@@ -135,16 +135,25 @@ def _goes_in_circles(text: str, words: Sequence[str]) -> bool:
     return len(raw) > 200 and len(zlib.compress(raw)) / len(raw) < _LEAST_ZIPPED
 
 
-def _seen(text: str, shown: dict[str, list[frozenset[str]]]) -> bool:
-    """Whether a turn is nearly one before it; remembers it if not.
+def _without_near(turns: Sequence[str]) -> list[str]:
+    """The turns that are not nearly one before them.
 
-    Only turns that share a pair of words are compared.
+    Two turns of which that share of pairs is common have one in common among the rarest of each,
+    so only turns that share one of these are compared.
     """
-    words = _words(text)
-    pairs = frozenset(" ".join(pair) for pair in itertools.pairwise(words))
-    near = {other for pair in pairs for other in shown.get(pair, [])}
-    if any(len(pairs & other) >= _NEAR * len(pairs | other) for other in near):
-        return True
-    for pair in pairs:
-        shown.setdefault(pair, []).append(pairs)
-    return False
+    pairs_of = [
+        frozenset(" ".join(pair) for pair in itertools.pairwise(_words(turn))) for turn in turns
+    ]
+    count = Counter(itertools.chain.from_iterable(pairs_of))
+    kept: list[str] = []
+    shown: dict[str, list[frozenset[str]]] = {}
+    for turn, pairs in zip(turns, pairs_of, strict=True):
+        by_rarity = sorted(pairs, key=lambda pair: (count[pair], pair))
+        rarest = by_rarity[: len(pairs) - math.ceil(_NEAR * len(pairs)) + 1]
+        near = {other for pair in rarest for other in shown.get(pair, [])}
+        if any(len(pairs & other) >= _NEAR * len(pairs | other) for other in near):
+            continue
+        kept.append(turn)
+        for pair in rarest:
+            shown.setdefault(pair, []).append(pairs)
+    return kept
