@@ -63,16 +63,14 @@ def _attend(q_BLNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask_B1RS: Tensor | 
     batch, length, num_heads, head_dim = q_BLNH.shape
     kv_heads = k_BSKH.shape[2]
     groups = num_heads // kv_heads
-    q_BKRH = (
-        q_BLNH.unflatten(2, (kv_heads, groups))
-        .permute(0, 2, 3, 1, 4)
-        .reshape(batch, kv_heads, groups * length, head_dim)
-    )
+    if length > 1:
+        q_BLNH = q_BLNH.view(batch, length, kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     out_BKRH = F.scaled_dot_product_attention(
-        q_BKRH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=mask_B1RS
+        q_BLNH.reshape(batch, kv_heads, groups * length, head_dim),
+        k_BSKH.transpose(1, 2),
+        v_BSKH.transpose(1, 2),
+        attn_mask=mask_B1RS,
     )
-    return (
-        out_BKRH.view(batch, kv_heads, groups, length, head_dim)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(batch, length, num_heads * head_dim)
-    )
+    if length > 1:
+        out_BKRH = out_BKRH.view(batch, kv_heads, groups, length, head_dim).permute(0, 3, 1, 2, 4)
+    return out_BKRH.reshape(batch, length, num_heads * head_dim)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2f.errors import ConfigError, unknown_name
-from d2f.ops.linear import linear_fp32
+from d2f.ops.linear import linear, linear_fp32
 from d2f.ops.norm import add_rms_norm
 from d2f.ops.packed import Candidates, PackedTokens, Packing, find_candidates, pack_tokens
 from d2f.ops.paged_attention import paged_attention, plan_attention
@@ -113,7 +112,7 @@ _TORCH = Backend(
     paged_attention=paged_attention,
     swiglu=swiglu,
     gated_linear=gated_linear,
-    linear=F.linear,
+    linear=linear,
     linear_fp32=linear_fp32,
     choose_tokens=choose_tokens,
 )

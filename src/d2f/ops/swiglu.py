@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2f.ops.linear import product
+
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
     """`silu(gate) * up` of the packed projection, the gate's F numbers first: (T, F).
@@ -29,4 +31,4 @@ def gated_linear(x_TD: Tensor, weight_F2D: Tensor) -> Tensor:
         >>> gated_linear(torch.tensor([[1.0]]), torch.tensor([[100.0], [2.0]]))
         tensor([[200.]])
     """
-    return swiglu(F.linear(x_TD, weight_F2D))
+    return swiglu(product(x_TD, weight_F2D))
