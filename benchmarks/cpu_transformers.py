@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from d2f import Engine, EngineConfig, Request, load_model
@@ -90,7 +90,7 @@ def race(answers: dict[str, Answer], prompt: list[int], length: int, turns: int)
         "ratios": ratios,
         "ratio": statistics.median(ratios),
         "standard_error": statistics.stdev(ratios) / len(ratios) ** 0.5 if turns > 1 else None,
-        "first_tokens_equal": (same + [False]).index(False),
+        "first_tokens_equal": [*same, False].index(False),
     }
 
 
@@ -117,7 +117,7 @@ def main() -> None:
         "d2f": our_answer(options.model, dtype),
         "transformers": their_answer(options.model, dtype),
     }
-    vocab_size = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).vocab_size
+    vocab_size = AutoConfig.from_pretrained(options.model).vocab_size
     rows = []
     for count in options.prompt_tokens:
         # Which tokens a prompt has does not change what its answer costs.
@@ -137,13 +137,11 @@ def main() -> None:
     if options.json:
         report = {
             "model": options.model,
-            "dtype": options.dtype,
-            "threads": torch.get_num_threads(),
             "transformers": transformers_version,
-            "environment": describe_environment("cpu"),
+            **describe_environment(device="cpu", dtype=options.dtype),
             "races": rows,
         }
-        write_json(report, options.json)
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

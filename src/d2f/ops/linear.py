@@ -13,6 +13,8 @@ from torch import Tensor
 _WIDENS = "dtype" in torch.ops.aten.mm.overloads()
 PART_BYTES = 2**20
 """Widened weights that a core of the CPU takes at a time: what its cache holds beside the rest."""
+WHOLE_ROWS = 64
+"""Parts are multiples of this: the library may add up what is left of fewer in another order."""
 MOST_TURNED = 192
 """Most rows of a product in bf16 that a CPU computes with the weights on the left."""
 
@@ -74,10 +76,11 @@ def _in_parts(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
     """`x @ weight.T` in fp32, widening only as many weights at a time as a CPU's cache holds.
 
     Written to memory and read again, the widened weights would take five times as long as the
-    product. Each logit is the same sum of the same numbers as of all weights at once.
+    product.
     """
     vocab_size, width = weight_VD.shape
-    part = max(PART_BYTES * torch.get_num_threads() // (width * torch.float32.itemsize), 1)
+    fitting = PART_BYTES * torch.get_num_threads() // (width * torch.float32.itemsize)
+    part = max(fitting - fitting % WHOLE_ROWS, WHOLE_ROWS)
     logits_MV = x_MD.new_empty(len(x_MD), vocab_size)
     wide_PD = x_MD.new_empty(min(part, vocab_size), width)
     for at in range(0, vocab_size, part):

@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from d2f.ops.linear import linear_fp32
+from d2f.ops import linear as plain
+from d2f.ops.linear import linear, linear_fp32
+from d2f.ops.swiglu import gated_linear, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies no bf16")
@@ -20,6 +24,12 @@ def make(num_tokens, num_rows, width, dtype=torch.float32):
     x = torch.randn(num_tokens, width).to(DEVICE, dtype)
     weight = torch.randn(num_rows, width).to(DEVICE, dtype) / width**0.5
     return x, weight, torch.randn(num_rows).to(DEVICE, dtype)
+
+
+def whole_numbers(num_tokens, num_rows, width, dtype):
+    generator = torch.Generator().manual_seed(num_tokens + num_rows)
+    sizes = ((num_tokens, width), (num_rows, width))
+    return (torch.randint(-50, 51, size, generator=generator).to(dtype) for size in sizes)
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 192), (1, 37, 130), (3, 50, 100), (20, 37, 128)])
@@ -72,3 +82,73 @@ def test_bf16_equals_torch(triton_linear, num_tokens, size):
     found = triton_linear.linear(x, weight, bias)
     torch.testing.assert_close(found.float(), expected + bias.float(), atol=3e-2, rtol=1e-2)
     assert torch.equal(found, triton_linear.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 700, 96), (3, 257, 40), (2, 1, 8), (0, 5, 8), (33, 600, 64)])
+def test_wide_logits_are_not_rounded_and_parts_make_up_the_whole(monkeypatch, shape, dtype):
+    # Sums of these are exact in fp32 in any order, and too long for the dtype of the factors.
+    x, weight = whole_numbers(*shape, dtype)
+    expected = F.linear(x.double(), weight.double())
+    for part_bytes in (1, 4 * shape[2] * 7, 2**20):
+        monkeypatch.setattr(plain, "PART_BYTES", part_bytes)
+        found = linear_fp32(x, weight)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.double(), expected)
+    if min(shape[:2]) > 1:
+        assert not torch.equal(expected, expected.to(dtype).double())
+
+
+def test_wide_logits_keep_leading_dimensions():
+    x, weight = whole_numbers(6, 50, 16, torch.bfloat16)
+    found = linear_fp32(x.view(2, 3, 16), weight)
+    assert torch.equal(found, linear_fp32(x, weight).view(2, 3, 50))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 20), size=st.integers(1, 300), width=st.integers(1, 80), seed=st.integers(0)
+)
+def test_wide_logits_are_fp32_sums_alone_and_in_a_batch(rows, size, width, seed):
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    x, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, size))
+    exact = F.linear(x.double(), weight.double())
+    # The worst order of the sum rounds `width` times.
+    bound = width * 2**-23 * F.linear(x.double().abs(), weight.double().abs())
+    together = linear_fp32(x, weight)
+    alone = torch.cat([linear_fp32(row, weight) for row in x.split(1)])
+    for found in (together, alone):
+        assert ((found.double() - exact).abs() <= bound).all()
+    assert torch.equal(together, linear_fp32(x, weight))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 17, plain.MOST_TURNED, plain.MOST_TURNED + 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_bf16_products_are_rounded_once(num_rows, biased):
+    x, weight = whole_numbers(num_rows, 70, 48, torch.bfloat16)
+    bias = torch.arange(70).bfloat16() if biased else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    found = linear(x, weight, bias)
+    assert found.is_contiguous()
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    if bias is None:
+        # The input of the down projection lies across.
+        assert torch.equal(linear(x.T.contiguous().T, weight), found)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_gated_products_equal_those_in_two_steps(num_rows):
+    x, weight = whole_numbers(num_rows, 64, 24, torch.bfloat16)
+    weight = weight / 64
+    expected = swiglu(F.linear(x.float(), weight.float()).bfloat16())
+    assert torch.equal(gated_linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_fp32_products_are_torchs(num_rows):
+    x, weight, bias = make(num_rows, 50, 96)
+    x, weight, bias = x.cpu(), weight.cpu(), bias.cpu()
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert torch.equal(linear_fp32(x, weight), F.linear(x, weight))

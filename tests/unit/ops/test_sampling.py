@@ -88,6 +88,14 @@ def test_mask_is_never_chosen_but_keeps_its_probability(choose):
     assert torch.equal(choice.rank_M, choice.probability_M)
 
 
+def test_logits_are_left_as_they_were(choose):
+    logits = torch.randn(3, 50)
+    before = logits.clone()
+    logits[:, MASK] = before[:, MASK] = 99.0
+    assert (choose(logits, mask_token_id=MASK).token_M != MASK).all()
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_greedy_with_each_rank(choose, mask):
     logits = random_logits(6)
