@@ -20,13 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 
 from d2f import Engine, EngineConfig, Request, load_model
 from d2f.cli.console import write_json
 from d2f.evaluation.environment import describe_environment
 
+TEXT = """The river rises in the hills above the town, where it is no wider than a step. Below the
+mill it takes in two streams, turns west through meadows that it floods in most springs, and reaches
+the sea at a harbour that has been too shallow for ships since the storms of the last century.
+"""
+"""A prompt is as much of it as it has tokens, again and again if need be."""
 Answer = Callable[[list[int], int], list[int]]
 
 
@@ -117,12 +122,10 @@ def main() -> None:
         "d2f": our_answer(options.model, dtype),
         "transformers": their_answer(options.model, dtype),
     }
-    vocab_size = AutoConfig.from_pretrained(options.model).vocab_size
+    text_ids = AutoTokenizer.from_pretrained(options.model).encode(TEXT)
     rows = []
     for count in options.prompt_tokens:
-        # Which tokens a prompt has does not change what its answer costs.
-        generator = torch.Generator().manual_seed(count)
-        prompt = torch.randint(vocab_size, (count,), generator=generator).tolist()
+        prompt = (text_ids * (count // len(text_ids) + 1))[:count]
         row = race(answers, prompt, options.new_tokens, options.turns)
         rows.append(row)
         ours, theirs = (statistics.median(rate) for rate in row["tokens_per_second"].values())
