@@ -32,11 +32,13 @@ CASES = [
     ("masked-diffusion", {"frontier_share": 0.5, "train_past_eos": False}, {}),
     ("d2f", {}, {}),
     ("d2f", {"train_past_eos": False}, {"normalization": "sequence"}),
-    ("d2f", {}, {"objective": "cross_entropy", "weighting": "none"}),
+    # Nearly everything is masked, the first token of a sample without a prompt, too.
+    ("d2f", {"low": 0.98, "high": 1.0}, {"objective": "cross_entropy", "weighting": "none"}),
 ]
 # Samples of `make_batch` with their blocks' ends take at most 30, 200, 73, 65, 128, 18, 164 and 101
-# of 200 positions. The order is not theirs, and the last row is not full.
-ROWS = [[1], [6, 0], [4, 3], [2, 7, 5]]
+# of 200 positions. The order is not theirs, the last row is not full, and sample 4, which has no
+# prompt, does not begin its row.
+ROWS = [[1], [6, 0], [3, 4], [2, 7, 5]]
 
 
 def packed_pair(tmp_path, stage, noise, objective):
