@@ -126,10 +126,7 @@ class Trainer:
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
-        self._packing: RowPacking | None = None
-        if config.data.padding == "packed":
-            self._packing = pack_samples(dataset, config)
-            dataset.row_counts = self._packing.counts()
+        self._packing = _pack(dataset, config)
         self.order = SampleOrder(
             num_rows=self._packing.num_rows if self._packing else len(dataset),
             batch_size=config.batch_size,
@@ -461,3 +458,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _pack(dataset: TokenDataset, config: TrainConfig) -> RowPacking | None:
+    """The rows that samples share, where the recipe asks for it; the data set then counts them."""
+    if config.data.padding != "packed":
+        return None
+    packing = pack_samples(dataset, config)
+    dataset.row_counts = packing.counts()
+    return packing

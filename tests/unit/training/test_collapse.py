@@ -135,9 +135,9 @@ def test_it_is_the_mean_of_the_highest_probabilities(stage_config):
         rows_M = rows_M[torch.linspace(0, len(rows_M) - 1, MOST_POSITIONS).long()]
     student.eval()
     with torch.no_grad():
-        logits_TV = trainer.loss._compute_logits(
-            student, inputs.ids_BL, trainer.loss._student_blocks(inputs)
-        )
+        loss = trainer.loss
+        seen = loss._seen(inputs, loss._student_blocks(inputs), tiled=False)
+        logits_TV = loss._compute_logits(student, inputs.ids_BL, seen)
     top_M, token_M = logits_TV[rows_M].softmax(-1).max(-1)
     assert found["confidence"] == pytest.approx(top_M.mean().item(), abs=1e-4)
     most = token_M.mode().values
