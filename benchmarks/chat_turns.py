@@ -49,15 +49,18 @@ _NEAR = 0.6
 """Of two turns' pairs of words, the share in both that makes them nearly the same."""
 
 
-def opening_of_user_turn(tokenizer: Tokenizer) -> str:
-    """A conversation as the chat template writes it, up to where the user's words begin.
+def opening_of_user_turn(tokenizer: Tokenizer, said: Sequence[Mapping[str, str]] = ()) -> str:
+    """A conversation as the chat template writes it, up to where the user's next words begin.
+
+    `said` are the messages before them.
 
     Raises:
         SystemExit: The tokenizer has no chat template, or the template leaves the user's words out.
     """
     if tokenizer.chat_template is None:
         raise SystemExit("the model has no chat template, so it knows no user's turn")
-    text, place, _ = tokenizer.render_chat([{"role": "user", "content": _PLACE}]).partition(_PLACE)
+    messages = [*said, {"role": "user", "content": _PLACE}]
+    text, place, _ = tokenizer.render_chat(messages).partition(_PLACE)
     if not place:
         raise SystemExit("the chat template changes the user's words, so its turn is not found")
     return text
@@ -70,8 +73,7 @@ def filter_turns(
     dropped: Counter[str] = Counter()
     fit: list[str] = []
     for row in rows:
-        text = str(row.get(column) or "").strip()
-        reason = "not ended" if row.get("finish_reason") == "length" else why_unfit(text)
+        text, reason = read_turn(row, column)
         if reason is None:
             fit.append(text)
         else:
@@ -79,6 +81,12 @@ def filter_turns(
     kept = _without_near(fit)
     dropped["near duplicate"] = len(fit) - len(kept)
     return kept, {reason: count for reason, count in dropped.most_common() if count}
+
+
+def read_turn(row: Mapping[str, Any], column: str = "response") -> tuple[str, str | None]:
+    """A sampled turn, and the first reason not to ask it; None where there is none."""
+    text = str(row.get(column) or "").strip()
+    return text, "not ended" if row.get("finish_reason") == "length" else why_unfit(text)
 
 
 def why_unfit(text: str) -> str | None:

@@ -2,15 +2,23 @@
 
     python benchmarks/real_language_data.py sql --data DATA --output OUT
     python benchmarks/real_language_data.py gsm8k --data DATA --output OUT --seed 0
+    python benchmarks/real_language_data.py sql-questions --asked ASKED --data DATA --output OUT
     python benchmarks/real_language_data.py chat-prompts --model MODEL --output OUT
-    python benchmarks/real_language_data.py chat-filter --turns OUT/turns.jsonl --output OUT
+    python benchmarks/real_language_data.py chat-filter --turns TURNS --output OUT
+    python benchmarks/real_language_data.py chat-next --model MODEL --answers ANSWERS --output OUT
+    python benchmarks/real_language_data.py chat-next-filter --turns TURNS --output OUT
+    python benchmarks/real_language_data.py own --answers ANSWERS … --name NAME --output OUT
 
 DATA is the folder that `d2f eval --data` takes. Each command writes JSON lines with `prompt` and
-`response` (prompts as the benchmarks put them) and a file NAME.json with counts and seeds. Between
-the two commands for chat, the model writes the user's turns itself:
+`response` (prompts as the benchmarks put them) and a file with counts and seeds. Between the
+commands the model writes: `chat-prompts` and `chat-next` make what it goes on from to write the
+user's turns, the second one after an answer; `sql-questions` takes the questions that a model
+trained on `advising.questions.jsonl` asks; `own` takes its answers. `d2f generate` does all of it:
 
-    d2f generate --model MODEL --input OUT/turn_prompts.jsonl --output OUT/turns.jsonl \\
+    d2f generate --model MODEL --input OUT/turn_prompts.jsonl --output TURNS \\
         --no-chat --n 6000 --temperature 1 --top-p 0.95 --max-new-tokens 128
+
+`benchmarks/real_language.py` runs the whole.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -79,7 +88,49 @@ def write_sql(options: argparse.Namespace) -> Counts:
                 options.output / f"{name}.{split}.jsonl",
                 ({"prompt": sql_prompt(name, row), "response": row["sql"].strip()} for row in rows),
             )
+    questions = (
+        {"prompt": ASK, "response": row["question"].strip()}
+        for _, row in read_split("advising", "train", options.data)
+    )
+    counts["advising.questions"] = write_rows(
+        options.output / "advising.questions.jsonl", questions
+    )
+    write_rows(options.output / "advising.ask.jsonl", [{"prompt": ASK}])
     return counts
+
+
+ASK = "Ask a question about the course database."
+"""What a model is told that is to write questions of its own."""
+
+
+def write_sql_questions(options: argparse.Namespace) -> Counts:
+    """Prompts of Advising: those to train on, and the questions that a model wrote."""
+    rows = read_rows(options.asked)
+    known, unseen = (
+        {
+            row["question"].strip().casefold()
+            for split in splits
+            for _, row in read_split("advising", split, options.data)
+        }
+        for splits in (("train",), ("validation", "test"))
+    )
+    questions = [row["question"] for _, row in read_split("advising", "train", options.data)]
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        question = str(row["response"]).strip()
+        key = question.casefold()
+        if row["finish_reason"] == "length" or not question:
+            dropped["not ended"] += 1
+        elif key in known:
+            dropped["asked before"] += 1
+        elif key in unseen:
+            dropped["kept aside"] += 1
+        else:
+            known.add(key)
+            questions.append(question)
+    prompts = ({"prompt": sql_prompt("advising", {"question": q})} for q in questions)
+    count = write_rows(options.output / "advising.prompts.jsonl", prompts)
+    return {"advising.prompts": count, "sampled": len(rows), "dropped": dict(dropped)}
 
 
 def write_gsm8k(options: argparse.Namespace) -> Counts:
@@ -165,6 +216,64 @@ def write_chat_turns(options: argparse.Namespace) -> Counts:
     return counts | {"seed": options.seed, "sampled": len(rows), "dropped": dropped}
 
 
+def write_chat_next(options: argparse.Namespace) -> Counts:
+    """What the model goes on from to write what the user says to its answers."""
+    from d2f.text import Tokenizer
+
+    tokenizer = Tokenizer.load(options.model)
+    rows = [row for row in read_rows(options.answers) if _ended(row)]
+    conversations = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        for row in rows[: options.most]
+    ]
+    prompts = (
+        {"prompt": chat_turns.opening_of_user_turn(tokenizer, said), "messages": said}
+        for said in conversations
+    )
+    return {"next_prompts": write_rows(options.output / "next_prompts.jsonl", prompts)}
+
+
+def write_chat_next_turns(options: argparse.Namespace) -> Counts:
+    """Conversations that end with a user's second turn which is fit to be asked."""
+    dropped: Counter[str] = Counter()
+    conversations: list[Row] = []
+    for row in read_rows(options.turns):
+        text, reason = chat_turns.read_turn(row)
+        if reason is None:
+            turn = {"role": "user", "content": text}
+            conversations.append({"messages": [*row["messages"], turn]})
+        else:
+            dropped[reason] += 1
+    count = write_rows(options.output / "chat.next.jsonl", conversations)
+    return {"chat.next": count, "dropped": dict(dropped.most_common())}
+
+
+def write_own(options: argparse.Namespace) -> Counts:
+    """A model's answers that came to an end, as conversations to train on."""
+    rows = [row for file in options.answers for row in read_rows(file)]
+    kept = [row for row in rows if _ended(row)]
+    own = (
+        {
+            "messages": row["messages"]
+            if "messages" in row
+            else [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]},
+            ]
+        }
+        for row in kept
+    )
+    count = write_rows(options.output / f"{options.name}.own.jsonl", own)
+    return {f"{options.name}.own": count, "not ended": len(rows) - count}
+
+
+def _ended(row: Row) -> bool:
+    return row["finish_reason"] != "length" and bool(str(row["response"]).strip())
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -178,7 +287,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     sql = add("sql", write_sql, "rows of Advising and WikiSQL")
     gsm8k = add("gsm8k", write_gsm8k, "rows of GSM8K, with variants of other numbers")
-    for command in (sql, gsm8k):
+    asked = add("sql-questions", write_sql_questions, "Advising's questions and a model's own")
+    asked.add_argument("--asked", type=Path, required=True, help="what d2f generate wrote")
+    for command in (sql, gsm8k, asked):
         command.add_argument("--data", required=True, help="folder of the public files")
     gsm8k.add_argument("--workers", type=int, help="processes; the rows are the same with any")
     prompts = add("chat-prompts", write_chat_prompts, "what a model writes users' turns from")
@@ -187,6 +298,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chat.add_argument("--turns", type=Path, required=True, help="what d2f generate wrote")
     chat.add_argument("--column", default="response", help="the column of the turns")
     chat.add_argument("--held-out", type=int, default=200, help="turns that are not trained on")
+    after = add("chat-next", write_chat_next, "what a model writes users' second turns from")
+    after.add_argument("--model", required=True, help="folder or hub id with a chat template")
+    after.add_argument("--answers", type=Path, required=True, help="answers to the first turns")
+    after.add_argument("--most", type=int, default=5000, help="conversations that go on")
+    second = add("chat-next-filter", write_chat_next_turns, "second turns that are fit to be asked")
+    second.add_argument("--turns", type=Path, required=True, help="what d2f generate wrote")
+    own = add("own", write_own, "a model's own answers, as conversations to train on")
+    own.add_argument("--answers", type=Path, nargs="+", required=True, help="of d2f generate")
+    own.add_argument("--name", required=True, help="of the file: NAME.own.jsonl")
     for command in (gsm8k, chat):
         command.add_argument("--seed", type=int, default=0, help="of what is drawn and kept aside")
     return parser.parse_args(arguments)
@@ -200,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except D2FError as error:
         raise SystemExit(str(error)) from None
     text = json.dumps(counts, indent=1, ensure_ascii=False)
-    (options.output / f"{options.command}.json").write_text(text + "\n", encoding="utf-8")
+    name = "-".join((options.command, *([options.name] if "name" in options else [])))
+    (options.output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -139,3 +139,65 @@ def test_turns_are_filtered_and_held_out(script, tmp_path, capsys):
     assert sorted(row["prompt"] for part in turns for row in part) == sorted(good)
     script.main(["chat-filter", *arguments, "--output", str(tmp_path / "again")])
     assert read(tmp_path / "again" / "chat.held_out.jsonl") == turns[1]
+
+
+def test_questions_of_a_model_join_those_to_train_on(script, tmp_path, capsys):
+    for split, question in (("train", "Who ?"), ("validation", "When ?"), ("test", "Where ?")):
+        write_jsonl(tmp_path / f"advising.{split}.jsonl.gz", [{"question": question, "sql": "S"}])
+    asked = [
+        ("Why ?", "stop"), ("who ?", "stop"), ("Why ?", "stop"), (" WHEN ?", "stop"),
+        ("Where ?", "stop"), ("How does", "length"), ("  ", "stop"),
+    ]  # fmt: skip
+    rows = [{"response": text, "finish_reason": reason} for text, reason in asked]
+    write_jsonl(tmp_path / "asked.jsonl", rows)
+    script.main(
+        ["sql-questions", "--asked", str(tmp_path / "asked.jsonl"), "--data", str(tmp_path),
+         "--output", str(tmp_path / "out")]
+    )  # fmt: skip
+    prompts = [row["prompt"] for row in read(tmp_path / "out" / "advising.prompts.jsonl")]
+    assert [prompt.splitlines()[1] for prompt in prompts] == ["Who ?", "Why ?"]
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["dropped"] == {"asked before": 2, "kept aside": 2, "not ended": 2}
+
+
+def test_a_conversation_goes_on_with_a_second_turn(script, tmp_path):
+    write_tokenizer(tmp_path / "model", chat_template=TEMPLATE)
+    answers = [
+        {"prompt": "Who are you ?", "response": "A bot.", "finish_reason": "stop", "row": 1},
+        {"prompt": "Count to 9.", "response": "1 2 3", "finish_reason": "length", "row": 2},
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", answers)
+    out = str(tmp_path / "out")
+    script.main(
+        ["chat-next", "--model", str(tmp_path / "model"), "--answers", str(tmp_path / "answers.jsonl"),
+         "--output", out]
+    )  # fmt: skip
+    (row,) = read(tmp_path / "out" / "next_prompts.jsonl")
+    assert row["prompt"].endswith("<user>Who are you ?</user><assistant>A bot.</assistant><user>")
+    turns = ["And where do you come from?", "x"]
+    write_jsonl(
+        tmp_path / "turns.jsonl",
+        [{**row, "response": turn, "finish_reason": "stop"} for turn in turns],
+    )
+    script.main(["chat-next-filter", "--turns", str(tmp_path / "turns.jsonl"), "--output", out])
+    (row,) = read(tmp_path / "out" / "chat.next.jsonl")
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant", "user"]
+    final = {"role": "assistant", "content": "From here."}
+    write_jsonl(
+        tmp_path / "second.jsonl",
+        [
+            {
+                "messages": [*row["messages"], final],
+                "response": "From here.",
+                "finish_reason": "stop",
+            }
+        ],
+    )
+    script.main(
+        ["own", "--answers", str(tmp_path / "answers.jsonl"), str(tmp_path / "second.jsonl"),
+         "--name", "chat", "--output", out]
+    )  # fmt: skip
+    own = [row["messages"] for row in read(tmp_path / "out" / "chat.own.jsonl")]
+    assert [len(messages) for messages in own] == [2, 4]
+    assert all(messages[-1]["role"] == "assistant" for messages in own)
+    assert json.loads((tmp_path / "out" / "own-chat.json").read_text())["not ended"] == 1
