@@ -20,6 +20,7 @@ class Job:
 
     name: str
     command: tuple[str, ...]
+    """`d2f` and its arguments, or a script and its."""
     makes: Path
     """Exists once it is done."""
     needs: tuple[Path, ...] = ()
@@ -65,7 +66,8 @@ class Crew:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         # Processes that each take all cores for their threads slow each other down a hundredfold.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
-        command = [sys.executable, "-m", "d2f", *job.command[1:], *further]
+        program = ("-m", "d2f") if job.command[0] == "d2f" else (job.command[0],)
+        command = [sys.executable, *program, *job.command[1:], *further]
         log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
         process = subprocess.Popen(

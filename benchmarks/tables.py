@@ -130,15 +130,17 @@ class Tables:
         )
 
 
-def best(summaries: Iterable[tuple[Path, Row]], where: str) -> Row:
+def best(summaries: Iterable[tuple[Path, Row]], where: str, *, floor: float | None = None) -> Row:
     """The setting to measure with, and a note of how it was chosen.
 
     Args:
         summaries: The summary.json of each setting that was tried, and the setting.
         where: Which problems they were tried on.
+        floor: A score that is enough, so that more is not paid for with speed; None: the best.
     """
     results = [(json.loads(path.read_text())["score"], setting) for path, setting in summaries]
     top = max(score["score"] for score, _ in results)
+    top = top if floor is None else min(top, floor)
     score, setting = max(
         (pair for pair in results if pair[0]["score"] >= top - ALLOWANCE),
         key=lambda pair: (pair[0]["tokens_per_forward"], -pair[0]["query_tokens_per_forward"]),

@@ -1,0 +1,95 @@
+"""`benchmarks/real_language.py`: its jobs fit together, and its recipes are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from d2f.evaluation.eval_recipe import load_eval_recipe
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+SCRIPTS = ("real_language", "tables", "crew")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import real_language
+
+    yield real_language
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def plan(script, tmp_path):
+    def make(*arguments):
+        options = script.parse(["--data", "data", "--output", str(tmp_path), *arguments])
+        return script.Plan(options)
+
+    return make
+
+
+def jobs_of(plan):
+    return [job for part in ("imports", "train", "grid", "score") for job in getattr(plan, part)()]
+
+
+@pytest.mark.parametrize("model", ["model.gguf", "owner/name"])
+@pytest.mark.parametrize("models", [[], ["--models", "autoregressive", "student"]])
+def test_what_a_job_needs_is_made_by_one_before_it(plan, model, models):
+    made = set()
+    jobs = jobs_of(plan("--model", model, *models))
+    for job in jobs:
+        assert set(job.needs) <= made, job.name
+        made.add(job.makes)
+    assert len({job.name for job in jobs}) == len(made) == len(jobs)
+
+
+def test_commands_name_files_that_are_there(plan):
+    for job in jobs_of(plan("--model", "model.gguf")):
+        program = job.command[0]
+        assert program == "d2f" or (BENCHMARKS.parent / program).exists()
+        if job.command[:2] == ("d2f", "train"):
+            assert Path(job.command[2]).exists()
+
+
+def pretend_grids(plan, scores):
+    """Summaries as `d2f eval` would have written them: a score for each confidence."""
+    for job in plan.grid():
+        job.prepare()
+        recipe = tomllib.loads(Path(job.command[2]).read_text())
+        for row in recipe["rows"]:
+            level = row.get("policy", {}).get("confidence_threshold", 1.0)
+            score = {
+                "score": scores.get(level, 0.1),
+                "tokens_per_forward": 3 - 2 * level,
+                "query_tokens_per_forward": 1.0,
+                "num_problems": 500,
+            }
+            folder = Path(recipe["output"]) / row["name"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").write_text(json.dumps({"score": score}))
+
+
+def test_a_student_is_as_fast_as_its_twins_score_allows(plan):
+    ours = plan("--tasks", "gsm8k")
+    pretend_grids(ours, {1.0: 0.09, 0.7: 0.05, 0.8: 0.086, 0.9: 0.09, 0.95: 0.12})
+    chosen = ours.chosen(ours.tasks[0])
+    assert chosen["pipelined"]["policy"]["confidence_threshold"] == 0.8
+    assert chosen["undistilled"]["policy"]["confidence_threshold"] == 0.95
+
+
+def test_recipes_are_read_as_recipes(plan, script):
+    ours = plan("--tasks", "gsm8k", "advising", "wikisql")
+    pretend_grids(ours, {})
+    for job in (*ours.grid(), *ours.score(), *ours.speed()):
+        job.prepare()
+        recipe = load_eval_recipe(Path(job.command[2]))
+        assert len({row.name for row in recipe.rows}) == len(recipe.rows)
+    recipe = load_eval_recipe(ours.output / "recipes" / "gsm8k.toml")
+    assert recipe.num_fewshot == 0
+    assert {row.name for row in recipe.rows} == {*script.grids(), "vanilla-eos-stop"}
