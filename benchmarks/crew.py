@@ -28,6 +28,8 @@ class Job:
     prepare: Callable[[], Sequence[str]] = tuple
     """Called before it starts: writes its recipe, which may depend on what earlier jobs found, and
     gives further arguments."""
+    cores: int | None = None
+    """Run on so many cores of the processor, and on no GPU."""
 
 
 class Crew:
@@ -66,8 +68,12 @@ class Crew:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         # Processes that each take all cores for their threads slow each other down a hundredfold.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
+        if job.cores is not None:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(job.cores)}
         program = ("-m", "d2f") if job.command[0] == "d2f" else (job.command[0],)
         command = [sys.executable, *program, *job.command[1:], *further]
+        if job.cores is not None:
+            command = ["taskset", "--cpu-list", f"0-{job.cores - 1}", *command]
         log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
         process = subprocess.Popen(

@@ -12,8 +12,9 @@ run side by side, each on a GPU of its own.
 DATA holds the folders gsm8k/ and text2sql/ with the public files. Tasks: `gsm8k`; `advising` and
 `wikisql`, questions to SQL; `chat`, a student that holds a conversation. Parts: `import` (the
 checkpoint and the data), `train` (with the model's own answers), `grid` (settings of each method,
-on problems kept aside), `score`, `speed` and `report`. `--time-share 0.5` halves the seconds of
-training; `--models` leaves out those that are not wanted.
+on problems kept aside), `score`, `speed` (one problem at a time), `cpu` (the same on two cores) and
+`report`. `--time-share 0.5` halves the seconds of training; `--models` leaves out those that are
+not wanted.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from tables import Row, Tables, best, without_speed
 
 from d2f.training.checkpoint import list_checkpoints
 
-PARTS = ("import", "train", "grid", "score", "speed", "report")
+PARTS = ("import", "train", "grid", "score", "speed", "cpu", "report")
 RECIPES = ROOT / "recipes" / "smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FAST = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 SLOW = ("vanilla", "vanilla-eos-stop", "dllm-cache", *FAST)
 """Methods that answer one problem at a time, most of them in a forward per token."""
 MODELS = ("autoregressive", "teacher", "distilled", "student")
+QUICK = ("autoregressive", "serial", "pipelined")
+CPU_PROBLEMS = 12
 ASKING_SECONDS = 30
 """Of training a model that writes questions."""
 
@@ -114,6 +117,10 @@ class Plan:
     """What there is to do, from the options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        # All commands run in the checkout.
+        options.data = options.data.resolve()
+        if Path(options.model).exists():
+            options.model = str(Path(options.model).resolve())
         self.options = options
         self.output: Path = options.output.resolve()
         self.data = self.output / "data"
@@ -406,6 +413,21 @@ class Plan:
             build = functools.partial(self._methods, task)
             yield self.tables.evaluation(task.name, "speed", build, (scored,))
 
+    def cpu(self) -> Iterator[Job]:
+        """Speeds on two cores of the processor, as a laptop has them, of what is quick enough."""
+        for task in self.tasks:
+            needs = (self.tables.done(f"score-{task.name}"),)
+            build = functools.partial(self._on_cores, task)
+            yield self.tables.evaluation(f"{task.name}-cpu", "speed", build, needs, cores=2)
+
+    def _on_cores(self, task: Task) -> Row:
+        rows = [row for row in self._methods(task)["rows"] if row["method"] in QUICK]
+        title = f"{task.title}, two CPU cores"
+        table = self._recipe(task, rows, score=None, speed=True, family=title)
+        few = min(self.options.speed_problems, CPU_PROBLEMS)
+        table["speed"] |= {"num_problems": few, "num_runs": 2}
+        return table
+
     def _methods(self, task: Task) -> Row:
         chosen = self.chosen(task)
         if "vanilla" in chosen:
@@ -438,7 +460,7 @@ class Plan:
         rows: list[Row],
         name: str | None = None,
         *,
-        score: int,
+        score: int | None,
         speed: bool = False,
         **more: object,
     ) -> Row:
@@ -534,6 +556,10 @@ def main() -> None:
     crew.run(sorted(jobs, key=urgency))
     if "speed" in options.parts:
         crew.run(list(plan.speed()))
+    if "cpu" in options.parts:
+        one_by_one = Crew(0, plan.output / "logs")
+        one_by_one.run(list(plan.cpu()))
+        crew.failed += one_by_one.failed
     if "report" in options.parts:
         report = ("d2f", "report", str(plan.output / "measure"), "--paper")
         crew.run([Job(name="report", command=report, makes=plan.tables.done("report"))])

@@ -103,7 +103,12 @@ class Tables:
         return self.output / ("grid" if part == "grid" else "measure") / name
 
     def evaluation(
-        self, name: str, part: str, build: Callable[[], Row], needs: tuple[Path, ...] = ()
+        self,
+        name: str,
+        part: str,
+        build: Callable[[], Row],
+        needs: tuple[Path, ...] = (),
+        cores: int | None = None,
     ) -> Job:
         """The job that writes a recipe when its turn comes, and runs it.
 
@@ -112,6 +117,7 @@ class Tables:
             part: grid, score or speed; grids have a folder of their own.
             build: Makes the recipe, from what earlier jobs found.
             needs: Files that must be there.
+            cores: Measure on so many cores of the processor, in bf16.
         """
         path = self.output / "recipes" / f"{name}.toml"
 
@@ -121,12 +127,14 @@ class Tables:
             return ()
 
         job = f"score-{name}" if part == "score" else name
+        here = ("--device", "cpu", "--dtype", "bfloat16") if cores else ()
         return Job(
             name=job,
-            command=("d2f", "eval", str(path), *self.eval_args),
+            command=("d2f", "eval", str(path), *here, *self.eval_args),
             makes=self.done(job),
             needs=needs,
             prepare=prepare,
+            cores=cores,
         )
 
 

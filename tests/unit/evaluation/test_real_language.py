@@ -86,7 +86,7 @@ def test_a_student_is_as_fast_as_its_twins_score_allows(plan):
 def test_recipes_are_read_as_recipes(plan, script):
     ours = plan("--tasks", "gsm8k", "advising", "wikisql")
     pretend_grids(ours, {})
-    for job in (*ours.grid(), *ours.score(), *ours.speed()):
+    for job in (*ours.grid(), *ours.score(), *ours.speed(), *ours.cpu()):
         job.prepare()
         recipe = load_eval_recipe(Path(job.command[2]))
         assert len({row.name for row in recipe.rows}) == len(recipe.rows)

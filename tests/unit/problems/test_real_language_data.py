@@ -169,8 +169,8 @@ def test_a_conversation_goes_on_with_a_second_turn(script, tmp_path):
     write_jsonl(tmp_path / "answers.jsonl", answers)
     out = str(tmp_path / "out")
     script.main(
-        ["chat-next", "--model", str(tmp_path / "model"), "--answers", str(tmp_path / "answers.jsonl"),
-         "--output", out]
+        ["chat-next", "--model", str(tmp_path / "model"), "--output", out,
+         "--answers", str(tmp_path / "answers.jsonl")]
     )  # fmt: skip
     (row,) = read(tmp_path / "out" / "next_prompts.jsonl")
     assert row["prompt"].endswith("<user>Who are you ?</user><assistant>A bot.</assistant><user>")
