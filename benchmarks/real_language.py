@@ -109,8 +109,8 @@ TASKS = (
         longest=192,
     ),
 )
-CHAT_SECONDS = {"chat": 300, "chat_full": 300}
-"""Of training the adapter, and all weights."""
+CHAT = {"adapter": ("chat", 300), "full": ("chat_full", 300)}
+"""The recipes of both students for chat, and the seconds of training."""
 
 
 class Plan:
@@ -234,14 +234,15 @@ class Plan:
         told = self._answers("held_out.base", base, held_out, (fit.makes,), *limit)
         yield from (opening, turns, fit, first, after, asked, fit_next, second, own, told)
         answered = [told.makes]
-        for student, seconds in CHAT_SECONDS.items():
+        for student, (recipe, seconds) in CHAT.items():
             folder = self.output / "models" / "chat" / student
+            name = f"train-chat-{student}"
             made = self._run(
-                student, folder, self.base, data / "chat.own.jsonl", seconds, (own.makes,),
-                makes=done(f"train-{student}"),
+                recipe, folder, self.base, data / "chat.own.jsonl", seconds, (own.makes,),
+                makes=done(name), name=name,
             )  # fmt: skip
             final = folder / "final"
-            model = (base, "--adapter", str(final)) if student == "chat" else (final,)
+            model = (base, "--adapter", str(final)) if student == "adapter" else (final,)
             tell = self._answers(
                 f"held_out.{student}", model[0], held_out, (made.makes,), *model[1:], *limit
             )
@@ -253,7 +254,7 @@ class Plan:
             command=(
                 *("benchmarks/perplexity.py", "--model", self.base, "--json"),
                 *(str(self.output / "measure" / "chat.json"), "--answers"),
-                *(str(self._file(f"held_out.{name}")) for name in ("base", *CHAT_SECONDS)),
+                *(str(self._file(f"held_out.{name}")) for name in ("base", *CHAT)),
             ),
             makes=done("perplexity-chat"),
             needs=tuple(answered),
@@ -328,7 +329,7 @@ class Plan:
         needs: tuple[Path, ...],
         *,
         makes: Path,
-        name: str | None = None,
+        name: str,
         more: tuple[str, ...] = (),
     ) -> Job:
         settings = (
@@ -339,7 +340,7 @@ class Plan:
         )
         sets = [part for setting in settings for part in ("--set", setting)]
         return Job(
-            name=name or f"train-{recipe}",
+            name=name,
             command=(
                 *("d2f", "train", str(RECIPES / f"{recipe}.toml"), "--output", str(folder)),
                 *(*sets, *self.options.train_args),
