@@ -487,12 +487,9 @@ def grids() -> dict[str, list[Row]]:
                 "confidence_threshold": level,
             }
         }
-        for size, add, level in itertools.product((4, 8, 16), (0.1, 0.5, 0.9), levels)
+        for size, add, level in itertools.product((8, 16), (0.1, 0.5), levels)
     ]
-    serial = [
-        {"policy": {"block_size": size, "confidence_threshold": level}}
-        for size, level in itertools.product((4, 8, 16), levels)
-    ]
+    serial = [{"policy": {"block_size": 16, "confidence_threshold": level}} for level in levels]
     accelerated = [
         {"options": {"block_length": 32, "threshold": threshold}} for threshold in (0.8, 0.9, 0.95)
     ]
