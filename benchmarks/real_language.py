@@ -41,8 +41,11 @@ FAST = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 SLOW = ("vanilla", "vanilla-eos-stop", "dllm-cache", *FAST)
 """Methods that answer one problem at a time, most of them in a forward per token."""
 MODELS = ("autoregressive", "teacher", "distilled", "student")
+STUDENTS = ("serial", "pipelined", "distilled")
+"""Methods of which the fastest setting is wanted that scores as autoregression does."""
 QUICK = ("autoregressive", "serial", "pipelined")
-CPU_PROBLEMS = 12
+GRID_PROBLEMS, CPU_PROBLEMS = 24, 12
+"""Problems that a time of a grid, and one on two cores, is taken on."""
 ASKING_SECONDS = 30
 """Of training a model that writes questions."""
 
@@ -365,9 +368,11 @@ class Plan:
                     self._row(method, f"{method}-{index}", setting)
                     for index, setting in enumerate(settings)
                 ]
+                timed = {"num_problems": self._few(GRID_PROBLEMS), "num_runs": 1, "batch_size": 1}
                 build = functools.partial(
                     self._recipe, task, rows, task.validation,
                     score=self._count(task.kept_aside, method), split="validation",
+                    **({"speed": timed} if method in STUDENTS else {}),
                 )  # fmt: skip
                 needs = tuple({self._weights(task, row["model"]) for row in rows})
                 yield self.tables.evaluation(f"grid-{task.name}-{method}", "grid", build, needs)
@@ -386,7 +391,7 @@ class Plan:
             method: best(
                 [(self._grid_summary(task, method, i), s) for i, s in enumerate(settings)],
                 "problems kept aside",
-                floor=floor if method in ("serial", "pipelined", "distilled") else None,
+                floor=floor if method in STUDENTS else None,
             )
             for method, settings in self._grids().items()
         }
@@ -424,10 +429,8 @@ class Plan:
     def _on_cores(self, task: Task) -> Row:
         rows = [row for row in self._methods(task)["rows"] if row["method"] in QUICK]
         title = f"{task.title}, two CPU cores"
-        table = self._recipe(task, rows, score=None, speed=True, family=title)
-        few = min(self.options.speed_problems, CPU_PROBLEMS)
-        table["speed"] |= {"num_problems": few, "num_runs": 2}
-        return table
+        speed = {"num_problems": self._few(CPU_PROBLEMS), "num_runs": 2, "batch_size": 1}
+        return self._recipe(task, rows, score=None, family=title, speed=speed)
 
     def _methods(self, task: Task) -> Row:
         chosen = self.chosen(task)
@@ -438,10 +441,14 @@ class Plan:
             row = self._row(method, method, setting)
             row["num_problems"] = self._count(task.problems, method)
             if method in SLOW:
-                few = max(self.options.slow_problems // 8, 2)
-                row["speed_problems"] = min(self.options.speed_problems, few)
+                row["speed_problems"] = self._few(max(self.options.slow_problems // 8, 2))
             rows.append(row)
-        return self._recipe(task, rows, score=task.problems, speed=True)
+        speed = {"num_problems": self._few(), "num_runs": 3, "batch_size": 1}
+        return self._recipe(task, rows, score=task.problems, speed=speed)
+
+    def _few(self, count: int | None = None) -> int:
+        most: int = self.options.speed_problems
+        return most if count is None else min(count, most)
 
     def _further(self, task: Task, name: str) -> Row:
         rows = [row for row in self._methods(task)["rows"] if row["method"] not in SLOW]
@@ -462,7 +469,6 @@ class Plan:
         name: str | None = None,
         *,
         score: int | None,
-        speed: bool = False,
         **more: object,
     ) -> Row:
         models = {model: {"path": str(self._weights(task, model).parent)} for model in MODELS}
@@ -472,7 +478,7 @@ class Plan:
             top["num_fewshot"] = 0
         if name == "gsm8k-variants":
             top["seed"] = 0  # that of the rows that were trained on
-        return self.tables.recipe({**top, **more}, models, rows, score=score, speed=speed)
+        return self.tables.recipe({**top, **more}, models, rows, score=score)
 
 
 def grids() -> dict[str, list[Row]]:
@@ -537,7 +543,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--time-share", type=float, default=1.0, help="of the seconds of training")
     parser.add_argument("--problems", type=int, help="that a score counts; default: all")
     parser.add_argument("--slow-problems", type=int, default=128, help="… of slow methods")
-    parser.add_argument("--speed-problems", type=int, default=100)
+    parser.add_argument("--speed-problems", type=int, default=100, help="that a speed counts")
     parser.add_argument("--score-batch", type=int, default=128)
     parser.add_argument("--generate-args", type=shlex.split, default=[])
     parser.add_argument("--train-args", type=shlex.split, default=[], help="more for d2f train")

@@ -29,7 +29,8 @@ METHODS = {
 """Strategy and model of each method."""
 ALLOWANCE = 0.005
 """A setting qualifies when it scores at most half a point below its method's best; of those that
-do, the one of most tokens per forward is taken, of equals the one that computes least."""
+do, the fastest is taken. Where the grid took no times, that is the one of most tokens per forward,
+of equals the one that computes least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +147,23 @@ def best(summaries: Iterable[tuple[Path, Row]], where: str, *, floor: float | No
         where: Which problems they were tried on.
         floor: A score that is enough, so that more is not paid for with speed; None: the best.
     """
-    results = [(json.loads(path.read_text())["score"], setting) for path, setting in summaries]
-    top = max(score["score"] for score, _ in results)
+    results = [(json.loads(path.read_text()), setting) for path, setting in summaries]
+    top = max(result["score"]["score"] for result, _ in results)
     top = top if floor is None else min(top, floor)
-    score, setting = max(
-        (pair for pair in results if pair[0]["score"] >= top - ALLOWANCE),
-        key=lambda pair: (pair[0]["tokens_per_forward"], -pair[0]["query_tokens_per_forward"]),
+    result, setting = max(
+        (pair for pair in results if pair[0]["score"]["score"] >= top - ALLOWANCE),
+        key=lambda pair: _swiftness(pair[0]),
     )
     chosen = {**setting.get("policy", {}), **setting.get("options", {})}
-    where = f"{score['num_problems']} {where}"
+    where = f"{result['score']['num_problems']} {where}"
     return {**setting, "grid": {"where": where, "tried": len(results), "chosen": chosen}}
+
+
+def _swiftness(result: Row) -> tuple[float, ...]:
+    score, speed = result["score"], result.get("speed")
+    if speed is not None:
+        return (speed["tokens_per_second"]["median"],)
+    return score["tokens_per_forward"], -score["query_tokens_per_forward"]
 
 
 def without_speed(build: Callable[[], Row]) -> Row:

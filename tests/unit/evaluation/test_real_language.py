@@ -57,8 +57,8 @@ def test_commands_name_files_that_are_there(plan):
             assert Path(job.command[2]).exists()
 
 
-def pretend_grids(plan, scores):
-    """Summaries as `d2f eval` would have written them: a score for each confidence."""
+def pretend_grids(plan, scores, speeds=()):
+    """Summaries as `d2f eval` would have written them: a score, a speed for each confidence."""
     for job in plan.grid():
         job.prepare()
         recipe = tomllib.loads(Path(job.command[2]).read_text())
@@ -72,7 +72,8 @@ def pretend_grids(plan, scores):
             }
             folder = Path(recipe["output"]) / row["name"]
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "summary.json").write_text(json.dumps({"score": score}))
+            speed = {"tokens_per_second": {"median": dict(speeds).get(level)}} if speeds else None
+            (folder / "summary.json").write_text(json.dumps({"score": score, "speed": speed}))
 
 
 def test_a_student_is_as_fast_as_its_twins_score_allows(plan):
@@ -81,6 +82,10 @@ def test_a_student_is_as_fast_as_its_twins_score_allows(plan):
     chosen = ours.chosen(ours.tasks[0])
     assert chosen["pipelined"]["policy"]["confidence_threshold"] == 0.8
     assert chosen["undistilled"]["policy"]["confidence_threshold"] == 0.95
+    speeds = {0.7: 900, 0.8: 800, 0.85: 500, 0.9: 850, 0.95: 700, 0.99: 100, 1.0: 100}
+    pretend_grids(ours, {1.0: 0.09, 0.7: 0.05, 0.8: 0.086, 0.9: 0.09, 0.95: 0.12}, speeds)
+    chosen = ours.chosen(ours.tasks[0])
+    assert chosen["pipelined"]["policy"]["confidence_threshold"] == 0.9
 
 
 def test_recipes_are_read_as_recipes(plan, script):
