@@ -131,7 +131,7 @@ class Plan:
             output=self.output,
             score_batch=options.score_batch,
             speed_problems=options.speed_problems,
-            eval_args=("--data", str(options.data), *options.eval_args),
+            eval_args=("--dtype", "bfloat16", "--data", str(options.data), *options.eval_args),
         )
         self.tasks = [task for task in TASKS if task.name in options.tasks]
         self.models = [model for model in MODELS if model in options.models]

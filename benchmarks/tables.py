@@ -118,7 +118,7 @@ class Tables:
             part: grid, score or speed; grids have a folder of their own.
             build: Makes the recipe, from what earlier jobs found.
             needs: Files that must be there.
-            cores: Measure on so many cores of the processor, in bf16.
+            cores: Measure on so many cores of the processor.
         """
         path = self.output / "recipes" / f"{name}.toml"
 
@@ -128,7 +128,7 @@ class Tables:
             return ()
 
         job = f"score-{name}" if part == "score" else name
-        here = ("--device", "cpu", "--dtype", "bfloat16") if cores else ()
+        here = ("--device", "cpu") if cores else ()
         return Job(
             name=job,
             command=("d2f", "eval", str(path), *here, *self.eval_args),
