@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.differences import paired_difference
+from d2f.evaluation.report.differences import Difference, paired_difference
 from d2f.evaluation.report.paper import (
     LABEL,
     Counterpart,
@@ -31,6 +31,7 @@ _MAIN = (
     Column(key="latency_over_vanilla", header="x vanilla's latency", form=show.times),
     Column(key="mean_tokens", header="tokens/answer", form=show.significant),
     Column(key="score_text", header="score ± se, % (n)"),
+    Column(key="over_twin", header="score - autoregressive's, points [95%] (n)", form=show.paired),
     Column(key="difference", header="score - teacher's, points [95%] (n)", form=show.paired),
 )
 _REASONS = (
@@ -72,7 +73,8 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
     notes = [
         "Speed at batch 1, one problem at a time, prompts included, median of the runs. "
         "Latency is seconds per problem; its ratio is vanilla's over the row's.",
-        *([f"The teacher is {teacher.label}; differences are paired."] if teacher else []),
+        "Differences of scores are paired"
+        + (f"; the teacher is {teacher.label}." if teacher else "."),
         *show.beyond_eos(rows),
         *show.cleaned_up(rows),
         *show.simulated(rows),
@@ -109,7 +111,8 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
     return {
         **base_line(row, vanilla),
         "over_autoregressive": speed_ratio(row, autoregressive),
-        "difference": paired_difference(row, teacher) if teacher and row is not teacher else None,
+        "over_twin": _lead(row, autoregressive),
+        "difference": _lead(row, teacher),
         **{column.key: row.number(column.key) for column in _REASONS[1:-1]},
         "forwards_per_problem": ratio(row.number("mean_tokens"), row.number("tokens_per_forward")),
         "decoded_per_answered": row.decoded_per_answered,
@@ -122,6 +125,10 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         else None,
         "decode_tokens_per_second": row.decode_tokens_per_second,
     }
+
+
+def _lead(row: Row, other: Row | None) -> Difference | None:
+    return None if other is None or row is other else paired_difference(row, other)
 
 
 def base_line(row: Row, vanilla: Row | None) -> dict[str, Any]:

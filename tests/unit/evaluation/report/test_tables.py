@@ -63,7 +63,8 @@ def test_methods_by_hand(methods):
         "latency_over_vanilla": "16.0x",
         "mean_tokens": "50.0",
         "score_text": "100.0 ± 0.0 (4)",
-        # Gaps 0, 0, 1, 1.
+        # Gaps 0, 0, 0, 1, and 0, 0, 1, 1.
+        "over_twin": "+25.0 [-24.0, +74.0] (4)",
         "difference": "+50.0 [-6.6, +106.6] (4)",
     }
     assert cells(table, line_of(table, method="vanilla"))["difference"] == "–"
