@@ -15,21 +15,32 @@ Item = str | list["Item"]
 _TOKEN = re.compile(
     r"""
     # At the start of a word; a doubled quote is an escaped one.
-    (?<![^\s(),=<>!]) (?P<string> '(?:[^']|'')*'(?!') | "(?:[^"]|"")*"(?!") )
-    | [<>!]=|<>|[=<>(),]
-    | [^\s(),=<>!]+
+    (?<![^\s(),;=<>!]) (?P<string> '(?:[^']|'')*'(?!') | "(?:[^"]|"")*"(?!") )
+    | [<>!]=|<>|[=<>(),;]
+    | [^\s(),;=<>!]+
     | \S
     """,
     re.VERBOSE,
 )
 _OPENS = {"(": ")", "case": "end"}
-_BEGINS = {"where", "having", "on", "when"}
-"""Words behind which a condition stands."""
-_ENDS = _BEGINS | {
-    "select", "from", "group", "order", "limit", "union", "intersect", "except", "join", "inner",
-    "left", "right", "full", "cross", "natural", "then", "else", "as", ",",
+_DEEPEST = 50
+"""Brackets within brackets; what a model repeats without end may have any number."""
+_FOLLOWS = {
+    "group", "having", "order", "limit", "offset", "fetch", "window", "union", "intersect",
+    "except", ";",
 }  # fmt: skip
-"""Words before which it ends."""
+_JOINS = {"where", "on", "join", "inner", "left", "right", "full", "cross", "natural", ","}
+_ENDS = {
+    "where": _FOLLOWS,
+    "having": _FOLLOWS,
+    "on": _FOLLOWS | _JOINS,
+    "when": {"then"},
+    "()": _FOLLOWS | _JOINS | {"select", "from", "as", "when", "then", "else"},
+}
+"""Words, and brackets, behind which a condition stands, and those before which it ends.
+
+No other word does: values without quotes hold commas and words like these, `17,000` for one.
+"""
 
 
 def sql_form(sql: str) -> tuple[str, ...]:
@@ -67,10 +78,10 @@ def first_difference(wanted: Sequence[str], found: Sequence[str]) -> str:
 
 
 def _nested(tokens: Sequence[str]) -> list[Item]:
-    """Tokens as a tree; brackets that are not closed stay plain tokens."""
+    """Tokens as a tree; brackets that are not closed, or too deep, stay plain tokens."""
     levels: list[list[Item]] = [[]]
     for token in tokens:
-        if token in _OPENS:
+        if token in _OPENS and len(levels) <= _DEEPEST:
             levels.append([token])
             continue
         opened = levels[-1][0] if len(levels) > 1 else None
@@ -85,24 +96,25 @@ def _nested(tokens: Sequence[str]) -> list[Item]:
     return levels[0]
 
 
-def _sorted_level(items: Sequence[Item], *, condition: bool = False) -> list[Item]:
+def _sorted_level(items: Sequence[Item], opened: str | None = None) -> list[Item]:
     """The same with the conditions of each run of ANDs sorted, here and within.
 
-    `condition`: the items begin with one.
+    `opened`: what the items stand behind if they begin with a condition.
     """
     result: list[Item] = []
-    pending: list[Item] | None = [] if condition else None
+    pending: list[Item] = []
     for item in items:
         if isinstance(item, list):
             # A bracket without a query may hold a condition.
-            inside = item[0] == "(" and item[1] != "select"
-            item = [item[0], *_sorted_level(item[1:-1], condition=inside), item[-1]]
-        if pending is None or (isinstance(item, str) and item in _ENDS):
-            result += [*_sorted_condition(pending or []), item]
-            pending = [] if isinstance(item, str) and item in _BEGINS else None
-        else:
+            inside = "()" if item[0] == "(" and item[1] != "select" else None
+            item = [item[0], *_sorted_level(item[1:-1], inside), item[-1]]
+        word = item if isinstance(item, str) else None
+        if opened is not None and word not in _ENDS[opened]:
             pending.append(item)
-    return result + _sorted_condition(pending or [])
+            continue
+        result += [*_sorted_condition(pending), item]
+        pending, opened = [], word if word in _ENDS else None
+    return result + _sorted_condition(pending)
 
 
 def _sorted_condition(items: Sequence[Item]) -> list[Item]:

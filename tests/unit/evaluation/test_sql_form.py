@@ -108,6 +108,11 @@ def test_white_space_and_case_outside_quotes_do_not_count(seed):
             "SELECT a FROM t WHERE b = 1 AND d = 3 OR c = 2",
         ),
         ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE b = 1 AND b = 1"),
+        ("SELECT a FROM t WHERE b = 1", "SELECT a FROM t WHERE b = 1;"),
+        (
+            "SELECT a FROM t JOIN u ON b AND c , v WHERE d",
+            "SELECT a FROM t JOIN u ON c , v AND b WHERE d",
+        ),
         ("SELECT a FROM t", ""),
     ],
 )
@@ -122,6 +127,14 @@ def test_what_is_another_query_stays_another(one, other):
         ("SELECT a FROM t WHERE b = 6'5 AND c = 'x'", "SELECT a FROM t WHERE c = 'x' AND b = 6'5"),
         ("SELECT a FROM t WHERE b = 'Never closed", "select a FROM t WHERE b = 'never  closed"),
         (
+            "SELECT a FROM t WHERE left = 17,000 AND c = played as on the right AND d = 1 ;",
+            "SELECT a FROM t WHERE d = 1 AND left = 17,000 AND c = played as on the right;",
+        ),
+        (
+            "SELECT a FROM t JOIN u ON b = 1 AND c = 2 , v WHERE d = 3 AND e = 4 LIMIT 1 OFFSET 2",
+            "SELECT a FROM t JOIN u ON c = 2 AND b = 1, v WHERE e = 4 AND d = 3 LIMIT 1 OFFSET 2",
+        ),
+        (
             "SELECT a FROM t WHERE b = 1 AND c = 2 OR d = 3 AND e = 4",
             "SELECT a FROM t WHERE c = 2 AND b = 1 OR e = 4 AND d = 3",
         ),
@@ -135,6 +148,13 @@ def test_only_the_form_differs(one, other):
 def test_any_text_has_a_form(text):
     form = sql_form(text)
     assert sql_form(" ".join(form)) == form or "'" in text or '"' in text
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 3000, "(" * 3000 + ")" * 3000, "case " * 3000 + "end " * 3000]
+)
+def test_what_repeats_without_end_has_a_form(text):
+    assert "".join(sql_form(text)) == text.replace(" ", "")
 
 
 def test_the_first_difference_is_told():
