@@ -43,6 +43,10 @@ BatchOption = Annotated[
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="--input: throw away what an earlier run has answered.")
 ]
+ANSWER_COLUMNS = (
+    "messages", "row", "sample", "seed", "num_tokens", "num_forwards", "finish_reason",
+)  # fmt: skip
+"""What else an answer's line says, under names that its text cannot have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,9 @@ def read_bulk(
         raise UsageError("--input needs --output, the file for the answers")
     if stream:
         raise UsageError("--stream: without effect with --input")
-    if output.resolve() == source.resolve():
+    if str(output) == "-":
+        raise UsageError("--output -: answers go to a file, so that a run can go on; name one")
+    if output.resolve() == source.resolve() or _is_link_to(output, source):
         raise UsageError(f"--output {output} is the file with the prompts; name another")
     return Bulk(
         source=_read_source(source, columns or ()),
@@ -99,6 +105,10 @@ def read_bulk(
         fresh=fresh,
         as_json=as_json,
     )
+
+
+def _is_link_to(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
@@ -113,5 +123,10 @@ def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
         if not equals or not what or not name:
             raise UsageError(f"--column {word!r}: write it as WHAT=NAME, prompt=question say")
         table[what] = name
+    if table.get("response") in ANSWER_COLUMNS:
+        raise UsageError(
+            f"--column response={table['response']}: an answer's line has another column of this "
+            f"name, as it has {', '.join(ANSWER_COLUMNS)}; name another"
+        )
     with usage():
         return PromptFile(path=path, columns=from_table(ColumnConfig, table, "--column"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2f.cli import answer_file
-from d2f.cli.bulk_options import read_bulk
+from d2f.cli.bulk_options import ANSWER_COLUMNS, read_bulk
 from d2f.cli.usage import UsageError
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
@@ -133,6 +133,7 @@ def test_samples_have_noise_of_their_own_that_neither_batch_nor_order_changes(
     records = read(output)
     places = [(record["row"], record["sample"]) for record in records]
     assert places == list(itertools.product((1, 2), range(3)))
+    assert set(records[0]) == {"prompt", "response", *ANSWER_COLUMNS} - {"messages"}
     assert len({record["seed"] for record in records}) == len(records)
     assert len({record["response"] for record in records}) == len(records)
     other = tmp_path / "other.jsonl"
@@ -335,6 +336,7 @@ def test_a_row_that_fails_in_the_engine_is_counted(bulk, monkeypatch, output):
         (["--n", 2], "--n 2: all the same at --temperature 0"),
         (["--column", "promt=x"], "unknown key 'promt'; did you mean 'prompt'?"),
         (["--column", "prompt"], "write it as WHAT=NAME"),
+        (["--column", "response=row"], "another column of this name"),
         (["--column", "messages=m", "--column", "prompt=p"], "not both"),
         (["--chat"], "--chat: this model has no chat template"),
         (["--strategy", "autoregressive"], "not autoregressive"),
@@ -351,6 +353,7 @@ def test_wrong_options_are_refused_in_one_clear_line(bulk, options, message):
     [
         ({"source": Path("p")}, "--input needs --output"),
         ({"source": Path("p"), "output": Path("./p")}, "is the file with the prompts"),
+        ({"source": Path("p"), "output": Path("-")}, "answers go to a file"),
         ({"prompt": "x", "source": Path("p")}, "a PROMPT and --input exclude each other"),
         ({"prompt": "x", "output": Path("a")}, "--output: without effect without --input"),
         ({"prompt": "x", "num_samples": 1}, "--n: without effect without --input"),
@@ -364,6 +367,13 @@ def test_options_that_belong_together(given, message):
     options |= dict.fromkeys(("fresh", "stream", "as_json"), False)
     with pytest.raises(UsageError, match=re.escape(message)):
         read_bulk(**(options | given))
+
+
+def test_a_second_name_of_the_prompts_is_no_output(bulk, source, output):
+    os.link(source, output)
+    before = source.read_bytes()
+    assert "is the file with the prompts" in bulk("--fresh").err
+    assert source.read_bytes() == before
 
 
 def test_nothing_to_answer(d2f):
