@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,19 +34,42 @@ class Job:
 
 
 class Crew:
-    """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it."""
+    """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it.
+
+    The GPUs are the first of those that CUDA_VISIBLE_DEVICES names, if it is set.
+    """
 
     def __init__(self, gpus: int, logs: Path) -> None:
         self.size = max(gpus, 1)
         self.free = list(range(self.size))
         self.on_gpu = gpus > 0
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         self.logs = logs
         self.logs.mkdir(parents=True, exist_ok=True)
         self.running: list[tuple[Job, int, subprocess.Popen, float]] = []
         self.failed: list[str] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs whose needs get met."""
+        """Run all jobs whose needs get met.
+
+        Raises:
+            SystemExit: Ctrl-C or SIGTERM came. The jobs were told, and have kept what they have.
+        """
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            self._run(jobs)
+        except KeyboardInterrupt:
+            print(f"{clock()} stopping: {', '.join(job.name for job, *_ in self.running)}")
+            raise SystemExit("stopped; go on with the same command") from None
+        finally:
+            # Also where an error ends it: nothing runs on that nobody waits for.
+            for _, _, process, _ in self.running:
+                process.terminate()
+            for _, _, process, _ in self.running:
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+
+    def _run(self, jobs: Sequence[Job]) -> None:
         waiting = [job for job in jobs if not job.makes.exists()]
         while waiting or self.running:
             self._collect()
@@ -64,8 +88,8 @@ class Crew:
     def _start(self, job: Job, gpu: int) -> None:
         further = job.prepare()
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        if self.on_gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        visible = self.visible.split(",") if self.visible else [str(n) for n in range(self.size)]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if self.on_gpu else ""
         # Processes that each take all cores for their threads slow each other down a hundredfold.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
         if job.cores is not None:
@@ -74,11 +98,13 @@ class Crew:
         command = [sys.executable, *program, *job.command[1:], *further]
         if job.cores is not None:
             command = ["taskset", "--cpu-list", f"0-{job.cores - 1}", *command]
-        log = open(self.logs / f"{job.name}.log", "w")  # noqa: SIM115 (the process owns it)
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-        )
+        with open(self.logs / f"{job.name}.log", "w") as log:
+            # In a session of its own, so that it hears of Ctrl-C once, from `run`.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
         self.running.append((job, gpu, process, time.monotonic()))
 
     def _collect(self) -> None:

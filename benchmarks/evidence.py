@@ -442,9 +442,7 @@ def main() -> None:
         jobs = [job for part in parts if part in options.parts for job in getattr(plan, part)()]
         crew.run(sorted(jobs, key=urgency))
     if "report" in options.parts:
-        folder = options.output / "measure"
-        report = ("d2f", "report", str(folder), "--paper")
-        crew.run([Job(name="report", command=report, makes=plan.tables.done("report"))])
+        crew.run([plan.tables.report()])
     if crew.failed:
         sys.exit(f"failed: {', '.join(crew.failed)}; see {crew.logs}")
 

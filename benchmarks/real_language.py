@@ -165,7 +165,7 @@ class Plan:
         """The models of each task, and the answers that most of them learn from."""
         for task in self.tasks:
             rows = self.data / f"{task.name}.train.jsonl"
-            needs = (*self._imported, self.tables.done(task.prompts))
+            needs = (*self._imported, self._made(task.prompts))
             yield self._training(task, "autoregressive", self.base, rows, needs)
             twin = self._weights(task, "autoregressive")
             prompts, needs = rows, (twin,)
@@ -192,7 +192,7 @@ class Plan:
     def _questions(self, task: Task, prompts: Path) -> Iterator[Job]:
         """A model that asks, what it asks, and all questions as prompts."""
         rows = self.data / f"{task.name}.questions.jsonl"
-        needs = (*self._imported, self.tables.done(task.prompts))
+        needs = (*self._imported, self._made(task.prompts))
         writer = self._training(task, "autoregressive", self.base, rows, needs, to="asking")
         sampling = ("--n", str(self.options.questions), "--temperature", "1")
         asked = self._answers(
@@ -239,13 +239,14 @@ class Plan:
         answered = [told.makes]
         for student, (recipe, seconds) in CHAT.items():
             folder = self.output / "models" / "chat" / student
-            name = f"train-chat-{student}"
+            final = folder / "final"
+            adapter = student == "adapter"
             made = self._run(
                 recipe, folder, self.base, data / "chat.own.jsonl", seconds, (own.makes,),
-                makes=done(name), name=name,
+                makes=final / ("d2f_adapter.json" if adapter else "model.safetensors"),
+                name=f"train-chat-{student}",
             )  # fmt: skip
-            final = folder / "final"
-            model = (base, "--adapter", str(final)) if student == "adapter" else (final,)
+            model = (base, "--adapter", str(final)) if adapter else (final,)
             tell = self._answers(
                 f"held_out.{student}", model[0], held_out, (made.makes,), *model[1:], *limit
             )
@@ -291,14 +292,18 @@ class Plan:
         makes: Path | None = None,
     ) -> Job:
         return Job(
-            name=name or command,
+            name=name or f"rows-{command}",
             command=(
                 *("benchmarks/real_language_data.py", command, *more),
                 *("--output", str(self.data)),
             ),
-            makes=makes or self.tables.done(command),
+            makes=makes or self._made(command),
             needs=needs,
         )
+
+    def _made(self, command: str) -> Path:
+        """Exists when a command of real_language_data.py is done."""
+        return self.tables.done(f"rows-{command}")
 
     def _weights(self, task: Task, model: str) -> Path:
         folder = self.output / "models" / task.name / model
@@ -396,6 +401,10 @@ class Plan:
             for method, settings in self._grids().items()
         }
 
+    def _gridded(self, task: Task) -> tuple[Path, ...]:
+        """Exist when the settings of a task's methods can be chosen."""
+        return tuple(self.tables.done(f"grid-{task.name}-{m}") for m in self._grids())
+
     def _grid_summary(self, task: Task, method: str, index: int) -> Path:
         folder = self.tables.folder(f"grid-{task.name}-{method}", "grid")
         return folder / f"{method}-{index}" / "summary.json"
@@ -405,7 +414,7 @@ class Plan:
     def score(self) -> Iterator[Job]:
         """All methods on the test split, and those that are quick on a further test set."""
         for task in self.tasks:
-            needs = tuple(self.tables.done(f"grid-{task.name}-{m}") for m in self._grids())
+            needs = self._gridded(task)
             scores = functools.partial(without_speed, functools.partial(self._methods, task))
             yield self.tables.evaluation(task.name, "score", scores, needs)
             if task.further is not None:
@@ -415,14 +424,14 @@ class Plan:
     def speed(self) -> Iterator[Job]:
         """What they say of time; the answers are there already."""
         for task in self.tasks:
-            scored = self.tables.done(f"score-{task.name}")
+            needs = (self.tables.done(f"score-{task.name}"), *self._gridded(task))
             build = functools.partial(self._methods, task)
-            yield self.tables.evaluation(task.name, "speed", build, (scored,))
+            yield self.tables.evaluation(task.name, "speed", build, needs)
 
     def cpu(self) -> Iterator[Job]:
         """Speeds on two cores of the processor, as a laptop has them, of what is quick enough."""
         for task in self.tasks:
-            needs = (self.tables.done(f"score-{task.name}"),)
+            needs = (self.tables.done(f"score-{task.name}"), *self._gridded(task))
             build = functools.partial(self._on_cores, task)
             yield self.tables.evaluation(f"{task.name}-cpu", "speed", build, needs, cores=2)
 
@@ -514,7 +523,7 @@ def grids() -> dict[str, list[Row]]:
 
 
 URGENCY = (
-    *("import", "gsm8k", "sql", "train-gsm8k-autoregressive", "train-advising-asking"),
+    *("import", "rows-", "train-gsm8k-autoregressive", "train-advising-asking"),
     *("answer-", "own-", "train-gsm8k-student", "train-advising", "train-", "grid-", ""),
 )
 """Beginnings of jobs' names: what others wait for comes first."""
@@ -565,8 +574,7 @@ def main() -> None:
         one_by_one.run(list(plan.cpu()))
         crew.failed += one_by_one.failed
     if "report" in options.parts:
-        report = ("d2f", "report", str(plan.output / "measure"), "--paper")
-        crew.run([Job(name="report", command=report, makes=plan.tables.done("report"))])
+        crew.run([plan.tables.report()])
     if crew.failed:
         sys.exit(f"failed: {', '.join(crew.failed)}; see {crew.logs}")
 

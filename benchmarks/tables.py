@@ -138,6 +138,13 @@ class Tables:
             cores=cores,
         )
 
+    def report(self) -> Job:
+        """The job that writes the report, anew each time."""
+        made = self.done("report")
+        made.unlink(missing_ok=True)
+        command = ("d2f", "report", str(self.output / "measure"), "--paper")
+        return Job(name="report", command=command, makes=made)
+
 
 def best(summaries: Iterable[tuple[Path, Row]], where: str, *, floor: float | None = None) -> Row:
     """The setting to measure with, and a note of how it was chosen.

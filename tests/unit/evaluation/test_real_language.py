@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -34,8 +35,11 @@ def plan(script, tmp_path):
     return make
 
 
+PARTS = ("imports", "train", "grid", "score", "speed", "cpu")
+
+
 def jobs_of(plan):
-    return [job for part in ("imports", "train", "grid", "score") for job in getattr(plan, part)()]
+    return [job for part in PARTS for job in getattr(plan, part)()]
 
 
 @pytest.mark.parametrize("model", ["model.gguf", "owner/name"])
@@ -47,6 +51,23 @@ def test_what_a_job_needs_is_made_by_one_before_it(plan, model, models):
         assert set(job.needs) <= made, job.name
         made.add(job.makes)
     assert len({job.name for job in jobs}) == len(made) == len(jobs)
+
+
+def test_a_crew_that_is_stopped_leaves_nothing_running(script, tmp_path, monkeypatch):
+    crew = script.Crew(0, tmp_path)
+    started = []
+
+    def stop(_):
+        started.extend(crew.running)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", stop)
+    command = ("-c", "import time; time.sleep(60)")
+    with pytest.raises(SystemExit, match="go on with the same command"):
+        crew.run([script.Job(name="long", command=command, makes=tmp_path / "made")])
+    [(_, _, process, _)] = started
+    assert process.returncode == -signal.SIGTERM
+    assert not (tmp_path / "made").exists()
 
 
 def test_commands_name_files_that_are_there(plan):
