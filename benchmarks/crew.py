@@ -43,7 +43,10 @@ class Crew:
         self.size = max(gpus, 1)
         self.free = list(range(self.size))
         self.on_gpu = gpus > 0
-        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        self.names = given.split(",") if given else [str(n) for n in range(self.size)]
+        if gpus > len(self.names):
+            raise SystemExit(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES={given} has {len(self.names)}")
         self.logs = logs
         self.logs.mkdir(parents=True, exist_ok=True)
         self.running: list[tuple[Job, int, subprocess.Popen, float]] = []
@@ -88,8 +91,7 @@ class Crew:
     def _start(self, job: Job, gpu: int) -> None:
         further = job.prepare()
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        visible = self.visible.split(",") if self.visible else [str(n) for n in range(self.size)]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if self.on_gpu else ""
+        environment["CUDA_VISIBLE_DEVICES"] = self.names[gpu] if self.on_gpu else ""
         # Processes that each take all cores for their threads slow each other down a hundredfold.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
         if job.cores is not None:

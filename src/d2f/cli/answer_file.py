@@ -15,11 +15,12 @@ import stat
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError, D2FError, counted
-from d2f.evaluation.results import differences, write_json
+from d2f.evaluation.results import differences, plain, write_json
 
 _REMEDY = "name another --output, or start afresh with --fresh"
 
@@ -104,9 +105,16 @@ class AnswerFile:
 
         Args:
             about: What else a later run wants to know, of JSON's types.
+
+        Raises:
+            D2FError: That cannot be written.
         """
-        if not self.about:
+        if self.about:
+            return
+        try:
             write_json(self._settings_path, {"settings": self._settings, "about": about})
+        except OSError as error:
+            raise D2FError(f"cannot write {self._settings_path}: {error.strerror}") from None
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append answers: whole lines, or none where the disk is full.
@@ -254,9 +262,20 @@ class AnswerFile:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    """A record as a line, in letters that people read where they are valid Unicode."""
+    """A record as a line of JSON, in letters that people read where they are valid Unicode.
+
+    A column that holds nan, as Parquet's may, has null there: JSON has no such number.
+    """
+    text = _written(record)
     try:
-        text = json.dumps(record, ensure_ascii=False, default=str).encode()
+        return text.encode() + b"\n"
     except UnicodeEncodeError:
-        text = json.dumps(record, default=str).encode()
-    return text + b"\n"
+        return _written(record, ensure_ascii=True).encode() + b"\n"
+
+
+def _written(record: Mapping[str, Any], *, ensure_ascii: bool = False) -> str:
+    write = partial(json.dumps, ensure_ascii=ensure_ascii, allow_nan=False, default=str)
+    try:
+        return write(record)
+    except ValueError:
+        return write(plain(record))

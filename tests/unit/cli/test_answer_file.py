@@ -90,3 +90,11 @@ def test_a_link_stays_one(path, tmp_path):
     complete(link)
     assert link.is_symlink()
     assert path.read_bytes() == WHOLE
+
+
+def test_without_room_for_the_settings_one_line_says_so(tmp_path, monkeypatch):
+    answers = AnswerFile(tmp_path / "new.jsonl", SETTINGS)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(D2FError, match=r"cannot write .*settings: full"):
+        answers.begin({})
+    answers.close()

@@ -186,10 +186,12 @@ def test_prompts_are_read_when_there_is_room_for_them():
 
 def test_the_columns_of_a_row_are_kept(bulk, source, output):
     odd = {"a": [1, {"b": None}], "line": "\u2028é", "broken": "\ud800", "id": 2**70}
-    write(source, ["", {"prompt": "x", "response": "gold", **odd}, {"prompt": "y", "row": 7}])
+    odd_numbers = {"prompt": "x", "response": "gold", **odd, "no_number": float("nan")}
+    write(source, ["", odd_numbers, {"prompt": "y", "row": 7}])
     assert bulk().code == 0
     first, second = read_lines(output)
     assert {name: first[name] for name in odd} == odd
+    assert first["no_number"] is None  # JSON has no nan
     assert (first["prompt"], first["input_response"], first["row"]) == ("x", "gold", 2)
     assert (second["input_row"], second["row"]) == (7, 3)
     again = output.with_name("again.jsonl")
