@@ -1,8 +1,9 @@
 """How likely a model finds answers: what students' answers lose against its own.
 
-Each file is what `d2f generate --input PROMPTS --output FILE` has written, all to the same prompts;
-the first holds the model's own answers. Perplexity is exp of the mean negative log-likelihood of a
-token; its error, and that of the ratio to the first file, are over answers, paired by prompt.
+Each file is what `d2f generate --input PROMPTS --output FILE` has written, all to the same prompts
+(texts, not conversations); the first holds the model's own answers. Perplexity is exp of the mean
+negative log-likelihood of a token. Its standard error takes answers as the independent samples, and
+that of its ratio to the first file's compares answers to the same prompt.
 
     python benchmarks/perplexity.py --model MODEL --answers own.jsonl student.jsonl --json FILE
 """
@@ -47,30 +48,53 @@ def likelihoods(model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[st
 
 
 def summary(own: Tensor, other: Tensor, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Perplexity of a file's answers, and its ratio to that of the model's own."""
-    loss_N, base_N = (-table[:, 0] / table[:, 1] for table in (other, own))
-    mean, error = _mean(-other[:, 0], other[:, 1])
-    difference = loss_N - base_N
-    paired = difference.std().item() / math.sqrt(len(difference))
+    """Perplexity of a file's answers, and its ratio to that of the model's own.
+
+    `own` and `other` are what `likelihoods` gives for answers to the same prompts.
+    """
+    mean, share_N = _mean(other)
+    own_mean, own_share_N = _mean(own)
+    perplexity, ratio = math.exp(mean), math.exp(mean - own_mean)
     forwards = sum(row["num_forwards"] for row in rows)
     return {
         "answers": len(rows),
         "mean_tokens": other[:, 1].mean().item(),
         "ended_by_length": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         "tokens_per_forward": sum(row["num_tokens"] for row in rows) / forwards,
-        "perplexity": math.exp(mean),
-        "perplexity_error": math.exp(mean) * error,
-        "ratio_per_answer": math.exp(difference.mean().item()),
-        "ratio_per_answer_error": math.exp(difference.mean().item()) * paired,
+        "perplexity": perplexity,
+        "perplexity_error": perplexity * _error(share_N),
+        "ratio": ratio,
+        "ratio_error": ratio * _error(share_N - own_share_N),
     }
 
 
-def _mean(loss_N: Tensor, tokens_N: Tensor) -> tuple[float, float]:
-    """Mean loss of a token, and its standard error with answers as the independent samples."""
+def _mean(table: Tensor) -> tuple[float, Tensor]:
+    """Mean loss of a token, and what each answer adds to its difference from the true mean (N,)."""
+    loss_N, tokens_N = -table[:, 0], table[:, 1]
     mean = (loss_N.sum() / tokens_N.sum()).item()
-    rest_N = loss_N - mean * tokens_N
-    error = rest_N.std().item() * math.sqrt(len(loss_N)) / tokens_N.sum().item()
-    return mean, error
+    return mean, (loss_N - mean * tokens_N) / tokens_N.sum()
+
+
+def _error(share_N: Tensor) -> float:
+    """Standard error of a sum over independent answers."""
+    return share_N.std().item() * math.sqrt(len(share_N))
+
+
+def read_answers(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The answers of each file, in one order, to those prompts that all files answer.
+
+    An answer without any text that did not come to an end has no likelihood, and counts as none.
+    """
+    files = {}
+    for path in paths:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        files[path.stem] = {
+            (row["row"], row.get("sample", 0)): row
+            for row in rows
+            if row["response"] or row["finish_reason"] != "length"
+        }
+    common = sorted(set.intersection(*(set(rows) for rows in files.values())))
+    return {name: [rows[key] for key in common] for name, rows in files.items()}
 
 
 def main() -> None:
@@ -79,25 +103,21 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, nargs="+", required=True)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
+    chosen = read_answers(options.answers)
+    if len(next(iter(chosen.values()))) < 2:
+        raise SystemExit("the files have fewer than two answers to the same prompts")
     try:
         model = d2f.load_model(options.model, dtype=torch.float32)
         tokenizer = Tokenizer.load(resolve_folder(options.model))
     except D2FError as error:
         raise SystemExit(str(error)) from None
-    files = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-        for path in options.answers
-    }
-    # Prompts that every file answers.
-    common = set.intersection(*({row["row"] for row in rows} for rows in files.values()))
-    chosen = {n: [row for row in rows if row["row"] in common] for n, rows in files.items()}
     tables = {name: likelihoods(model, tokenizer, rows) for name, rows in chosen.items()}
     own = next(iter(tables.values()))
     figures = {name: summary(own, tables[name], rows) for name, rows in chosen.items()}
     for name, figure in figures.items():
         print(
             f"{name}: perplexity {figure['perplexity']:.2f} ± {figure['perplexity_error']:.2f}, "
-            f"{figure['ratio_per_answer']:.3f} ± {figure['ratio_per_answer_error']:.3f} of the "
+            f"{figure['ratio']:.3f} ± {figure['ratio_error']:.3f} of the "
             f"model's own; {figure['tokens_per_forward']:.2f} tokens per forward, "
             f"{figure['mean_tokens']:.0f} tokens, {figure['ended_by_length']:.0%} cut"
         )
