@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,16 @@ _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 def is_hub_id(name: str) -> bool:
     """Whether a text has the form of a hub id, `owner/name`."""
     return _HUB_ID.fullmatch(name) is not None
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with a home in place of `~`; as it is where no such user is here, as shells do.
+
+    Example:
+        >>> str(expanded("~no.such.user/model"))
+        '~no.such.user/model'
+    """
+    return Path(os.path.expanduser(path))  # Path's own raises there
 
 
 def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
@@ -37,8 +48,7 @@ def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
         d2f.errors.CheckpointError: there is no folder '/no/such/folder'; give a folder or a hub \
 id like owner/name
     """
-    path = Path(path_or_hub_id).expanduser()
-    name = str(path_or_hub_id)
+    path, name = expanded(path_or_hub_id), str(path_or_hub_id)
     if path.is_dir() and name:
         return path
     if path.exists() and name:
@@ -75,6 +85,8 @@ def _folder_of_file(file: Path) -> Path:
     from d2f.gguf.container import is_gguf
     from d2f.gguf.folder import gguf_folder
 
+    if not file.is_file():  # to open a pipe would wait for its writer
+        raise CheckpointError(f"'{file}' is neither a folder nor a usual file; give one of these")
     if is_gguf(file):
         return gguf_folder(file)
     raise CheckpointError(f"'{file}' is a file; give the folder that holds it, or a GGUF file")

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -78,11 +77,11 @@ def model_sha256(source: str, adapter: str | None) -> str:
     Raises:
         CheckpointError: There is no such model.
     """
-    from d2f.hub import resolve_folder
+    from d2f.hub import expanded, resolve_folder
 
     digest = hashlib.sha256()
     for name in filter(None, (source, adapter)):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_file():
             files = [path]
         else:

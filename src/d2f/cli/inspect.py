@@ -76,7 +76,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         'llada'
     """
     from d2f.engine.policy import default_limit, default_strategy
-    from d2f.hub import resolve_folder
+    from d2f.hub import expanded, resolve_folder
     from d2f.models.checkpoint import match_headers, read_spec
     from d2f.models.ends import find_ends
     from d2f.models.imported import block_counts
@@ -85,7 +85,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     folder = resolve_folder(path, weights=False)
     base = spec = read_spec(folder)
     # What is given by its path must hold its weights; the folder of a hub id need not yet.
-    local = Path(path).expanduser().exists()
+    local = expanded(path).exists()
     stored = match_headers(folder, base) if local or any(folder.glob("*.safetensors")) else None
     adapted = None
     if adapter is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError, counted
+from d2f.hub import expanded
 
 Row = dict[str, Any]
 
@@ -113,7 +114,7 @@ def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, Row]]
         `read_split("gsm8k", "test", "data")` reads data/gsm8k/test.jsonl.
     """
     files = FILES[task]
-    file = _find(task, files, files.splits[split], Path(data).expanduser())
+    file = _find(task, files, files.splits[split], expanded(data))
     rows = [(where, row) for where, row in _read(file) if _check(where, row, files, task)]
     if not rows:
         raise ConfigError(f"{file} holds no rows")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError
@@ -17,6 +16,7 @@ from d2f.evaluation.eval_speed import Racer, SpeedGroup, summarise_speed, whole_
 from d2f.evaluation.harness_definitions import CODE_TASKS
 from d2f.evaluation.results import Record, RowFolder, check_writable
 from d2f.evaluation.task import Task
+from d2f.hub import expanded
 
 # Of the environment, what a time depends on.
 _MACHINE = ("processor", "device", "dtype", "torch", "git_commit")
@@ -65,7 +65,7 @@ class Evaluation:
         self._num_fewshot = getattr(task, "num_fewshot", recipe.num_fewshot)
         selected = recipe.selected(rows)
         # Before the weights, which may take minutes.
-        output = Path(recipe.output).expanduser()
+        output = expanded(recipe.output)
         check_writable(output)
         loaded: dict[str, LoadedModel] = {}
         for settings in selected.rows:

@@ -10,6 +10,7 @@ from typing import Any
 
 from d2f.errors import CheckpointError
 from d2f.gguf.block_types import BlockType, block_type
+from d2f.gguf.metadata import check_metadata
 
 MAGIC = b"GGUF"
 _OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
@@ -98,6 +99,10 @@ def read_container(file: Path) -> Container:
                 raise CheckpointError(f"{file} is cut short: it ends in its header; {_AGAIN}")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 return _parse(file, mapped)
+    except RecursionError:
+        raise CheckpointError(
+            f"{file} is damaged: its metadata nest too deeply; {_AGAIN}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
 
@@ -128,6 +133,7 @@ def _parse(file: Path, mapped: mmap.mmap) -> Container:
     for _ in range(num_entries):
         name = cursor.text()
         metadata[name] = cursor.value(cursor.scalar("I"))
+    check_metadata(file, metadata)
     parts = metadata.get("split.count", 1)
     if parts > 1:
         raise CheckpointError(

@@ -16,8 +16,8 @@ from d2f.gguf.config import generation_config, model_config
 from d2f.gguf.container import Container, read_container
 from d2f.gguf.vocabulary import REMEDY, has_tokenizer, tokenizer_files
 
-_LINK = "model.gguf"
-"""In such a folder, what leads to the weights."""
+_LINK = "d2f-weights.gguf"
+"""In such a folder, what leads to the weights; nobody else's folder has a file of this name."""
 
 
 def gguf_folder(file: Path) -> Path:
@@ -30,13 +30,14 @@ def gguf_folder(file: Path) -> Path:
             that is missing or unknown is no error before somebody wants it.
     """
     about = file.stat()
-    return _made(file.resolve(), file.name, about.st_size, about.st_mtime_ns)
+    # Links stay: caches keep files by their hashes, and messages name what the user gave.
+    return _made(file.absolute(), about.st_size, about.st_mtime_ns)
 
 
 def linked_gguf(folder: Path) -> Path | None:
     """The GGUF that holds the weights of a folder; None: it has files of its own."""
     link = folder / _LINK
-    return link.resolve() if link.exists() else None
+    return link.readlink() if link.exists() else None
 
 
 def hub_files(container: Container) -> dict[str, str]:
@@ -63,11 +64,11 @@ def _written(content: object) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _made(file: Path, name: str, size: int, changed: int) -> Path:
+def _made(file: Path, size: int, changed: int) -> Path:
     files = hub_files(read_container(file))
     # Its last part is the file's name, so that messages about the folder tell which file it is.
-    folder = _root() / f"{len(os.listdir(_root()))}" / name
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(dir=_root())) / file.name
+    folder.mkdir()
     for small, text in files.items():
         (folder / small).write_text(text, encoding="utf-8")
     (folder / _LINK).symlink_to(file)

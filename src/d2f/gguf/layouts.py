@@ -157,7 +157,7 @@ def number(container: Container, entry: str, default: int | None = None) -> int:
     """
     name = f"{container.metadata.get('general.architecture')}.{entry}"
     value: Any = container.metadata.get(name, default)
-    if isinstance(value, list) and len(set(value)) == 1:
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
         value = value[0]
     if value is None:
         raise CheckpointError(

@@ -152,7 +152,7 @@ def _model(
 def _byte_level(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
     """Parts of tokenizer.json, and whether a text begins with BOS by default."""
     rule = _rule(vocabulary)
-    merges = _given_merges(vocabulary.container)
+    merges = _given_merges(vocabulary)
     if merges is None:
         raise CheckpointError(
             f"{vocabulary.container.file}: the tokenizer lacks tokenizer.ggml.merges; {REMEDY}"
@@ -179,16 +179,21 @@ def _rule(vocabulary: _Vocabulary) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-def _given_merges(container: Container) -> list[tuple[str, str]] | None:
-    merges = container.metadata.get("tokenizer.ggml.merges")
+def _given_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]] | None:
+    metadata, known = vocabulary.container.metadata, vocabulary.ids()
+    merges = metadata.get("tokenizer.ggml.merges")
     if merges is None:
         return None
     # A token may begin with a space, so the first character never divides.
     pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
-    if len(pairs) < len(merges):
+    strange = [pair for pair in pairs if not known.keys() >= {*pair, "".join(pair)}]
+    if len(pairs) < len(merges) or strange:
+        joins = (
+            f"joins {strange[0]!r}, and one of these or their sum is no token" if strange else ""
+        )
         raise CheckpointError(
-            f"{container.file} is damaged: an entry of tokenizer.ggml.merges has one part only; "
-            f"{REMEDY}"
+            f"{vocabulary.container.file} is damaged: an entry of tokenizer.ggml.merges "
+            f"{joins or 'has one part only'}; {REMEDY}"
         )
     return pairs
 
@@ -204,8 +209,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
     vocab, unknown = vocabulary.ids(), token_id(vocabulary.container, "unknown") or 0
     model = _model(
         vocab,
-        _given_merges(vocabulary.container) or _merges(vocabulary),
-        unk_token=vocabulary.tokens[unknown] if unknown < len(vocabulary.tokens) else None,
+        _given_merges(vocabulary) or _merges(vocabulary),
+        unk_token=vocabulary.tokens[unknown] if 0 <= unknown < len(vocabulary.tokens) else None,
         fuse_unk=True,
         byte_fallback=True,
     )

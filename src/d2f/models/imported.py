@@ -14,7 +14,7 @@ from d2f.errors import CheckpointError
 from d2f.gguf import NO_TOKENIZER
 from d2f.gguf.container import read_container
 from d2f.gguf.folder import hub_files
-from d2f.hub import resolve_folder
+from d2f.hub import expanded, resolve_folder
 from d2f.models.checkpoint import (
     OWNED,
     main_dtype,
@@ -65,7 +65,7 @@ def import_gguf(
             cannot be written.
         ConfigError: `dtype` is unknown.
     """
-    file, folder = Path(file).expanduser(), Path(folder)
+    file, folder = expanded(file), expanded(folder)
     wanted = resolve_dtype(dtype)
     if file.is_dir():
         raise CheckpointError(f"'{file}' is a folder, which needs no import; give a GGUF file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from d2f.hub import expanded
 from d2f.models.storage import read_json
 
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
@@ -47,8 +48,8 @@ loaded; if that is another model, answers are poor"
 
 def _same_folder(name: str, folder: Path) -> bool:
     try:
-        return Path(name).expanduser().samefile(folder)
-    except (OSError, RuntimeError, ValueError):  # no such file, no such home, no name of a file
+        return expanded(name).samefile(folder)
+    except (OSError, ValueError):  # no such file, no name of a file
         return False
 
 

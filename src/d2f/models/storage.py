@@ -21,6 +21,7 @@ from d2f.errors import CheckpointError, ConfigError
 from d2f.gguf.folder import linked_gguf
 from d2f.gguf.layouts import HubTensor, read_hub_tensors
 from d2f.gguf.values import read_values
+from d2f.hub import expanded
 
 POLICY_FILE = "decoding_policy.json"
 GENERATION_FILE = "generation_config.json"
@@ -234,7 +235,7 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
     Files of the old folder stay, except those that match a pattern of `owned`. An interrupted
     block leaves the old folder as it was.
     """
-    target = folder.expanduser().resolve()
+    target = expanded(folder).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"cannot save to '{folder}': it is a file")
     new, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))

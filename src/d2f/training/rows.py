@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from d2f.errors import TrainingError
-from d2f.hub import is_hub_id
+from d2f.hub import expanded, is_hub_id
 from d2f.training.bad_rows import BadRow, missing_column
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class TablePart:
 
 
 def _open(name: str, config: DataConfig) -> list[Part]:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if config.kind == "hub":
         return [_hub_part(name, config)]
     if config.kind == "jsonl":

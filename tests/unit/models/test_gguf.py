@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import gguf
@@ -24,6 +27,7 @@ from d2f.hub import resolve_folder
 from d2f.models.checkpoint import load_model, match_headers, read_spec
 from d2f.models.lora_base import other_base
 from d2f.models.storage import read_tensor
+from d2f.testing import write_checkpoint
 from d2f.text import Tokenizer
 
 IDS = torch.randint(0, 96, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -167,6 +171,73 @@ def test_a_damaged_header_is_read_or_refused(tmp_path_factory, whole, share, byt
         match_headers(folder, read_spec(folder))
 
 
+ENTRIES = [
+    *(f"llama.{name}" for name in (
+        "block_count", "context_length", "embedding_length", "attention.head_count",
+        "attention.key_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+        "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "expert_count",
+    )),
+    *(f"tokenizer.ggml.{name}" for name in (
+        "model", "pre", "tokens", "token_type", "merges", "scores", "unknown_token_id",
+        "eos_token_id",
+    )),
+    "general.type", "general.alignment", "split.count", "tokenizer.chat_template",
+]  # fmt: skip
+VALUES = [
+    True, 0, 3, 2**32 - 1, 0.0, 1.5, float("nan"), float("inf"), "", "x", [0, 1], ["a", "b"],
+    [1.5], [[1], [2]],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    return tiny("Llama", num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["gpt2", "llama"]),
+    name=st.sampled_from(ENTRIES),
+    value=st.sampled_from(VALUES),
+)
+def test_metadata_of_any_type_are_read_or_refused(tmp_path_factory, small_model, kind, name, value):
+    entries = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [*"abc", "ab", *(f"<{i}>" for i in range(92))],
+        "tokenizer.ggml.token_type": [1] * 96,
+        "tokenizer.ggml.scores": [-1.0] * 96,
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    file = tmp_path_factory.getbasetemp() / "typed.gguf"
+    write_gguf(file, small_model, metadata=entries | {name: value})
+    for load in (lambda: load_model(file, device="cpu"), lambda: Tokenizer.load(file)):
+        with suppress(CheckpointError):
+            load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("llama.rope.freq_base", "x" * 999, "not a number"),
+        ("llama.rope.freq_base", float("nan"), "is nan, not a number"),
+        ("tokenizer.ggml.tokens", [1, 2], r"is \[1, 2\], not a list of texts"),
+        ("tokenizer.chat_template", ["a"], "not a text"),
+    ],
+)
+def test_an_entry_of_another_type_is_named_with_its_value(tmp_path, small_model, name, value, told):
+    file = write_gguf(tmp_path / "m.gguf", small_model, metadata={name: value})
+    with pytest.raises(CheckpointError, match=f"{name} .*{told}; download it again") as error:
+        load_model(file, device="cpu")
+    assert len(str(error.value)) < len(str(file)) + 200
+
+
+def test_lists_in_lists_without_end_are_refused(tmp_path):
+    header = b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 9)
+    (tmp_path / "m.gguf").write_bytes(header + struct.pack("<IQ", 9, 1) * 5000 + bytes(40))
+    refused(tmp_path / "m.gguf", "nest too deeply")
+
+
 BROKEN = {
     "text": (b"hello, I am a text of some length", "is no GGUF", "b'hell'"),
     "empty": (b"", "is no GGUF", "it is empty"),
@@ -262,6 +333,35 @@ def test_a_file_without_tokenizer_is_a_model_all_the_same(whole):
 def test_a_folder_of_files_is_answered_with_one_of_them(tmp_path, whole):
     shutil.copy(whole, tmp_path / "b.gguf")
     refused(tmp_path, "holds GGUF files", str(tmp_path / "b.gguf"))
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    refused(tmp_path / "pipe.gguf", "neither a folder nor a usual file")
+
+
+def test_a_link_is_called_as_the_user_calls_it(tmp_path, whole):
+    (tmp_path / "blobs").mkdir()
+    shutil.copy(whole, tmp_path / "blobs" / "0123")
+    (tmp_path / "Some-Model.Q4_0.GGUF").symlink_to("blobs/0123")
+    folder = resolve_folder(tmp_path / "Some-Model.Q4_0.GGUF")
+    assert other_base("owner/Some-Model", folder, folder) is None
+    (name,) = {tensor.file.name for tensor in match_headers(folder, read_spec(folder)).values()}
+    assert name == "Some-Model.Q4_0.GGUF"
+
+
+def test_threads_may_ask_for_the_same_file_at_once(tmp_path, whole):
+    (tmp_path / "again").mkdir()
+    files = [shutil.copy(whole, tmp_path / x / "m.gguf") for x in (".", "again")] * 3
+    with ThreadPoolExecutor(6) as threads:
+        specs = list(threads.map(lambda file: read_spec(resolve_folder(file)), files))
+    assert all(spec == specs[0] for spec in specs)
+
+
+def test_a_gguf_beside_a_models_own_weights_is_not_taken_for_them(tmp_path, whole):
+    folder = write_checkpoint(tmp_path / "own", "llama")
+    shutil.copy(whole, folder / "model.gguf")
+    assert load_model(folder, device="cpu").spec.hidden_size != SIZES["hidden_size"]
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path):
