@@ -43,7 +43,7 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
         "r": values.get("r", 8),
         "alpha": values.get("lora_alpha", 8),
         "use_rslora": bool(values.get("use_rslora")),
-        "targets": targets if isinstance(targets, list) else [str(targets)],
+        "targets": [str(one) for one in (targets if isinstance(targets, list) else [targets])],
         "modules": len(modules),
         "parameters": sum(math.prod(tensor.shape) for tensor in weights.values()),
         "dtype": ", ".join(sorted({_DTYPES.get(t.kind, t.kind) for t in weights.values()})),

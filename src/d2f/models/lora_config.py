@@ -69,8 +69,9 @@ class LoraConfig:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"r is {rank!r}; it must be a whole number of at least 1")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-                raise ConfigError(f"alpha is {alpha!r}; it must be a number")
+            number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+            if not number or not math.isfinite(alpha):
+                raise ConfigError(f"alpha is {alpha!r}; it must be a finite number")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         patterns = [*self.rank_pattern, *self.alpha_pattern]

@@ -106,7 +106,9 @@ def read_declaration(folder: Path) -> Declaration | None:
 
 
 def _typed(values: Mapping[str, Any], name: str, kind: Any, file: Path) -> Any:
-    value = values.get(name)
+    if name not in values:
+        raise CheckpointError(f"{file} lacks {name}; fetch the adapter again")
+    value = values[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise CheckpointError(f"{file}: {name} is {value!r}, which is of the wrong type")
     return value

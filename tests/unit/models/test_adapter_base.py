@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from d2f.cli.decoding_options import load_answerer
 from d2f.cli.eval import _loader
 from d2f.cli.inspect import inspect_model
-from d2f.cli.inspect_adapter import inspect_adapter
+from d2f.cli.inspect_adapter import adapter_lines, inspect_adapter
 from d2f.cli.usage import UsageError
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.policy import default_limit, default_strategy
@@ -363,6 +363,24 @@ def test_going_on_needs_the_same_rank_scale_and_targets():
     model = adapted("llama")
     use_config(model, replace(ALL, dropout=0.5))
     assert model.layers[0].q_proj.config.dropout == 0.5
+
+
+@pytest.mark.parametrize("name", ["mask_token_id", "distilled"])
+def test_a_declaration_without_an_entry_is_not_read_in_another_way(folders, name):
+    base, folder = folders
+    values = json.loads((folder / "d2f_adapter.json").read_text())
+    del values[name]
+    (folder / "d2f_adapter.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"lacks {name}; fetch the adapter again"):
+        load_model(base, folder, "cpu")
+
+
+def test_targets_that_are_no_names_are_told_all_the_same(folders):
+    _, folder = folders
+    save_adapter(adapted("llama"), folder)
+    edit(folder / "adapter_config.json", target_modules=["q_proj", 7])
+    lines = dict(adapter_lines(inspect_adapter(folder)))
+    assert "on q_proj, 7 (" in lines["adapter"]
 
 
 def test_inspecting_an_adapter_by_itself_and_on_its_base(folders):

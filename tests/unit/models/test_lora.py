@@ -192,6 +192,7 @@ def test_calls_that_make_no_sense():
         ({"r": 0}, "r is 0"),
         ({"rank_pattern": {"q_proj": 1.5}}, "r is 1.5"),
         ({"alpha": "8"}, "alpha is '8'"),
+        ({"alpha": float("nan")}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"target_modules": "("}, "is no regular expression"),
     ],
