@@ -95,10 +95,10 @@ def _base(config: TrainConfig) -> str | None:
     if config.model.base_name is not None:
         return config.model.base_name
     init = config.model.init
-    if init is None or not is_hub_id(init) or Path(init).is_dir():
+    if init is None or not is_hub_id(init) or Path(init).exists():
         return None
-    # A folder of an earlier run, which is gone, looks like an id.
-    return None if init.startswith("runs/") else init
+    # A file, and a folder of an earlier run, look like an id; they may be gone.
+    return None if init.startswith("runs/") or init.lower().endswith(".gguf") else init
 
 
 def _kind(config: TrainConfig, spec: ModelSpec) -> str:
@@ -151,10 +151,17 @@ def _python(config: TrainConfig, spec: ModelSpec, base: str) -> str:
         return ours + (
             "\n\nThe adapter is stored in 8 bits, which PEFT does not read. To write it in PEFT's "
             "format, load it with `merge_adapter=False` and call `d2f.models.lora.save_adapter("
-            'model, FOLDER, dtype="float32")`.'
+            f'model, FOLDER, base_model="{base}", dtype="float32")`.'
         )
     if spec.read_from is not None:
         return ours + "\n\nThe files are in PEFT's format; decoding as trained needs d2f."
+    if spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
+        code = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+        )
+        return f"{ours}\n\nThe adapter is in PEFT's format:\n\n{_code('python', code)}"
     code = (
         "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
         f'base = AutoModel.from_pretrained("{base}", trust_remote_code=True)\n'

@@ -59,7 +59,9 @@ def test_the_card_of_an_adapter_of_the_hubs_model(tmp_path):
 def test_a_folder_that_looks_like_an_id_is_no_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    for init in ("models/mine", "runs/teacher", str(tmp_path / "models" / "mine")):
+    (tmp_path / "models" / "blob").write_text("")
+    gone = ("runs/teacher", "models/some.Q8_0.gguf")
+    for init in ("models/mine", "models/blob", *gone, str(tmp_path / "models" / "mine")):
         config = make_config(tmp_path, "d2f", model=ModelConfig(init=init), lora=LORA)
         card = model_card(config, tiny_spec("llada"), None, CardFacts(steps=1, data={}))
         assert "base_model" not in front_matter(card)
@@ -96,6 +98,9 @@ def test_peft_reads_the_adapter_of_a_run(files):
     peft, transformers = (pytest.importorskip(name) for name in ("peft", "transformers"))
     config = config_for(files, "autoregressive", lora=LORA)
     final = Path(train(config, device="cpu").folder)
+    card = (final / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card
+    assert "trust_remote_code" not in card
     assert json.loads((final / "adapter_config.json").read_text())["peft_type"] == "LORA"
     base = transformers.AutoModelForCausalLM.from_pretrained(files / "qwen2", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, final).eval()
