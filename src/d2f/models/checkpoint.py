@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
+from d2f.gguf.folder import linked_gguf
 from d2f.hub import resolve_folder
 from d2f.models.ends import find_ends
 from d2f.models.families import config_from_spec, read_as_diffusion, spec_from_config
@@ -144,7 +145,8 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} holds GGUF files; give one of them, such as {files[0]}")
-    spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = folder / "config.json"
+    spec = spec_from_config(read_json(config), str(linked_gguf(folder) or config))
     ends = tuple(end.id for end in find_ends(folder, spec) if end.has_row)
     policy = read_policy(folder)
     return replace(
@@ -181,7 +183,9 @@ def match_headers(
     }
     problems = compare_tensors(stored, wanted)
     if problems:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {problems}")
+        gguf = linked_gguf(folder)
+        config = "config.json" if gguf is None else "the metadata"
+        raise CheckpointError(f"{gguf or folder}: the weights do not fit {config}: {problems}")
     return stored
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError
+from d2f.gguf.folder import linked_gguf
 from d2f.models.lora_config import LoraConfig, read_config
 from d2f.models.lora_declaration import (
     CONFIG_FILE,
@@ -80,7 +81,8 @@ def adapter_entries(folder: Path) -> tuple[Mapping[str, Any], Declaration | None
         return declared.lora, declared
     where = folder / CONFIG_FILE
     if not where.exists() and (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds a whole model, not an adapter; load it by itself")
+        named = linked_gguf(folder) or folder
+        raise CheckpointError(f"{named} holds a whole model, not an adapter; load it by itself")
     return read_json(where), declared
 
 

@@ -28,7 +28,9 @@ WHERE = {
     "d2f.training.run.train": [["train", "tiny_cpu_autoregressive"]],
     "d2f.evaluation.rates.measure_rates": [["bench", "train"]],
     "d2f.evaluation.server_process.ServerProcess": [["bench", "serve"]],
-    "d2f.evaluation.eval_run.Evaluation.run": [["eval", "word_problems", "--output", "o", "--num-problems", "2"]],
+    "d2f.evaluation.eval_run.Evaluation.run": [
+        ["eval", "word_problems", "--output", "o", "--num-problems", "2"]
+    ],
     "d2f.evaluation.report.results.load_results": [["report", "o"]],
     "d2f.hub.resolve_folder": [["inspect", "o"], ["generate", "x"]],
 }

@@ -335,6 +335,25 @@ def test_a_folder_of_files_is_answered_with_one_of_them(tmp_path, whole):
     refused(tmp_path, "holds GGUF files", str(tmp_path / "b.gguf"))
 
 
+def test_errors_name_the_file_and_not_the_folder_that_stands_for_it(tmp_path, small_model):
+    file = tmp_path / "m.gguf"
+    entries = {
+        "llama.feed_forward_length": "the weights do not fit the metadata: 3 wrongly shaped",
+        "llama.attention.head_count": "heads cannot share",
+        "tokenizer.ggml.eos_token_id": "the vocabulary holds 0 to 95",
+    }
+    for name, told in entries.items():
+        write_gguf(file, small_model, metadata={name: 97 if "eos" in name else 3})
+        with pytest.raises(CheckpointError) as error:
+            load_model(file, device="cpu")
+        assert str(error.value).startswith(f"{file}: ")
+        assert told in str(error.value)
+    write_gguf(file, small_model)
+    with pytest.raises(CheckpointError) as error:
+        load_model(file, adapter=file, device="cpu")
+    assert str(error.value).startswith(f"{file} holds a whole model")
+
+
 def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "pipe.gguf")
     refused(tmp_path / "pipe.gguf", "neither a folder nor a usual file")
