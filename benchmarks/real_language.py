@@ -46,8 +46,9 @@ STUDENTS = ("serial", "pipelined", "distilled")
 QUICK = ("autoregressive", "serial", "pipelined")
 GRID_PROBLEMS, CPU_PROBLEMS = 24, 12
 """Problems that a time of a grid, and one on two cores, is taken on."""
-ASKING_SECONDS = 30
-"""Of training a model that writes questions."""
+ASKING = (60, ("steps=60", "batch_size=8"))
+"""Most seconds of training a model that writes questions, and settings: some ten passes, as one
+that knows them by heart has no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,12 +320,15 @@ class Plan:
         to: str | None = None,
     ) -> Job:
         weights = self._weights(task, to or model)
-        seconds = task.seconds[MODELS.index(model)]
-        seconds = ASKING_SECONDS if to == "asking" else seconds
+        seconds, more = task.seconds[MODELS.index(model)], ()
+        if to == "asking":
+            seconds, more = ASKING
+        elif model == "teacher":
+            more = (f"data.sequence_length={task.longest}",)
         return self._run(
             model, weights.parents[1], init, rows, seconds, needs, makes=weights,
             name=f"train-{task.name}-{to or model}",
-            more=(f"data.sequence_length={task.longest}",) if model == "teacher" else (),
+            more=more,
         )  # fmt: skip
 
     def _run(
