@@ -258,7 +258,7 @@ class Plan:
             name="perplexity-chat",
             command=(
                 *("benchmarks/perplexity.py", "--model", self.base, "--json"),
-                *(str(self.output / "measure" / "chat.json"), "--answers"),
+                *(str(self.output / "chat_perplexity.json"), "--answers"),
                 *(str(self._file(f"held_out.{name}")) for name in ("base", *CHAT)),
             ),
             makes=done("perplexity-chat"),
