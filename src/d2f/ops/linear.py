@@ -1,6 +1,6 @@
 """Products with the weights of a layer, and those whose result must not be rounded to their dtype.
 
-Shapes: M rows of the input, D inputs, E outputs, V vocabulary.
+Shapes: T packed tokens, M rows of the input, D inputs, E outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ MOST_TURNED = 192
 """Most rows of a product in bf16 that a CPU computes with the weights on the left."""
 
 
-def linear(x_MD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` in the dtype of the inputs: (M, E). Without gradients.
+def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype of the inputs: (T, E). Without gradients.
 
     Example:
         >>> linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(3))
         tensor([[3., 3., 3.]])
     """
     if bias_E is not None:
-        return F.linear(x_MD, weight_ED, bias_E)
-    return product(x_MD, weight_ED).contiguous()
+        return F.linear(x_TD, weight_ED, bias_E)
+    return product(x_TD, weight_ED).contiguous()
 
 
 def product(x_MD: Tensor, weight_ED: Tensor) -> Tensor:
