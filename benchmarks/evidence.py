@@ -179,17 +179,13 @@ class Plan:
         return {
             method: best(
                 [
-                    (self._grid_summary(family, method, i), setting)
+                    (self.tables.grid_summary(family.name, method, i), setting)
                     for i, setting in enumerate(settings)
                 ],
                 "validation problems",
             )
             for method, settings in grids().items()
         }
-
-    def _grid_summary(self, family: Family, method: str, index: int) -> Path:
-        folder = self.tables.folder(f"grid-{family.name}-{method}", "grid")
-        return folder / f"{method}-{index}" / "summary.json"
 
     # ---------------------------------------------------------------------------------- measure
 
@@ -273,7 +269,9 @@ class Plan:
 
     def _steps(self, family: Family) -> Row:
         vanilla = self.chosen(family)["vanilla"]
-        limit = json.loads(self._grid_summary(family, "vanilla", 0).read_text())["max_new_tokens"]
+        limit = json.loads(self.tables.grid_summary(family.name, "vanilla", 0).read_text())[
+            "max_new_tokens"
+        ]
         rows = []
         for share in (1, 2, 4, 8):
             options = {**vanilla["options"], "num_steps": limit // share}

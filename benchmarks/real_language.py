@@ -394,11 +394,14 @@ class Plan:
         """The setting of each method; of students the fastest that scores as the twin does."""
         floor = None
         if "autoregressive" in self.models:
-            twin = self._grid_summary(task, "autoregressive", 0)
+            twin = self.tables.grid_summary(task.name, "autoregressive", 0)
             floor = json.loads(twin.read_text())["score"]["score"]
         return {
             method: best(
-                [(self._grid_summary(task, method, i), s) for i, s in enumerate(settings)],
+                [
+                    (self.tables.grid_summary(task.name, method, i), s)
+                    for i, s in enumerate(settings)
+                ],
                 "problems kept aside",
                 floor=floor if method in STUDENTS else None,
             )
@@ -408,10 +411,6 @@ class Plan:
     def _gridded(self, task: Task) -> tuple[Path, ...]:
         """Exist when the settings of a task's methods can be chosen."""
         return tuple(self.tables.done(f"grid-{task.name}-{m}") for m in self._grids())
-
-    def _grid_summary(self, task: Task, method: str, index: int) -> Path:
-        folder = self.tables.folder(f"grid-{task.name}-{method}", "grid")
-        return folder / f"{method}-{index}" / "summary.json"
 
     # ---------------------------------------------------------------------------------- measure
 

@@ -103,6 +103,11 @@ class Tables:
         """Where an evaluation's results go."""
         return self.output / ("grid" if part == "grid" else "measure") / name
 
+    def grid_summary(self, name: str, method: str, index: int) -> Path:
+        """What a setting of a method came to, in the grid of this name's problems."""
+        folder = self.folder(f"grid-{name}-{method}", "grid")
+        return folder / f"{method}-{index}" / "summary.json"
+
     def evaluation(
         self,
         name: str,

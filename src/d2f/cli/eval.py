@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from d2f.cli.bench_options import (
     source_label,
 )
 from d2f.cli.console import log, out, plain_table
+from d2f.cli.model_files import weights_sha256
 from d2f.cli.usage import check_command, load_with, usage
 from d2f.errors import counted
 
@@ -168,25 +168,6 @@ def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], Load
         )
 
     return load
-
-
-def weights_sha256(source: str, adapter: str | None) -> str:
-    """SHA-256 of a model's weight files, and its adapter's, one after the other by name.
-
-    Raises:
-        CheckpointError: There is no such model.
-    """
-    from d2f.gguf.folder import linked_gguf
-    from d2f.hub import resolve_folder
-
-    digest = hashlib.sha256()
-    for name in filter(None, (source, adapter)):
-        folder = resolve_folder(name)
-        gguf = linked_gguf(folder)
-        for path in sorted(folder.glob("*.safetensors")) if gguf is None else [gguf]:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import time
@@ -21,13 +20,13 @@ from d2f.cli.asked import Asked
 from d2f.cli.bulk_options import Bulk
 from d2f.cli.console import log, say
 from d2f.cli.decoding_options import DEFAULT_MODEL
+from d2f.cli.model_files import model_sha256
 from d2f.cli.prompt_file import refuse_all
 from d2f.cli.usage import UsageError
 from d2f.errors import counted
 from d2f.training.bad_rows import BadRows
 
 _BATCH_SIZE = {"cpu": 16, "cuda": 128}
-_MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def answer_file(bulk: Bulk, asked: Asked) -> None:
@@ -69,29 +68,6 @@ def answer_file(bulk: Bulk, asked: Asked) -> None:
         typer.echo(json.dumps(run.summary()))
     else:
         _say_summary(run.summary(), run.bad_rows)
-
-
-def model_sha256(source: str, adapter: str | None) -> str:
-    """SHA-256 of all files that make a model, and its adapter, by their names.
-
-    Raises:
-        CheckpointError: There is no such model.
-    """
-    from d2f.hub import expanded, resolve_folder
-
-    digest = hashlib.sha256()
-    for name in filter(None, (source, adapter)):
-        path = expanded(name)
-        if path.is_file():
-            files = [path]
-        else:
-            folder = resolve_folder(name)
-            files = sorted(one for one in folder.iterdir() if one.suffix in _MODEL_FILES)
-        for one in files:
-            digest.update(one.name.encode())
-            with one.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @contextmanager

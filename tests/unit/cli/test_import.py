@@ -11,8 +11,8 @@ import transformers
 from tests.unit.gguf_files import tiny, vocabulary, write_gguf
 from tokenizers import Tokenizer as Backend
 
-from d2f.cli.eval import weights_sha256
 from d2f.cli.inspect import inspect_model
+from d2f.cli.model_files import weights_sha256
 from d2f.models.checkpoint import load_model
 from d2f.models.imported import import_gguf
 from d2f.testing import write_tokenizer
