@@ -7,8 +7,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 import transformers
+from tests.unit.transformers_models import random_model
 
 SIZES = {
     "vocab_size": 96,
@@ -43,13 +43,7 @@ HALF_SCALES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], 
 
 def tiny(family, **options):
     """A model of transformers whose biases and norms are not trivial."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return random_model(family, SIZES | options)
 
 
 def gguf_name(name):

@@ -123,7 +123,8 @@ def load_model(
     if adapter_folder is not None:
         reading = with_adapter(spec, adapter_folder)
         if reading.read_from is not None:
-            model = as_diffusion(model, mask_token_id=reading.mask_token_id or 0)
+            assert reading.mask_token_id is not None
+            model = as_diffusion(model, mask_token_id=reading.mask_token_id)
         load_adapter(model, adapter_folder, merge=merge_adapter)
     return model
 

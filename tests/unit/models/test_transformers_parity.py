@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from tests.unit.transformers_models import random_model
 
 from d2f.models.checkpoint import load_model, save_model
 
@@ -42,13 +43,7 @@ CASES = {
 
 def theirs(case):
     family, options = CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return random_model(family, SIZES | options)
 
 
 def assert_same(ours, their_model):
