@@ -184,8 +184,11 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
             f"as_diffusion(model, mask_token_id={declared.mask_token_id}) first"
         )
     _require_equal_copies(folder, found.copies, model)
-    fingerprint = _fingerprint(model)
-    _require_same_base(folder, found, fingerprint)
+    expected = None if declared is None else declared.fingerprint
+    # It reads all weights, so only where it is compared or may be saved again.
+    fingerprint = None if merge and expected is None else _fingerprint(model)
+    if expected is not None and fingerprint is not None:
+        _require_same_base(folder, found, expected, fingerprint)
     new = {}
     for published, ours in found.targets.items():
         base = model.get_submodule(ours)
@@ -224,11 +227,11 @@ def use_config(model: Transformer, config: LoraConfig) -> None:
         module.config = config
 
 
-def _require_same_base(folder: Path, found: StoredAdapter, fingerprint: Fingerprint) -> None:
-    """Refuse a model of the same shape that is not the base, where the adapter knows its base."""
-    if found.declaration is None or found.declaration.fingerprint is None:
-        return
-    difference = found.declaration.fingerprint.difference(fingerprint)
+def _require_same_base(
+    folder: Path, found: StoredAdapter, expected: Fingerprint, fingerprint: Fingerprint
+) -> None:
+    """Refuse a model of the same shape that is not the base."""
+    difference = expected.difference(fingerprint)
     if difference is not None:
         name = f"'{found.base_model}'" if found.base_model else "the one that it was trained on"
         raise CheckpointError(
