@@ -104,7 +104,7 @@ def why_unfit(text: str) -> str | None:
         return "an assistant's words"
     if not _looks_english(text, words):
         return "not English"
-    return "goes in circles" if _goes_in_circles(text, words) else None
+    return "goes in circles" if goes_in_circles(text) else None
 
 
 def split_turns(
@@ -132,7 +132,9 @@ def _looks_english(text: str, words: Sequence[str]) -> bool:
     return common >= _LEAST_COMMON and other <= _MOST_OTHER and letters >= 0.7
 
 
-def _goes_in_circles(text: str, words: Sequence[str]) -> bool:
+def goes_in_circles(text: str) -> bool:
+    """A text says the same again and again, as small models do when they decode greedily."""
+    words = _words(text)
     runs = Counter(zip(*(words[i:] for i in range(4)), strict=False))
     repeated = sum(runs.values()) - len(runs)
     if runs and repeated / sum(runs.values()) > _MOST_REPEATED:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def likelihoods(model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[st
             likely_LV = model.logits(ids_1L)[0].log_softmax(-1)
         answer_L = torch.gather(likely_LV, 1, ids_1L.T)[len(prompt_ids) :, 0]
         result[i] = torch.tensor([answer_L.double().sum().item(), len(answer_L)])
+        print(f"\r{i + 1} of {len(rows)} answers", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return result
 
 

@@ -113,7 +113,7 @@ TASKS = (
         longest=192,
     ),
 )
-CHAT = {"adapter": ("chat", 300), "full": ("chat_full", 300)}
+CHAT = {"adapter": ("chat", 480), "full": ("chat_full", 300)}
 """The recipes of both students for chat, and the seconds of training."""
 
 
@@ -232,7 +232,8 @@ class Plan:
         )
         own = self._rows(
             "own", "--answers", str(self._file("chat")), str(self._file("chat.next")),
-            "--name", "chat", name="own-chat", needs=(second.makes,), makes=data / "chat.own.jsonl",
+            *("--name", "chat", "--no-circles"), name="own-chat",
+            needs=(second.makes,), makes=data / "chat.own.jsonl",
         )  # fmt: skip
         held_out = data / "chat.held_out.jsonl"
         told = self._answers("held_out.base", base, held_out, (fit.makes,), *limit)
@@ -551,7 +552,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--questions", type=int, default=20000, help="that a model asks (advising)")
-    parser.add_argument("--turns", type=int, default=24000, help="of users, that it writes (chat)")
+    parser.add_argument("--turns", type=int, default=48000, help="of users, that it writes (chat)")
     parser.add_argument("--time-share", type=float, default=1.0, help="of the seconds of training")
     parser.add_argument("--problems", type=int, help="that a score counts; default: all")
     parser.add_argument("--slow-problems", type=int, default=128, help="… of slow methods")

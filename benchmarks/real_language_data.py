@@ -254,7 +254,9 @@ def write_chat_next_turns(options: argparse.Namespace) -> Counts:
 def write_own(options: argparse.Namespace) -> Counts:
     """A model's answers that came to an end, as conversations to train on."""
     rows = [row for file in options.answers for row in read_rows(file)]
-    kept = [row for row in rows if _ended(row)]
+    kept = ended = [row for row in rows if _ended(row)]
+    if options.no_circles:
+        kept = [row for row in ended if not chat_turns.goes_in_circles(str(row["response"]))]
     own = (
         {
             "messages": row["messages"]
@@ -267,7 +269,8 @@ def write_own(options: argparse.Namespace) -> Counts:
         for row in kept
     )
     count = write_rows(options.output / f"{options.name}.own.jsonl", own)
-    return {f"{options.name}.own": count, "not ended": len(rows) - count}
+    circles = {"go in circles": len(ended) - count} if options.no_circles else {}
+    return {f"{options.name}.own": count, "not ended": len(rows) - len(ended), **circles}
 
 
 def _ended(row: Row) -> bool:
@@ -307,6 +310,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own = add("own", write_own, "a model's own answers, as conversations to train on")
     own.add_argument("--answers", type=Path, nargs="+", required=True, help="of d2f generate")
     own.add_argument("--name", required=True, help="of the file: NAME.own.jsonl")
+    own.add_argument(
+        "--no-circles", action="store_true", help="leave out answers that repeat themselves"
+    )
     for command in (gsm8k, chat):
         command.add_argument("--seed", type=int, default=0, help="of what is drawn and kept aside")
     return parser.parse_args(arguments)

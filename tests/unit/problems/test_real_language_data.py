@@ -201,3 +201,20 @@ def test_a_conversation_goes_on_with_a_second_turn(script, tmp_path):
     assert [len(messages) for messages in own] == [2, 4]
     assert all(messages[-1]["role"] == "assistant" for messages in own)
     assert json.loads((tmp_path / "out" / "own-chat.json").read_text())["not ended"] == 1
+
+
+def test_answers_that_go_in_circles_can_be_left_out(script, tmp_path):
+    texts = [
+        "Rome has a forum, a river and seven hills. Take the bus to the old town.",
+        "The old town is old. " * 8,
+        "* Start with the basics:\n\n" * 20,
+    ]
+    rows = [{"prompt": "Rome?", "response": text, "finish_reason": "stop"} for text in texts]
+    write_jsonl(tmp_path / "answers.jsonl", rows)
+    for more, kept in (((), 3), (("--no-circles",), 1)):
+        script.main(
+            ["own", "--answers", str(tmp_path / "answers.jsonl"), "--name", "chat",
+             "--output", str(tmp_path), *more]
+        )  # fmt: skip
+        assert len(read(tmp_path / "chat.own.jsonl")) == kept
+    assert json.loads((tmp_path / "own-chat.json").read_text())["go in circles"] == 2
