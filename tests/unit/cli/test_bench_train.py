@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tests.unit.process_group import run_group
 
 from d2f.cli import bench_train
 from d2f.evaluation import rates
@@ -176,16 +173,12 @@ def test_tables_fit_in_80_columns():
 @pytest.mark.slow
 def test_two_processes_measure_together(tmp_path):
     folder, file = write_checkpoint(tmp_path / "model", "Dream"), tmp_path / "train.json"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "d2f", *map(str, TRAIN), "--model", str(folder), "--length", "32",
-        "--micro-batch", "2", "--full", "--sharding", "full", "--json", str(file),
-    ]  # fmt: skip
-    source = str(Path(bench_train.__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Numbers written") == 1
+    done = run_group(
+        2, "d2f", *TRAIN, "--model", folder, "--length", 32, "--micro-batch", 2, "--full",
+        "--sharding", "full", "--json", file,
+    )  # fmt: skip
+    assert done.codes == [0, 0], "".join(done.errors)
+    assert done.out.count("Numbers written") == 1
     report = json.loads(file.read_text())
     (row,) = report["rows"]
     assert report["settings"]["processes"] == 2

@@ -1,16 +1,17 @@
 """Tiny runs in several real processes; as a script, each process runs all cases it is given.
 
 `python -m tests.unit.training.parallel_runs FOLDER NAME …` in the environment of a launcher, where
-a name is that of a case or of a scenario, or `cuda` or `compile`, which hold for all cases.
+a name is that of a case or of a scenario, or `cuda` or `compile`, which hold for all cases. Each
+scenario that a process has gone through leaves an empty file SCENARIO.RANK in the folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.unit.training.tiny_run import make_config, make_trainer
-from torch.distributed import TCPStore
 
+from d2f.cli.train_answers import make_evaluator
 from d2f.errors import CheckpointError, TrainingError
+from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.training.checkpoint import list_checkpoints, load_state
 from d2f.training.config import TrainConfig
@@ -33,6 +35,7 @@ from d2f.training.processes import Processes
 from d2f.training.run import train
 from d2f.training.sections import (
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     NoiseConfig,
     ObjectiveConfig,
@@ -40,8 +43,6 @@ from d2f.training.sections import (
     SampleConfig,
 )
 from d2f.training.trainer import Trainer
-
-ROOT = Path(__file__).parents[3]
 
 STAGES = {
     "autoregressive": ("autoregressive", {}),
@@ -143,6 +144,10 @@ def run_case(
 def stored_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     files = (Path(config.output) / "final").glob("*.safetensors")
     return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def records(output: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
 
 
 def file_config(files: Path, name: str, lora: bool, sharding: str, **overrides: Any) -> TrainConfig:
@@ -323,6 +328,31 @@ def apart(files: Path, processes: Processes) -> None:
     refused("the processes read different data", lambda: train(other, processes=processes))
 
 
+def watched(files: Path, processes: Processes) -> None:
+    """The same run with and without evaluations; the best model loads."""
+    settings = EvaluateConfig(every=2, held_out=4, max_new_tokens=4, batch_size=2)
+    for lora, sharding in ((False, "full"), (True, "none"), (True, "full")):
+        name = f"{'lora' if lora else 'all'}-{sharding}-watched"
+        seldom = replace(settings, every=10**6)
+        plain = file_config(files, f"{name}-seldom", lora, sharding, evaluate=seldom)
+        config = file_config(files, name, lora, sharding, evaluate=settings)
+        train(plain, processes=processes)
+        summary = train(config, processes=processes, make_evaluator=make_evaluator)
+        one, other = stored_weights(plain), stored_weights(config)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+        assert summary.best is not None
+        assert summary.data["held_out"] == 4
+        if processes.is_main:
+            output = Path(config.output)
+            assert [record["step"] for record in records(output, "evaluations")] == [2, 4, 6]
+            assert all(0 < record["confidence"] <= 1 for record in records(output, "log"))
+            assert (output / "best" / "README.md").exists()
+            if lora:
+                load_model(config.model.init, adapter=output / "best", device="cpu")
+            else:
+                assert load_model(output / "best", device="cpu").spec.vocab_size == 96
+
+
 def killed(files: Path, processes: Processes) -> None:
     """A process is gone in mid-run."""
     config = file_config(files, "killed", False, "full", checkpoint_every=2)
@@ -343,42 +373,8 @@ def failed(files: Path, processes: Processes) -> None:
 
 SCENARIOS = {
     f.__name__: f
-    for f in (resume, reshard, faults, clock, unmasked, at_once, apart, killed, failed)
+    for f in (resume, reshard, faults, clock, unmasked, at_once, apart, watched, killed, failed)
 }
-
-
-_stores: list[TCPStore] = []
-
-
-def start(
-    world_size: int, *arguments: object, module: str = "tests.unit.training.parallel_runs"
-) -> list[subprocess.Popen[str]]:
-    """The processes of a group, started as torchrun does, which keeps the store they meet in."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    _stores.append(store)
-    shared = {
-        "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,
-        "OMP_NUM_THREADS": 1, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ
-            | {name: str(value) for name, value in shared.items()}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def finish(group: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
-    texts = [one.communicate(timeout=90)[1] for one in group]
-    return [(one.returncode, text) for one, text in zip(group, texts, strict=True)]
 
 
 def main() -> None:
@@ -393,6 +389,7 @@ def main() -> None:
         for name, scenario in SCENARIOS.items():
             if name in names:
                 scenario(output, processes)
+                (output / f"{name}.{processes.rank}").touch()
 
 
 if __name__ == "__main__":

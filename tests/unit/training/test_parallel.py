@@ -7,38 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.process_group import run_group
 from tests.unit.training.parallel_runs import (
     CASES,
     FEW_CASES,
     at_step,
     case_config,
     file_config,
-    finish,
     run_case,
-    start,
     stored_weights,
     terminate,
 )
+from tests.unit.training.tiny_run import write_files
 
 from d2f.errors import ConfigError, TrainingError
-from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.training.checkpoint import list_checkpoints
 from d2f.training.processes import Processes
 from d2f.training.run import train
 
 ALONE = Processes(torch.device("cpu"))
+RUNS = "tests.unit.training.parallel_runs"
+SURVIVED = ("resume", "reshard", "faults", "clock", "unmasked", "at_once", "apart", "watched")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny checkpoint with its tokenizer, and pairs to train on."""
-    folder = tmp_path_factory.mktemp("files")
-    write_checkpoint(folder / "Dream", "Dream")
-    write_tokenizer(folder / "Dream")
-    rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(40)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
-    return folder
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +46,11 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(files):
-    """All cases in two processes, then what else two processes can go through."""
+    """All cases in two processes, then what else two can go through, until one is killed."""
     config = file_config(files, "alone", False, "full")
     with at_step(3, terminate, 0, ALONE):
         assert not train(config, device="cpu").finished
-    others = ("resume", "reshard", "faults", "clock", "unmasked", "at_once", "apart")
-    results = finish(start(2, files, *CASES, *others))
-    return files, results
+    return files, run_group(2, RUNS, files, *CASES, *SURVIVED, "killed")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,7 @@ def four(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     for name in ("Dream", "pairs.jsonl"):
         (folder / name).symlink_to(files / name)
-    return folder, finish(start(4, folder, *FEW_CASES, "failed"))
+    return folder, run_group(4, RUNS, folder, *FEW_CASES, "failed")
 
 
 def assert_same_run(case, one, other, *, tolerance=1.0):
@@ -97,10 +89,14 @@ def test_processes_and_micro_batches_are_interchangeable(request, alone, case, s
     assert_same_run(case, alone, request.getfixturevalue(size)[0])
 
 
-def test_two_processes_resume_reshard_and_survive_faults(two):
-    files, results = two
-    assert [code for code, _ in results] == [0, 0], "".join(text for _, text in results)
-    # What two processes left in shards goes on in one.
+@pytest.mark.parametrize("scenario", SURVIVED)
+def test_two_processes_go_through(two, scenario):
+    folder, done = two
+    assert all((folder / f"{scenario}.{rank}").exists() for rank in (0, 1)), "".join(done.errors)
+
+
+def test_what_two_processes_left_in_shards_goes_on_in_one(two):
+    files, _ = two
     config = file_config(files, "all-full-kept", False, "none")
     assert train(config, device="cpu", resume=True).finished
     straight = stored_weights(file_config(files, "all-full-straight", False, "full"))
@@ -108,16 +104,18 @@ def test_two_processes_resume_reshard_and_survive_faults(two):
 
 
 def test_a_process_that_fails_ends_the_run_with_one_message(four):
-    codes, texts = zip(*four[1], strict=True)
-    assert codes == (1, 1, 1, 1)
-    assert [bool(text) for text in texts] == [False, True, False, False], texts
-    assert texts[1].count("TrainingError: process 1: the dog ate a batch") == 1
-    assert texts[1].count("Traceback") == 1
+    _, done = four
+    assert done.codes == [1, 1, 1, 1]
+    assert [bool(text) for text in done.errors] == [False, True, False, False], done.errors
+    assert done.errors[1].count("TrainingError: process 1: the dog ate a batch") == 1
+    assert done.errors[1].count("Traceback") == 1
 
 
-def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(files):
-    (main, said), (other, silent) = finish(start(2, files, "killed"))
-    assert (main, other, silent) == (1, -signal.SIGKILL, "")
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(two):
+    files, done = two
+    assert done.codes == [1, -signal.SIGKILL]
+    said, silent = done.errors
+    assert silent == ""
     assert said.count("TrainingError: this process lost the others of its run") == 1
     assert said.count("Traceback") == 1
     assert list_checkpoints(files / "killed")[-1].name == "checkpoint-00000004"
@@ -171,8 +169,8 @@ def test_two_gpus_are_interchangeable_with_one(tmp_path, mode):
     for case in cases:
         result = run_case(case, tmp_path / "one", Processes(torch.device("cuda", 0)))
         torch.save(result, tmp_path / "one" / f"{case}.pt")
-    results = finish(start(2, tmp_path / "two", *cases, "cuda", mode))
-    assert [code for code, _ in results] == [0, 0], "".join(text for _, text in results)
+    done = run_group(2, RUNS, tmp_path / "two", *cases, "cuda", mode)
+    assert done.codes == [0, 0], "".join(done.errors)
     for case in cases:
         # Kernels that are compiled add in an order of their own.
         tolerance = 10.0 if mode == "plain" else 100.0
