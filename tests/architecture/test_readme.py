@@ -5,16 +5,14 @@ the repository's recipes. A block after `<!-- not run: reason -->` is only check
 compile, its commands and options must exist. `make` lines must name existing targets.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import typer
+from tests.forked import run_code
 
 from d2f.cli.main import app
 
@@ -65,16 +63,8 @@ COMMANDS = [
 def run_python(code: str, folder: Path, *arguments: str) -> None:
     """Run code as a user's own process would, with the package of this checkout."""
     (folder / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    done = run_code(code, *arguments, folder=folder)
+    assert done.codes == [0], done.out + done.errors[0]
 
 
 def check_command_exists(words: list[str]) -> None:

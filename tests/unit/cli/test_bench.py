@@ -7,6 +7,8 @@ import json
 import pytest
 
 from d2f.cli import bench_race, bench_step
+from d2f.evaluation import rates
+from d2f.evaluation.rates import Rates
 from d2f.models import presets
 from d2f.testing import tiny_spec, write_checkpoint
 
@@ -20,6 +22,13 @@ def tiny_presets(monkeypatch):
     """The presets at sizes that a test can afford."""
     for name, kind in (("llada-8b", "llada"), ("dream-7b", "Dream"), ("qwen2.5-7b", "qwen2")):
         monkeypatch.setitem(presets.PRESETS, name, tiny_spec(kind))
+
+
+@pytest.fixture
+def given_rates(monkeypatch):
+    """Rates that need not be measured."""
+    found = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e11, matmul_size=64)
+    monkeypatch.setattr(rates, "measure_rates", lambda *_: found)
 
 
 def test_step_reports_all_rows_and_ratios(d2f, tmp_path):
@@ -48,14 +57,14 @@ def test_step_reports_all_rows_and_ratios(d2f, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dream-7b", "qwen2.5-7b"])
-def test_step_of_other_shapes(d2f, name):
+def test_step_of_other_shapes(d2f, given_rates, name):
     done = d2f(*STEP, "--shape", name, "--kv-length", 16, "--engine-tokens", 0)
     assert done.code == 0, done.err
     assert "device idle" not in done.out
     assert ("pipelined" in done.out) == (name == "dream-7b")
 
 
-def test_step_of_a_checkpoint(d2f, tmp_path):
+def test_step_of_a_checkpoint(d2f, given_rates, tmp_path):
     folder = write_checkpoint(tmp_path / "model", "llada")
     done = d2f(*STEP, "--model", folder, "--window", 8, "--kv-length", 600, "--engine-tokens", 8)
     assert done.code == 0, done.err

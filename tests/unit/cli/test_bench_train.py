@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.unit.process_group import run_group
+from tests.forked import run_group
 
 from d2f.cli import bench_train
 from d2f.evaluation import rates

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.forked import run_code
 
 import d2f as package
 from d2f.cli import main as module
@@ -13,12 +14,6 @@ from d2f.cli.device import choose_device, fastest_dtype
 from d2f.errors import ConfigError
 
 START = "from d2f.cli.main import main; main()"
-
-
-def run_process(*arguments, code=START):
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
 
 
 def test_help_and_version(d2f):
@@ -41,23 +36,24 @@ def test_wrong_use_is_exit_code_2(d2f, arguments):
 
 def test_help_loads_no_torch():
     code = f"import sys\ntry:\n    {START}\nfinally:\n    print('torch' in sys.modules)"
-    done = run_process("--help", code=code)
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_errors_of_a_process_are_one_line():
-    done = run_process("inspect", "/no/such/model")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
+    done = run_code(START, "inspect", "/no/such/model")
+    assert (done.codes, done.out) == ([1], "")
+    assert done.errors == [
         "error: there is no folder '/no/such/model'; give a folder or a hub id like owner/name\n"
-    )
+    ]
 
 
 def test_debug_shows_the_traceback():
-    done = run_process("--debug", "inspect", "/no/such/model")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: there is no folder")
+    done = run_code(START, "--debug", "inspect", "/no/such/model")
+    assert done.codes == [1]
+    assert "Traceback" in done.errors[0]
+    assert done.errors[0].splitlines()[-1].startswith("error: there is no folder")
 
 
 def test_an_error_of_ours_names_its_kind(d2f, monkeypatch):

@@ -65,8 +65,8 @@ def golden(request):
     return model, golden_cases(request.param)
 
 
-@OVERLAP
-@pytest.mark.parametrize("page_size", [1, 3, 16])
+# Each of the pairs comes in test_random_work_equals_the_oracle.
+@pytest.mark.parametrize(("page_size", "overlap"), [(1, False), (3, True), (16, True)])
 def test_golden_traces_in_random_batches(golden, page_size, overlap):
     model, cases = golden
     rng = random.Random(page_size)
@@ -99,7 +99,8 @@ def test_few_cases_are_decided_narrowly():
     ids=lambda settings: f"pages-of-{settings['page_size']}",
 )
 def test_random_work_equals_the_oracle(name, settings, overlap):
-    cases = random_cases(name)
+    # One at a time, none can harm another.
+    cases = random_cases(name)[:: 1 if settings["max_batch_size"] > 1 else 3]
     engine = make_engine(cached_model(name), overlap=overlap, **settings)
     rng = random.Random(str((name, settings, overlap)))
     outputs = drive(engine, cases, rng, burst=rng.choice([1, 4, 60]))
@@ -136,7 +137,7 @@ def test_aborts_and_few_pages_change_no_answer(name, overlap, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "overlap"), [*((name, False) for name in MODELS), (MODELS[0], True)]
 )
-def test_fifty_preemptions_lose_nothing(name, overlap):
+def test_many_preemptions_lose_nothing(name, overlap):
     cases = random_cases(name)
     engine = make_engine(
         cached_model(name), pages_for(cases, 1), overlap=overlap, page_size=1, max_batch_size=12
@@ -154,13 +155,13 @@ def test_fifty_preemptions_lose_nothing(name, overlap):
             oldest.append((first.number, first.num_forwards))
 
     rounds = 0
-    while lane.num_preemptions < 50:
+    while lane.num_preemptions < 25:
         outputs = drive(engine, cases, rng, burst=20, on_step=watch, most_steps=4000)
         assert len(outputs) == len(cases)
         check_answers(outputs, cases)
         rounds += 1
         oldest.clear()
-        assert rounds < 6
+        assert rounds < 4
     check_idle(engine)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from d2f.evaluation.rates import Rates
 from d2f.models import presets
 from d2f.testing import tiny_spec
 
@@ -28,6 +29,22 @@ def script(monkeypatch):
     return module
 
 
+@pytest.fixture
+def small(script, monkeypatch):
+    """The benchmark's sizes that no option sets, as small as a test can afford."""
+    requests, field, gaps = script.mixed_requests, script.shape_field, script.engine_gaps
+    rates = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e11, matmul_size=64)
+    for name, stand_in in {
+        "mixed_requests": lambda *given: requests(
+            *given, prompt_lengths=(4, 40), new_tokens=(16, 40)
+        ),
+        "shape_field": lambda model, name, _, *given: field(model, name, (6, 16), *given),
+        "engine_gaps": lambda model, sizes, _, *given: gaps(model, sizes, 16, *given),
+        "measure_rates": lambda *_: rates,
+    }.items():
+        monkeypatch.setattr(script, name, stand_in)
+
+
 def test_verdicts(script):
     def word(value, least=False):
         return script.verdict("x", value, 3, 5 if least else 1, least=least)["verdict"]
@@ -38,7 +55,7 @@ def test_verdicts(script):
     assert [word(v, least=True) for v in (5, 4, 2.9)] == ["aim met", "bar met", "missed"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_parts_join_in_one_report(script, monkeypatch, tmp_path, capsys):
     for parts in (["steps", "imposed"], ["race", "bursts"]):
         arguments = [*ARGUMENTS.split(), "--output", str(tmp_path), "--parts", *parts]

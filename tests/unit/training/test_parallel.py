@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.process_group import run_group
+from tests.forked import run_group
 from tests.unit.training.parallel_runs import (
     CASES,
     FEW_CASES,
