@@ -32,7 +32,7 @@ def given_rates(monkeypatch):
     monkeypatch.setattr(rates, "measure_rates", lambda *_: found)
 
 
-def test_all_rows_are_reported(d2f, tmp_path):
+def test_all_rows_are_reported(d2f, given_rates, tmp_path):
     file = tmp_path / "train.json"
     options = ("--micro-batch", "1,2", "--checkpointing", "both", "--repeat-batch", 3)
     shape = ("--shape", "dream-7b", "--length", 40, "--layers", 1, "--lora", 4, "--lr", 1e-2)
