@@ -8,7 +8,7 @@ from typing import Any
 
 from d2f.serving.choice import Choice, TokenLogprob, TokenTexts, finish_reason
 from d2f.serving.plan import Plan
-from d2f.serving.update import Update
+from d2f.serving.ticket import Update
 
 _LOGGED = (
     "prompt_tokens", "completion_tokens", "num_forwards", "seconds", "waited", "finish_reason",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from starlette.middleware.cors import CORSMiddleware
 from d2f import __version__
 from d2f.serving.answers import log_fields, whole_answer
 from d2f.serving.body import read_json, unless_gone
-from d2f.serving.catalogue import Catalogue
 from d2f.serving.choice import TokenTexts
 from d2f.serving.errors import ApiError, show_value
 from d2f.serving.event_stream import EventStream
@@ -25,10 +25,10 @@ from d2f.serving.openapi import build_openapi
 from d2f.serving.page import Page
 from d2f.serving.plan import Plan, make_plan
 from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
+from d2f.serving.served_model import find_model
 from d2f.serving.service import Service, ServiceState
 from d2f.serving.settings import ServeSettings
-from d2f.serving.ticket import Ticket
-from d2f.serving.update import Update
+from d2f.serving.ticket import Ticket, Update
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -112,7 +112,8 @@ class _Endpoints:
         self._service = service
         self._settings = settings
         self._metrics = metrics
-        self._catalogue = Catalogue(service.models.values())
+        created = int(time.time())
+        self._entries = {name: model.entry(created) for name, model in service.models.items()}
         self._texts = {name: TokenTexts(model.tokenizer) for name, model in service.models.items()}
         self._page = Page()
         self._document = build_openapi(service.models, settings)
@@ -127,11 +128,12 @@ class _Endpoints:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return JSONResponse(self._catalogue.all())
+        return JSONResponse({"object": "list", "data": list(self._entries.values())})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{id}`."""
-        return JSONResponse(self._catalogue.one(request.path_params["id"]))
+        model = find_model(self._service.models, request.path_params["id"])
+        return JSONResponse(self._entries[model.name])
 
     async def ready(self, request: Request) -> Response:
         """`GET /health`: whether requests would be served."""

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in OpenAI's format."""
+"""The server's errors, and what clients are told of them in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from d2f.errors import ConfigError, RequestError
-from d2f.serving.refusal import QueueFull, Unavailable
+from d2f.errors import ConfigError, D2FError, RequestError
 
 _TYPES = {
     401: "authentication_error",
@@ -20,17 +19,41 @@ _TYPES = {
 }
 _LONGEST_VALUE = 80
 _LONGEST_MESSAGE = 1000
-"""Names that clients give stand in messages, and may be as long as a body."""
+"""Messages quote names that clients give, which may be as long as a body."""
+
+
+class QueueFull(D2FError):
+    """As many requests wait as may; the same request can be served later.
+
+    Args:
+        retry_after: Seconds, at least 1, after which a new attempt makes sense.
+
+    Example:
+        >>> str(QueueFull(2.0))
+        'the queue is full; try again in 2 s'
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full; try again in {math.ceil(retry_after)} s")
+        self.retry_after = retry_after
+
+
+class Unavailable(D2FError):
+    """The service does not take requests: it is about to stop, has stopped or has failed."""
+
+
+class Disconnected(Exception):
+    """The client has gone, so nobody reads an answer."""
 
 
 class ApiError(Exception):
-    """A request's end with an error that the client is told.
+    """An error that the client is told.
 
     Args:
-        status: Of HTTP.
-        message: In words: the offending value and the remedy.
+        status: The HTTP status.
+        message: The offending value and the remedy in words.
         param: The field of the request that is wrong.
-        code: A name that programs may look at.
+        code: A name of the error for programs.
         headers: Further headers of the answer.
 
     Example:
@@ -55,7 +78,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """The error as JSON. Escaped to ASCII, so that a message may quote any text."""
+        """The error as JSON, escaped to ASCII, so that its message may quote any text."""
         error = {
             "message": self.message,
             "type": _TYPES.get(self.status, "invalid_request_error"),
@@ -66,7 +89,7 @@ class ApiError(Exception):
 
 
 def show_value(value: object) -> str:
-    """A client's value for a message, cut where it is long.
+    """A client's value as a message quotes it: cut where it is long.
 
     Example:
         >>> show_value("a" * 100)[-8:]
@@ -84,7 +107,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
-    """What the client is told of an exception; of unexpected ones only the id that the log has.
+    """The error that a client is told of an exception; of an unexpected one only the request's id.
 
     Example:
         >>> as_api_error(RequestError("the prompt is empty"), "req-1").status
@@ -103,6 +126,6 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, str(error), code="invalid_value")
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request took longer than the server allows", code="timeout")
-    # Other errors of ours too: that of a broken chat template may name files of the server.
+    # Other errors of this package are internal, too: a broken chat template's may name files.
     message = f"internal error; the log of the server has more under {request_id}"
     return ApiError(500, message, code="internal_error")

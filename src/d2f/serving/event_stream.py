@@ -12,11 +12,10 @@ from starlette.types import Receive, Scope, Send
 from d2f.serving.answers import log_fields
 from d2f.serving.body import Disconnected, unless_gone
 from d2f.serving.choice import TokenTexts
-from d2f.serving.errors import as_api_error
+from d2f.serving.errors import Unavailable, as_api_error
 from d2f.serving.gateway import note_error
 from d2f.serving.metrics import Metrics
 from d2f.serving.plan import Plan
-from d2f.serving.refusal import Unavailable
 from d2f.serving.stream import DONE, Chunks, error_event, merged
 from d2f.serving.ticket import Ticket
 

@@ -17,10 +17,10 @@ from d2f.engine.policy import (
     heeds_policy,
 )
 from d2f.engine.request import Request
-from d2f.errors import ConfigError, counted, unknown_name
+from d2f.errors import ConfigError, counted
 from d2f.serving.errors import ApiError
 from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody
-from d2f.serving.served_model import ServedModel
+from d2f.serving.served_model import ServedModel, find_model
 from d2f.serving.settings import ServeSettings
 from d2f.text import Tokenizer
 
@@ -64,7 +64,8 @@ async def make_plan(
         ApiError: An unknown model, or numbers beyond what model and settings allow.
         RequestError: The prompt cannot be encoded.
     """
-    model = _choose_model(body.model, models)
+    default = next(iter(models))
+    model = find_model(models, default if body.model is None else body.model)
     n = body.n or 1
     if isinstance(body, CompletionBody):
         _check_choices(len(body.prompt) * n, settings)
@@ -116,15 +117,6 @@ async def make_plan(
 
 def _refused(param: str, words: str) -> ApiError:
     return ApiError(400, f"{param}: {words}", param=param, code="invalid_value")
-
-
-def _choose_model(name: str | None, models: dict[str, ServedModel]) -> ServedModel:
-    if name is None:
-        return next(iter(models.values()))
-    if name not in models:
-        message = unknown_name("model", name, models)
-        raise ApiError(404, message, param="model", code="model_not_found")
-    return models[name]
 
 
 def _check_choices(number: int, settings: ServeSettings) -> None:

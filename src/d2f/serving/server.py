@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from d2f.errors import ConfigError
-from d2f.serving.refusal import Unavailable
+from d2f.serving.errors import Unavailable
 from d2f.serving.service import Service
 from d2f.serving.settings import ServeSettings
 

@@ -1,22 +1,18 @@
-"""The engines behind an event loop."""
+"""The engines as the event loop sees them: requests go in, tickets come out."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Sequence
 from enum import Enum
 
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, RequestError, unknown_name
-from d2f.serving.job import Job
-from d2f.serving.mailbox import Mailbox
+from d2f.serving.errors import QueueFull, Unavailable
 from d2f.serving.metrics import Metrics
-from d2f.serving.refusal import QueueFull as QueueFull
-from d2f.serving.refusal import Unavailable as Unavailable
 from d2f.serving.served_model import ServedModel
-from d2f.serving.ticket import Ticket
+from d2f.serving.ticket import Job, Mailbox, Ticket
 from d2f.serving.worker import STOPPING, Worker
 
 
@@ -33,12 +29,12 @@ class ServiceState(Enum):
 class Service:
     """Runs the engines of several models in one thread, for an event loop in another.
 
-    Its methods are for the event loop's thread only.
+    Only the event loop's thread may call its methods.
 
     Args:
         models: At least one, with different names; the first is the default.
         max_waiting: Most requests that may wait for their first step, of all models together.
-        metrics: Where it counts.
+        metrics: Counts.
 
     Raises:
         ConfigError: There is no model, two have the same name, or `max_waiting` is below 1.
@@ -48,7 +44,7 @@ class Service:
         self, models: Sequence[ServedModel], *, max_waiting: int = 256, metrics: Metrics
     ) -> None:
         self.models = {model.name: model for model in models}
-        """By name, the default first."""
+        """The models by name, the default first."""
         if not models:
             raise ConfigError("there is no model to serve; give at least one")
         if len(self.models) < len(models):
@@ -59,14 +55,14 @@ class Service:
         self.max_waiting = max_waiting
         self.state = ServiceState.STARTING
         self.fault: str | None = None
-        """Why it failed, in words for clients."""
+        """Why the service failed, in words for clients."""
         self._metrics = metrics
         self._worker: Worker | None = None
         self._num_submitted = 0
         self._started, self._ended = asyncio.Event(), asyncio.Event()
 
     def start(self) -> None:
-        """Start the thread, which makes the caches and warms up; call it on the event loop.
+        """Start the engines' thread, which makes the caches and warms up; call it on the loop.
 
         Requests are taken from now on; the state is READY once they would be served at once.
         """
@@ -82,7 +78,7 @@ class Service:
         self._worker.start()
 
     async def ready(self) -> None:
-        """Wait until it is ready.
+        """Wait until the service is ready.
 
         Raises:
             Unavailable: It failed before, or was stopped.
@@ -92,7 +88,7 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        """Requests before their first step."""
+        """The number of requests before their first step."""
         if self._worker is None or self._ended.is_set():
             return 0
         return self._num_submitted - self._worker.pace.num_left
@@ -109,38 +105,35 @@ class Service:
 
         Args:
             model_name: One of the served models.
-            requests: Of one client; in the order of the tickets.
-            follow: There are updates before the end, which cost some time each.
-            watch: Updates have the blocks.
+            requests: Requests of one client, in the order of the tickets.
+            follow: Whether there are updates before the end, which cost some time each.
+            watch: Whether updates carry the blocks.
 
         Raises:
             RequestError: A request cannot be served, or no model has this name.
             ConfigError: Unknown strategy or option.
             QueueFull: Too many requests wait.
-            Unavailable: It is draining, or has failed or stopped.
+            Unavailable: The service is draining, has failed or has stopped.
         """
         worker = self._require_open()
         if model_name not in self.models:
             raise RequestError(unknown_name("model", model_name, self.models))
         self._require_room(len(requests), worker)
         now = time.perf_counter()
-        jobs = [Job(request, follow, watch, now) for request in requests]
-        tickets = [Ticket(job, functools.partial(worker.cancel, model_name)) for job in jobs]
+        jobs = [Job(model_name, request, follow, watch, now) for request in requests]
+        tickets = [Ticket(job, worker.cancel) for job in jobs]
         self._num_submitted += len(jobs)
         try:
             await worker.admit(model_name, jobs)
-        except asyncio.CancelledError:
+        except BaseException:
+            # The engine has taken none, unless it was the client that gave up.
             for ticket in tickets:
                 ticket.cancel()
-            raise
-        except BaseException:
-            for ticket in tickets:
-                ticket.close()
             raise
         return tickets
 
     async def stop(self, drain_seconds: float) -> None:
-        """Take no more requests, let those it has end, and end what is left after that time.
+        """Take no more requests, let the open ones end, and end what is left after that time.
 
         What is left ends with `Unavailable`. The engines can be used again afterwards.
         """
@@ -156,8 +149,6 @@ class Service:
             self._worker.join()
         self.state = ServiceState.STOPPED
         self._started.set()
-
-    # ---------------------------------------------------------------------------------- inside
 
     def _require_open(self) -> Worker:
         if self.state is ServiceState.FAILED:

@@ -12,8 +12,7 @@ from d2f.serving.answers import answer_id, logprobs_object, new_choice, to_json,
 from d2f.serving.choice import TokenTexts, finish_reason
 from d2f.serving.errors import ApiError
 from d2f.serving.plan import Plan
-from d2f.serving.ticket import Ticket
-from d2f.serving.update import Update
+from d2f.serving.ticket import Ticket, Update
 
 DONE = b"data: [DONE]\n\n"
 

@@ -1,34 +1,115 @@
-"""What a client holds of a request in the service."""
+"""Requests on their way between the event loop and the engines' thread.
+
+The two threads share a `Job`. After a step of the engine the thread posts an `Update` to the
+`Mailbox`, which hands it to the `Ticket` that the client holds. `Pace` estimates when the queue has
+room again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
+from d2f.engine.request import BlockView, GenerationResult, Request
 from d2f.errors import RequestError
-from d2f.serving.job import Job
-from d2f.serving.update import Update
+from d2f.serving.metrics import Metrics
 
 MOST_UNREAD = 256
-"""Updates that are kept for a slow reader of a watched request; then the oldest goes. Each has the
-whole state, so nothing but the steps between is lost."""
+"""Most updates of a watched request that wait for a slow reader; the oldest is dropped first. Each
+has the whole state, so the reader loses nothing but the steps between."""
+LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
+"""Bounds of `Retry-After`; common clients wait no longer than a minute."""
+_NUM_RECENT = 64
+"""How many ended requests `Pace` remembers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """The state of a request after a step of the engine.
+
+    Example:
+        >>> Update(seconds=0.5, waited=0.1, num_forwards=2, token_ids=[4, 5]).done
+        False
+    """
+
+    seconds: float = 0.0
+    """Seconds since the request's first step began; 0 before that."""
+    waited: float = 0.0
+    """Seconds between its submission and its first step."""
+    num_forwards: int = 0
+    """Model calls so far."""
+    token_ids: list[int] = field(default_factory=list)
+    """Tokens committed so far: the response up to its first gap."""
+    blocks: list[BlockView] = field(default_factory=list)
+    """The response's blocks; empty unless the request is watched."""
+    result: GenerationResult | None = None
+    """The result, in the last update of a request that is done."""
+    error: Exception | None = None
+    """The error, in the last update of a request that failed."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no other update follows."""
+        return self.result is not None or self.error is not None
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request as the two threads share it. Each field is written by one of them only.
+
+    All times are those of `time.perf_counter`.
+    """
+
+    model_name: str
+    request: Request
+    follow: bool
+    """Whether updates are posted before the end."""
+    watch: bool
+    """Whether updates carry the blocks."""
+    submitted: float
+
+    # Written by the event loop.
+    ticket: weakref.ref[Ticket] | None = None
+    """Weak, so that a client that drops its ticket drops the request."""
+    cancelled: bool = False
+
+    # Written by the engines' thread.
+    number: int | None = None
+    """The engine's number of the request; None before the engine has it and afterwards."""
+    started: float | None = None
+    """When its first step began."""
+    num_forwards: int = 0
+    """Forwards that the last update reported."""
+    num_committed: int = 0
+    """Tokens that the last update reported."""
+
+    def update(self, now: float, **state: Any) -> Update:
+        """An update with the request's times at `now`."""
+        if self.started is None:
+            return Update(**state)
+        seconds, waited = now - self.started, self.started - self.submitted
+        return Update(seconds=seconds, waited=waited, **state)
 
 
 class Ticket:
-    """A request in the service: its updates, and the means to end it.
+    """A client's hold on a request in the service: the updates, and the means to cancel it.
 
-    An asynchronous iterator of updates. A slow reader gets the newest state, once; nothing queues
-    up but the steps of a watched request, of which the last `MOST_UNREAD` are kept. Only one task
-    may read a ticket, either the updates (`async for`) or the last one (`last`).
-    A ticket that is dropped before its end cancels its request, as `cancel` does at once.
+    A ticket is an asynchronous iterator of updates: one for each step that commits tokens, or for
+    every step if the request is watched. A slow reader gets the newest state only; of a watched
+    request it gets the last `MOST_UNREAD` updates. One task at a time may read a ticket, either by
+    `async for` or by `last`. A ticket that is dropped before its end cancels its request.
 
     Only the thread of the service's event loop may use it.
 
     Args:
         job: The request.
-        on_cancel: Tells the engines' thread.
+        on_cancel: Called with the job when the request is cancelled.
     """
 
     def __init__(self, job: Job, on_cancel: Callable[[Job], None]) -> None:
@@ -36,20 +117,19 @@ class Ticket:
         self._newest: Update | None = None
         self._unread: deque[Update] = deque(maxlen=MOST_UNREAD if job.watch else 1)
         self._over = False
-        """No other update will come."""
+        """Whether no other update will come."""
         self._reader: asyncio.Future[None] | None = None
         job.ticket = weakref.ref(self)
 
     def __aiter__(self) -> Ticket:
-        """What a step commits comes as an update; of a watched request each step does."""
         return self
 
     async def __anext__(self) -> Update:
-        """The next state not seen yet; ends after the update with a result or an error."""
+        """The next unread update; the iteration ends after the one with a result or an error."""
         while not self._unread:
             if self._over:
                 raise StopAsyncIteration
-            await self._news()
+            await self._wait()
         return self._unread.popleft()
 
     async def last(self) -> Update:
@@ -60,7 +140,7 @@ class Ticket:
             Unavailable: The service ended or failed before.
         """
         while not self._over:
-            await self._news()
+            await self._wait()
         if self._newest is None or not self._newest.done:
             raise RequestError("the request was cancelled")
         if self._newest.error is not None:
@@ -68,9 +148,9 @@ class Ticket:
         return self._newest
 
     def cancel(self) -> None:
-        """Take the request out; its pages are free within one step. May be called at any time.
+        """Take the request out of the engine, whose pages are free within one step.
 
-        The iteration ends without another update.
+        The iteration ends without another update. Calls after the request's end do nothing.
         """
         if not self._over:
             self.close()
@@ -80,10 +160,10 @@ class Ticket:
     def __del__(self) -> None:
         self.cancel()
 
-    # --------------------------------------------------------------------------- for the service
+    # ------------------------------------------------------------------- called by the service
 
     def receive(self, update: Update) -> None:
-        """Take the newest state."""
+        """Store an update and wake the reader."""
         if not self._over:
             self._newest = update
             self._unread.append(update)
@@ -100,7 +180,7 @@ class Ticket:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    async def _news(self) -> None:
+    async def _wait(self) -> None:
         if self._reader is not None:
             raise RuntimeError("another task reads this ticket")
         self._reader = asyncio.get_running_loop().create_future()
@@ -108,3 +188,131 @@ class Ticket:
             await self._reader
         finally:
             self._reader = None
+
+
+class Mailbox:
+    """Carries updates from the engines' thread to the tickets, with one wake-up of the loop a step.
+
+    An update that the loop has not fetched yet is replaced by a newer one of the same request; the
+    updates of a watched request are all kept.
+
+    Args:
+        loop: The event loop of the tickets.
+        metrics: Counts the CPU time of the loop's thread.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+        self._loop, self._metrics = loop, metrics
+        self._lock = threading.Lock()
+        self._updates: dict[Job, list[Update]] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._woken = False
+        """Whether the loop was woken and has not fetched the news yet."""
+        self._cpu_seconds = time.thread_time()
+
+    def post(self, job: Job, update: Update) -> None:
+        """Store an update for the job's ticket."""
+        with self._lock:
+            if job.watch:
+                self._updates.setdefault(job, []).append(update)
+            else:
+                self._updates[job] = [update]
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have a function called on the loop, before the tickets get their updates."""
+        with self._lock:
+            self._calls.append(function)
+
+    def send(self) -> bool:
+        """Wake the loop if there is news; False if the loop is closed."""
+        with self._lock:
+            needed = not self._woken and bool(self._updates or self._calls)
+            self._woken = self._woken or needed
+        if not needed:
+            return True
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            return False
+        return True
+
+    def _deliver(self) -> None:
+        with self._lock:
+            updates, self._updates = self._updates, {}
+            calls, self._calls = self._calls, []
+            self._woken = False
+        for function in calls:
+            function()
+        for job, news in updates.items():
+            ticket = job.ticket() if job.ticket is not None else None
+            if ticket is not None:
+                for update in news:
+                    ticket.receive(update)
+        spent = time.thread_time()
+        self._metrics.event_loop_cpu.inc(spent - self._cpu_seconds)
+        self._cpu_seconds = spent
+
+
+class Pace:
+    """Estimates when the queue has room, from how long recent requests took to answer.
+
+    The queue has room when a request leaves it, which is when a running one ends. The rate at which
+    requests left lately would mislead: they come in bursts with idle times between. One thread
+    writes, any thread may read.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.leave()
+        >>> pace.begin("a", time.perf_counter())
+        >>> pace.num_left, pace.seconds_for(1)
+        (1, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self.num_left = 0
+        """Requests that left the queue: they began, or were taken out before."""
+        self._began: dict[Hashable, float] = {}
+        """When each running request began."""
+        self._taken: deque[float] = deque(maxlen=_NUM_RECENT)
+        """Seconds from the beginning to the end of recent requests."""
+
+    def leave(self) -> None:
+        """Count a request that waits no longer."""
+        self.num_left += 1
+
+    def begin(self, request: Hashable, at: float) -> None:
+        """Note that a request runs since `at`, a time of `time.perf_counter`."""
+        self._began[request] = at
+
+    def end(self, request: Hashable, *, answered: bool) -> None:
+        """Note that a request has ended; only answered ones count for the estimate."""
+        began = self._began.pop(request)
+        if answered:
+            self._taken.append(time.perf_counter() - began)
+
+    def seconds_for(self, num_places: int) -> float:
+        """Seconds, 1 to 60, until so many requests will have left the queue."""
+        # Each copy is one operation, since the other thread goes on meanwhile.
+        began, taken = list(self._began.values()), list(self._taken)
+        if not began:
+            return LEAST_SECONDS
+        now = time.perf_counter()
+        left = sorted(_remaining(now - start, taken) for start in began)
+        # The running requests end one after the other, then those that took their places.
+        rounds, index = divmod(num_places - 1, len(left))
+        whole = sum(taken) / len(taken) if taken else 2 * left[-1]
+        return min(max(left[index] + rounds * whole, LEAST_SECONDS), MOST_SECONDS)
+
+
+def _remaining(age: float, taken: list[float]) -> float:
+    """Expected seconds until a request of this age ends, going by those that took longer.
+
+    Where no recent request took longer, it may last as long again; the more requests are known, the
+    less likely that is.
+
+    Example:
+        >>> _remaining(3.0, [2.0, 4.0, 8.0]), _remaining(3.0, []), _remaining(3.0, [1.0, 2.0])
+        (3.0, 3.0, 1.0)
+    """
+    longer = [seconds - age for seconds in taken if seconds > age]
+    return sum(longer) / len(longer) if longer else age / (len(taken) + 1)

@@ -16,7 +16,8 @@ from tests.unit.serving.running import (
 )
 
 from d2f.errors import RequestError
-from d2f.serving.service import Service, ServiceState, Unavailable
+from d2f.serving.errors import Unavailable
+from d2f.serving.service import Service, ServiceState
 
 SECRET = "/home/somebody/secret.py is broken"
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from d2f.serving import pace
-from d2f.serving.pace import LEAST_SECONDS, MOST_SECONDS, Pace
+from d2f.serving import ticket
+from d2f.serving.ticket import LEAST_SECONDS, MOST_SECONDS, Pace
 
 
 class Queue:
@@ -21,7 +21,7 @@ class Queue:
         self.running: list[tuple[float, int]] = []
         """When each ends, and its name."""
         self.num_begun = 0
-        monkeypatch.setattr(pace.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(ticket.time, "perf_counter", lambda: self.now)
 
     def put(self, *seconds: float) -> None:
         self.waiting += seconds

@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 from d2f.cli import ray_app
 from d2f.cli.ray_app import RayArguments
 from d2f.errors import ConfigError
+from d2f.serving.errors import Unavailable
 from d2f.serving.ray_app import LocalClients, Replica, Scaling, deployment_options
-from d2f.serving.refusal import Unavailable
 from d2f.serving.settings import ServeSettings
 from d2f.testing import write_checkpoint
 

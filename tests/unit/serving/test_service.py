@@ -20,11 +20,9 @@ from tests.unit.serving.running import (
 
 from d2f import DecodingPolicy, Request
 from d2f.errors import ConfigError, RequestError
-from d2f.serving.job import Job
-from d2f.serving.pace import Pace
-from d2f.serving.service import QueueFull, Service, ServiceState, Unavailable
-from d2f.serving.ticket import Ticket
-from d2f.serving.update import Update
+from d2f.serving.errors import QueueFull, Unavailable
+from d2f.serving.service import Service, ServiceState
+from d2f.serving.ticket import Job, Pace, Ticket, Update
 
 POLICY = DecodingPolicy(block_size=6, confidence_threshold=0.3)
 

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 from tests.unit.serving.running import Metrics, request, served
 
-from d2f.serving import station as module
-from d2f.serving.job import Job
-from d2f.serving.pace import Pace
-from d2f.serving.station import Station
+from d2f.serving import worker as module
+from d2f.serving.ticket import Job, Pace
+from d2f.serving.worker import Station
 
 
 class Letters:
@@ -35,7 +34,7 @@ def test_a_clock_starts_with_the_first_step_of_a_request(monkeypatch, overlap):
     station.warm_up()
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=tick))
     first, second = (
-        Job(request(length=2), follow=True, watch=True, submitted=tick()) for _ in range(2)
+        Job("tiny", request(length=2), follow=True, watch=True, submitted=tick()) for _ in range(2)
     )
     station.admit([first, second])
     assert pace.num_left == 0
@@ -47,7 +46,8 @@ def test_a_clock_starts_with_the_first_step_of_a_request(monkeypatch, overlap):
     # Steps take one tick and are one tick apart; a result is known a step later with overlap.
     assert first.started == begins[0]
     assert mailbox.updates[0].seconds == (3 if overlap else 1)
-    assert (first.waited, first.seconds(now[0])) == (2, now[0] - begins[0])
+    end = first.update(now[0])
+    assert (end.waited, end.seconds) == (2, now[0] - begins[0])
     num_steps = max(update.num_forwards for update in mailbox.updates)
     assert second.started > first.started + 2 * (num_steps - 1)
     assert second.started in begins

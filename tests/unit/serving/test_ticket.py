@@ -6,15 +6,13 @@ import pytest
 from tests.unit.serving.running import request
 
 from d2f.errors import RequestError
-from d2f.serving.job import Job
-from d2f.serving.ticket import MOST_UNREAD, Ticket
-from d2f.serving.update import Update
+from d2f.serving.ticket import MOST_UNREAD, Job, Ticket, Update
 
 
 def make(watch=False):
     cancelled = []
     return Ticket(
-        Job(request(), follow=True, watch=watch, submitted=0.0), cancelled.append
+        Job("tiny", request(), follow=True, watch=watch, submitted=0.0), cancelled.append
     ), cancelled
 
 
