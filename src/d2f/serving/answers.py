@@ -1,27 +1,54 @@
-"""Whole answers: the JSON objects of completions and chat completions."""
+"""Answers in OpenAI's format: whole, or as server-sent events while tokens come."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
 from d2f.serving.choice import Choice, TokenLogprob, TokenTexts, finish_reason
+from d2f.serving.errors import Disconnected, Unavailable, as_api_error
+from d2f.serving.gateway import note_error, unless_gone
+from d2f.serving.metrics import Metrics
 from d2f.serving.plan import Plan
-from d2f.serving.ticket import Update
+from d2f.serving.ticket import Ticket, Update
 
 _LOGGED = (
     "prompt_tokens", "completion_tokens", "num_forwards", "seconds", "waited", "finish_reason",
 )  # fmt: skip
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    # Proxies in front must not collect events.
+    "X-Accel-Buffering": "no",
+}
+_FAREWELL_SECONDS = 1.0
+"""How long a client that does not read may hold up the last event."""
 
 
-def to_json(value: Any) -> str:
+def _to_json(value: Any) -> str:
     """Compact JSON. Text that a tokenizer gave can always be written as UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def new_choice(plan: Plan, texts: TokenTexts) -> Choice:
-    """An empty response to one of a plan's requests."""
+def _head(plan: Plan, chat_object: str) -> dict[str, Any]:
+    """The fields with which an answer, or each of its chunks, begins."""
+    return {
+        "id": f"{'chatcmpl' if plan.chat else 'cmpl'}-{plan.id}",
+        "object": chat_object if plan.chat else "text_completion",
+        "created": plan.created,
+        "model": plan.model.name,
+    }
+
+
+def _new_choice(plan: Plan, texts: TokenTexts) -> Choice:
+    """The empty response to one of a plan's requests."""
     return Choice(
         plan.model.tokenizer,
         eos_token_ids=plan.eos_token_ids,
@@ -30,11 +57,11 @@ def new_choice(plan: Plan, texts: TokenTexts) -> Choice:
     )
 
 
-def usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
-    """What an answer took. Tokens and forwards of all choices; the longest of their times.
+def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
+    """What an answer took: the tokens and forwards of all choices, the longest of their times.
 
     Args:
-        plan: What was asked.
+        plan: The request.
         lasts: The last update of each choice.
     """
     results = [last.result for last in lasts if last.result is not None]
@@ -52,81 +79,297 @@ def usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
 
 
 def log_fields(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
-    """What the log has of an answer: no text."""
-    reasons = {
-        finish_reason(last.result.finish_reason) for last in lasts if last.result is not None
-    }
-    fields = {**usage(plan, lasts), "finish_reason": ",".join(sorted(reasons))}
+    """What the log says of an answer, which is no text."""
+    results = [last.result for last in lasts if last.result is not None]
+    reasons = {finish_reason(result.finish_reason) for result in results}
+    fields = {**_usage(plan, lasts), "finish_reason": ",".join(sorted(reasons))}
     return {name: fields[name] for name in _LOGGED}
 
 
-def logprobs_object(plan: Plan, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Tokens with their logarithms, in the shape of the endpoint."""
-    if plan.chat:
-        content = [
-            {
-                **_logprob_object(token.text, token.logprob),
-                "top_logprobs": [_logprob_object(*other) for other in token.alternatives],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-    top = [_top_object(token) for token in tokens] if plan.num_alternatives else None
-    return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": top,
-        "text_offset": [token.offset for token in tokens],
-    }
-
-
-def _logprob_object(text: str, logprob: float) -> dict[str, Any]:
-    # Half a character is no text, and what its bytes are only its tokenizer knows.
-    known = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": logprob, "bytes": known}
-
-
-def _top_object(token: TokenLogprob) -> dict[str, float]:
-    """The most probable tokens by their text, the accepted one in any case."""
-    top: dict[str, float] = {}
-    for text, logprob in token.alternatives:
-        # Of tokens that look alike the most probable one.
-        top.setdefault(text, logprob)
-    return top | {token.text: token.logprob}
+# ---------------------------------------------------------------------------------- whole answers
 
 
 def whole_answer(plan: Plan, lasts: Sequence[Update], texts: TokenTexts) -> bytes:
-    """The answer to a request that is not streamed."""
-    choices = [
-        _whole_choice(plan, index, last, new_choice(plan, texts))
-        for index, last in enumerate(lasts)
-    ]
-    answer = {
-        "id": answer_id(plan),
-        "object": "chat.completion" if plan.chat else "text_completion",
-        "created": plan.created,
-        "model": plan.model.name,
-        "choices": choices,
-        "usage": usage(plan, lasts),
-    }
-    return to_json(answer).encode()
+    """The JSON answer to a request that is not streamed.
+
+    Args:
+        plan: The request.
+        lasts: The last update of each choice, with its result.
+        texts: The texts of the model's tokens.
+    """
+    choices = [_whole_choice(plan, index, last, texts) for index, last in enumerate(lasts)]
+    head = _head(plan, "chat.completion")
+    return _to_json({**head, "choices": choices, "usage": _usage(plan, lasts)}).encode()
 
 
-def answer_id(plan: Plan) -> str:
-    """The id of an answer and of each of its chunks."""
-    return f"{'chatcmpl' if plan.chat else 'cmpl'}-{plan.id}"
-
-
-def _whole_choice(plan: Plan, index: int, last: Update, choice: Choice) -> dict[str, Any]:
-    result = last.result
+def _whole_choice(plan: Plan, index: int, last: Update, texts: TokenTexts) -> dict[str, Any]:
+    choice, result = _new_choice(plan, texts), last.result
     assert result is not None
     text = choice.end(result.token_ids)
     logprobs = None
     if plan.logprobs:
         tokens = choice.logprobs(result.probabilities, result.alternatives, ended=True)
-        logprobs = logprobs_object(plan, tokens)
+        logprobs = _logprobs(plan, tokens)
     content: dict[str, Any] = {"text": text}
     if plan.chat:
         content = {"message": {"role": "assistant", "content": text, "refusal": None}}
     reason = finish_reason(result.finish_reason)
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _logprobs(plan: Plan, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Tokens with their logarithms, in the form of the endpoint."""
+    if plan.chat:
+        content = [
+            {
+                **_chat_logprob(token.text, token.logprob),
+                "top_logprobs": [_chat_logprob(*other) for other in token.alternatives],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_top(token) for token in tokens] if plan.num_alternatives else None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _chat_logprob(text: str, logprob: float) -> dict[str, Any]:
+    # Half a character is no text; its bytes are known to its tokenizer only.
+    known = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": logprob, "bytes": known}
+
+
+def _top(token: TokenLogprob) -> dict[str, float]:
+    """The most probable tokens by their text, and the accepted one in any case."""
+    top: dict[str, float] = {}
+    for text, logprob in token.alternatives:
+        # Of tokens that look alike the most probable one counts.
+        top.setdefault(text, logprob)
+    return top | {token.text: token.logprob}
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+
+class EventStream(Response):
+    """The server-sent events of one request, whose tickets end with it, however it ends.
+
+    Args:
+        plan: The request.
+        tickets: One for each choice.
+        texts: The texts of the model's tokens.
+        deadline: When the stream ends at the latest, on the event loop's clock.
+        metrics: Counts faults.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tickets: Sequence[Ticket],
+        texts: TokenTexts,
+        deadline: float,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__(headers=_HEADERS)
+        # The length is not known beforehand.
+        del self.headers["content-length"]
+        self._plan, self._tickets = plan, tickets
+        self._chunks = Chunks(plan, texts)
+        self._deadline, self._metrics = deadline, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events; a fault is the last of them."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await send(start)
+                await unless_gone(receive, self._write(send))
+        except Disconnected:
+            raise
+        except Exception as error:
+            answer = as_api_error(error, scope["d2f.id"])
+            note_error(answer, scope["d2f.id"], self._metrics)
+            scope["d2f.log"]["finish_reason"] = answer.code
+            event = b"data: " + answer.body() + b"\n\n"
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL_SECONDS):
+                    await send({"type": "http.response.body", "body": event})
+        finally:
+            for ticket in self._tickets:
+                ticket.cancel()
+            if self._chunks.lasts:
+                scope["d2f.log"].update(log_fields(self._plan, self._chunks.ended()))
+
+    async def _write(self, send: Send) -> None:
+        chunks = self._chunks
+        async for index, update in _merged(self._tickets):
+            if update.error is not None:
+                raise update.error
+            event = chunks.event(index, update)
+            if event:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        if len(chunks.lasts) < len(self._tickets):
+            raise Unavailable("the server ended this request; try again")
+        last = chunks.usage() + _DONE if self._plan.include_usage else _DONE
+        await send({"type": "http.response.body", "body": last})
+
+
+async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Update]]:
+    """The updates of all tickets as they come, each with the ticket's index."""
+    if len(tickets) == 1:
+        async for update in tickets[0]:
+            yield 0, update
+        return
+    waiting: dict[asyncio.Task[Update | None], int] = {}
+    try:
+        for index, ticket in enumerate(tickets):
+            waiting[asyncio.create_task(_next(ticket))] = index
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                index, news = waiting.pop(task), task.result()
+                if news is not None:
+                    yield index, news
+                    waiting[asyncio.create_task(_next(tickets[index]))] = index
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def _next(ticket: Ticket) -> Update | None:
+    return await anext(ticket, None)
+
+
+class Chunks:
+    """Writes the events of one answer, each as the bytes to send.
+
+    Args:
+        plan: The request.
+        texts: The texts of the model's tokens.
+    """
+
+    def __init__(self, plan: Plan, texts: TokenTexts) -> None:
+        self._plan = plan
+        # What all chunks share is written once.
+        self._head = f"data: {_to_json(_head(plan, 'chat.completion.chunk'))[:-1]}"
+        self._null_usage = ',"usage":null' if plan.include_usage else ""
+        self._choices = [_new_choice(plan, texts) for _ in plan.requests]
+        self._begun = [False] * len(plan.requests)
+        self._decoded = [Decoded(texts) for _ in plan.requests]
+        self.lasts: dict[int, Update] = {}
+        """The last update of each choice that has ended."""
+
+    def event(self, index: int, update: Update) -> bytes:
+        """The event of a choice's update; empty if it tells the client nothing new."""
+        choice, result = self._choices[index], update.result
+        if result is None:
+            text, reason = choice.grow(update.token_ids), "null"
+        else:
+            text, reason = choice.end(result.token_ids), f'"{finish_reason(result.finish_reason)}"'
+            self.lasts[index] = update
+        if not (text or result is not None or self._plan.include_provisional):
+            return b""
+        logprobs = self._logprobs(choice, update) if self._plan.logprobs else "null"
+        content = f'"text":{json.dumps(text, ensure_ascii=False)}'
+        if self._plan.chat:
+            content = f'"delta":{self._delta(index, text)}'
+        extra = ""
+        if self._plan.include_provisional:
+            extra = f',"d2f":{_to_json(self._decoded[index].news(update))}'
+        return (
+            f'{self._head},"choices":[{{"index":{index},{content},"logprobs":{logprobs},'
+            f'"finish_reason":{reason}}}]{self._null_usage}{extra}}}\n\n'
+        ).encode()
+
+    def ended(self) -> list[Update]:
+        """The last updates in the order of the choices."""
+        return [self.lasts[index] for index in sorted(self.lasts)]
+
+    def usage(self) -> bytes:
+        """The event that follows when all choices have ended."""
+        total = _to_json(_usage(self._plan, self.ended()))
+        return f'{self._head},"choices":[],"usage":{total}}}\n\n'.encode()
+
+    def _delta(self, index: int, text: str) -> str:
+        content = f'"content":{json.dumps(text, ensure_ascii=False)}'
+        if self._begun[index]:
+            return f"{{{content}}}" if text else "{}"
+        self._begun[index] = True
+        return f'{{"role":"assistant",{content}}}'
+
+    def _logprobs(self, choice: Choice, update: Update) -> str:
+        result = update.result
+        if result is not None:
+            probabilities: Sequence[float | None] = result.probabilities
+            alternatives = result.alternatives
+        else:
+            probabilities = [value for block in update.blocks for value in block.probabilities]
+            alternatives = [found for block in update.blocks for found in block.alternatives]
+        tokens = choice.logprobs(probabilities, alternatives, ended=result is not None)
+        return _to_json(_logprobs(self._plan, tokens)) if tokens else "null"
+
+
+class Decoded:
+    """The tokens of a response that a client who asked for provisional tokens was told of.
+
+    Args:
+        texts: The texts of the model's tokens.
+    """
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._known: list[int | None] = []
+
+    def news(self, update: Update) -> dict[str, Any]:
+        """The field `d2f` of a chunk."""
+        result = update.result
+        committed = update.token_ids if result is None else result.token_ids
+        news: dict[str, Any] = {
+            "seconds": round(update.seconds, 6),
+            "waited": round(update.waited, 6),
+            "num_forwards": update.num_forwards if result is None else result.num_forwards,
+            "num_committed": len(committed),
+            "tokens": self._fresh(update),
+        }
+        start, blocks = 0, []
+        for block in update.blocks:
+            length = len(block.token_ids)
+            blocks.append({"start": start, "length": length, "state": block.state.value})
+            start += length
+        news["blocks"] = blocks
+        if result is not None:
+            news |= {
+                "done": True,
+                "num_tokens": len(result.token_ids),
+                "tokens_per_forward": result.tokens_per_forward,
+            }
+        return news
+
+    def _fresh(self, update: Update) -> list[dict[str, Any]]:
+        """The tokens that the client does not know yet."""
+        tokens = [token for block in update.blocks for token in block.token_ids]
+        probabilities = [value for block in update.blocks for value in block.probabilities]
+        if update.result is not None:
+            # A last update may have no blocks any more; the response stands where they were.
+            count = len(update.result.token_ids)
+            tokens[:count] = update.result.token_ids
+            probabilities[:count] = update.result.probabilities
+        known = self._known
+        known += [None] * (len(tokens) - len(known))
+        fresh = []
+        for position, token in enumerate(tokens):
+            if token is not None and token != known[position]:
+                known[position] = token
+                probability = probabilities[position]
+                fresh.append(
+                    {
+                        "position": position,
+                        "token_id": token,
+                        "text": self._texts[token],
+                        "probability": None if probability is None else round(probability, 6),
+                    }
+                )
+        return fresh

@@ -14,12 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from d2f import __version__
-from d2f.serving.answers import log_fields, whole_answer
-from d2f.serving.body import read_json, unless_gone
+from d2f.serving.answers import EventStream, log_fields, whole_answer
 from d2f.serving.choice import TokenTexts
 from d2f.serving.errors import ApiError, show_value
-from d2f.serving.event_stream import EventStream
-from d2f.serving.gateway import Gateway
+from d2f.serving.gateway import Gateway, read_json, unless_gone
 from d2f.serving.metrics import Metrics
 from d2f.serving.openapi import build_openapi
 from d2f.serving.page import Page

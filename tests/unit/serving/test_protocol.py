@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from d2f.errors import ConfigError
-from d2f.serving.body import parse_json
 from d2f.serving.errors import ApiError
+from d2f.serving.gateway import parse_json
 from d2f.serving.protocol import ChatBody, CompletionBody, parse_body
 from d2f.serving.settings import ServeSettings
 
