@@ -112,10 +112,12 @@ class AnswerDesk:
     def _record(
         self, row: PromptRow, sample: int, request: Request, answer: Answered
     ) -> dict[str, Any]:
-        from d2f.serving.choice import Choice
+        from d2f.engine.response_text import ResponseText
 
         ends = self._spec.eos_token_ids
-        text = Choice(self._tokenizer, eos_token_ids=ends, stop=request.stop).end(answer.token_ids)
+        text = ResponseText(self._tokenizer, eos_token_ids=ends, stop=request.stop).end(
+            answer.token_ids
+        )
         new: dict[str, Any] = {}
         if row.messages is not None:
             new[row.messages] = self._continued(row.row[row.messages], text)

@@ -244,22 +244,22 @@ def _answer(
 ) -> tuple[GenerationResult, str, float]:
     """The answer, its text, and the seconds it took; a stream's text is printed on the way."""
     from d2f.engine.engine import Engine, EngineConfig
-    from d2f.serving.choice import Choice
+    from d2f.engine.response_text import ResponseText
 
     engine = Engine(model, EngineConfig(), tokenizer)
     _warm_up(engine, request)
-    choice = Choice(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
+    response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
     text, result = "", None
     start = time.perf_counter()
     if stream:
         for output in engine.stream(request):
             result = output.result
-            text += _say(choice.grow(output.token_ids))
+            text += _say(response.grow(output.token_ids))
     else:
         result = engine.generate([request])[0]
     seconds = time.perf_counter() - start
     assert result is not None
-    rest = choice.end(result.token_ids)
+    rest = response.end(result.token_ids)
     if stream:
         typer.echo(rest)
     return result, text + rest, seconds

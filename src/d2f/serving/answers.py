@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from d2f.serving.choice import Choice, TokenLogprob, TokenTexts, finish_reason
+from d2f.engine.response_text import ResponseText, TokenLogprob, TokenTexts
 from d2f.serving.errors import Disconnected, Unavailable, as_api_error
 from d2f.serving.gateway import note_error, unless_gone
 from d2f.serving.metrics import Metrics
@@ -28,6 +28,8 @@ _HEADERS = {
     # Proxies in front must not collect events.
     "X-Accel-Buffering": "no",
 }
+_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+"""The engine's words -> the protocol's."""
 _FAREWELL_SECONDS = 1.0
 """How long a client that does not read may hold up the last event."""
 
@@ -47,9 +49,9 @@ def _head(plan: Plan, chat_object: str) -> dict[str, Any]:
     }
 
 
-def _new_choice(plan: Plan, texts: TokenTexts) -> Choice:
+def _new_choice(plan: Plan, texts: TokenTexts) -> ResponseText:
     """The empty response to one of a plan's requests."""
-    return Choice(
+    return ResponseText(
         plan.model.tokenizer,
         eos_token_ids=plan.eos_token_ids,
         stop=plan.stop,
@@ -81,7 +83,7 @@ def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
 def log_fields(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
     """What the log says of an answer, which is no text."""
     results = [last.result for last in lasts if last.result is not None]
-    reasons = {finish_reason(result.finish_reason) for result in results}
+    reasons = {_FINISH_REASONS[result.finish_reason] for result in results}
     fields = {**_usage(plan, lasts), "finish_reason": ",".join(sorted(reasons))}
     return {name: fields[name] for name in _LOGGED}
 
@@ -113,7 +115,7 @@ def _whole_choice(plan: Plan, index: int, last: Update, texts: TokenTexts) -> di
     content: dict[str, Any] = {"text": text}
     if plan.chat:
         content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-    reason = finish_reason(result.finish_reason)
+    reason = _FINISH_REASONS[result.finish_reason]
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -268,7 +270,10 @@ class Chunks:
         if result is None:
             text, reason = choice.grow(update.token_ids), "null"
         else:
-            text, reason = choice.end(result.token_ids), f'"{finish_reason(result.finish_reason)}"'
+            text, reason = (
+                choice.end(result.token_ids),
+                f'"{_FINISH_REASONS[result.finish_reason]}"',
+            )
             self.lasts[index] = update
         if not (text or result is not None or self._plan.include_provisional):
             return b""
@@ -300,7 +305,7 @@ class Chunks:
         self._begun[index] = True
         return f'{{"role":"assistant",{content}}}'
 
-    def _logprobs(self, choice: Choice, update: Update) -> str:
+    def _logprobs(self, choice: ResponseText, update: Update) -> str:
         result = update.result
         if result is not None:
             probabilities: Sequence[float | None] = result.probabilities

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from d2f import __version__
+from d2f.engine.response_text import TokenTexts
 from d2f.serving.answers import EventStream, log_fields, whole_answer
-from d2f.serving.choice import TokenTexts
+from d2f.serving.document import (
+    ModelEntry,
+    ModelList,
+    Status,
+    complete_document,
+    generation,
+    refusals,
+)
 from d2f.serving.errors import ApiError, show_value
 from d2f.serving.gateway import Gateway, read_json, unless_gone
 from d2f.serving.metrics import Metrics
-from d2f.serving.openapi import build_openapi
-from d2f.serving.page import Page
-from d2f.serving.plan import Plan, make_plan
+from d2f.serving.plan import make_plan
 from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
 from d2f.serving.served_model import find_model
 from d2f.serving.service import Service, ServiceState
@@ -30,13 +38,24 @@ from d2f.serving.ticket import Ticket, Update
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+_PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # The browser asks each time: another version of the server has other files.
+    "Cache-Control": "no-cache",
+}
+
 
 def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> FastAPI:
     """The application of a service. Its lifespan starts the service and drains it.
 
     Args:
         service: Not started yet.
-        settings: Of access and limits; host and port are for whoever listens.
+        settings: Access and limits; host and port are for the one that listens.
         metrics: The service's, too.
     """
 
@@ -53,7 +72,7 @@ def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> F
         # Their pages come from other servers.
         docs_url=None,
         redoc_url=None,
-        # A route of ours, so that it is counted under its name.
+        # A route of our own is counted under its name.
         openapi_url=None,
         redirect_slashes=False,
     )
@@ -69,31 +88,46 @@ def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> F
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    for path, name, handler, method in _routes(_Endpoints(service, settings, metrics)):
-        methods = ["GET", "HEAD"] if method == "GET" else [method]
-        app.add_api_route(path, handler, methods=methods, name=name, response_model=None)
+    _add_routes(app, _Endpoints(service, settings, metrics))
+    complete_document(app, service.models, settings)
+    for route in app.routes:
+        methods: set[str] = getattr(route, "methods", set())
+        if "GET" in methods:
+            # Added after the document was made, where HEAD would be an operation of its own.
+            methods.add("HEAD")
     return app
 
 
-def _routes(endpoints: _Endpoints) -> list[tuple[str, str, Handler, str]]:
-    """Path, name in log and metrics, handler, method."""
-    return [
-        ("/v1/completions", "/v1/completions", endpoints.completions, "POST"),
-        ("/v1/chat/completions", "/v1/chat/completions", endpoints.chat, "POST"),
-        ("/v1/models", "/v1/models", endpoints.models, "GET"),
-        ("/v1/models/{id:path}", "/v1/models/{id}", endpoints.model, "GET"),
-        ("/health", "/health", endpoints.ready, "GET"),
-        ("/health/ready", "/health/ready", endpoints.ready, "GET"),
-        ("/health/live", "/health/live", endpoints.live, "GET"),
-        ("/metrics", "/metrics", endpoints.metrics, "GET"),
-        ("/openapi.json", "/openapi.json", endpoints.document, "GET"),
-        ("/", "/page", endpoints.page, "GET"),
-        ("/page/{name:path}", "/page", endpoints.page, "GET"),
-    ]
+def _add_routes(app: FastAPI, endpoints: _Endpoints) -> None:
+    """Add the routes. The name of a route is the label under which log and metrics count it."""
+
+    def add(path: str, handler: Handler, operation: str, **shown: Any) -> None:
+        name = path.replace(":path", "")
+        shown["summary"] = (handler.__doc__ or "").rstrip(".")
+        app.add_api_route(path, handler, name=name, operation_id=operation, **shown)
+
+    def hide(path: str, handler: Handler, name: str) -> None:
+        app.add_api_route(path, handler, name=name, include_in_schema=False)
+
+    add("/v1/completions", endpoints.completions, "complete", **generation(CompletionBody))
+    add("/v1/chat/completions", endpoints.chat, "chat", **generation(ChatBody))
+    refused = refusals()
+    add("/v1/models", endpoints.models, "models", response_model=ModelList, responses=refused)
+    single = {"response_model": ModelEntry, "responses": refusals(404)}
+    add("/v1/models/{id:path}", endpoints.model, "model", **single)
+    status = {"response_model": Status, "responses": {**refused, 503: {"model": Status}}}
+    add("/health", endpoints.ready, "health", **status)
+    add("/health/ready", endpoints.ready, "ready", **status)
+    add("/health/live", endpoints.live, "live", response_model=Status, responses=refused)
+    text = {"response_class": PlainTextResponse, "responses": refused}
+    add("/metrics", endpoints.metrics, "metrics", **text)
+    hide("/openapi.json", endpoints.document, "/openapi.json")
+    hide("/", endpoints.page, "/page")
+    hide("/page/{name:path}", endpoints.page, "/page")
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """404 and 405 in OpenAI's format."""
+    """Answer 404 and 405 in OpenAI's format."""
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     where = f"{request.method} {show_value(request.url.path)}"
@@ -104,37 +138,37 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 class _Endpoints:
-    """What the routes do."""
+    """The handlers of the routes; their docstrings stand in the OpenAPI document."""
 
     def __init__(self, service: Service, settings: ServeSettings, metrics: Metrics) -> None:
-        self._service = service
-        self._settings = settings
-        self._metrics = metrics
-        created = int(time.time())
-        self._entries = {name: model.entry(created) for name, model in service.models.items()}
-        self._texts = {name: TokenTexts(model.tokenizer) for name, model in service.models.items()}
-        self._page = Page()
-        self._document = build_openapi(service.models, settings)
+        self._service, self._settings, self._metrics = service, settings, metrics
+        models, created = service.models, int(time.time())
+        self._entries = {name: model.entry(created) for name, model in models.items()}
+        self._texts = {name: TokenTexts(model.tokenizer) for name, model in models.items()}
+        self._files = {
+            path.name: (path.read_bytes(), mimetypes.guess_type(path.name)[0])
+            for path in _PAGE.iterdir()
+        }
 
     async def completions(self, request: Request) -> Response:
-        """`POST /v1/completions`."""
+        """Continue a prompt."""
         return await self._generate(request, CompletionBody)
 
     async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """Answer a conversation."""
         return await self._generate(request, ChatBody)
 
     async def models(self, request: Request) -> Response:
-        """`GET /v1/models`."""
+        """The served models, the default first."""
         return JSONResponse({"object": "list", "data": list(self._entries.values())})
 
     async def model(self, request: Request) -> Response:
-        """`GET /v1/models/{id}`."""
+        """One of the served models."""
         model = find_model(self._service.models, request.path_params["id"])
         return JSONResponse(self._entries[model.name])
 
     async def ready(self, request: Request) -> Response:
-        """`GET /health`: whether requests would be served."""
+        """Whether requests would be served."""
         state = self._service.state
         told: dict[str, Any] = {"status": state.value}
         if self._service.fault is not None:
@@ -142,61 +176,56 @@ class _Endpoints:
         return JSONResponse(told, 200 if state is ServiceState.READY else 503)
 
     async def live(self, request: Request) -> Response:
-        """`GET /health/live`: the process answers."""
+        """Whether the process answers."""
         return JSONResponse({"status": "live"})
 
     async def metrics(self, request: Request) -> Response:
-        """`GET /metrics`."""
+        """The metrics for Prometheus."""
         content, kind = self._metrics.render()
         return Response(content, headers={"Content-Type": kind})
 
     async def document(self, request: Request) -> Response:
-        """`GET /openapi.json`."""
-        return JSONResponse(self._document)
+        """The OpenAPI document."""
+        return JSONResponse(request.app.openapi())
 
     async def page(self, request: Request) -> Response:
-        """`GET /` and the page's files."""
-        found = self._page.file(request.path_params.get("name", "index.html"))
-        if found is None:
+        """A file of the page; there are no others to ask for."""
+        name = request.path_params.get("name", "index.html")
+        if name not in self._files:
             raise HTTPException(404)
-        return found
+        content, kind = self._files[name]
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
-    # ---------------------------------------------------------------------------------- inside
+    # ------------------------------------------------------------------------ generation
 
     async def _generate(self, request: Request, kind: type[GenerationBody]) -> Response:
         scope, settings = request.scope, self._settings
+        log = scope["d2f.log"]
         deadline = asyncio.get_running_loop().time() + settings.request_timeout
         async with asyncio.timeout_at(deadline):
             value = await read_json(scope, request.receive, settings)
             if settings.log_prompts:
-                scope["d2f.log"]["prompt"] = value.get("prompt", value.get("messages"))
+                log["prompt"] = value.get("prompt", value.get("messages"))
             body = parse_body(kind, value)
             plan = await make_plan(body, self._service.models, settings)
-            scope["d2f.log"]["model"] = plan.model.name
-            scope["d2f.log"]["stream"] = plan.stream
+            name = plan.model.name
+            log |= {"model": name, "stream": plan.stream}
             # Probabilities of a response that is not finished stand in its blocks only.
             watch = plan.stream and (plan.include_provisional or plan.logprobs)
             tickets = await self._service.submit(
-                plan.model.name, plan.requests, follow=plan.stream, watch=watch
+                name, plan.requests, follow=plan.stream, watch=watch
             )
-            texts = self._texts[plan.model.name]
             if plan.stream:
-                return EventStream(plan, tickets, texts, deadline, self._metrics)
-            lasts = await self._results(request, tickets)
-        return self._whole(request, plan, lasts, texts)
+                return EventStream(plan, tickets, self._texts[name], deadline, self._metrics)
+            try:
+                lasts = await unless_gone(request.receive, _lasts(tickets))
+            finally:
+                for ticket in tickets:
+                    ticket.cancel()
+        log |= log_fields(plan, lasts)
+        content = whole_answer(plan, lasts, self._texts[name])
+        return Response(content, media_type="application/json")
 
-    async def _results(self, request: Request, tickets: list[Ticket]) -> list[Update]:
-        async def gather() -> list[Update]:
-            return await asyncio.gather(*(ticket.last() for ticket in tickets))
 
-        try:
-            return await unless_gone(request.receive, gather())
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-
-    def _whole(
-        self, request: Request, plan: Plan, lasts: list[Update], texts: TokenTexts
-    ) -> Response:
-        request.scope["d2f.log"].update(log_fields(plan, lasts))
-        return Response(whole_answer(plan, lasts, texts), media_type="application/json")
+async def _lasts(tickets: list[Ticket]) -> list[Update]:
+    return await asyncio.gather(*(ticket.last() for ticket in tickets))

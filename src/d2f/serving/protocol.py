@@ -40,8 +40,24 @@ _PROMPT_SCHEMA = {
 }
 
 
+def _show_neutral(schema: dict[str, Any], kind: type[_Body]) -> None:
+    """Put the fields of `neutral` into a body's JSON schema."""
+    for name, accepted in kind.neutral.items():
+        known = {"enum": list(accepted), "description": "Not supported; accepted so."}
+        schema["properties"][name] = known
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        hide_input_in_errors=True,
+        json_schema_extra=_show_neutral,
+    )
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields of OpenAI's that are not supported -> the values at which they change nothing."""
 
 
 def _is_ids(value: Any) -> bool:
@@ -210,7 +226,6 @@ class GenerationBody(_Body):
         "store": (None, False),
         "service_tier": (None, "auto", "default"),
     }
-    """Fields of OpenAI's that are not supported -> values that change nothing."""
 
 
 class CompletionBody(GenerationBody):

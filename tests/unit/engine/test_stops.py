@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
+from d2f.engine.response_text import ResponseText, TokenTexts
 from d2f.engine.stops import StopStrings
-from d2f.serving.choice import Choice, TokenTexts
 from d2f.testing import tiny_model
 from d2f.text import Tokenizer
 from d2f.tokenizer_files import TokenizerFiles
@@ -122,7 +122,7 @@ def test_a_stream_shows_nothing_of_a_stop(ids, stops, piece, cuts, logprobs, eos
     ids = ids[: ends_slowly(tokenizer, ids, stops)]
     expected = cut_slowly(tokenizer, ids, stops)
     texts = TokenTexts(tokenizer) if logprobs else None
-    choice, shown = Choice(tokenizer, eos_token_ids=eos, stop=stops, texts=texts), ""
+    choice, shown = ResponseText(tokenizer, eos_token_ids=eos, stop=stops, texts=texts), ""
     for cut in sorted(cuts):
         shown += choice.grow(ids[: min(cut, len(ids))])
         assert expected.startswith(shown)
@@ -144,21 +144,21 @@ def test_a_stream_is_the_text_that_the_engine_cuts(kind, ids, stops, piece, cuts
     stops = [*stops, come] if holds_special(come) else stops
     found = StopStrings(stops, tokenizer)
     ids = ids[: found.num_tokens(ids)]
-    choice, shown = Choice(tokenizer, stop=stops), ""
+    choice, shown = ResponseText(tokenizer, stop=stops), ""
     for cut in sorted(cuts):
         shown += choice.grow(ids[: min(cut, len(ids))])
     assert shown + choice.end(ids) == found.cut_text(ids)
 
 
 def test_a_character_of_bytes_before_a_stop_is_shown():
-    choice = Choice(make_tokenizer("metaspace"), stop=["</s>"])
+    choice = ResponseText(make_tokenizer("metaspace"), stop=["</s>"])
     ids = [WORDS.index(token) for token in ("a", "<0xE2>", "<0x82>", "<0xAC>")] + [EOS - 1]
     assert choice.grow(ids[:4]) == "a"
     assert choice.end(ids) == "€"
 
 
 def test_what_follows_a_special_token_that_begins_a_stop_is_held_back():
-    choice = Choice(make_tokenizer("plain"), stop=["<|x|>ab</s>"])
+    choice = ResponseText(make_tokenizer("plain"), stop=["<|x|>ab</s>"])
     ids = [1, EOS - 2, 0, 1, EOS - 1]
     shown = [choice.grow(ids[:count]) for count in range(1, 5)]
     assert shown == ["b", "", "", ""]
@@ -170,7 +170,7 @@ def test_an_ordinary_word_that_ends_an_answer_completes_a_stop():
     """The text does not have it, and nothing of the stop string before it."""
     tokenizer = make_tokenizer("plain")
     ids = [0, 1, 4]
-    choice = Choice(tokenizer, eos_token_ids=[4], stop=["bim"])
+    choice = ResponseText(tokenizer, eos_token_ids=[4], stop=["bim"])
     assert [choice.grow(ids[:n]) for n in (1, 2)] + [choice.end(ids)] == ["a", "", ""]
 
 

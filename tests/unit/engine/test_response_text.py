@@ -11,7 +11,7 @@ from tests.unit.serving.running import tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from d2f.serving.choice import Choice, TokenTexts, logprob_of
+from d2f.engine.response_text import ResponseText, TokenTexts, logprob_of
 from d2f.shipped import shipped_model
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.text import Tokenizer
@@ -37,7 +37,7 @@ def cut_slowly(text, stops):
 @given(LETTERS, STOPS, st.lists(st.integers(0, 12), max_size=5))
 def test_text_does_not_depend_on_the_portions(text, stops, cuts):
     ids = tokenizer().encode(text)
-    choice, shown = Choice(tokenizer(), stop=stops), ""
+    choice, shown = ResponseText(tokenizer(), stop=stops), ""
     expected = cut_slowly(text, stops)
     for committed in portions(ids, cuts):
         shown += choice.grow(committed)
@@ -51,7 +51,7 @@ def test_logprobs_do_not_depend_on_the_portions(text, stops, cuts):
     probabilities = [1 / (index + 2) for index in range(len(ids))]
 
     def tokens_of(cuts):
-        choice = Choice(tokenizer(), stop=stops, texts=TokenTexts(tokenizer()))
+        choice = ResponseText(tokenizer(), stop=stops, texts=TokenTexts(tokenizer()))
         found = []
         for committed in portions(ids, cuts):
             choice.grow(committed)
@@ -76,7 +76,7 @@ def test_logprobs_do_not_depend_on_the_portions(text, stops, cuts):
 def test_what_is_sent_is_the_decoded_whole(ids, cuts, with_logprobs):
     """For a decoder that takes the first space and puts bytes together, as Llama 2's does."""
     tokenizer = llama_tokenizer()
-    choice = Choice(tokenizer, texts=TokenTexts(tokenizer) if with_logprobs else None)
+    choice = ResponseText(tokenizer, texts=TokenTexts(tokenizer) if with_logprobs else None)
     seen, pieces = 0, []
     for cut in cuts:
         seen += cut
@@ -103,7 +103,7 @@ def llama_tokenizer():
 
 def test_eos_is_no_text():
     ids = [*tokenizer().encode("ab"), EOS_TOKEN_ID]
-    choice = Choice(tokenizer(), eos_token_ids=[EOS_TOKEN_ID], texts=TokenTexts(tokenizer()))
+    choice = ResponseText(tokenizer(), eos_token_ids=[EOS_TOKEN_ID], texts=TokenTexts(tokenizer()))
     assert choice.end(ids) == "ab"
     assert [token.text for token in choice.logprobs([1.0, 1.0, 1.0], ended=True)] == ["a", "b"]
 
@@ -111,19 +111,19 @@ def test_eos_is_no_text():
 def test_no_half_character():
     shipped = Tokenizer.load(shipped_model())
     ids = shipped.encode("5 € for 2")
-    choice = Choice(shipped)
+    choice = ResponseText(shipped)
     shown = [choice.grow(ids[:count]) for count in range(len(ids))] + [choice.end(ids)]
     assert "".join(shown) == "5 € for 2"
     assert not any("\ufffd" in text for text in shown)
     cut = shipped.encode("€")[:-1]
-    choice = Choice(shipped)
+    choice = ResponseText(shipped)
     assert (choice.grow(cut), "\ufffd" in choice.end(cut)) == ("", True)
 
 
 def test_a_token_behind_half_a_character_begins_behind_it():
     shipped = Tokenizer.load(shipped_model())
     half, word = shipped.encode("€")[:1], shipped.encode(" more")
-    choice = Choice(shipped, texts=TokenTexts(shipped))
+    choice = ResponseText(shipped, texts=TokenTexts(shipped))
     text = choice.end(half + word)
     tokens = choice.logprobs([1.0] * (1 + len(word)), ended=True)
     assert text == "\ufffd more"

@@ -1,7 +1,8 @@
-"""One response as it grows: text that is certain, cut at stop strings."""
+"""The text of a response as it grows: what no later token changes, cut at stop strings."""
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -9,12 +10,10 @@ from dataclasses import dataclass
 
 from d2f.engine.request import Alternatives
 from d2f.engine.stops import StopStrings, with_special_tokens
-from d2f.serving.special_stops import SpecialStops
 from d2f.text import Tokenizer
 
 _LEAST_LOGPROB = -9999.0
-"""Of a probability of 0, whose logarithm JSON cannot say."""
-_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+"""Stands for the logarithm of 0, which JSON cannot write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +23,13 @@ class TokenLogprob:
     text: str
     logprob: float
     offset: int
-    """Where its text begins in the response, in characters."""
+    """The character of the response where the token's text begins."""
     alternatives: tuple[tuple[str, float], ...] = ()
-    """The most probable tokens in its place: text and logarithm."""
+    """Text and logarithm of the most probable tokens in its place."""
 
 
 def logprob_of(probability: float | None) -> float:
-    """The logarithm that the protocol reports.
+    """The logarithm that the protocol reports of a probability.
 
     Example:
         >>> logprob_of(1.0), logprob_of(0.0)
@@ -40,7 +39,7 @@ def logprob_of(probability: float | None) -> float:
 
 
 class TokenTexts:
-    """The text of single tokens, remembered.
+    """The texts of single tokens, remembered.
 
     Example:
         >>> from d2f.testing import write_tokenizer
@@ -51,7 +50,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # Special tokens are shown by name: a person who watches wants to see where the end is. A
-        # token keeps its space, for it is shown behind others.
+        # token keeps its leading space, since it is shown behind others.
         self._text = functools.lru_cache(maxsize=65536)(
             lambda token: tokenizer.decode_after([token], skip_special_tokens=False)
         )
@@ -60,26 +59,26 @@ class TokenTexts:
         return self._text(token_id)
 
 
-class Choice:
+class ResponseText:
     """Turns committed tokens into text that no later token changes.
 
-    What may be the beginning of a stop string is held back. Text from a stop string on is cut; of
-    several the one that is complete first counts. One that holds a special token, or an EOS, is
-    found although neither is part of the text. What comes out does not depend on the portions in
-    which tokens come in.
+    Text that may be the beginning of a stop string is held back. Text from a stop string on is cut;
+    of several stop strings the one that is complete first counts. A stop string that holds a
+    special token, or an EOS, is found although neither is part of the text. The text does not
+    depend on the portions in which the tokens come.
 
     Args:
         tokenizer: The model's.
         eos_token_ids: Tokens that are not part of the text.
         stop: Texts that end the response.
-        texts: Texts of tokens, if `logprobs` are wanted.
+        texts: The texts of tokens, if `logprobs` are wanted.
 
     Example:
         >>> from d2f.testing import write_tokenizer
         >>> import tempfile
         >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
-        >>> choice = Choice(tokenizer, stop=["cd"])
-        >>> choice.grow([66, 67, 68]), choice.grow([66, 67, 68, 69]), choice.end([66, 67, 68, 69])
+        >>> text = ResponseText(tokenizer, stop=["cd"])
+        >>> text.grow([66, 67, 68]), text.grow([66, 67, 68, 69]), text.end([66, 67, 68, 69])
         ('ab', '', '')
     """
 
@@ -97,24 +96,28 @@ class Choice:
         ends = (tokenizer.decode([token], skip_special_tokens=False) for token in self._eos)
         unseen = tokenizer.special_tokens.union(text for text in ends if text)
         special = with_special_tokens(stop, unseen)
-        self._special = SpecialStops(tokenizer, special) if special else None
+        self._special = _SpecialStops(tokenizer, special) if special else None
         self._found = StopStrings(special, tokenizer)
         self._texts = texts
         self._num_seen = 0
         self._held = ""
-        """Text that is certain but not given out."""
+        """Text that is certain but was not returned yet."""
         self._num_given = 0
         self._num_text = 0
-        """Characters of the text so far, those behind a stop string among them."""
+        """Characters of the text so far, with those behind a stop string."""
         self._stopped = False
         self._starts: list[tuple[int, int]] = []
-        """Tokens that were not reported: id, and where their text begins."""
+        """Tokens that `logprobs` has not reported: the id, and where the text begins."""
         self._num_reported = 0
 
     def grow(self, token_ids: Sequence[int]) -> str:
-        """Take the tokens committed so far, all of them; returns the text that is new."""
+        """Take all tokens committed so far; returns the text that is new."""
         self._take(token_ids)
-        keep = 0 if self._stopped else self._held_back()
+        keep = 0
+        if not self._stopped:
+            keep = _num_begun(self._held, self._stop)
+            if self._special is not None:
+                keep = max(keep, self._num_text - self._special.num_certain)
         return self._give(len(self._held) - keep)
 
     def end(self, token_ids: Sequence[int]) -> str:
@@ -135,12 +138,12 @@ class Choice:
         *,
         ended: bool = False,
     ) -> list[TokenLogprob]:
-        """The tokens whose text began to be given out since the last call.
+        """The tokens whose text began to be returned since the last call.
 
         Args:
-            probabilities: Of the response's tokens from the first on.
-            alternatives: Likewise, if they are wanted.
-            ended: Also tokens without text at the end of a response that no stop string cut.
+            probabilities: Those of the response's tokens from the first on.
+            alternatives: The alternatives to the same tokens, if they are wanted.
+            ended: Report also tokens without text at the end of a response that no stop string cut.
         """
         assert self._texts is not None
         shown = []
@@ -188,44 +191,107 @@ class Choice:
         """Hold a text, cut at the stop string that is complete first."""
         before, self._held = len(self._held), self._held + text
         self._num_text += len(text)
-        ends = []
-        for stop in self._stop:
-            start = self._held.find(stop, max(before - len(stop) + 1, 0))
-            if start >= 0:
-                ends.append((start + len(stop), start))
+        ends = _stops(self._held, self._stop, before)
         if ends:
             self._held = self._held[: min(ends)[1]]
             self._stopped = True
 
     def _cut(self, token_ids: Sequence[int], start: int) -> None:
-        """Let the text end where a stop string was found in the text with special tokens shown."""
+        """End the text where a stop string was found in the text with special tokens shown."""
         # Decoded anew: the stream may keep back a byte that a later token could have gone on with.
         held = self._found.text_before(token_ids, start)[self._num_given :]
         self._held = min(self._held, held, key=len) if self._stopped else held
         self._stopped = True
 
-    def _held_back(self) -> int:
-        """Characters at the end that may turn out to begin a stop string."""
-        if self._special is None:
-            return self._num_beginning()
-        return max(self._num_beginning(), self._num_text - self._special.num_certain)
-
-    def _num_beginning(self) -> int:
-        """The same for stop strings without special tokens."""
-        return max(
-            (
-                length
-                for stop in self._stop
-                for length in range(1, min(len(stop), len(self._held) + 1))
-                if self._held.endswith(stop[:length])
-            ),
-            default=0,
-        )
-
     def _give(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
         self._num_given += length
         return text
+
+
+class _SpecialStops:
+    """Finds stop strings in the text with special tokens shown, token by token.
+
+    Args:
+        tokenizer: The model's.
+        stop: Texts that end the response.
+
+    Example:
+        >>> from d2f.testing import write_tokenizer
+        >>> import tempfile
+        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
+        >>> stops = _SpecialStops(tokenizer, ["b<|endoftext|>"])
+        >>> stops.add(66, 1), stops.add(67, 2), stops.num_certain, stops.add(95, 2)
+        (None, None, 1, 1)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._stream = tokenizer.stream(skip_special_tokens=False)
+        self._stop = tuple(stop)
+        self._shown = ""
+        self._shown_lengths: list[int] = []
+        """Characters of the text with special tokens shown, after each token."""
+        self._seen_lengths: list[int] = []
+        """Characters of the text without them that are certain, after each token."""
+
+    def add(self, token_id: int, num_seen: int) -> int | None:
+        """Take a token; returns where in the shown text a stop string begins that is complete now.
+
+        Args:
+            token_id: The next one of the response.
+            num_seen: Characters of the text that are certain, this token's among them.
+        """
+        return self._grow(self._stream.push([token_id]), num_seen)
+
+    def close(self, num_seen: int) -> int | None:
+        """Do the same with what a response that is over leaves unfinished."""
+        return self._grow(self._stream.close(), num_seen)
+
+    @property
+    def num_certain(self) -> int:
+        """Characters of the text that are no part of a stop string that may yet be completed."""
+        shown = len(self._shown) - _num_begun(self._shown, self._stop)
+        index = bisect.bisect_right(self._shown_lengths, shown)
+        if index == len(self._shown_lengths):
+            return self._seen_lengths[-1] if index else 0
+        before = self._seen_lengths[index - 1] if index else 0
+        behind = self._shown_lengths[index] - shown
+        return max(self._seen_lengths[index] - behind, before)
+
+    def _grow(self, text: str, num_seen: int) -> int | None:
+        before, self._shown = len(self._shown), self._shown + text
+        self._shown_lengths.append(len(self._shown))
+        self._seen_lengths.append(num_seen)
+        return min((start for _, start in _stops(self._shown, self._stop, before)), default=None)
+
+
+def _stops(text: str, stop: Sequence[str], before: int) -> list[tuple[int, int]]:
+    """End and start of each stop string that is complete in a text, but not in its beginning.
+
+    Example:
+        >>> _stops("abcd", ["bc", "d", "x"], before=2)
+        [(3, 1), (4, 3)]
+    """
+    starts = [(one, text.find(one, max(before - len(one) + 1, 0))) for one in stop]
+    return [(start + len(one), start) for one, start in starts if start >= 0]
+
+
+def _num_begun(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of a text that may turn out to begin a stop string.
+
+    Example:
+        >>> _num_begun("abc", ["cd", "bcd", "x"])
+        2
+    """
+    return max(
+        (
+            length
+            for one in stop
+            for length in range(1, min(len(one), len(text) + 1))
+            if text.endswith(one[:length])
+        ),
+        default=0,
+    )
 
 
 def _num_broken(text: str, own: str) -> int:
@@ -237,13 +303,3 @@ def _num_broken(text: str, own: str) -> int:
     """
     before = text.removesuffix(own)
     return len(before) if before and own and not before.strip("\ufffd") else 0
-
-
-def finish_reason(engine_reason: str) -> str:
-    """The protocol's word for the engine's.
-
-    Example:
-        >>> finish_reason("eos")
-        'stop'
-    """
-    return _FINISH_REASONS[engine_reason]
