@@ -20,14 +20,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from d2f.cli.bench_serve import DTYPE, make_pool
-from d2f.evaluation.answer_check import Expected, judge
 from d2f.evaluation.http_exchange import Connection, Exchange
-from d2f.evaluation.load_worker import Task, load
-from d2f.evaluation.serve_load import run_turn
-from d2f.evaluation.served_answer import read_answer
-from d2f.evaluation.server_process import ServerProcess
-from d2f.evaluation.server_reading import ServerReading, read_server
-from d2f.evaluation.server_target import Target
+from d2f.evaluation.load_worker import Task, load, read_answer
+from d2f.evaluation.measured_server import ServerProcess, ServerReading, Target, read_server
+from d2f.evaluation.serve_load import Expected, judge, run_turn
 
 NUM_KILLED = 200
 NUM_BROKEN = 1000

@@ -11,30 +11,30 @@ import typer
 
 from d2f.cli.bench_options import DeviceOption, JsonOption
 from d2f.cli.console import check_writable, log, out, plain_table, write_json
+from d2f.cli.serve import require_packages
 from d2f.cli.usage import UsageError, usage
 from d2f.errors import D2FError, counted
 
 if TYPE_CHECKING:
-    from d2f.evaluation.answer_check import Expected
-    from d2f.evaluation.serve_load import Turn
-    from d2f.evaluation.server_target import Target
+    from d2f.evaluation.measured_server import Target
+    from d2f.evaluation.serve_load import Expected, Turn
 
 NUM_IDLE = 20
-"""Prompts that one client asks of the idle server."""
+"""The number of prompts that one client asks of the idle server."""
 SEED = 2026
 DTYPE = "float32"
-"""In which a batch changes no answer."""
+"""The dtype in which a batch changes no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """What the server is asked, and what it must answer."""
+    """The prompts that the server is asked, with the answers that it must give."""
 
     busy: Sequence[Expected]
     idle: Sequence[Expected]
-    """Asked first, one at a time: new to the server."""
+    """Prompts that are new to the server; they are asked first, one at a time."""
     block_seconds: Sequence[float]
-    """What the engine alone takes for the first block of each of the latter."""
+    """Seconds that the engine alone takes for the first block of each of them."""
 
 
 def serve_command(
@@ -63,10 +63,17 @@ def serve_command(
         check_writable(json_file)
     if url is None and api_key is not None:
         raise UsageError("--api-key is for the server of --url")
+    require_packages()
     from d2f.cli.device import choose_device
     from d2f.evaluation.environment import describe_environment
-    from d2f.evaluation.idle_server import idle_report
-    from d2f.evaluation.serve_load import MODES, count_wrong, run_load, run_turn, summarize
+    from d2f.evaluation.serve_load import (
+        MODES,
+        count_wrong,
+        idle_report,
+        run_load,
+        run_turn,
+        summarize,
+    )
     from d2f.recipe import one_of
 
     with usage():
@@ -110,7 +117,7 @@ def serve_command(
 
 
 def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> Pool:
-    """Word problems, the engine's own answers, and what a first block takes it.
+    """Word problems with the engine's own answers, and the seconds of each first block.
 
     Raises:
         ConfigError: The problems are too long for the model with so many tokens of an answer.
@@ -120,8 +127,7 @@ def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> P
     from d2f.engine.engine import Engine
     from d2f.engine.generate import generate_ids
     from d2f.engine.request import Request
-    from d2f.evaluation.answer_check import Expected
-    from d2f.evaluation.idle_server import first_block_seconds
+    from d2f.evaluation.serve_load import Expected, first_block_seconds
     from d2f.models.checkpoint import load_model
     from d2f.problems import generate_problems
     from d2f.shipped import shipped_model
@@ -155,7 +161,7 @@ def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> P
 @contextmanager
 def _server(url: str | None, device: str, threads: int) -> Iterator[str]:
     """The address of the server that is measured."""
-    from d2f.evaluation.server_process import ServerProcess
+    from d2f.evaluation.measured_server import ServerProcess
 
     if url is not None:
         yield url
@@ -171,7 +177,7 @@ def _server(url: str | None, device: str, threads: int) -> Iterator[str]:
 
 
 def _target(url: str, max_tokens: int, api_key: str | None) -> Target:
-    from d2f.evaluation.server_target import Target
+    from d2f.evaluation.measured_server import Target
 
     with usage():
         return Target.find(url, max_tokens=max_tokens, api_key=api_key)
@@ -232,7 +238,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A column for each mode: they are compared line by line."""
+    """The rows of a report, with a column for each mode."""
     table = plain_table(3)
     table.add_column("", no_wrap=True)
     for row in rows:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from d2f.serving.settings import ServeSettings
 
 RACE_MODELS = ("autoregressive", "teacher")
-"""Shipped models that the page races the shipped student against."""
+"""The shipped models that the page races against the shipped student."""
 RACE_BATCH_SIZE = 4
-"""Most sequences of a race's model: people look on, one row after the other."""
+"""Most sequences of a race's model; people look on, so rows run one after the other."""
 NUM_EXAMPLES = 6
 EXAMPLES_SEED = 135
-"""The student solves these, the first with four blocks at work: of easy ones one sees little."""
+"""A seed whose problems the student solves, the first one with four blocks at work."""
 
 
 def serve_command(
@@ -159,16 +159,16 @@ def require_packages() -> None:
     """Refuse to go on without the packages of the extra `serve`.
 
     Raises:
-        ConfigError: Some are missing; says how to get them.
+        ConfigError: Some are missing; the error says how to get them.
     """
-    needed = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
-    missing = [package for module, package in needed.items() if find_spec(module) is None]
+    needed = ("fastapi", "uvicorn", "prometheus-client")
+    missing = [name for name in needed if find_spec(name.replace("-", "_")) is None]
     if missing:
         raise ConfigError(f"d2f serve needs {', '.join(missing)}: pip install 'd2f[serve]'")
 
 
 def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str]:
-    """Name -> what `--model` could be, of the race's models."""
+    """The race's models: name -> folder, hub id, file or shipped name."""
     if not given:
         return {name: PREFIX + name for name in RACE_MODELS} if shipped else {}
     sources: dict[str, str] = {}
@@ -193,10 +193,10 @@ def main_model(
     eos: Sequence[str] | None = None,
     replace_eos: bool = False,
 ) -> ServedModel:
-    """The model that clients get who name none; the shipped student if `source` is None.
+    """Load the model of requests that name none; the shipped student if `source` is None.
 
     Raises:
-        CheckpointError: There is none, or it is broken.
+        CheckpointError: The checkpoint is missing or broken.
         UsageError: The device or the dtype cannot be used, or `eos` names no token.
     """
     from d2f.engine.engine import Engine, EngineConfig
@@ -244,7 +244,7 @@ def _race_model(name: str, source: str, device: str | None, dtype: str | None) -
 
 
 def example_problems() -> list[Problem]:
-    """Problems of different structure that the shipped student was not trained on and solves."""
+    """Problems of different structures that the shipped student solves unseen."""
     from d2f.problems import ProblemConfig, generate_problems
 
     found: dict[str, Problem] = {}
@@ -260,7 +260,7 @@ def _prompts() -> tuple[str, ...]:
 
 
 def build_app(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:
-    """The application of models, and its service, not started yet."""
+    """The application that serves the models, and its service, not started yet."""
     from d2f.serving.app import create_app
     from d2f.serving.metrics import Metrics
     from d2f.serving.service import Service

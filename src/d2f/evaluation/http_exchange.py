@@ -1,8 +1,8 @@
-"""One HTTP/1.1 exchange after the other on a connection that stays open, and when each byte came.
+"""HTTP/1.1 exchanges on a connection that stays open, with the time at which each byte came.
 
-A load generator shares the machine with the server it measures, so it must cost next to nothing:
-this knows the little of HTTP that a server's answers need and leaves their meaning for later.
-Imports nothing but Python's library.
+A load generator shares the machine with the server that it measures, so it only parses what comes
+(h11 does that) and leaves the meaning for later. Requests are sent as the bytes that they are, even
+where they are no HTTP.
 """
 
 from __future__ import annotations
@@ -11,40 +11,42 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+import h11
+
 
 @dataclass
 class Exchange:
     """What came back for one request."""
 
     began: float
-    """Of `time.perf_counter`, before the first byte was sent."""
+    """The time of `time.perf_counter` before the first byte was sent."""
     status: int | None = None
-    """None: no answer, or none that is HTTP."""
+    """The HTTP status; None: there was no answer, or none that is HTTP."""
     headers: dict[str, str] = field(default_factory=dict)
-    """By names in small letters."""
+    """The headers by their names in small letters."""
     parts: list[tuple[float, bytes]] = field(default_factory=list)
-    """Seconds since the beginning, and the bytes of the body that came then."""
+    """Parts of the body, each with the seconds since the beginning at which it came."""
     complete: bool = False
     """Whether the answer came to its end as HTTP defines it."""
     fault: str | None = None
     """Why it did not."""
     seconds: float = 0.0
-    """To its end; 0 before."""
+    """Seconds from the beginning to the end; 0 before."""
 
     @property
     def body(self) -> bytes:
-        """All of it."""
+        """The whole body."""
         return b"".join(part for _, part in self.parts)
 
     def end(self, fault: str | None) -> None:
-        """Note its end, the proper one or what was wrong; only the first call counts."""
+        """Note the end of the answer, with a fault or without; only the first call counts."""
         if not self.seconds:
             self.complete, self.fault = fault is None, fault
             self.seconds = time.perf_counter() - self.began
 
 
 class Connection:
-    """A way to a server; requests follow each other, on one connection while it stays open.
+    """A connection to a server, which is opened anew where the last request closed it.
 
     Example:
         >>> Connection("127.0.0.1", 8000).open
@@ -64,11 +66,11 @@ class Connection:
         """Send a request whole and wait for the end of its answer.
 
         Args:
-            request: Head and body.
-            timeout: Seconds for all of it.
+            request: The head and the body.
+            timeout: Seconds for the whole exchange.
 
         Returns:
-            Also where there is no answer: then with a `fault`.
+            The exchange; where there is no answer it has a `fault`.
         """
         exchange = Exchange(began=time.perf_counter())
         try:
@@ -99,10 +101,6 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._ended = asyncio.Event()
-        self._buffer = b""
-        self._chunked = False
-        self._left: int | None = None
-        """Bytes of the body that are still to come; None: not known, or in chunks."""
 
     @property
     def open(self) -> bool:
@@ -112,7 +110,10 @@ class _Wire(asyncio.Protocol):
         assert self._transport is not None
         self._exchange = exchange
         self._ended.clear()
-        self._buffer, self._chunked, self._left = b"", False, None
+        # h11 reads an answer after a request only; this one stands for that which is sent.
+        self._parser = h11.Connection(h11.CLIENT)
+        self._parser.send(h11.Request(method="POST", target="/", headers=[("Host", "")]))
+        self._parser.send(h11.EndOfMessage())
         self._transport.write(request)
         await self._ended.wait()
 
@@ -125,65 +126,36 @@ class _Wire(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
-        exchange = self._exchange
-        headed = exchange is not None and exchange.status is not None
-        # Without a length the end of the connection is the end of the answer.
-        proper = headed and not self._chunked and self._left is None and error is None
-        self._end(None if proper else "the connection was closed in mid-answer")
+        if error is None:
+            # The end of the connection may be that of the answer.
+            self.data_received(b"")
+        self._end("the connection was closed in mid-answer")
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
         if exchange is None or self._ended.is_set():
             return
-        self._buffer += data
+        now = time.perf_counter() - exchange.began
         try:
-            if exchange.status is not None or self._read_head(exchange):
-                self._read_body(exchange)
-        except (ValueError, IndexError):
-            self._end("the answer is not HTTP")
+            self._parser.receive_data(data)
+            while (event := self._parser.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.Response):
+                    exchange.status = event.status_code
+                    exchange.headers = {
+                        name.decode("latin-1"): value.decode("latin-1")
+                        for name, value in event.headers
+                    }
+                elif isinstance(event, h11.Data):
+                    exchange.parts.append((now, bytes(event.data)))
+                elif isinstance(event, h11.EndOfMessage):
+                    more = self._parser.trailing_data[0]
+                    self._end("more came than the answer's length" if more else None)
+                    return
+        except h11.RemoteProtocolError:
+            if data:
+                self._end("the answer is not HTTP")
 
     def _end(self, fault: str | None) -> None:
         if self._exchange is not None and not self._ended.is_set():
             self._exchange.end(fault)
             self._ended.set()
-
-    def _read_head(self, exchange: Exchange) -> bool:
-        """Whether it is there in full."""
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        self._buffer = self._buffer[end + 4 :]
-        pairs = (line.partition(":") for line in lines)
-        exchange.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        self._chunked = exchange.headers.get("transfer-encoding", "").lower() == "chunked"
-        if not self._chunked and "content-length" in exchange.headers:
-            self._left = int(exchange.headers["content-length"])
-        exchange.status = int(first.split(" ")[1])
-        return True
-
-    def _read_body(self, exchange: Exchange) -> None:
-        now = time.perf_counter() - exchange.began
-        if self._chunked:
-            self._read_chunks(exchange, now)
-            return
-        if self._buffer:
-            exchange.parts.append((now, self._buffer))
-        if self._left is not None:
-            self._left -= len(self._buffer)
-            if self._left <= 0:
-                self._end(None if self._left == 0 else "more came than the answer's length")
-        self._buffer = b""
-
-    def _read_chunks(self, exchange: Exchange, now: float) -> None:
-        """Take whole chunks; a server sends an event or an answer in one."""
-        while (line := self._buffer.find(b"\r\n")) >= 0:
-            size = int(self._buffer[:line].split(b";")[0], 16)
-            end = line + 2 + size
-            if len(self._buffer) < end + 2:
-                return
-            if size == 0:
-                self._end(None)
-                return
-            exchange.parts.append((now, self._buffer[line + 2 : end]))
-            self._buffer = self._buffer[end + 2 :]

@@ -1,8 +1,8 @@
 """A process of its own that loads a server with requests from many clients at once.
 
-Run as a program; it reads one JSON object (see `Task`) and answers with one: the seconds that the
-load took, the CPU seconds that it cost here, and every request's answer. What comes over the wire
-is read for its meaning only after the last answer, so that it costs the server no time.
+The process reads one JSON object (see `Task`) and answers with one: the seconds that the load took,
+the CPU seconds that it cost here, and every request's answer. What came over the wire is read for
+its meaning after the last answer only, so that this costs the server no time.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from d2f.evaluation.http_exchange import Connection, Exchange
-from d2f.evaluation.served_answer import read_answer
 
 _PAUSE = 0.25
 """Seconds before a client tries again after an error that names no time."""
 _LONGEST_PAUSE = 5.0
 """Seconds that a client waits at most, whatever the server asks for."""
+_DONE = "[DONE]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to ask, how, and for how long."""
+    """The requests to make, and for how long."""
 
     host: str
     port: int
     path: str
     headers: dict[str, str]
     bodies: list[dict[str, Any]]
-    """One for each prompt; the clients take them in turn, together."""
+    """A body for each prompt; all clients together take them in turn."""
     first: int
-    """Number of the prompt that is asked first."""
+    """The number of the prompt that is asked first."""
     streamed: bool
     num_clients: int
     seconds: float | None
-    """Until when clients begin requests; None: until each prompt was asked once."""
+    """How long clients begin requests; None: until each prompt was asked once."""
     timeout: float
-    """Seconds of one request at most."""
+    """Most seconds of one request."""
 
     def request(self, prompt: int) -> bytes:
-        """Head and body."""
+        """The bytes of a prompt's request."""
         body = json.dumps(self.bodies[prompt]).encode()
         headers = {
             "Host": f"{self.host}:{self.port}",
@@ -59,7 +59,7 @@ class Task:
 
 
 async def load(task: Task) -> list[tuple[int, Exchange]]:
-    """Each request's prompt and exchange, in the order of their ends."""
+    """Make the requests; returns prompt and exchange of each in the order of their ends."""
     found: list[tuple[int, Exchange]] = []
     requests = [task.request(prompt) for prompt in range(len(task.bodies))]
     prompts: Iterator[int] = itertools.cycle(
@@ -85,18 +85,145 @@ async def load(task: Task) -> list[tuple[int, Exchange]]:
 
 
 def _pause(exchange: Exchange) -> float:
-    """Seconds to wait after an answer that is none."""
+    """Seconds to wait after a request that was not answered."""
     asked = exchange.headers.get("retry-after", "")
     return min(float(asked), _LONGEST_PAUSE) if asked.isdigit() else _PAUSE
 
 
+@dataclass(kw_only=True)
+class ServedAnswer:
+    """One request and its answer, read from what came over the wire."""
+
+    prompt: int
+    """The number of the prompt."""
+    began: float
+    """Seconds from the beginning of the load to that of the request."""
+    seconds: float
+    """Seconds of the whole request."""
+    status: int | None = None
+    fault: str | None = None
+    """What was wrong with the form of the answer; its text is judged elsewhere."""
+    retry_after: float | None = None
+    """Seconds that a refusal asks to wait."""
+    first_text: float | None = None
+    """Seconds until the first committed text."""
+    first_text_engine: float | None = None
+    """The same by the engine's clock, from the request's first step; None if it was not asked."""
+    pieces: list[str] = field(default_factory=list)
+    """The texts of the events in their order; a whole answer has one piece."""
+    ids: list[str] = field(default_factory=list)
+    """The different ids that its events give the answer."""
+    choices: list[int] = field(default_factory=list)
+    """The different numbers of the choices that had a text or an end."""
+    finish_reasons: list[str] = field(default_factory=list)
+    """The finish reasons of all events that end a choice."""
+    num_done: int = 0
+    """The number of events that say that the stream ends; 1 for a whole answer."""
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.pieces)
+
+
+def read_answer(exchange: Exchange, *, prompt: int, start: float, streamed: bool) -> ServedAnswer:
+    """Read an answer from the body of an exchange, or put it together from its events.
+
+    Args:
+        exchange: What came over the wire.
+        prompt: The number of the prompt.
+        start: The time of `time.perf_counter` when the load began.
+        streamed: Whether events were asked for.
+
+    Example:
+        >>> exchange = Exchange(began=0.0, status=200, complete=True, seconds=0.5)
+        >>> event = b'data: {"id": "a", "choices": [{"index": 0, "text": "4"}]}'
+        >>> exchange.parts = [(0.2, event), (0.3, bytes([10, 10]))]
+        >>> answer = read_answer(exchange, prompt=0, start=0.0, streamed=True)
+        >>> answer.text, answer.first_text
+        ('4', 0.3)
+    """
+    answer = ServedAnswer(
+        prompt=prompt,
+        began=exchange.began - start,
+        seconds=exchange.seconds,
+        status=exchange.status,
+        fault=exchange.fault,
+    )
+    if exchange.status != 200:
+        wait = exchange.headers.get("retry-after", "")
+        answer.retry_after = float(wait) if wait.isdigit() else None
+        answer.fault = answer.fault or _message(exchange)
+        return answer
+    try:
+        if streamed:
+            for seconds, event in _events(exchange):
+                _take_event(answer, event, seconds)
+        else:
+            _take(answer, json.loads(exchange.body), exchange.seconds)
+            answer.num_done = 1
+    except (ValueError, LookupError, TypeError, AttributeError):
+        answer.fault = answer.fault or "the answer is not in OpenAI's form"
+    return answer
+
+
+def _events(exchange: Exchange) -> Iterator[tuple[float, str]]:
+    """The data of each event with the time at which its last byte came."""
+    rest = b""
+    for seconds, part in exchange.parts:
+        *events, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in events:
+            lines = event.decode().split("\n")
+            data = [line[5:].strip() for line in lines if line.startswith("data:")]
+            if data:
+                yield seconds, "\n".join(data)
+
+
+def _take_event(answer: ServedAnswer, event: str, seconds: float) -> None:
+    if event == _DONE:
+        answer.num_done += 1
+        return
+    chunk = json.loads(event)
+    if "error" in chunk:
+        answer.fault = str(chunk["error"]["message"])
+        return
+    _take(answer, chunk, seconds)
+
+
+def _take(answer: ServedAnswer, chunk: dict[str, Any], seconds: float) -> None:
+    """Take one chunk of a stream, or a whole answer."""
+    if chunk["id"] not in answer.ids:
+        answer.ids.append(chunk["id"])
+    answer.usage = chunk.get("usage") or answer.usage
+    for choice in chunk["choices"]:
+        text, reason = choice.get("text") or "", choice.get("finish_reason")
+        if text:
+            answer.pieces.append(text)
+            if answer.first_text is None:
+                answer.first_text = seconds
+                answer.first_text_engine = chunk.get("d2f", {}).get("seconds")
+        if reason is not None:
+            answer.finish_reasons.append(reason)
+        if (text or reason) and choice["index"] not in answer.choices:
+            answer.choices.append(choice["index"])
+
+
+def _message(exchange: Exchange) -> str:
+    """The message of the server's error."""
+    try:
+        return str(json.loads(exchange.body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"status {exchange.status}"
+
+
 def run(task: Task) -> dict[str, Any]:
-    """Load the server; the answers and what they took."""
+    """Load the server; returns the answers and the seconds that they took."""
     start = time.perf_counter()
     found = asyncio.run(load(task))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time()
     answers = [
-        read_answer(exchange, prompt=prompt, start=start, streamed=task.streamed).to_dict()
+        asdict(read_answer(exchange, prompt=prompt, start=start, streamed=task.streamed))
         for prompt, exchange in found
     ]
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "answers": answers}

@@ -10,40 +10,113 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2f.errors import ConfigError, D2FError
-from d2f.evaluation.answer_check import VERDICTS, Expected, judge
+from d2f.evaluation.load_worker import ServedAnswer
+from d2f.evaluation.measured_server import CpuShare, ServerReading, Target, read_server
 from d2f.evaluation.metrics import ratio
-from d2f.evaluation.served_answer import ServedAnswer
-from d2f.evaluation.server_reading import CpuShare, ServerReading, read_server
-from d2f.evaluation.server_target import Target
 from d2f.evaluation.statistics import percentile
+
+if TYPE_CHECKING:
+    from d2f.engine.engine import Engine
+    from d2f.engine.request import Request
 
 MODES = ("streamed", "plain")
 TURN_SECONDS = 15.0
 REQUEST_SECONDS = 120.0
-"""Of one request at most; what takes longer counts as lost."""
+"""Most seconds of one request; one that takes longer counts as lost."""
 _PERCENTS = (50, 95, 99)
+VERDICTS = ("right", "lost", "doubled", "mixed", "wrong", "refused", "failed")
+"""The verdicts on an answer. `refused` is a 429, `failed` another error that the server told; an
+answer that never came to its end, or lacks a part, is `lost`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A prompt and the engine's own answer."""
+
+    prompt: str
+    text: str
+    num_tokens: int
+    finish_reason: str
+    """The protocol's word: `stop` or `length`."""
+
+
+def judge(answer: ServedAnswer, pool: Sequence[Expected]) -> str:
+    """The verdict on an answer, one of `VERDICTS`.
+
+    Args:
+        answer: An answer to one of the pool's prompts.
+        pool: All prompts of the run; they tell an answer with a part of another one (`mixed`) from
+            an answer that is wrong by itself.
+
+    Example:
+        >>> ends = {"num_tokens": 2, "finish_reason": "stop"}
+        >>> pool = [Expected(prompt="1+1", text="= 2", **ends)]
+        >>> judge(ServedAnswer(prompt=0, began=0.0, seconds=0.1, status=429), pool)
+        'refused'
+    """
+    if answer.status == 429:
+        return "refused"
+    if answer.status is None:
+        return "lost"
+    if answer.status != 200:
+        return "failed"
+    if len(answer.finish_reasons) > 1 or len(answer.choices) > 1 or answer.num_done > 1:
+        return "doubled"
+    if len(answer.ids) > 1:
+        return "mixed"
+    if answer.fault is not None or not answer.finish_reasons or answer.num_done == 0:
+        return "lost"
+    expected = pool[answer.prompt]
+    if answer.text != expected.text:
+        others = [other.text for number, other in enumerate(pool) if number != answer.prompt]
+        return _difference(answer.text, expected.text, others)
+    same_end = answer.finish_reasons == [expected.finish_reason]
+    same_count = answer.usage.get("completion_tokens") == expected.num_tokens
+    return "right" if same_end and same_count else "wrong"
+
+
+def _difference(text: str, expected: str, others: Sequence[str]) -> str:
+    """The verdict on a text that is not the expected one."""
+    head = _num_alike(text, expected)
+    tail = _num_alike(text[head:][::-1], expected[head:][::-1])
+    added = text[head : len(text) - tail]
+    missing = expected[head : len(expected) - tail]
+    if not added:
+        return "lost"
+    if not missing and added in expected:
+        return "doubled"
+    # Answers are alike in places, so a foreign part of a few characters proves nothing.
+    foreign = text in others or (len(added) > 8 and any(added in other for other in others))
+    return "mixed" if foreign else "wrong"
+
+
+def _num_alike(one: str, other: str) -> int:
+    """The number of characters at the beginning that are the same in both."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One stretch of load."""
+    """A stretch of load in one mode."""
 
     mode: str
     num_clients: int
     seconds: float
-    """Until the last answer."""
+    """Seconds until the last answer."""
     load_cpu_seconds: float
-    """What the load generator took from the machine."""
+    """CPU time that the load generator took from the machine."""
     answers: list[ServedAnswer]
     verdicts: list[str]
-    """Of each answer."""
+    """The verdict on each answer."""
     before: ServerReading
     after: ServerReading
 
@@ -64,10 +137,10 @@ def run_turn(
         target: The server.
         pool: Prompts and right answers.
         mode: `streamed` or `plain`.
-        num_clients: Requests at a time.
-        seconds: Until when requests are begun; None: until each prompt was asked once.
+        num_clients: The number of requests at a time.
+        seconds: How long requests are begun; None: until each prompt was asked once.
         first: Number of the prompt that is asked first.
-        provisional: Ask streams for what the engine itself knows, its clock among it.
+        provisional: Whether streams are asked for the engine's own clock and counts.
 
     Raises:
         D2FError: The server's metrics cannot be read, or there is no load generator.
@@ -160,7 +233,7 @@ def run_load(
     seconds: float,
     on_turn: Callable[[Turn], None] = lambda turn: None,
 ) -> list[Turn]:
-    """All turns of a run.
+    """Make all turns of a run.
 
     Raises:
         ConfigError: The mode is unknown.
@@ -185,7 +258,7 @@ def run_load(
 
 
 def summarize(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """A row for each mode."""
+    """The report's row for each mode."""
     modes = [mode for mode in MODES if any(turn.mode == mode for turn in turns)]
     return [_row(mode, [turn for turn in turns if turn.mode == mode]) for mode in modes]
 
@@ -227,14 +300,14 @@ def _row(mode: str, turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Median and the two percentiles that clients feel; None of none."""
+    """The median and two percentiles in milliseconds; None if there are no values."""
     if not seconds:
         return None
     return {f"p{percent}": 1000 * percentile(seconds, percent) for percent in _PERCENTS}
 
 
 def _cpu(turns: Sequence[Turn]) -> dict[str, float] | None:
-    """The server's CPU time per token, within the engine's thread and outside of it."""
+    """The server's CPU time per token, in the engine's thread and outside of it."""
     shares = [CpuShare.between(turn.before, turn.after) for turn in turns]
     found = [share for share in shares if share is not None]
     tokens = sum(share.tokens for share in found)
@@ -250,6 +323,50 @@ def _cpu(turns: Sequence[Turn]) -> dict[str, float] | None:
 
 
 def count_wrong(turns: Sequence[Turn]) -> int:
-    """Answers that are not the engine's own, though no error was said."""
+    """The number of answers that are not the engine's own although the server told no error."""
     kinds = ("lost", "doubled", "mixed", "wrong")
     return sum(verdict in kinds for turn in turns for verdict in turn.verdicts)
+
+
+def first_block_seconds(engine: Engine, requests: Sequence[Request]) -> list[float]:
+    """The seconds that the engine alone takes for all forwards of each answer's first block.
+
+    The requests run one at a time, each with a prompt that is new to the engine, after one run that
+    does not count.
+    """
+    found = []
+    for request in [*requests[:1], *requests]:
+        engine.forget_prompts()
+        start = time.perf_counter()
+        for output in engine.stream(request):
+            if output.result is not None or None not in output.blocks[0].token_ids:
+                break
+        found.append(time.perf_counter() - start)
+    return found[1:]
+
+
+def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
+    """How soon an idle server shows text, beside what the engine alone takes for a block.
+
+    Args:
+        turn: A streamed turn with `provisional`, of one client that asked each prompt once.
+        block_seconds: The result of `first_block_seconds` for each prompt.
+    """
+    pairs = [
+        (answer.first_text, block_seconds[answer.prompt])
+        for answer in turn.answers
+        if answer.first_text is not None
+    ]
+    outside = [
+        answer.first_text - answer.first_text_engine
+        for answer in turn.answers
+        if answer.first_text is not None and answer.first_text_engine is not None
+    ]
+    return {
+        "num_requests": len(turn.answers),
+        "num_right": turn.verdicts.count("right"),
+        "first_text_ms": milliseconds([first for first, _ in pairs]),
+        "outside_engine_ms": milliseconds(outside),
+        "block_ms": milliseconds([block for _, block in pairs]),
+        "most_beyond_block_ms": max((1000 * (f - b) for f, b in pairs), default=None),
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.unit.evaluation.fake_server import POOL, FakeServer
 
-from d2f.evaluation.server_target import Target
+from d2f.evaluation.measured_server import Target
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "serve_faults.py"
 

@@ -14,22 +14,21 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, D2FError
-from d2f.evaluation import load_worker, server_process
-from d2f.evaluation.answer_check import VERDICTS, judge
+from d2f.evaluation import load_worker, measured_server
 from d2f.evaluation.http_exchange import Connection
-from d2f.evaluation.idle_server import first_block_seconds, idle_report
-from d2f.evaluation.load_worker import Task, run
+from d2f.evaluation.load_worker import ServedAnswer, Task, run
+from d2f.evaluation.measured_server import ServerProcess, Target, fetch
 from d2f.evaluation.serve_load import (
+    VERDICTS,
     count_wrong,
+    first_block_seconds,
+    idle_report,
+    judge,
     plan_turns,
     run_load,
     run_turn,
     summarize,
 )
-from d2f.evaluation.served_answer import ServedAnswer
-from d2f.evaluation.server_process import ServerProcess
-from d2f.evaluation.server_reading import fetch
-from d2f.evaluation.server_target import Target
 from d2f.testing import tiny_model
 
 
@@ -253,6 +252,6 @@ def test_a_server_that_is_not_there_is_said_to_be():
 
 
 def test_a_server_that_does_not_start_says_why(monkeypatch):
-    monkeypatch.setattr(server_process, "START_SECONDS", 20.0)
+    monkeypatch.setattr(measured_server, "START_SECONDS", 20.0)
     with pytest.raises(D2FError, match=r"did not start: .*"):
         ServerProcess(["--no-such-option"])
