@@ -9,8 +9,6 @@ import functools
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from d2f.cli.serve import build_app, main_model, require_packages
 from d2f.errors import ConfigError
 from d2f.serving.ray_app import Scaling, deployment_options, ray_application
@@ -22,23 +20,21 @@ if TYPE_CHECKING:
     from d2f.serving.service import Service
 
 
-class RayArguments(BaseModel):
-    """Arguments of the application: those of `d2f serve`, then of its replicas.
+class RayArguments(Scaling):
+    """Arguments of the application: those of `d2f serve`, and the number and size of replicas.
 
-    The API key is none of them; it is the environment variable D2F_API_KEY of the replicas.
+    The API key is no argument but the environment variable D2F_API_KEY of the replicas.
 
     Example:
         >>> RayArguments(min_replicas="2").min_replicas
         2
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
     model: str | None = None
     """Folder or hub id, which every replica must be able to read. None: the shipped student."""
     adapter: str | None = None
-    eos: list[str] = []
-    """In a config file: tokens that end an answer beside the model's own ends."""
+    eos: tuple[str, ...] = ()
+    """Tokens that end an answer beside the model's own ends; in a config file only."""
     replace_eos: bool = False
     name: str | None = None
     device: str | None = None
@@ -52,16 +48,7 @@ class RayArguments(BaseModel):
     drain_seconds: float = 30.0
     log_prompts: bool = False
     cors_origins: tuple[str, ...] = ()
-    """In a config file only."""
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_ongoing_requests: float = 16.0
-    """Requests that a replica should have on average, running and waiting."""
-    upscale_delay_seconds: float = 10.0
-    downscale_delay_seconds: float = 300.0
-    num_cpus: float = 1.0
-    num_gpus: float | None = None
-    """Of each replica. None: 1 if there is a GPU where the application is built, else 0."""
+    """Origins whose web pages may use the server; in a config file only."""
 
 
 def app(args: RayArguments) -> Any:
@@ -73,28 +60,15 @@ def app(args: RayArguments) -> Any:
     require_packages()
     if find_spec("ray") is None:
         raise ConfigError("d2f on Ray needs Ray Serve: pip install 'd2f[ray]'")
-    settings = _part(ServeSettings, args)
-    num_gpus = _num_gpus() if args.num_gpus is None else args.num_gpus
-    scaling = _part(Scaling, args.model_copy(update={"num_gpus": num_gpus}))
+    names = ServeSettings.__dataclass_fields__.keys() & RayArguments.model_fields.keys()
+    settings = ServeSettings(**{name: getattr(args, name) for name in names})
     options = deployment_options(
-        scaling,
+        args,
         max_batch_size=args.max_batch_size,
         max_waiting=settings.max_waiting,
         drain_seconds=settings.drain_seconds,
     )
     return ray_application(functools.partial(_build_replica, args), settings, options)
-
-
-def _part(cls: Any, args: RayArguments) -> Any:
-    """The config of a class from those of the arguments that are its fields."""
-    names = cls.__dataclass_fields__.keys() & RayArguments.model_fields.keys()
-    return cls(**{name: getattr(args, name) for name in names})
-
-
-def _num_gpus() -> float:
-    import torch
-
-    return float(torch.cuda.is_available())
 
 
 def _build_replica(args: RayArguments, settings: ServeSettings) -> "tuple[FastAPI, Service]":

@@ -88,6 +88,11 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
 
+def bad_field(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """The error (400) of a request with a wrong field."""
+    return ApiError(400, message, param=param, code=code)
+
+
 def show_value(value: object) -> str:
     """A client's value as a message quotes it: cut where it is long.
 

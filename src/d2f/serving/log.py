@@ -18,7 +18,7 @@ _MOST_LINES = 10_000
 
 
 def log_request(fields: dict[str, Any]) -> None:
-    """Log the end of a request; its fields stand in the line as they are."""
+    """Log the end of a request as a line with these fields."""
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info("request", extra={"fields": fields})
 
@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; a traceback stands in the field `traceback`."""
+        """The line; a traceback stands in its field `traceback`."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         }
@@ -49,7 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _LossyHandler(QueueHandler):
-    """Hands records to the thread that writes; drops them where that cannot keep up."""
+    """Hands records to the thread that writes, and drops them if that cannot keep up."""
 
     def prepare(self, record: logging.LogRecord) -> str:
         return self.format(record)
@@ -62,7 +62,7 @@ class _LossyHandler(QueueHandler):
 class LogWriter:
     """Writes the log from a thread of its own: a pipe that nobody reads must not stop the server.
 
-    Use it as a context; at its end what is left is written, if that goes within a second.
+    A context; at its end the remaining lines are written, unless that takes over a second.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -71,7 +71,7 @@ class LogWriter:
         self._handler = _LossyHandler(self._lines)
         self._handler.setFormatter(JsonFormatter())
         self._thread = threading.Thread(target=self._write, name="d2f-log", daemon=True)
-        # uvicorn tells of its own life at INFO, which is of no use to anyone here.
+        # At INFO uvicorn tells of its own start and end, which the log does not need.
         self._levels = {LOGGER: logging.INFO, logging.getLogger("uvicorn"): logging.WARNING}
 
     def __enter__(self) -> LogWriter:

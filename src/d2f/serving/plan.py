@@ -1,8 +1,9 @@
-"""A checked body as what the engine is asked: one request for each choice."""
+"""The plan of an answer: the requests to the engine that a checked body asks for."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,21 +19,21 @@ from d2f.engine.policy import (
 )
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, counted
-from d2f.serving.errors import ApiError
+from d2f.serving.errors import ApiError, bad_field
 from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody
 from d2f.serving.served_model import ServedModel, find_model
 from d2f.serving.settings import ServeSettings
 from d2f.text import Tokenizer
 
 _MOST_CHARACTERS_PER_TOKEN = 64
-"""No text of a language has so many on average; more are not even cut into tokens."""
+"""No language has so many on average; a text of more is refused before it is cut into tokens."""
 _LONG_TEXT = 20_000
-"""Characters from which encoding would hold up the event loop."""
+"""Texts of more characters are encoded in a thread, so as not to hold up the event loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One POST: the requests to the engine, and how their answer is to look.
+    """The requests to the engine of one POST, and the form of their answer.
 
     Choice i of prompt p is `requests[p * n + i]`.
     """
@@ -45,12 +46,12 @@ class Plan:
     """Tokens that end each response and are no part of its text."""
     logprobs: bool = False
     num_alternatives: int = 0
-    """How many of the most probable tokens are told with the logprobs."""
+    """The number of most probable tokens that are told with each logprob."""
     stream: bool = False
     include_usage: bool = False
     include_provisional: bool = False
     num_prompt_tokens: int = 0
-    """Of all prompts, each once."""
+    """The number of tokens of all prompts, each counted once."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -58,19 +59,19 @@ class Plan:
 async def make_plan(
     body: GenerationBody, models: dict[str, ServedModel], settings: ServeSettings
 ) -> Plan:
-    """Encode the prompts and fill in what the body leaves to the server.
+    """Encode the prompts and fill in what the body leaves open.
 
     Raises:
-        ApiError: An unknown model, or numbers beyond what model and settings allow.
+        ApiError: The model is unknown, or a number is beyond what model and settings allow.
         RequestError: The prompt cannot be encoded.
     """
     default = next(iter(models))
     model = find_model(models, default if body.model is None else body.model)
     n = body.n or 1
-    if isinstance(body, CompletionBody):
-        _check_choices(len(body.prompt) * n, settings)
-    else:
-        _check_choices(n, settings)
+    number = len(body.prompt) * n if isinstance(body, CompletionBody) else n
+    if number > settings.max_choices:
+        most = settings.max_choices
+        raise _refused("n", f"{number} responses to one request; at most {most} are allowed")
     prompts = await _encode(body, model, settings)
     options = body.stream_options
     if options is not None and not body.stream:
@@ -86,7 +87,8 @@ async def make_plan(
         Request(
             prompt_ids=ids,
             max_new_tokens=_limit(body, len(ids), model, settings),
-            seed=_next_seed(seed, index),
+            # Within 64 bits.
+            seed=(seed + index + 2**63) % 2**64 - 2**63,
             temperature=body.temperature or 0.0,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
@@ -116,25 +118,14 @@ async def make_plan(
 
 
 def _refused(param: str, words: str) -> ApiError:
-    return ApiError(400, f"{param}: {words}", param=param, code="invalid_value")
-
-
-def _check_choices(number: int, settings: ServeSettings) -> None:
-    if number > settings.max_choices:
-        most = settings.max_choices
-        raise _refused("n", f"{number} responses to one request; at most {most} are allowed")
-
-
-def _next_seed(seed: int, index: int) -> int:
-    """`seed + index` within 64 bits."""
-    return (seed + index + 2**63) % 2**64 - 2**63
+    return bad_field(param, f"{param}: {words}")
 
 
 def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
     changes = body.policy.changes() if body.policy is not None else {}
     strategy = body.strategy
     if strategy is None:
-        # Who sends a policy means a strategy that heeds one.
+        # A client that sends a policy means a strategy that heeds one.
         heeded = not changes or heeds_policy(model.strategy)
         spec = model.engine.model.spec
         strategy = model.strategy if heeded else default_strategy(spec, policy=True)
@@ -144,12 +135,12 @@ def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
         policy = changed_policy(model.engine.model.spec, changes) if changes else None
     except ConfigError as error:
         param = "options" if options else "policy" if changes else "strategy"
-        raise ApiError(400, str(error), param=param, code="invalid_value") from None
+        raise bad_field(param, str(error)) from None
     return {"strategy": strategy, "policy": policy, "options": options}
 
 
 def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
-    """Tokens that end a response: the body's, and beside them or not the model's own."""
+    """Tokens that end a response: the body's and, unless they replace these, the model's own."""
     spec = model.engine.model.spec
     own = () if body.replace_eos else spec.eos_token_ids
     for token in body.stop_token_ids or ():
@@ -161,13 +152,13 @@ def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
 
 
 def most_prompt_tokens(model: ServedModel, settings: ServeSettings) -> int:
-    """The longest prompt that leaves room for a token."""
+    """Most tokens of a prompt; room for one token of the response is left."""
     room = model.engine.model.spec.max_positions - 1
     return room if settings.max_prompt_tokens is None else min(room, settings.max_prompt_tokens)
 
 
 def most_tokens(model: ServedModel, settings: ServeSettings) -> int:
-    """The longest response that may be asked for, whatever the prompt."""
+    """Most tokens that a request may ask for, whatever its prompt."""
     room = model.engine.model.spec.max_positions
     return room if settings.max_tokens is None else min(room, settings.max_tokens)
 
@@ -189,76 +180,56 @@ def _limit(
     if wanted > most:
         raise _refused(name, f"{wanted} is more than the {most} that this server allows")
     if wanted > room:
-        raise ApiError(
-            400,
+        message = (
             f"the prompt's {counted(prompt_length, 'token')} and {name} {wanted} exceed the "
-            "model's "
-            f"{counted(positions, 'position')}; shorten the prompt or lower {name}",
-            param=name,
-            code="context_length_exceeded",
+            f"model's {counted(positions, 'position')}; shorten the prompt or lower {name}"
         )
+        raise bad_field(name, message, "context_length_exceeded")
     return wanted
 
 
 async def _encode(
     body: GenerationBody, model: ServedModel, settings: ServeSettings
 ) -> list[list[int]]:
+    """The token ids of all prompts."""
     most = most_prompt_tokens(model, settings)
     if isinstance(body, ChatBody):
-        _check_length(sum(len(one.text) for one in body.messages), most, "messages")
-        prompts = [await _aside(_encode_chat, body, model.tokenizer)]
-        param = "messages"
+        param, texts = "messages", ["".join(message.text for message in body.messages)]
     else:
         assert isinstance(body, CompletionBody)
-        param = "prompt"
-        for prompt in body.prompt:
-            if isinstance(prompt, str):
-                _check_length(len(prompt), most, param)
-        prompts = await _aside(_encode_prompts, body, model.tokenizer)
+        param, texts = "prompt", [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    for text in texts:
+        if len(text) > most * _MOST_CHARACTERS_PER_TOKEN:
+            raise _too_long(counted(len(text), "character"), most, param)
+    encode = functools.partial(_prompt_ids, body, model.tokenizer)
+    long = sum(map(len, texts)) > _LONG_TEXT
+    prompts = await asyncio.to_thread(encode) if long else encode()
     for ids in prompts:
         if len(ids) > most:
-            raise _too_long(f"{counted(len(ids), 'token')}", most, param)
+            raise _too_long(counted(len(ids), "token"), most, param)
     return prompts
 
 
-async def _aside(function: Any, body: Any, tokenizer: Tokenizer) -> Any:
-    """Run it, in a thread where the text is long."""
-    texts = body.prompt if isinstance(body, CompletionBody) else [m.text for m in body.messages]
-    if sum(map(len, texts)) > _LONG_TEXT:
-        return await asyncio.to_thread(function, body, tokenizer)
-    return function(body, tokenizer)
-
-
-def _encode_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[list[int]]:
-    prompts: Sequence[str | list[int]] = body.prompt
-    return [
-        tokenizer.encode_prompt(prompt, chat=False) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-
-
-def _encode_chat(body: ChatBody, tokenizer: Tokenizer) -> list[int]:
+def _prompt_ids(body: GenerationBody, tokenizer: Tokenizer) -> list[list[int]]:
+    if isinstance(body, CompletionBody):
+        prompts: Sequence[str | list[int]] = body.prompt
+        return [
+            tokenizer.encode_prompt(prompt, chat=False) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+    assert isinstance(body, ChatBody)
     messages = body.messages
     if tokenizer.chat_template is not None:
-        return tokenizer.encode_chat([message.for_template() for message in messages])
+        return [tokenizer.encode_chat([message.for_template() for message in messages])]
     if len(messages) > 1 or messages[0].role != "user":
         raise _refused(
             "messages",
             "this model has no chat template, so it takes one message of the user only; send that, "
             "or write the conversation as one prompt for /v1/completions",
         )
-    return tokenizer.encode_prompt(messages[0].text, chat=False)
-
-
-def _check_length(characters: int, most: int, param: str) -> None:
-    if characters > most * _MOST_CHARACTERS_PER_TOKEN:
-        raise _too_long(f"{counted(characters, 'character')}", most, param)
+    return [tokenizer.encode_prompt(messages[0].text, chat=False)]
 
 
 def _too_long(length: str, most: int, param: str) -> ApiError:
-    return ApiError(
-        400,
-        f"the prompt has {length}; at most {counted(most, 'token')} are taken",
-        param=param,
-        code="context_length_exceeded",
-    )
+    message = f"the prompt has {length}; at most {counted(most, 'token')} are taken"
+    return bad_field(param, message, "context_length_exceeded")

@@ -1,8 +1,8 @@
-"""What clients may ask: the bodies of the two POST endpoints, checked.
+"""The bodies of the two POST endpoints, checked.
 
-Fields of OpenAI's that this server has no use for are accepted at the values that change nothing.
-What only identifies a request or hints at how to cache it is taken whatever it says, as no answer
-depends on it.
+Fields of OpenAI's that this server does not support are accepted at the values at which they change
+nothing. Fields that only identify a request or hint at how to cache it may have any value, since no
+answer depends on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import (
 
 from d2f.engine.request import MOST_ALTERNATIVES, MOST_TEMPERATURE
 from d2f.errors import unknown_name
-from d2f.serving.errors import ApiError, show_value
+from d2f.serving.errors import ApiError, bad_field, show_value
 
 _MOST_TOKEN_ID = 2**31 - 1
 _MOST_STOPS = 16
@@ -111,20 +111,20 @@ class Policy(_Body):
 
 
 class StreamOptions(_Body):
-    """What a stream has beside text."""
+    """What the events of a stream carry beside text."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (None, False)}
 
     include_usage: bool | None = None
-    """A last chunk with the usage."""
+    """Whether a last chunk has the usage."""
     include_provisional: bool | None = None
-    """The field `d2f` in each chunk, with what is decoded ahead; a chunk for every step."""
+    """Whether every step has a chunk, with what is decoded ahead in its field `d2f`."""
 
 
 class TextPart(_Body):
-    """A part of a message; there are none but texts.
+    """A part of a message, which is always a text.
 
-    What clients add to a part, such as `cache_control`, is not looked at.
+    Further keys of a part, such as `cache_control`, are ignored.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -139,23 +139,22 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is OpenAI's newer word for `system`, which is what templates know."""
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    """What an assistant said may be null or missing: nothing."""
+    """The text; that of an assistant may be null or missing, which means nothing."""
     name: str | None = None
-    """Who speaks; the chat template is told."""
+    """The name of the speaker, for the chat template."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        # As clients send back what they were given.
+        # Clients send back the messages of an assistant as they were given.
         **dict.fromkeys(
             ("refusal", "audio", "function_call", "tool_calls", "annotations"), (None, [])
         ),
+        **dict.fromkeys(("reasoning", "reasoning_content"), (None, "")),
         "parsed": (None,),
-        "reasoning": (None, ""),
-        "reasoning_content": (None, ""),
         "provider_specific_fields": (None, {}),
     }
 
     def for_template(self) -> dict[str, str]:
-        """The message as chat templates know messages.
+        """The message in the form of chat templates.
 
         Example:
             >>> Message(role="developer", content="Be brief.").for_template()
@@ -167,17 +166,17 @@ class Message(_Body):
 
     @property
     def text(self) -> str:
-        """The content in one piece."""
+        """The whole content."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
 class GenerationBody(_Body):
-    """What both endpoints take."""
+    """The fields that both endpoints take."""
 
     model: str | None = None
-    """None: the server's first."""
+    """The name of a served model; None: the first."""
     max_tokens: Count = None
     max_completion_tokens: Count = None
     """The same as `max_tokens`."""
@@ -188,30 +187,30 @@ class GenerationBody(_Body):
     min_p: Share = None
     """Sample among tokens of at least this share of the largest probability."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Of the first choice's noise, the next has one more; None: drawn for each request."""
+    """The seed of the first choice; each next one has one more. None: drawn for each request."""
     stop: Stop = None
-    """Texts that end a response and are cut off it; one may be, or hold, a special token."""
+    """Texts that end a response and are cut off; one may be, or hold, a special token."""
     stop_token_ids: StopTokenIds = None
     """Tokens that end a response, beside the model's own ends."""
     replace_eos: bool | None = None
-    """True: `stop_token_ids` stand in place of the model's own ends, or nothing does."""
+    """Whether `stop_token_ids`, if any, stand in place of the model's own ends."""
     n: Count = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Ignored, as the next five."""
+    """Ignored, like the next five."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     strategy: str | None = None
-    """How to decode; None: the model's default."""
+    """The decoding strategy; None: the model's default."""
     policy: Policy | None = None
     options: dict[str, int | FiniteFloat | str | None] | None = None
-    """What only the strategy takes, such as `num_steps`."""
+    """Options of the strategy, such as `num_steps`."""
     early_stop: bool | None = None
-    """False decodes every block that was opened."""
+    """Whether decoding stops at an end; False decodes every block that was opened."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -220,8 +219,7 @@ class GenerationBody(_Body):
         return (stop,) if isinstance(stop, str) else tuple(stop)
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (None, 0),
-        "presence_penalty": (None, 0),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), (None, 0)),
         "logit_bias": (None, {}),
         "store": (None, False),
         "service_tier": (None, "auto", "default"),
@@ -233,8 +231,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     logprobs: Alternatives = None
-    """The logarithm of the probability with which each token was accepted, and so many of the most
-    probable tokens in its place."""
+    """Report the logarithm of the probability with which each token was accepted, and this many of
+    the most probable tokens in its place."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **GenerationBody.neutral,
@@ -247,33 +245,28 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """The body of `POST /v1/chat/completions`."""
 
-    # The first that is wrong is enough: a body has room for a hundred thousand.
+    # The first wrong message is enough: a body has room for a hundred thousand.
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
-    """The logarithm of the probability with which each token was accepted."""
+    """Report the logarithm of the probability with which each token was accepted."""
     top_logprobs: Alternatives = None
-    """With `logprobs`: so many of the most probable tokens in its place."""
+    """The number of most probable tokens to report in its place; needs `logprobs`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **GenerationBody.neutral,
-        "tools": (None, []),
-        "tool_choice": (None, "none", "auto"),
+        **dict.fromkeys(("tools", "functions"), (None, [])),
+        **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
+        **dict.fromkeys(("audio", "prediction", "web_search_options", "moderation"), (None,)),
         "parallel_tool_calls": (None, True, False),
-        "functions": (None, []),
-        "function_call": (None, "none", "auto"),
         "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
-        "audio": (None,),
-        "prediction": (None,),
         "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
-        "web_search_options": (None,),
-        "moderation": (None,),
     }
 
 
 Body = TypeVar("Body", bound=GenerationBody)
-_TABLES: dict[str, type[BaseModel]] = {
+_TABLES: dict[str, type[_Body]] = {
     "policy": Policy, "stream_options": StreamOptions, "messages": Message,
 }  # fmt: skip
 
@@ -282,7 +275,7 @@ def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
     """Check a body.
 
     Raises:
-        ApiError: A field is unknown, not supported, missing or has a bad value; the first found.
+        ApiError: A field is unknown, not supported, missing or has a bad value.
 
     Example:
         >>> parse_body(CompletionBody, {"prompt": "1+1=", "echo": False}).prompt
@@ -305,17 +298,13 @@ def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
     except ValidationError as error:
         raise _refusal(kind, error, value) from None
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
-        raise ApiError(
-            400,
-            f"top_logprobs is {body.top_logprobs}, which needs logprobs: true",
-            param="top_logprobs",
-            code="invalid_value",
-        )
+        words = f"top_logprobs is {body.top_logprobs}, which needs logprobs: true"
+        raise bad_field("top_logprobs", words)
     return body
 
 
 def _said(index: int, message: Any) -> Any:
-    """A message without what asks for nothing; of an assistant no content is an empty one."""
+    """A message without its neutral fields, an assistant's missing content made empty."""
     if not isinstance(message, dict):
         return message
     message = _without_neutral(message, Message.neutral, f"messages.{index}.")
@@ -325,7 +314,7 @@ def _said(index: int, message: Any) -> Any:
 
 
 def _without_idle(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The body without fields that another field puts out of use.
+    """The body without fields that have no effect beside another field.
 
     Example:
         >>> _without_idle({"tools": [{"type": "function"}], "tool_choice": "none", "n": 2})
@@ -344,9 +333,7 @@ def _without_idle(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
-    """Whether a value is one of those that change nothing; 0 is not False here.
-
-    A table's zeros change nothing either.
+    """Whether a value is one of those accepted. 0 is not False; zeros in a table are left out.
 
     Example:
         >>> is_neutral(0.0, (None, 0)), is_neutral(False, (None, 0)), is_neutral({"5": 0}, ({},))
@@ -362,7 +349,7 @@ def is_neutral(value: Any, accepted: tuple[Any, ...]) -> bool:
 def _without_neutral(
     table: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str
 ) -> dict[str, Any]:
-    """The table without fields of OpenAI's that ask for nothing."""
+    """The table without the fields of OpenAI's that have a neutral value."""
     rest = {}
     for name, value in table.items():
         accepted = neutral.get(name)
@@ -370,18 +357,14 @@ def _without_neutral(
             rest[name] = value
         elif not is_neutral(value, accepted):
             words = " or ".join("null" if one is None else repr(one) for one in accepted)
-            raise ApiError(
-                400,
-                f"{where}{name} is not supported here; leave it out (or say {words})",
-                param=where + name,
-                code="unsupported_parameter",
-            )
+            message = f"{where}{name} is not supported here; leave it out (or say {words})"
+            raise bad_field(where + name, message, "unsupported_parameter")
     return rest
 
 
 def _refusal(kind: type[GenerationBody], error: ValidationError, value: Any) -> ApiError:
     errors = error.errors(include_url=False, include_context=False)
-    # Of a field's alternatives the one whose type fits has more to say.
+    # Of a field's alternatives the error of the one whose type fits says more.
     same = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
     first = next((one for one in same if not one["type"].endswith("_type")), errors[0])
     where = [part for part in first["loc"] if not _is_branch(part)]
@@ -392,17 +375,16 @@ def _refusal(kind: type[GenerationBody], error: ValidationError, value: Any) -> 
         text = unknown_name("parameter", where[-1], known)
         # The whole list would drown the hint.
         short = text.partition(" Known:")[0] if "did you mean" in text else text
-        return ApiError(400, short, param=param, code="unknown_parameter")
+        return bad_field(param, short, "unknown_parameter")
     if first["type"] == "missing":
-        return ApiError(400, f"{param} is missing", param=param, code="missing_parameter")
+        return bad_field(param, f"{param} is missing", "missing_parameter")
     words = first["msg"].removeprefix("Value error, ")
     words = words[:1].lower() + words[1:]
-    shown = show_value(_at(value, where))
-    return ApiError(400, f"{param} is {shown}: {words}", param=param, code="invalid_value")
+    return bad_field(param, f"{param} is {show_value(_at(value, where))}: {words}")
 
 
 def _is_branch(part: int | str) -> bool:
-    """Whether a part of a location names an alternative of a type, not a field."""
+    """Whether a part of a location names an alternative of a type instead of a field."""
     return isinstance(part, str) and (
         "[" in part or part in ("str", "int", "float", "finite-float", "constrained-str")
     )

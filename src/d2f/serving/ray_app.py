@@ -6,9 +6,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from d2f.errors import ConfigError
@@ -24,35 +24,38 @@ NAME = "d2f"
 KEY_VARIABLE = "D2F_API_KEY"
 _HEALTH_SECONDS = 2.0
 _FAREWELL_SECONDS = 10.0
-"""Added to the time for draining, before Ray ends a replica by force."""
+"""Seconds beyond the time for draining, after which Ray ends a replica by force."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """How many replicas there are, and what each may hold.
-
-    Raises:
-        ConfigError: A value is out of its range.
+class Scaling(BaseModel):
+    """The number of replicas, and what Ray sets aside for each.
 
     Example:
-        >>> Scaling(min_replicas=2, max_replicas=4).num_gpus
-        0.0
+        >>> Scaling(min_replicas=2, max_replicas=4).num_cpus
+        1.0
     """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     min_replicas: int = 1
     max_replicas: int = 1
     target_ongoing_requests: float = 16.0
-    """Requests, running and waiting, that a replica should have on average: above it there will be
-    more replicas, below it fewer."""
+    """Requests, running and waiting, that a replica should have on average; with more of them
+    replicas are added, with fewer taken away."""
     upscale_delay_seconds: float = 10.0
     """How long there must be more before replicas are added."""
     downscale_delay_seconds: float = 300.0
     """How long there must be fewer before replicas are taken away."""
     num_cpus: float = 1.0
-    """Cores that Ray sets aside for a replica."""
-    num_gpus: float = 0.0
+    num_gpus: float | None = None
+    """GPUs of a replica. None: 1 if there is a GPU where the application is built, else 0."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
         if self.min_replicas < 1:
             raise ConfigError(f"min_replicas is {self.min_replicas}; it must be at least 1")
         if self.max_replicas < self.min_replicas:
@@ -63,26 +66,34 @@ class Scaling:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("num_gpus", "upscale_delay_seconds", "downscale_delay_seconds"):
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
 
 
 def deployment_options(
     scaling: Scaling, *, max_batch_size: int, max_waiting: int, drain_seconds: float
 ) -> dict[str, Any]:
-    """What `ray.serve.deployment` is told.
+    """The options of `ray.serve.deployment`.
 
     Args:
-        scaling: How many replicas, and what each holds.
-        max_batch_size: Of a replica's engine.
-        max_waiting: Of a replica's queue.
+        scaling: The number of replicas, and what each holds.
+        max_batch_size: Most sequences that a replica decodes together.
+        max_waiting: Most requests that wait in a replica.
         drain_seconds: How long running requests have when a replica ends.
+
+    Raises:
+        ConfigError: A value of `scaling` is out of its range.
     """
-    room = max_batch_size + max_waiting
+    scaling.check()
+    room, num_gpus = max_batch_size + max_waiting, scaling.num_gpus
+    if num_gpus is None:
+        import torch
+
+        num_gpus = float(torch.cuda.is_available())
     return {
         "name": NAME,
-        # More than a replica has room for: what is too much it refuses itself, with 429 and
-        # Retry-After, as a server without Ray does. Ray would let it wait without a word.
+        # More than a replica has room for: it refuses the rest itself, with 429 and Retry-After, as
+        # a server without Ray does. Ray would let them wait without a word.
         "max_ongoing_requests": 2 * room,
         "max_queued_requests": room,
         "autoscaling_config": {
@@ -95,12 +106,12 @@ def deployment_options(
         },
         "health_check_period_s": _HEALTH_SECONDS,
         "graceful_shutdown_timeout_s": drain_seconds + _FAREWELL_SECONDS,
-        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
+        "ray_actor_options": {"num_cpus": scaling.num_cpus, "num_gpus": num_gpus},
     }
 
 
 class Replica:
-    """What Ray asks of a replica; its HTTP side is the application itself.
+    """A replica as Ray manages it; its HTTP side is the application itself.
 
     Ray replaces a replica whose check fails several times in a row, and one whose process ended.
     """
@@ -115,17 +126,17 @@ class Replica:
         LogWriter(sys.stderr).__enter__()
 
     async def check_health(self) -> None:
-        """Wait until requests are answered; on which the first traffic waits, too.
+        """Wait until requests are answered; Ray sends no traffic before.
 
         Raises:
-            Unavailable: The service has failed; another replica must take its place.
+            Unavailable: The service has failed, so another replica must take its place.
         """
         service: Service = self.app.state.service
         await service.ready()
 
 
 class LocalClients:
-    """ASGI middleware of an application without a key: it refuses clients from other machines.
+    """ASGI middleware that refuses clients from other machines, for applications without a key.
 
     A replica does not know what address Ray's proxy listens on, so it looks at who asks.
     """
@@ -151,14 +162,15 @@ def ray_application(
     settings: ServeSettings,
     options: dict[str, Any],
 ) -> Any:  # ray.serve.Application, which is not there without Ray
-    """An application of replicas, for `serve.run`.
+    """The application of replicas that `serve.run` takes.
 
     Args:
         build: Makes a replica's application and service, in the replica's process. Ray sends it
             there, so it must be picklable.
-        settings: Of each replica. The API key is read from the environment variable D2F_API_KEY
-            in the replica's process: Ray shows an application's arguments to all who may look.
-        options: From `deployment_options`.
+        settings: The settings of each replica. The API key comes from the environment variable
+            D2F_API_KEY of the replica's process: Ray shows an application's arguments to all who
+            may look.
+        options: The result of `deployment_options`.
     """
     from ray import serve
 

@@ -1,4 +1,4 @@
-"""Listening, and ending well: uvicorn around the application."""
+"""The listening socket, and uvicorn around the application, which ends without losing requests."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from d2f.serving.settings import ServeSettings
 
 _KEEP_ALIVE_SECONDS = 30
 _FAREWELL_SECONDS = 5
-"""How long connections may take to close once no request runs any more."""
+"""Seconds that connections may take to close once no request runs any more."""
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; nobody can connect before the server listens.
+    """Bind a socket to an address; nobody can connect before the server listens.
 
     Raises:
         ConfigError: There is no such host, or the port is in use or not allowed.
@@ -40,7 +40,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     try:
-        # Connections of an earlier server that are about to end must not keep the port.
+        # Connections of an earlier server that are about to end must not hold the port.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         # Another server may have bound the port without listening yet.
@@ -69,12 +69,12 @@ def url_of(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that drains the service when it is told to stop, and serves `/health` meanwhile.
+    """A uvicorn server that drains the service when told to stop, and serves `/health` meanwhile.
 
-    A second signal ends what runs after its step.
+    A second signal ends the running requests after their step.
 
     Args:
-        app: From `create_app`.
+        app: The result of `create_app`.
         service: The app's.
         settings: The app's.
         on_ready: Called once, when requests are served.
@@ -104,9 +104,9 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._endings: list[asyncio.Task[None]] = []
         self.fault: str | None = None
-        """Why it ended before it was ready."""
+        """Why the server ended before it was ready."""
         self.interrupted = False
-        """Whether it was Ctrl-C that ended it."""
+        """Whether Ctrl-C ended it."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop."""
@@ -118,13 +118,13 @@ class Server(uvicorn.Server):
             welcome.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End after draining; told again, do not wait for requests. Called by the signal."""
+        """Handle a signal to stop: drain; at the second signal do not wait for requests."""
         assert self._loop is not None, "signals are caught while it serves"
         self.interrupted |= sig == signal.SIGINT
         self._loop.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Take no more requests, and end once those that run have ended; told again, end them."""
+        """Take no more requests and end after the running ones; a second call ends those, too."""
         self._endings.append(asyncio.create_task(self._end(0 if self._endings else None)))
 
     async def _end(self, seconds: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the HTTP side of the server."""
+"""The settings of the HTTP side of the server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_origin(origin: str) -> None:
-    """Refuse what no browser sends as an origin: the server would allow nobody, without a word."""
+    """Refuse what no browser sends as an origin, since it would silently allow nobody."""
     example = "https://app.example or http://localhost:3000, or * for all"
     if origin == "*":
         return
@@ -53,7 +53,7 @@ def _check_origin(origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What the server listens on, demands and refuses.
+    """The address that the server listens on, and what it demands and refuses.
 
     Raises:
         ConfigError: A value is out of its range, or others could reach the server without a key.
@@ -65,23 +65,23 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0: any that is free."""
+    """The port; 0: any that is free."""
     api_key: str | None = field(default=None, repr=False)
-    """What clients must send as bearer token; None: nothing, on a loopback address only."""
+    """The bearer token that clients must send; None: none, on a loopback address only."""
     max_waiting: int = 256
-    """Most requests that wait for their first step."""
+    """Most requests that may wait for their first step."""
     request_timeout: float = 600.0
     """Seconds that a request may take, its time in the queue included."""
     body_timeout: float = 30.0
     """Seconds that a client may take to send a request's body."""
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
-    """None: what the model has room for."""
+    """Most tokens of a prompt; None: what the model has room for."""
     max_tokens: int | None = None
-    """Most tokens that a response may be asked to have; None: what the model has room for."""
+    """Most tokens that a request may ask for; None: what the model has room for."""
     default_max_tokens: int | None = None
-    """Of requests that do not say; None: what the model names, else 256. Fewer where the prompt
-    leaves no more room."""
+    """Most tokens of responses to requests that do not say; None: what the model names, else 256.
+    It is fewer where the prompt leaves no more room."""
     max_choices: int = 64
     """Most responses to one request: its prompts times `n`."""
     drain_seconds: float = 30.0
@@ -93,20 +93,17 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in _WHOLE:
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            unset = value is None and name in _OPTIONAL
+            if not unset and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
         for name in _SECONDS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            if type(value) not in (int, float) or not value >= 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0")
             if not math.isfinite(value):
                 raise ConfigError(f"{name} is {value!r}; it must be a finite number of seconds")
-        if isinstance(self.port, bool) or not isinstance(self.port, int):
-            raise ConfigError(f"port is {self.port!r}; it must be a whole number")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port is {self.port}; it must be a number from 0 to 65535")
+        if type(self.port) is not int or not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port!r}; it must be a whole number from 0 to 65535")
         for origin in self.cors_origins:
             _check_origin(origin)
         self._check_access()

@@ -51,7 +51,7 @@ def test_options_of_the_deployment():
 )
 def test_impossible_scaling_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        Scaling(**values)
+        deployment_options(Scaling(**values), max_batch_size=1, max_waiting=1, drain_seconds=1)
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):

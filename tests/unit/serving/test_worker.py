@@ -1,4 +1,4 @@
-"""One engine with its requests, step by step, without a thread."""
+"""A station: one engine with its requests, step by step, without a thread."""
 
 from types import SimpleNamespace
 
