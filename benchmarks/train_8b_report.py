@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from d2f.training.phase_clock import PHASES
+from d2f.training.trainer import PHASES
 
 Results = dict[str, dict[str, Any]]
 COLORS = ("#999999", "#4c78a8", "#f58518", "#e45756", "#72b7b2", "#54a24b")

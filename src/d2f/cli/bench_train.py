@@ -22,8 +22,8 @@ from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.cli.bench_train_setup import TrainSetup
+    from d2f.cli.step_bench import StepBench
     from d2f.evaluation.rates import Rates
-    from d2f.training.step_bench import StepBench
 
 _REPORTED = (1, 10, 50, 100)
 """Steps on the repeated batch whose loss is shown, and the last."""
@@ -194,7 +194,7 @@ def _row(
     report: dict[str, Any],
 ) -> dict[str, Any]:
     """One setting, measured; the first also says what the model is and repeats a batch."""
-    from d2f.training.step_bench import survives
+    from d2f.cli.step_bench import survives
 
     row: dict[str, Any] = {"micro_batch": how[0], "checkpointing": how[1]}
 
@@ -222,7 +222,7 @@ def _say(setup: TrainSetup, text: str) -> None:
 
 def _largest(setup: TrainSetup, checkpointing: bool) -> int:
     """Largest micro-batch of which two steps run."""
-    from d2f.training.step_bench import largest, survives
+    from d2f.cli.step_bench import largest, survives
 
     def fits(size: int) -> bool:
         def run() -> None:
@@ -345,7 +345,7 @@ def _costs_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _phases_table(rows: list[dict[str, Any]]) -> Any:
-    from d2f.training.phase_clock import PHASES
+    from d2f.training.trainer import PHASES
 
     table = _new_table("micro-\nbatch", "recom-\nputes", *(f"{phase}\nms" for phase in PHASES))
     for row in rows:

@@ -11,11 +11,11 @@ from d2f.cli.bench_options import describe_model, source_label
 from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
+    from d2f.cli.step_bench import StepBench
     from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.training.config import TrainConfig
     from d2f.training.processes import Processes
-    from d2f.training.step_bench import StepBench
 
 _LONGEST = 1024
 # recipes/shipped_student.toml and recipes/distill_llada_8b_instruct.toml
@@ -152,7 +152,7 @@ class TrainSetup:
         """
         from tempfile import TemporaryDirectory
 
-        from d2f.training.step_bench import StepBench, free_memory
+        from d2f.cli.step_bench import StepBench, free_memory
 
         free_memory()
         with TemporaryDirectory(prefix="d2f-bench-") as folder:

@@ -28,6 +28,9 @@ Seen = dict[str, Any]
 or what `tiled_mask` made of them (neither: all see all), and positions, where they are not 0, 1, …
 """
 
+Observer = Callable[[str], object]
+"""Is called with the name of each phase of a training step when the phase has ended."""
+
 Blocks = tuple[Tensor | None, Tensor | None]
 """Block numbers (B or 1, L), None where all see all; and the smallest one that each position sees,
 None where that is the row's."""
@@ -51,6 +54,8 @@ class StageLoss:
         compiled: Compile what pays; attention then runs in tiles. For GPUs.
         forward: What to call for the student's hidden states, where an engine wraps it.
         alone: No other process trains along, whose engine would have hooks in the models.
+        observer: Is told of the end of "teacher", "student" and "loss". A loss that is compiled
+            together with the student belongs to "student".
     """
 
     def __init__(
@@ -62,7 +67,9 @@ class StageLoss:
         compiled: bool = False,
         forward: nn.Module | None = None,
         alone: bool = True,
+        observer: Observer | None = None,
     ) -> None:
+        self._ended = observer or (lambda phase: None)
         self.student = student
         self.teacher = teacher
         self._forward = forward or student
@@ -90,7 +97,6 @@ class StageLoss:
         self._by_layer = compiled and not self._whole
         self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
         self._logits: Callable[..., Tensor] = self._compute_logits
-        self._states: Callable[..., Tensor] = self._compute_states
         if compiled:
             _set_compiler(GRAPHS_PER_LENGTH * NUM_LENGTHS)
         if self._whole:
@@ -108,15 +114,21 @@ class StageLoss:
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """The weighted sum, and the loss of each position (0 where it was not computed)."""
-        if not self._whole:
-            return self._chunked_loss(inputs)
+        loss, loss_BL = self._compiled_loss(inputs) if self._whole else self._chunked_loss(inputs)
+        self._ended("loss")
+        return loss, loss_BL
+
+    def _compiled_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
             with torch.no_grad(), self._teacher_view():
                 seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
                 target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
+            self._ended("teacher")
         seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
-        return self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
+        result = self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
+        self._ended("student")
+        return result
 
     def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
@@ -146,12 +158,14 @@ class StageLoss:
             teacher = self.teacher or self.student
             with torch.no_grad(), self._teacher_view():
                 seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
-                states_TE = self._states(teacher, inputs.ids_BL, seen)
+                states_TE = self._compute_states(teacher, inputs.ids_BL, seen)
+            self._ended("teacher")
             target = TeacherStates(
                 hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
             )
         seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
-        states_TD = self._states(self.student, inputs.ids_BL, seen)
+        states_TD = self._compute_states(self.student, inputs.ids_BL, seen)
+        self._ended("student")
         with self._products(inputs.ids_BL.device):
             loss, loss_M = chunked_loss(
                 _selected(states_TD, rows_M),

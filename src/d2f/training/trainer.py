@@ -45,13 +45,17 @@ from d2f.training.packing import RowPacking, pack_samples
 from d2f.training.processes import Processes
 from d2f.training.progress import JsonLog, Reporter, Silent, read_log
 from d2f.training.seeds import derive_seed, generator
-from d2f.training.stage_loss import StageLoss
+from d2f.training.stage_loss import Observer, StageLoss
 from d2f.training.step_inputs import StepInputs, make_inputs
 from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 """Answers some prompts; every record has `prompt` and `answer`."""
 
+
+PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
+"""The phases of a step in their order; "data" is the batch, its noise, and the copy to the device.
+Each micro-batch goes through all but the last one."""
 
 # A launcher passes on the Ctrl-C that its processes got from the terminal, too.
 _LAUNCHER_SECONDS = 3.0
@@ -73,6 +77,7 @@ class Trainer:
         reporter: Is told of every record.
         state: What `load_state` read, to go on from there.
         processes: Those that train together; None: this one alone.
+        observer: Is told of the end of each of `PHASES`, within the steps.
 
     Raises:
         ConfigError: The batch cannot be divided among the processes.
@@ -93,6 +98,7 @@ class Trainer:
         reporter: Reporter | None = None,
         state: Mapping[str, Any] | None = None,
         processes: Processes | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config = config
         self.student = student
@@ -114,15 +120,16 @@ class Trainer:
         self.last_record: dict[str, Any] | None = None
         self.warnings: list[str] = []
         """What the rule of `CollapseRule` had to say."""
-        self._models = StageLoss(
+        self._ended = observer or (lambda phase: None)
+        self.loss = StageLoss(
             config,
             student,
             teacher,
             compiled=config.compile and self.device.type == "cuda",
             forward=self.distributed.forward,
             alone=self.processes.world_size == 1,
+            observer=observer,
         )
-        self.loss: StageLoss = self._models  # which those who measure steps wrap
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
@@ -258,16 +265,19 @@ class Trainer:
             moved = part.to(self.device)
             if logged and self._window.confidence is None:
                 # Before the pass that trains, whose end leaves sharded weights in their shards.
-                self._window.confidence = measure_confidence(self._models, moved)
+                self._window.confidence = measure_confidence(self.loss, moved)
             with self.distributed.gradients(last=number == len(self._share)):
+                self._ended("data")
                 loss, loss_BL = self.loss(moved)
                 self.distributed.backward(loss)
+                self._ended("backward")
             total += loss.detach()
             if logged:
                 self._window.add_blocks(moved, loss_BL, self._num_blocks)
         total = self.processes.sum(total)
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
+        self._ended("optimizer")
         self._window.add(total, norm, lr)
 
     def _inputs(self) -> StepInputs:

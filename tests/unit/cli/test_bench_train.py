@@ -8,12 +8,12 @@ import pytest
 from tests.forked import run_group
 
 from d2f.cli import bench_train
+from d2f.cli.step_bench import StepBench
 from d2f.evaluation import rates
 from d2f.evaluation.rates import Rates
 from d2f.models import presets
 from d2f.testing import tiny_spec, write_checkpoint
-from d2f.training.phase_clock import PHASES
-from d2f.training.step_bench import StepBench
+from d2f.training.trainer import PHASES
 
 TRAIN = ("bench", "train", "--device", "cpu", "--dtype", "float32", "--steps", 1)
 SHAPE = ("--shape", "llada-8b", "--length", 32, "--micro-batch", 1)

@@ -15,7 +15,14 @@ from tests.unit.training.test_padding import (
     make_loss,
     padded_config,
 )
-from tests.unit.training.tiny_run import FAMILY, Notes, make_config, make_trainer, write_files
+from tests.unit.training.tiny_run import (
+    FAMILY,
+    Notes,
+    make_config,
+    make_trainer,
+    watch_losses,
+    write_files,
+)
 
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.errors import ConfigError
@@ -219,7 +226,7 @@ def test_rows_follow_from_the_seed():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path):
+def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path, monkeypatch):
     weights, records = [], []
     for size in (4, 2):
         config = make_config(tmp_path / str(size), stage, batch_size=4, micro_batch_size=size)
@@ -230,16 +237,15 @@ def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path):
         optimizer = replace(config.optimizer, eps=1e-4)
         config = replace(config, data=data, noise=noise, lora=lora, optimizer=optimizer)
         trainer = make_trainer(config)
-        loss = trainer.loss
 
-        def watched(inputs, loss=loss, size=size):
+        def watched(loss, inputs, size=size):
             assert inputs.ids_BL.shape == (size, 48)
             assert (inputs.position_BL == 0).sum() > 2 * size
             return loss(inputs)
 
-        watched.selects = loss.selects
-        trainer.loss = watched
-        assert trainer.run()
+        with monkeypatch.context() as patched:
+            watch_losses(patched, watched)
+            assert trainer.run()
         weights.append(list(trainer.student.parameters()))
         records.append(trainer.last_record)
         counts = trainer._dataset.counts()

@@ -7,13 +7,13 @@ import torch
 from tests.unit.training.test_evaluations import config_for, files, lines
 from tests.unit.training.tiny_run import make_config, make_dataset
 
+from d2f.cli.step_bench import free_memory
 from d2f.cli.train_answers import make_evaluator
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.models.presets import preset_spec, random_model
 from d2f.training.estimate import estimate
 from d2f.training.run import train
 from d2f.training.sections import DataConfig, EvaluateConfig, ModelConfig
-from d2f.training.step_bench import free_memory
 from d2f.training.trainer import Trainer
 
 assert files  # the fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from d2f.training.data import TokenDataset
 from d2f.training.encoded import Encoded
 from d2f.training.progress import Silent
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
+from d2f.training.stage_loss import StageLoss
 from d2f.training.trainer import Trainer
 
 NOISE = {
@@ -79,6 +82,14 @@ def write_files(folder: Path) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def watch_losses(monkeypatch: Any, watched: Callable[..., Any]) -> None:
+    """Let `watched(loss, inputs)` stand in for each call of `loss(inputs)`."""
+    call = StageLoss.__call__
+    monkeypatch.setattr(
+        StageLoss, "__call__", lambda loss, inputs: watched(partial(call, loss), inputs)
+    )
 
 
 class Notes(Silent):

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from tests.unit.training.tiny_run import make_config
+from tests.unit.training.tiny_run import make_config, make_trainer
 
+from d2f.cli.step_bench import StepBench, largest, random_dataset, survives
 from d2f.errors import TrainingError
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.testing import tiny_model
 from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID
-from d2f.training.phase_clock import PHASES, PhaseClock
 from d2f.training.sections import ObjectiveConfig, OptimizerConfig
-from d2f.training.step_bench import StepBench, largest, random_dataset, survives
+from d2f.training.trainer import PHASES
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -46,11 +46,7 @@ def test_phases_are_the_parts_of_a_step(lora, tmp_path):
 
 def test_watching_changes_no_step(tmp_path):
     watched, plain = make_bench(tmp_path / "a"), make_bench(tmp_path / "b")
-    loss, states = watched.trainer.loss, watched.trainer.loss._states
-    with PhaseClock(watched.trainer).watching():
-        watched.trainer._train_step()
-    assert watched.trainer.loss is loss
-    assert loss._states == states
+    watched.phases(1)
     watched.trainer._train_step()
     plain.trainer._train_step()
     plain.trainer._train_step()
@@ -58,6 +54,15 @@ def test_watching_changes_no_step(tmp_path):
         watched.trainer.student.parameters(), plain.trainer.student.parameters(), strict=True
     )
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_an_observer_hears_the_phases_of_each_micro_batch_in_their_order(tmp_path):
+    heard = []
+    trainer = make_trainer(
+        make_config(tmp_path, "d2f", batch_size=4, micro_batch_size=2), observer=heard.append
+    )
+    trainer._train_step()
+    assert heard == [*PHASES[:-1], *PHASES]
 
 
 def test_the_loss_on_one_batch_falls_towards_the_teacher(tmp_path):

@@ -1,4 +1,4 @@
-"""What a training step costs: time, phases, memory, and what it reaches on one repeated batch."""
+"""Measurements of training steps: time, phases, memory, and the loss on one repeated batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import gc
 import itertools
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,76 @@ from d2f.training.data import TokenDataset
 from d2f.training.encoded import Encoded
 from d2f.training.flops import StepFlops, describe_work, step_flops
 from d2f.training.optimizer import learning_rate
-from d2f.training.phase_clock import PhaseClock
 from d2f.training.processes import Processes
 from d2f.training.seeds import generator
 from d2f.training.step_inputs import StepInputs, make_inputs
-from d2f.training.trainer import Trainer
+from d2f.training.trainer import PHASES, Trainer
 
 NUM_BATCHES = 4
 """Batches of random tokens that the steps go through again and again."""
+
+
+class PhaseClock:
+    """The observer of a trainer that measures how long the phases of its steps take.
+
+    On a GPU it records events in the stream of operations and never waits; a phase then includes
+    the time in which the device waits for the host. On a CPU, where operations are done when they
+    return, it reads the clock.
+
+    Example:
+        `clock = PhaseClock(device)`, `Trainer(..., observer=clock)`, steps within
+        `with clock.watching():`, then `clock.milliseconds()["teacher"]`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._watching = False
+        self._marks: list[tuple[str, Any]] = []
+
+    def __call__(self, phase: str) -> None:
+        """Note that a phase has ended, within `watching`."""
+        if self._watching:
+            self._marks.append((phase, _mark(self._device)))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure the steps within the block."""
+        self._watching = True
+        self._marks = [("start", _mark(self._device))]
+        try:
+            yield
+        finally:
+            self._watching = False
+
+    def milliseconds(self) -> dict[str, float]:
+        """Time of each phase per step, summed over the step's micro-batches; waits for the device.
+
+        A loss that is compiled together with the student is in the student's time.
+        """
+        _wait(self._device)
+        sums = dict.fromkeys(PHASES, 0.0)
+        for (_, begin), (phase, end) in itertools.pairwise(self._marks):
+            sums[phase] += 1000 * _seconds(begin, end)
+        steps = sum(phase == "optimizer" for phase, _ in self._marks)
+        return {phase: total / steps for phase, total in sums.items()}
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in time: an event in a GPU's stream, or the clock's reading on a CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +130,17 @@ class StepBench:
     ) -> None:
         self.config = config
         self._models = student, teacher
+        self.device = student.device
+        self._clock = PhaseClock(self.device)
         self._dataset = random_dataset(config, student.spec)
-        self.trainer = Trainer(config, student, self._dataset, teacher=teacher, processes=processes)
-        self.device = self.trainer.device
+        self.trainer = Trainer(
+            config,
+            student,
+            self._dataset,
+            teacher=teacher,
+            processes=processes,
+            observer=self._clock,
+        )
         self.trainer.student.train()
 
     def time(self, num_steps: int, *, num_warm_up: int = 3) -> StepTimes:
@@ -80,16 +151,16 @@ class StepBench:
         """
         for _ in range(num_warm_up):
             self.trainer._train_step()
-        self._wait()
-        marks = [self._mark()]
+        _wait(self.device)
+        marks = [_mark(self.device)]
         start = time.perf_counter()
         for _ in range(num_steps):
             self.trainer._train_step()
-            marks.append(self._mark())
-        self._wait()
+            marks.append(_mark(self.device))
+        _wait(self.device)
         seconds = time.perf_counter() - start
         self._check()
-        single = [_between(a, b) for a, b in itertools.pairwise(marks)]
+        single = [_seconds(a, b) for a, b in itertools.pairwise(marks)]
         return StepTimes(
             mean=seconds / num_steps,
             fastest=min(single),
@@ -99,18 +170,17 @@ class StepBench:
 
     def phases(self, num_steps: int) -> dict[str, float]:
         """Milliseconds of each phase per step, in steps of their own."""
-        clock = PhaseClock(self.trainer)
-        self._wait()
-        with clock.watching():
+        _wait(self.device)
+        with self._clock.watching():
             for _ in range(num_steps):
                 self.trainer._train_step()
-        return clock.milliseconds()
+        return self._clock.milliseconds()
 
     def peak_memory(self) -> int | None:
         """Most bytes of tensors on the GPU at once since it was last asked; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        self._wait()
+        _wait(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
@@ -133,45 +203,37 @@ class StepBench:
         alone = self.trainer.processes.world_size == 1
         if self.device.type != "cuda" or not alone or not self.trainer.loss.selects:
             return None
-        hidden_MD, head_VD, target, weight_M = self._loss_inputs()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._chunked(hidden_MD, head_VD, target, weight_M).backward()
-        torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
-
-    def _loss_inputs(self) -> tuple[Tensor, Tensor, TeacherStates, Tensor]:
-        student, teacher = self.trainer.student, self.trainer.loss.teacher or self.trainer.student
         part = self._part().to(self.device)
         assert part.selected_M is not None
-        size, draw = len(part.selected_M), torch.Generator(self.device).manual_seed(0)
-
-        def states(model: Transformer) -> Tensor:
-            width, dtype = model.spec.hidden_size, model.dtype
-            return torch.randn(
-                size, width, generator=draw, device=self.device, dtype=torch.float32
-            ).to(dtype)
-
-        head_VD = student.head_weight_VD
-        return (
-            states(student).requires_grad_(),
-            head_VD.detach().requires_grad_(head_VD.requires_grad),
-            TeacherStates(hidden_ME=states(teacher), head_VE=teacher.head_weight_VD.detach()),
-            part.weight_BL.flatten()[part.selected_M],
-        )
+        with torch.no_grad():
+            states = self.trainer.loss.hidden_states(part, part.selected_M)
+        hidden_MD, head_VD = states[""]
+        hidden_MD.requires_grad_()
+        _wait(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._chunked(part, hidden_MD, head_VD, *states["teacher_"]).backward()
+        _wait(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def _chunked(
-        self, hidden_MD: Tensor, head_VD: Tensor, target: TeacherStates, weight_M: Tensor
+        self,
+        part: StepInputs,
+        hidden_MD: Tensor,
+        head_VD: Tensor,
+        teacher_ME: Tensor,
+        teacher_VE: Tensor,
     ) -> Tensor:
+        """The loss of a micro-batch, of which the hidden states and the heads are known."""
+        assert part.selected_M is not None
         objective = self.config.objective
         bf16 = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return chunked_loss(
                 hidden_MD,
                 head_VD,
-                target,
-                weight_M,
+                TeacherStates(hidden_ME=teacher_ME, head_VE=teacher_VE),
+                part.weight_BL.flatten()[part.selected_M],
                 objective.objective if objective else "forward_kl",
                 memory_bytes=self.config.loss_memory_mib * 2**20,
             )[0]
@@ -205,19 +267,13 @@ class StepBench:
 
         0 for the divergences; of soft_cross_entropy the teacher's entropy.
         """
-        loss, total = self.trainer.loss, 0.0
         size, _ = self.config.micro_batches()
+        total = 0.0
         for part in self._inputs().parts(size, select=True):
             moved = part.to(self.device)
-            teacher = loss.teacher or loss.student
-            with loss._teacher_view():
-                states_TD = loss._states(teacher, moved.ids_BL, {})
             assert moved.selected_M is not None
-            states_MD = states_TD[moved.selected_M]
-            head_VD = teacher.head_weight_VD
-            target = TeacherStates(hidden_ME=states_MD, head_VE=head_VD)
-            weight_M = moved.weight_BL.flatten()[moved.selected_M]
-            total += float(self._chunked(states_MD, head_VD, target, weight_M))
+            teacher = self.trainer.loss.hidden_states(moved, moved.selected_M)["teacher_"]
+            total += float(self._chunked(moved, *teacher, *teacher))
         return total
 
     def _inputs(self) -> StepInputs:
@@ -240,21 +296,6 @@ class StepBench:
                 f"loss or gradient is not finite at step {bad} of the measured ones; lower the "
                 "learning rate (--lr), or measure in float32"
             )
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _between(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 def random_dataset(config: TrainConfig, spec: ModelSpec) -> TokenDataset:
