@@ -11,7 +11,7 @@ from d2f.cli.asked import Asked
 from d2f.cli.prompt_file import PromptFile, PromptRow
 from d2f.cli.usage import UsageError
 from d2f.errors import RequestError, counted
-from d2f.training.bad_rows import BadRow, BadRows
+from d2f.training.pairs import BadRow, BadRows
 
 if TYPE_CHECKING:
     from d2f.engine.request import Request
@@ -103,7 +103,7 @@ class AnswerDesk:
 
     def _seeded(self, request: Request, row: int, sample: int) -> Request:
         """With noise of its own, which depends on nothing but the seed and the place."""
-        from d2f.training.seeds import derive_seed
+        from d2f.training.data import derive_seed
 
         if request.temperature == 0:
             return request

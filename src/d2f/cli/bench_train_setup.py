@@ -167,7 +167,7 @@ class TrainSetup:
         from d2f.models.checkpoint import load_model
         from d2f.models.lora import attach_adapter
         from d2f.shipped import shipped_model
-        from d2f.training.seeds import generator
+        from d2f.training.data import generator
 
         student = self._student(config.model.dtype)
         self._check(student.spec)

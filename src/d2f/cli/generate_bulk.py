@@ -24,7 +24,7 @@ from d2f.cli.model_files import model_sha256
 from d2f.cli.prompt_file import refuse_all
 from d2f.cli.usage import UsageError
 from d2f.errors import counted
-from d2f.training.bad_rows import BadRows
+from d2f.training.pairs import BadRows
 
 _BATCH_SIZE = {"cpu": 16, "cuda": 128}
 

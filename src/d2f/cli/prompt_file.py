@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError, D2FError, counted
-from d2f.training.bad_rows import BadRow, BadRows
-from d2f.training.pairs import Prompt, read_prompt
+from d2f.training.pairs import BadRow, BadRows, Prompt, read_prompt
 from d2f.training.rows import JsonPart, ParquetPart
 from d2f.training.sections import ColumnConfig
 

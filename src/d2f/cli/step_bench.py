@@ -19,13 +19,12 @@ from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.training.chunked_loss import TeacherStates, chunked_loss
 from d2f.training.config import TrainConfig
-from d2f.training.data import TokenDataset
-from d2f.training.encoded import Encoded
+from d2f.training.data import TokenDataset, generator
 from d2f.training.flops import StepFlops, describe_work, step_flops
 from d2f.training.optimizer import learning_rate
 from d2f.training.processes import Processes
-from d2f.training.seeds import generator
 from d2f.training.step_inputs import StepInputs, make_inputs
+from d2f.training.token_cache import Encoded
 from d2f.training.trainer import PHASES, Trainer
 
 NUM_BATCHES = 4

@@ -59,7 +59,7 @@ def train_command(
 
     from d2f.cli.device import choose_device
     from d2f.cli.train_answers import make_evaluator, make_sampler
-    from d2f.training.progress import Silent, Terminal
+    from d2f.training.progress import Reporter, Terminal
     from d2f.training.run import train
 
     overrides = list(settings or [])
@@ -78,7 +78,7 @@ def train_command(
         device = choose_device(device)
     # Of several processes one speaks.
     is_main = os.environ.get("RANK", "0") == "0"
-    reporter = Terminal() if is_main else Silent()
+    reporter = Terminal() if is_main else Reporter()
     try:
         summary = train(
             config,

@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
     from d2f.training.config import TrainConfig
-    from d2f.training.evaluations import Evaluator
-    from d2f.training.held_out import HeldOut
+    from d2f.training.evaluations import Evaluator, HeldOut
     from d2f.training.sections import EvaluateConfig
     from d2f.training.trainer import Sampler
 

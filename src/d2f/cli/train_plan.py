@@ -50,8 +50,7 @@ def plan(
     import os
     from dataclasses import asdict
 
-    from d2f.training.data_plan import plan_data
-    from d2f.training.estimate import estimate
+    from d2f.training.estimate import estimate, plan_data
 
     if processes is None:
         processes = int(os.environ.get("WORLD_SIZE") or 1)

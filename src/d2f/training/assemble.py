@@ -24,8 +24,7 @@ from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
 from d2f.training.config import TrainConfig
-from d2f.training.data import TokenDataset
-from d2f.training.seeds import derive_seed, generator
+from d2f.training.data import TokenDataset, derive_seed, generator
 from d2f.training.sources import Note, encode_data, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 

@@ -35,7 +35,7 @@ from d2f.training.config import TrainConfig, to_table
 from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
 from d2f.training.model_card import CardFacts, model_card
-from d2f.training.optimizer_state import save_shards
+from d2f.training.optimizer import save_shards
 from d2f.training.processes import Processes
 
 STATE_FILE = "training_state.pt"

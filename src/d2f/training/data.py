@@ -1,10 +1,11 @@
-"""Token data of a run, held in flat arrays, and the batches drawn from it.
+"""Token data of a run, in flat arrays, the batches drawn from them, and the seeds of a run.
 
 Shapes: T tokens of all samples, E samples, B sequences of a batch, L positions.
 """
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,24 @@ import torch
 from torch import Tensor
 
 from d2f.errors import TrainingError, counted
-from d2f.training.encoded import Encoded
 from d2f.training.sections import DataConfig
-from d2f.training.seeds import generator
+from d2f.training.token_cache import Encoded
+
+
+def derive_seed(seed: int, part: str, number: int = 0) -> int:
+    """A seed for one part of a run, unrelated to that of any other part.
+
+    Example:
+        >>> derive_seed(0, "noise", 1) == derive_seed(0, "noise", 2)
+        False
+    """
+    digest = hashlib.blake2b(f"{seed}/{part}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, part: str, number: int = 0) -> torch.Generator:
+    """A CPU generator in the state that `derive_seed` names; CPU noise is the same everywhere."""
+    return torch.Generator().manual_seed(derive_seed(seed, part, number))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

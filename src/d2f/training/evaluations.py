@@ -1,4 +1,4 @@
-"""Evaluations during training: when they are due, their lines, and the best model so far."""
+"""Evaluations during training: samples held out for them, their lines, the best model so far."""
 
 from __future__ import annotations
 
@@ -6,13 +6,62 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from d2f.errors import TrainingError, counted
 from d2f.models.transformer import Transformer
 from d2f.training.config import TrainConfig, to_table
-from d2f.training.progress import JsonLog, Reporter
+from d2f.training.data import TokenDataset, generator
+from d2f.training.progress import Reporter
+from d2f.training.run_log import JsonLog
+
+
+class HeldOut(NamedTuple):
+    """A sample that is not trained on."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
+    """Take samples out of a data set, and with them all others that have the same prompts.
+
+    A sample whose response was cut has no answer to be scored by, so it is not chosen.
+
+    Args:
+        dataset: Loses the samples; its `num_held_out` says how many, repeated prompts included.
+        count: Samples to give back, each of a prompt of its own.
+        seed: Chooses them.
+
+    Raises:
+        TrainingError: There are not so many, or nothing would be left to train on.
+    """
+    chosen: dict[tuple[int, ...], HeldOut] = {}
+    order = torch.randperm(len(dataset), generator=generator(seed, "held out")).tolist()
+    most = dataset.sequence_length
+    for row in order:
+        if len(chosen) == count:
+            break
+        prompt_ids, response_ids = dataset.sample(row)
+        if response_ids and len(prompt_ids) + len(response_ids) < most:
+            chosen.setdefault(tuple(prompt_ids), HeldOut(prompt_ids, response_ids))
+    kept_E = torch.tensor(
+        [tuple(dataset.sample(row)[0]) not in chosen for row in range(len(dataset))],
+        dtype=torch.bool,
+    )
+    if len(chosen) < count or not kept_E.any():
+        raise TrainingError(
+            f"evaluate.held_out is {count}, but the data have "
+            f"{counted(len(dataset), 'sample', ',')} with "
+            f"{len(chosen):,} different prompts among those looked at; lower it"
+        )
+    before = len(dataset)
+    dataset.keep(kept_E)
+    dataset.num_held_out = before - len(dataset)
+    return list(chosen.values())
+
 
 Evaluator = Callable[[Transformer], Mapping[str, Any]]
 """Scores the model: `score` (higher is better), `standard_error`, `tokens_per_forward`, ….."""

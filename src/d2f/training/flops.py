@@ -1,9 +1,9 @@
 """How many floating-point operations a training step must do, for the model FLOPs utilisation.
 
-Counted are multiplications and additions of matrix products, 2 for each pair: forward of the
-teacher, forward and backward of the student. Not counted are gradients of frozen weights, which
-nobody computes, what activation checkpointing or a fused attention computes a second time, and all
-that is no matrix product (norms, rotations, softmax, the optimizer).
+Multiplications and additions of matrix products are counted, 2 for each pair: forward of the
+teacher, forward and backward of the student. Gradients of frozen weights, which nobody computes,
+are not counted, nor is what activation checkpointing or a fused attention computes a second time,
+nor all that is no matrix product (norms, rotations, softmax, the optimizer).
 
 - A projection of `in` x `out` weights costs 2 * in * out per token forward, as much again for the
   gradient of its input, and as much again for that of its weights where they are trained. An
@@ -22,8 +22,18 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from d2f.models.lora import LoraLinear
-from d2f.models.transformer import Layer, Transformer
+from d2f.models.transformer import Transformer
 from d2f.training.step_inputs import StepInputs
+
+# The modules of a layer in the order of the forward pass; those of a row read the same input.
+_READERS = (
+    ("attention_norm",),
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("mlp_norm",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,78 +115,56 @@ def step_flops(student: Transformer, teacher: Transformer | None, work: Work) ->
         LLaDA-8B with a frozen base takes about 6 * 7.5e9 operations per token, 2 for each of the
         teacher, the student and the gradient of its inputs.
     """
-    return StepFlops(
-        teacher=_forward(teacher or student, work, work.teacher_pairs, adapters=False),
-        student=_forward(student, work, work.student_pairs, adapters=True),
-        backward=_backward(student, work),
+    ahead, _ = _count(teacher or student, work, work.teacher_pairs, adapters=False)
+    forward, backward = _count(student, work, work.student_pairs, adapters=True)
+    return StepFlops(teacher=ahead, student=forward, backward=backward)
+
+
+def _count(model: Transformer, work: Work, num_pairs: int, *, adapters: bool) -> tuple[int, int]:
+    """Operations of a model's forward pass, and of its backward pass."""
+    spec = model.spec
+    forward = backward = num_layers = 0
+    # Whether the gradient of what the next modules read is needed.
+    flows = _trained(model.embed)
+    for layer in model.layers:
+        for names in _READERS:
+            modules = [layer.get_submodule(name) for name in names]
+            for module in modules:
+                ahead, back = _projection(module, flows, adapters=adapters)
+                forward += ahead
+                backward += back
+            flows |= any(map(_trained, modules))
+            num_layers += flows and "q_proj" in names
+    flows |= _trained(model.norm)
+    pairs = 2 * spec.num_heads * spec.head_dim * num_pairs
+    head = spec.vocab_size * spec.hidden_size * work.num_counted
+    return (
+        2 * (forward * work.num_tokens + spec.num_layers * pairs + head),
+        2
+        * (
+            backward * work.num_tokens
+            + 2 * num_layers * pairs
+            + (flows + model.head_weight_VD.requires_grad) * head
+        ),
     )
 
 
-def _forward(model: Transformer, work: Work, num_pairs: int, *, adapters: bool) -> int:
-    spec, per_token = model.spec, 0
-    for layer in _layers(model):
-        for module in _projections(layer):
-            base, rank = _parts(module)
-            per_token += base.in_features * base.out_features
-            if adapters:
-                per_token += rank * (base.in_features + base.out_features)
-    attention = 2 * spec.num_heads * spec.head_dim * spec.num_layers * num_pairs
-    head = spec.vocab_size * spec.hidden_size * work.num_counted
-    return 2 * (per_token * work.num_tokens + attention + head)
-
-
-def _backward(model: Transformer, work: Work) -> int:
-    spec, per_token, num_layers = model.spec, 0, 0
-    # Whether the gradient of what the next modules read is needed.
-    flows = _trained(model.embed)
-    for layer in _layers(model):
-        flows |= _trained(layer.attention_norm)
-        readers = (layer.q_proj, layer.k_proj, layer.v_proj)
-        per_token += sum(_gradient(module, flows) for module in readers)
-        flows |= any(map(_trained, readers))
-        num_layers += flows
-        per_token += _gradient(layer.o_proj, flows)
-        flows |= _trained(layer.o_proj) or _trained(layer.mlp_norm)
-        gates = (layer.gate_proj, layer.up_proj)
-        per_token += sum(_gradient(module, flows) for module in gates)
-        flows |= any(map(_trained, gates))
-        per_token += _gradient(layer.down_proj, flows)
-        flows |= _trained(layer.down_proj)
-    flows |= _trained(model.norm)
-    attention = 4 * spec.num_heads * spec.head_dim * num_layers * work.student_pairs
-    head = spec.vocab_size * spec.hidden_size * work.num_counted
-    head *= flows + model.head_weight_VD.requires_grad
-    return 2 * (per_token * work.num_tokens + attention + head)
-
-
-def _gradient(module: nn.Module, flows: bool) -> int:
-    """Products per token for the gradients of a projection's weights and, if asked, its input."""
-    base, rank = _parts(module)
+def _projection(module: nn.Module, flows: bool, *, adapters: bool) -> tuple[int, int]:
+    """Products per token of a projection, forward and for the gradients; a norm has none."""
+    base, rank = (
+        (module.base, len(module.lora_A)) if isinstance(module, LoraLinear) else (module, 0)
+    )
+    if not isinstance(base, nn.Linear):
+        return 0, 0
     size = base.in_features * base.out_features
-    products = size * (flows + base.weight.requires_grad)
-    if rank:
-        # Of both halves' weights; of the input of B always, as A is trained; of that of A.
-        products += rank * (base.in_features + base.out_features)
-        products += rank * base.out_features + flows * rank * base.in_features
-    return products
-
-
-def _parts(module: nn.Module) -> tuple[nn.Linear, int]:
-    """A projection, and the rank of the adapter beside it: 0 if there is none."""
-    if isinstance(module, LoraLinear):
-        return module.base, len(module.lora_A)
-    assert isinstance(module, nn.Linear)
-    return module, 0
+    adapter = rank * (base.in_features + base.out_features)
+    # The input of an adapter's B always needs a gradient, as A is trained.
+    inputs = rank * base.out_features + flows * rank * base.in_features
+    return (
+        size + adapters * adapter,
+        size * (flows + base.weight.requires_grad) + adapter + inputs,
+    )
 
 
 def _trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _layers(model: Transformer) -> list[Layer]:
-    return [layer for layer in model.layers if isinstance(layer, Layer)]
-
-
-def _projections(layer: Layer) -> tuple[nn.Module, ...]:
-    attention = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
-    return (*attention, layer.gate_proj, layer.up_proj, layer.down_proj)

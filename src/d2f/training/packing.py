@@ -17,8 +17,7 @@ from torch import Tensor
 
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.training.config import TrainConfig
-from d2f.training.data import TokenDataset
-from d2f.training.seeds import generator
+from d2f.training.data import TokenDataset, generator
 from d2f.training.step_inputs import StepInputs, sample_ends
 
 

@@ -1,16 +1,101 @@
-"""From a row of a data set to a pair of prompt and response, by the recipe's columns."""
+"""Pairs of prompt and response from the rows of a data set, and the rows that give none.
+
+Free of torch, since the worker processes that encode problems import it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f.errors import RequestError
+from d2f.errors import RequestError, unknown_name
 from d2f.text import Tokenizer
-from d2f.training.bad_rows import BadRow
 
 if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
     from d2f.training.sections import ColumnConfig
+
+
+_RECORDED = 100
+_SHOWN = 5
+_MAX_COLUMNS = 100
+_MAX_REASONS = 50
+
+
+class BadRow(Exception):
+    """One row cannot be used; the message is the reason, without the row's number."""
+
+
+@dataclass(kw_only=True)
+class BadRows:
+    """How many rows were bad, why, and which came first.
+
+    Example:
+        >>> bad = BadRows()
+        >>> bad.add("a.jsonl:3", "not valid JSON")
+        >>> bad.count, bad.text()
+        (1, '1 × not valid JSON (a.jsonl:3)')
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows by reason."""
+    first: dict[str, list[str]] = field(default_factory=dict)
+    """The first rows of each reason, as `file:line` or `data set:row`, counted from 1."""
+    columns: set[str] = field(default_factory=set, compare=False)
+    """Names of columns that bad rows have."""
+
+    @property
+    def count(self) -> int:
+        """Bad rows of all reasons."""
+        return sum(self.counts.values())
+
+    def add(self, where: str, reason: str, row: object = None) -> None:
+        """Count a row."""
+        if reason not in self.counts and len(self.counts) >= _MAX_REASONS:
+            reason = "other reasons"
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        rows = self.first.setdefault(reason, [])
+        if len(rows) < _RECORDED:
+            rows.append(where)
+        if isinstance(row, Mapping) and len(self.columns) < _MAX_COLUMNS:
+            self.columns.update(str(name) for name in row)
+
+    def clear(self) -> None:
+        """Forget all, before the rows are read anew."""
+        self.counts.clear()
+        self.first.clear()
+        self.columns.clear()
+
+    def text(self) -> str:
+        """The reasons with their counts and first rows, in one line."""
+        parts = []
+        for reason, count in self.counts.items():
+            rows = self.first[reason][:_SHOWN]
+            more = ", …" if count > len(rows) else ""
+            parts.append(f"{count:,} × {reason} ({', '.join(rows)}{more})")
+        return "; ".join(parts)
+
+    def to_table(self) -> dict[str, Any]:
+        """Counts and first rows as JSON values."""
+        return {"counts": self.counts, "first": self.first}
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> BadRows:
+        """What `to_table` wrote."""
+        return cls(counts=dict(table["counts"]), first=dict(table["first"]))
+
+
+def missing_column(name: str, columns: list[str]) -> str:
+    """Word that a data set lacks a mapped column, with the nearest of those that it has.
+
+    Example:
+        >>> missing_column("respone", ["prompt", "response"])
+        "unknown column 'respone'; did you mean 'response'? Known: prompt, response. Map the \
+columns in [data.columns]"
+    """
+    return f"{unknown_name('column', name, columns)}. Map the columns in [data.columns]"
+
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
@@ -178,3 +263,62 @@ def _text(value: object, name: str) -> str:
 
 def _kind(value: object) -> str:
     return _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """What a model's mask and end tokens are written as."""
+
+    masks: tuple[str, ...]
+    ends: tuple[str, ...]
+    """Paddings and the added tokens of `data.response_suffix` are among them."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, spec: ModelSpec | None = None, suffix: str = "") -> Reserved:
+        """Those of a tokenizer, of the model that it belongs to, and of a recipe's suffix.
+
+        Example:
+            >>> from tempfile import mkdtemp
+            >>> from d2f.testing import write_tokenizer
+            >>> Reserved.of(Tokenizer.load(write_tokenizer(mkdtemp())))
+            Reserved(masks=('<|mask|>',), ends=('<|endoftext|>',))
+        """
+        masks, ends = {tokenizer.mask_token_id}, {tokenizer.eos_token_id}
+        if spec is not None:
+            masks.add(spec.mask_token_id)
+            ends |= {spec.pad_token_id, *spec.eos_token_ids}
+        if suffix:
+            ends |= set(tokenizer.encode(suffix))
+        return cls(masks=_texts(tokenizer, masks), ends=_texts(tokenizer, ends - masks))
+
+    def check(self, pair: Pair, *, written: bool) -> None:
+        """Refuse a pair that holds one of them.
+
+        Args:
+            pair: A row's texts, before the chat template.
+            written: No template will write the prompt, so ends of turns in it are meant.
+
+        Raises:
+            BadRow: One is written out in the prompt or in the response.
+        """
+        prompt = self.masks if written else self.masks + self.ends
+        for text in pair.texts(response=False):
+            _refuse(text, prompt, "prompt")
+        _refuse(pair.response, self.masks + self.ends, "response")
+
+
+def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
+    """What those of these tokens are written as that are kept whole wherever they stand."""
+    added = tokenizer.added_tokens
+    texts = {added[i] for i in ids if i is not None and i in added}
+    # Some tokenizers add spaces and ends of lines to their vocabulary.
+    return tuple(sorted(text for text in texts if text.strip()))
+
+
+def _refuse(text: str, reserved: tuple[str, ...], where: str) -> None:
+    for token in reserved:
+        if token in text:
+            raise BadRow(
+                f"the {where} has '{token}' written out, which the model reads as a mask or an "
+                "end; take it out"
+            )

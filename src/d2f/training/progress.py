@@ -1,103 +1,34 @@
-"""What a run tells while it runs: a JSONL log, and a bar or plain lines on stderr."""
+"""A bar, or plain lines, that tell on stderr how a run goes."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 Record = Mapping[str, Any]
 
 
-class Reporter(Protocol):
-    """Takes the records of a run."""
+class Reporter:
+    """Is told how a run goes, and does nothing about it; subclasses override what they want."""
 
     def record(self, record: Record) -> None:
-        """A line of the log: step, loss, lr, and so on."""
+        """Take a line of the log: step, loss, lr, and so on."""
 
     def sample(self, sample: Record) -> None:
-        """A sample answer."""
+        """Take a sample answer."""
 
     def evaluation(self, record: Record) -> None:
-        """A line of evaluations.jsonl, and `best_step`, where the best one was."""
+        """Take a line of evaluations.jsonl, and `best_step`, the step of the best one."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Take something that the user should know."""
 
     def close(self) -> None:
         """The run is over."""
 
 
-class JsonLog:
-    """A JSONL file that a resumed run goes on with."""
-
-    def __init__(self, path: Path, *, after_step: int = 0) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if after_step and path.exists():
-            # Lines of steps that the resumed run makes again.
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= after_step]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
-
-    def write(self, records: Iterable[Record]) -> None:
-        """Append records: all of them, or none where the disk is full.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        before = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError:
-            # Half a line would spoil the next one.
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, before)
-            raise
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _step(line: str) -> float:
-    """The step of a log line; of one that a crash cut short, none that is kept."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-class Silent:
-    """Reports nothing."""
-
-    def record(self, record: Record) -> None:
-        """Nothing."""
-
-    def sample(self, sample: Record) -> None:
-        """Nothing."""
-
-    def evaluation(self, record: Record) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class Terminal:
+class Terminal(Reporter):
     """A progress bar on stderr; where stderr is no terminal, a line every ten seconds."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from d2f.errors import TrainingError
 from d2f.hub import expanded, is_hub_id
-from d2f.training.bad_rows import BadRow, missing_column
+from d2f.training.pairs import BadRow, missing_column
 
 if TYPE_CHECKING:
     from d2f.training.sections import DataConfig

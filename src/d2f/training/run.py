@@ -26,12 +26,11 @@ from d2f.training.checkpoint import (
 )
 from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.data import TokenDataset
-from d2f.training.evaluations import BEST_FOLDER, Evaluator
-from d2f.training.held_out import HeldOut, hold_out
+from d2f.training.evaluations import BEST_FOLDER, Evaluator, HeldOut, hold_out
 from d2f.training.model_card import CardFacts
 from d2f.training.processes import Processes
-from d2f.training.progress import Reporter, Silent
-from d2f.training.trackers import Trackers, check_trackers
+from d2f.training.progress import Reporter
+from d2f.training.run_log import Trackers, check_trackers
 from d2f.training.trainer import Sampler, Trainer
 
 MakeSampler = Callable[[TrainConfig, Tokenizer], Sampler]
@@ -130,7 +129,7 @@ def _train(
     make_evaluator: MakeEvaluator | None,
     reporter: Reporter | None,
 ) -> TrainingSummary:
-    reporter = (reporter if processes.is_main else None) or Silent()
+    reporter = (reporter if processes.is_main else None) or Reporter()
     check_trackers(config.trackers)
     checkpoint = processes.on_main(lambda: _find_checkpoint(config, resume, reporter))
     checkpoint = processes.from_main(checkpoint)

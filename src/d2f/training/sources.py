@@ -19,12 +19,16 @@ from d2f.errors import ConfigError, RequestError, TrainingError, counted
 from d2f.problems import ProblemConfig, generate_problems
 from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
-from d2f.training.bad_rows import BadRow, BadRows
-from d2f.training.encoded import Encoded
-from d2f.training.pairs import Pair, encode_prompt, read_pair
-from d2f.training.reserved import Reserved
+from d2f.training.pairs import BadRow, BadRows, Pair, Reserved, encode_prompt, read_pair
 from d2f.training.rows import Part, open_parts
-from d2f.training.token_cache import Sample, cache_file, cache_folder, read_cache, write_cache
+from d2f.training.token_cache import (
+    Encoded,
+    Sample,
+    cache_file,
+    cache_folder,
+    read_cache,
+    write_cache,
+)
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec

@@ -1,8 +1,9 @@
-"""Token ids on disk, so that data are encoded once: one file for each way to encode them.
+"""Token ids of all samples, in flat arrays: in memory, or mapped from a file of the cache.
 
-A file holds the tokens, the lengths of prompts and of responses, all 32-bit, then a JSON object
-that describes them, the size of that object and a mark. It is written beside its place and then
-renamed. It is used only if its key, its sizes and its check sum are right.
+The cache holds one file for each way to encode data, so that they are encoded once. A file holds
+the tokens, the lengths of prompts and of responses, all 32-bit, then a JSON object that describes
+them, the size of that object and a mark. It is written beside its place and then renamed. It is
+used only if its key, its sizes and its check sum are right.
 """
 
 from __future__ import annotations
@@ -14,11 +15,40 @@ import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2f.training.bad_rows import BadRows
-from d2f.training.encoded import Encoded
+from d2f.training.pairs import BadRows
+
+
+@dataclass(kw_only=True)
+class Encoded:
+    """Token ids of samples, one after the other, and the lengths to cut them up again."""
+
+    tokens: array[int] | memoryview = field(default_factory=lambda: array("i"))
+    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
+    response_lengths: array[int] = field(default_factory=lambda: array("i"))
+    bad_rows: BadRows = field(default_factory=BadRows)
+    """Rows that gave no sample."""
+    cache_file: str | None = field(default=None, compare=False)
+    """Where `tokens` are mapped from."""
+
+    def add(self, prompt_ids: list[int], response_ids: list[int]) -> None:
+        """Append a sample."""
+        assert isinstance(self.tokens, array)
+        self.tokens.extend(prompt_ids)
+        self.tokens.extend(response_ids)
+        self.prompt_lengths.append(len(prompt_ids))
+        self.response_lengths.append(len(response_ids))
+
+    def extend(self, other: Encoded) -> None:
+        """Append another batch of samples."""
+        assert isinstance(self.tokens, array)
+        self.tokens.extend(other.tokens)
+        self.prompt_lengths.extend(other.prompt_lengths)
+        self.response_lengths.extend(other.response_lengths)
+
 
 Sample = tuple[list[int], list[int]]
 """Ids of the prompt and of the response."""

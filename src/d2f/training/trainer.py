@@ -32,22 +32,24 @@ from d2f.training.checkpoint import (
     save_sharded_checkpoint,
     saving,
 )
-from d2f.training.collapse import CollapseRule
-from d2f.training.confidence import measure_confidence
+from d2f.training.confidence import CollapseRule, measure_confidence
 from d2f.training.config import TrainConfig
-from d2f.training.data import SampleOrder, TokenDataset
+from d2f.training.data import SampleOrder, TokenDataset, derive_seed, generator
 from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import Evaluations, Evaluator, SaveBest, measure_of
-from d2f.training.log_window import LogWindow
-from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
-from d2f.training.optimizer_state import load_shards, load_whole
+from d2f.training.optimizer import (
+    GuardedUpdate,
+    build_optimizer,
+    learning_rate,
+    load_shards,
+    load_whole,
+)
 from d2f.training.packing import RowPacking, pack_samples
 from d2f.training.processes import Processes
-from d2f.training.progress import JsonLog, Reporter, Silent, read_log
-from d2f.training.seeds import derive_seed, generator
+from d2f.training.progress import Reporter
+from d2f.training.run_log import JsonLog, LogWindow, Trackers, read_log
 from d2f.training.stage_loss import Observer, StageLoss
 from d2f.training.step_inputs import StepInputs, make_inputs
-from d2f.training.trackers import Trackers
 
 Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 """Answers some prompts; every record has `prompt` and `answer`."""
@@ -141,7 +143,7 @@ class Trainer:
         )
         self._dataset = dataset
         self._sampler = sampler
-        self._reporter = (reporter if self.processes.is_main else None) or Silent()
+        self._reporter = (reporter if self.processes.is_main else None) or Reporter()
         self._state = state
         self._stop = threading.Event()
         if state is not None:

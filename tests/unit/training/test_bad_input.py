@@ -14,8 +14,8 @@ from d2f.models.checkpoint import load_model
 from d2f.testing import write_adapter, write_checkpoint
 from d2f.training import checkpoint as checkpoint_module
 from d2f.training.checkpoint import list_checkpoints, load_state
-from d2f.training.progress import JsonLog
 from d2f.training.run import train
+from d2f.training.run_log import JsonLog
 from d2f.training.sections import ColumnConfig
 
 assert files  # the fixture

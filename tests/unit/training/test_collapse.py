@@ -8,10 +8,15 @@ import torch
 from tests.unit.training.tiny_run import Notes, make_config, make_dataset, make_trainer
 
 from d2f.models.lora import LoraConfig
-from d2f.training.collapse import NUM_LINES, CollapseRule
-from d2f.training.confidence import MOST_POSITIONS, MOST_SEQUENCES, measure_confidence
+from d2f.training.confidence import (
+    MOST_POSITIONS,
+    MOST_SEQUENCES,
+    NUM_LINES,
+    CollapseRule,
+    measure_confidence,
+)
+from d2f.training.data import generator
 from d2f.training.sections import OptimizerConfig
-from d2f.training.seeds import generator
 from d2f.training.step_inputs import make_inputs
 
 

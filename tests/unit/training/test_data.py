@@ -10,9 +10,9 @@ from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.text import Tokenizer
 from d2f.training import sources
 from d2f.training.data import SampleOrder, TokenDataset
-from d2f.training.encoded import Encoded
 from d2f.training.sections import ColumnConfig, DataConfig
 from d2f.training.sources import encode_data, encode_pairs, read_pairs
+from d2f.training.token_cache import Encoded
 from d2f.training.tokenizer import train_tokenizer
 
 PROBLEMS = DataConfig(kind="problems", num_problems=30, sequence_length=400, seed=3)

@@ -17,9 +17,8 @@ from d2f.evaluation.own_rows import OwnRows
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.text import Tokenizer
-from d2f.training.evaluations import is_better
-from d2f.training.held_out import hold_out
-from d2f.training.progress import Silent, Terminal
+from d2f.training.evaluations import hold_out, is_better
+from d2f.training.progress import Reporter, Terminal
 from d2f.training.run import train
 from d2f.training.sections import DataConfig, EvaluateConfig, ModelConfig
 
@@ -69,7 +68,7 @@ def scores(*values, after=lambda step: None):
     return make
 
 
-class Notes(Silent):
+class Notes(Reporter):
     def __init__(self):
         self.notes, self.evaluations = [], []
 
@@ -143,7 +142,7 @@ def test_a_resumed_run_doubles_nothing_and_remembers_the_best(files, kill_at):
     settings = EvaluateConfig(every=2, task="word-problems")
     config = config_for(files, "d2f", evaluate=settings, checkpoint_every=3)
 
-    class Killed(Silent):
+    class Killed(Reporter):
         def record(self, record):
             if record["step"] == kill_at:
                 if kill_at == 3:
@@ -172,7 +171,7 @@ def test_scores_of_different_measures_are_not_compared(files):
     settings = EvaluateConfig(every=2, task="word-problems")
     config = config_for(files, "d2f", evaluate=settings, checkpoint_every=3)
 
-    class Killed(Silent):
+    class Killed(Reporter):
         def record(self, record):
             if record["step"] == 4:
                 raise KeyboardInterrupt
@@ -298,7 +297,7 @@ def test_a_resumed_run_keeps_the_choice(files):
     settings = EvaluateConfig(every=2, held_out=6)
     config = config_for(files, "d2f", evaluate=settings, checkpoint_every=2)
 
-    class Stop(Silent):
+    class Stop(Reporter):
         def record(self, record):
             if record["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)

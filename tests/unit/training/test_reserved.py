@@ -15,9 +15,7 @@ from d2f.models.checkpoint import read_spec
 from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 from d2f.tokenizer_files import TokenizerFiles
-from d2f.training.bad_rows import BadRow
-from d2f.training.pairs import Pair
-from d2f.training.reserved import Reserved
+from d2f.training.pairs import BadRow, Pair, Reserved
 from d2f.training.run import train
 from d2f.training.sections import ColumnConfig, DataConfig, ModelConfig
 from d2f.training.sources import cached_data, encode_data

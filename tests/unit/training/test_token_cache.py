@@ -12,12 +12,11 @@ from d2f.errors import TrainingError
 from d2f.testing import write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training import token_cache
-from d2f.training.bad_rows import BadRows
 from d2f.training.data import TokenDataset
-from d2f.training.encoded import Encoded
+from d2f.training.pairs import BadRows
 from d2f.training.sections import ColumnConfig, DataConfig
 from d2f.training.sources import encode_data
-from d2f.training.token_cache import read_cache, write_cache
+from d2f.training.token_cache import Encoded, read_cache, write_cache
 from d2f.training.tokenizer import train_tokenizer
 
 

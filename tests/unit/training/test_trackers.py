@@ -7,9 +7,9 @@ import pytest
 from tests.unit.training.tiny_run import Notes, make_config, make_trainer
 
 from d2f.errors import ConfigError
-from d2f.training import trackers as module
-from d2f.training.progress import Silent
-from d2f.training.trackers import Trackers, check_trackers
+from d2f.training import run_log as module
+from d2f.training.progress import Reporter
+from d2f.training.run_log import Trackers, check_trackers
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -91,4 +91,4 @@ def test_what_is_missing_is_said_with_the_remedy(tmp_path, monkeypatch):
         check_trackers(("wandb",))
     monkeypatch.setitem(sys.modules, "accelerate.tracking", None)
     with pytest.raises(ConfigError, match=r"package accelerate: pip install 'd2f\[train\]'"):
-        Trackers(replace(make_config(tmp_path, "d2f"), trackers=("wandb",)), Silent())
+        Trackers(replace(make_config(tmp_path, "d2f"), trackers=("wandb",)), Reporter())

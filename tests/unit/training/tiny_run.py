@@ -16,10 +16,10 @@ from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
-from d2f.training.encoded import Encoded
-from d2f.training.progress import Silent
+from d2f.training.progress import Reporter
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 from d2f.training.stage_loss import StageLoss
+from d2f.training.token_cache import Encoded
 from d2f.training.trainer import Trainer
 
 NOISE = {
@@ -92,7 +92,7 @@ def watch_losses(monkeypatch: Any, watched: Callable[..., Any]) -> None:
     )
 
 
-class Notes(Silent):
+class Notes(Reporter):
     """A reporter that keeps what it is told."""
 
     def __init__(self) -> None:

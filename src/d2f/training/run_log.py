@@ -1,16 +1,126 @@
-"""The log of a run in tensorboard, wandb and the like, through accelerate's trackers."""
+"""The log of a run: JSONL files, the numbers of their lines, and trackers that the lines go to.
+
+Trackers are those of accelerate: tensorboard, wandb and the like.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from d2f.errors import ConfigError, unknown_name
+from d2f.training.confidence import mean_confidence
 from d2f.training.config import TrainConfig, to_table
-from d2f.training.progress import Reporter
+from d2f.training.objective import block_sums
+from d2f.training.processes import Processes
+from d2f.training.progress import Record, Reporter
+from d2f.training.step_inputs import StepInputs
+
+
+class LogWindow:
+    """Sums since the last line of the log; they stay on the device until the line is written."""
+
+    def __init__(self, step: int, seconds: float) -> None:
+        self.timed_from = (step, seconds)
+        """Where the clock of the window started."""
+        self._losses: list[Tensor] = []
+        self._norm: Tensor | None = None
+        self._lr = 0.0
+        self._blocks: list[tuple[Tensor, Tensor]] = []
+        self.confidence: dict[str, Any] | None = None
+        """What `measure_confidence` gave."""
+
+    def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """Take a step: its loss, the norm of its gradient, its learning rate."""
+        self._losses.append(loss)
+        self._norm, self._lr = norm, lr
+
+    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
+        """Take the losses of a micro-batch's positions, for the mean of each block."""
+        if num_blocks:
+            counted_BL = inputs.weight_BL > 0
+            block_BL = inputs.block_in_sample_BL
+            self._blocks.append(block_sums(loss_BL, counted_BL, block_BL, num_blocks))
+
+    def record(
+        self, step: int, tokens_per_step: int, seconds: float, processes: Processes
+    ) -> dict[str, Any]:
+        """The line: mean loss over the window; block losses, norm and rate of its last step."""
+        assert self._norm is not None
+        steps, elapsed = step - self.timed_from[0], seconds - self.timed_from[1]
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": torch.stack(self._losses).mean().item(),
+            "lr": self._lr,
+            "grad_norm": self._norm.item(),
+            "tokens_per_second": round(steps * tokens_per_step / elapsed) if elapsed > 0 else 0,
+            "seconds": round(seconds, 3),
+            **mean_confidence(processes.share(self.confidence or {})),
+        }
+        if self._blocks:
+            sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))
+            counts_N = processes.sum(torch.stack([counts for _, counts in self._blocks]).sum(0))
+            means = (sums_N / counts_N.clamp_min(1)).tolist()
+            record["loss_per_block"] = [
+                round(mean, 6) if count else None
+                for mean, count in zip(means, counts_N.tolist(), strict=True)
+            ]
+        return record
+
+
+class JsonLog:
+    """A JSONL file that a resumed run goes on with."""
+
+    def __init__(self, path: Path, *, after_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if after_step and path.exists():
+            # Lines of steps that the resumed run makes again.
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= after_step]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append records: all of them, or none where the disk is full.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError:
+            # Half a line would spoil the next one.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step(line: str) -> float:
+    """The step of a log line; of one that a crash cut short, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
 
 PROJECT = "d2f"
 # Names of the packages where they are not the tracker's own.
