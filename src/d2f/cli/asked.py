@@ -98,7 +98,7 @@ class Asked:
         Raises:
             RequestError: The template refuses it, or there is none for several messages.
         """
-        from d2f.training.pairs import encode_prompt
+        from d2f.training.sources import encode_prompt
 
         if self.system is not None:
             messages: list[Message] = (

@@ -225,7 +225,6 @@ class StepBench:
     ) -> Tensor:
         """The loss of a micro-batch, of which the hidden states and the heads are known."""
         assert part.selected_M is not None
-        objective = self.config.objective
         bf16 = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return chunked_loss(
@@ -233,7 +232,7 @@ class StepBench:
                 head_VD,
                 TeacherStates(hidden_ME=teacher_ME, head_VE=teacher_VE),
                 part.weight_BL.flatten()[part.selected_M],
-                objective.objective if objective else "forward_kl",
+                self.config.distillation.objective,
                 memory_bytes=self.config.loss_memory_mib * 2**20,
             )[0]
 

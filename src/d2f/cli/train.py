@@ -59,8 +59,9 @@ def train_command(
 
     from d2f.cli.device import choose_device
     from d2f.cli.train_answers import make_evaluator, make_sampler
-    from d2f.training.progress import Reporter, Terminal
+    from d2f.training.progress import Terminal
     from d2f.training.run import train
+    from d2f.training.run_log import Reporter
 
     overrides = list(settings or [])
     if output is not None:

@@ -26,8 +26,7 @@ _WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", 
 def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
     """What answers a few prompts with the model: held-out problems, or the first rows."""
     from d2f.engine.generate import generate_ids
-    from d2f.training.pairs import encode_prompt
-    from d2f.training.sources import read_held_out
+    from d2f.training.sources import encode_prompt, read_held_out
 
     assert config.sample is not None
     count, most = config.sample.num_prompts, config.sample.max_new_tokens

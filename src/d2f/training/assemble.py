@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from d2f.errors import ConfigError, counted, unknown_name
+from d2f.errors import ConfigError, TrainingError, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import as_diffusion, build_model, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
@@ -25,6 +25,8 @@ from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset, derive_seed, generator
+from d2f.training.evaluations import HeldOut, hold_out
+from d2f.training.processes import Processes
 from d2f.training.sources import Note, encode_data, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 
@@ -211,23 +213,44 @@ def _check_teacher(model: Transformer, teacher: Transformer) -> None:
         )
 
 
-def load_dataset(
+def load_data(
     config: TrainConfig,
     tokenizer: Tokenizer,
     folder: Path,
     model: Transformer,
-    note: Note | None = None,
-) -> TokenDataset:
-    """Encode the run's data for this model; `folder` holds the tokenizer, `note` hears of bad rows.
+    processes: Processes,
+    note: Note,
+) -> tuple[TokenDataset, list[HeldOut]]:
+    """Encode the run's data for a model, and take out the samples that are evaluated on.
+
+    Args:
+        config: The recipe.
+        tokenizer: The run's.
+        folder: Holds the tokenizer, for worker processes.
+        model: The model to train.
+        processes: Those that train it; all of them must come here.
+        note: Is told of bad rows, and what became of the others.
 
     Raises:
         ConfigError: Sequences are longer than the model's positions.
-        TrainingError: The data cannot be read, or no sample fits.
+        TrainingError: The data cannot be read, or no sample fits, or processes read different ones.
     """
-    if config.data.sequence_length > model.spec.max_positions:
+    spec, settings = model.spec, config.data
+    if settings.sequence_length > spec.max_positions:
         raise ConfigError(
-            f"data.sequence_length is {config.data.sequence_length}; the model has "
-            f"{counted(model.spec.max_positions, 'position')}"
+            f"data.sequence_length is {settings.sequence_length}; the model has "
+            f"{counted(spec.max_positions, 'position')}"
         )
-    encoded = encode_data(config.data, tokenizer, folder, note, model.spec)
-    return TokenDataset(encoded, config.data, eos_token_id=model.spec.eos_token_ids[0])
+    with processes.first_one():
+        encoded = encode_data(settings, tokenizer, folder, note, spec)
+        dataset = TokenDataset(encoded, settings, eos_token_id=spec.eos_token_ids[0])
+    sizes = processes.share((dataset.num_rows, len(dataset), dataset.mean_length))
+    if len(set(sizes)) > 1:
+        raise TrainingError(
+            "the processes read different data; give each machine the same files, or a shared disk"
+        )
+    held_out = []
+    if config.evaluate is not None and config.evaluate.held_out is not None:
+        held_out = hold_out(dataset, config.evaluate.held_out, config.evaluate.seed)
+    note(dataset.text())
+    return dataset, held_out

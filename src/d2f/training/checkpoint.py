@@ -13,9 +13,10 @@ A run's folder:
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
 from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
-from d2f.training.config import TrainConfig, to_table
+from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
 from d2f.training.model_card import CardFacts, model_card
@@ -41,6 +42,14 @@ from d2f.training.processes import Processes
 STATE_FILE = "training_state.pt"
 RECIPE_FILE = "recipe.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
+# A checkpoint continues only the run that made it; other settings may change on resuming.
+_IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora", "evaluate")
+
+_FREE = {
+    "data": ("cache", "num_workers"),
+    # What of `final/` is no matter of training.
+    "model": ("output_dtype", "max_shard_mib", "max_new_tokens", "base_name"),
+}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
@@ -165,6 +174,56 @@ def list_checkpoints(output: Path) -> list[Path]:
     if not output.is_dir():
         return []
     return sorted(path for path in output.iterdir() if _NAME.fullmatch(path.name))
+
+
+def find_checkpoint(
+    config: TrainConfig, *, resume: bool, note: Callable[[str], object]
+) -> Path | None:
+    """The checkpoint to go on from, checked to be of this run; `note` is told what has changed.
+
+    Raises:
+        TrainingError: The output folder holds a run and `resume` is False, or holds none to resume,
+            or the checkpoint is of another recipe.
+    """
+    output = Path(config.output)
+    found = list_checkpoints(output)
+    if not resume:
+        if found or (output / "final").exists():
+            raise TrainingError(
+                f"{output} already holds a run; continue it with --resume, choose another "
+                "--output, or remove the folder"
+            )
+        return None
+    if not found:
+        raise TrainingError(f"{output} holds no checkpoint to resume from")
+    try:
+        recorded = json.loads((found[-1] / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot resume from {found[-1]}: {error}") from None
+    table = to_table(config)
+    recorded = with_defaults(recorded)
+    for name in _IDENTITY:
+        if _identity(recorded, name) != _identity(table, name):
+            raise TrainingError(
+                f"{found[-1]} was made with another '{name}' than this recipe's, so it cannot be "
+                "resumed; start anew with another --output"
+            )
+    changed = [name for name in table if recorded.get(name) != table[name] and name != "output"]
+    if changed:
+        note(f"going on with other settings than before: {', '.join(changed)}")
+    return found[-1]
+
+
+def _identity(table: Mapping[str, Any], name: str) -> Any:
+    """A part of a recipe, without what does not change what is trained, or on what."""
+    part = table.get(name)
+    if name == "evaluate":
+        # Only this table's choice of samples changes what is trained on.
+        held_out = part.get("held_out") if isinstance(part, Mapping) else None
+        return None if held_out is None else (held_out, (part or {}).get("seed"))
+    if isinstance(part, Mapping):
+        return {key: value for key, value in part.items() if key not in _FREE.get(name, ())}
+    return part
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from d2f.training.sections import (
     TokenizerConfig,
 )
 
+_DEFAULT_OBJECTIVE = ObjectiveConfig()
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
 SHARDINGS = ("none", "full")
 
@@ -129,8 +130,12 @@ class TrainConfig:
     @property
     def has_teacher(self) -> bool:
         """Whether the objective compares with a teacher, rather than with the data."""
-        hard = self.objective is not None and self.objective.objective == "cross_entropy"
-        return self.stage == "d2f" and not hard
+        return self.stage == "d2f" and self.distillation.objective != "cross_entropy"
+
+    @property
+    def distillation(self) -> ObjectiveConfig:
+        """`[objective]`, or its defaults where the recipe leaves it out."""
+        return self.objective or _DEFAULT_OBJECTIVE
 
     @property
     def own_teacher(self) -> bool:

@@ -99,8 +99,6 @@ class TokenDataset:
         self.num_held_out = 0
         self.bad_rows = encoded.bad_rows
         self.cache_file = encoded.cache_file
-        self.row_counts: dict[str, Any] = {}
-        """How the samples are packed into rows, where they are."""
         tokens_T = _tensor(encoded.tokens)
         fits = int(tokens_T.max()) < 2**15
         self._tokens_T = tokens_T.to(torch.int16 if fits else torch.int32)
@@ -129,6 +127,17 @@ class TokenDataset:
         """Of each sample the tokens of its prompt, and where its answer ends, its EOS included."""
         return self._prompt_E.long(), (self._length_E + 1).clamp_max(self.sequence_length)
 
+    def text(self) -> str:
+        """What became of the rows, in one line."""
+        held_out = f"{self.num_held_out:,} held out, " if self.num_held_out else ""
+        return (
+            f"{counted(len(self), 'sample', ',')} of "
+            f"{counted(self.mean_length, 'token', '.0f')} on average, {held_out}"
+            f"{self.num_dropped:,} dropped and {self.num_truncated:,} truncated as over-long; "
+            f"too long a prompt: {self.num_long_prompts:,} of the dropped, "
+            f"{self.num_truncated_prompts:,} cut"
+        )
+
     def keep(self, kept_E: Tensor) -> None:
         """Forget the samples that a mask (E,) of bools leaves out; the others move up."""
         self._start_E, self._prompt_E, self._length_E = (
@@ -145,8 +154,7 @@ class TokenDataset:
 
         `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
         kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
-        `first_bad_rows` say why and which. With `padding = "packed"`, `packed_rows` is the number
-        of rows that hold the used samples, and `filled` the share of their positions that is.
+        `first_bad_rows` say why and which.
         """
         return {
             "rows": self.num_rows,
@@ -156,7 +164,6 @@ class TokenDataset:
             "truncated_prompts": self.num_truncated_prompts,
             "held_out": self.num_held_out,
             "used": len(self),
-            **self.row_counts,
             "mean_length": round(self.mean_length, 2),
             "bad_rows": self.bad_rows.count,
             "bad_row_counts": self.bad_rows.counts,

@@ -14,8 +14,7 @@ from d2f.errors import TrainingError, counted
 from d2f.models.transformer import Transformer
 from d2f.training.config import TrainConfig, to_table
 from d2f.training.data import TokenDataset, generator
-from d2f.training.progress import Reporter
-from d2f.training.run_log import JsonLog
+from d2f.training.run_log import JsonLog, Reporter
 
 
 class HeldOut(NamedTuple):
@@ -77,28 +76,28 @@ class Evaluations:
     """The evaluations of a run.
 
     Args:
-        output: The run's folder. A resumed run goes on with its lines and its best model.
+        config: The recipe. A resumed run goes on with the lines and the best model in its output
+            folder, unless that was scored by another measure.
         evaluator: Scores the model.
         save_best: Is called with each model that is better than all before.
         reporter: Is told of each.
-        measure: What `measure_of` gives. A best model of another one is replaced by the next.
         after_step: The step that the run goes on from.
     """
 
     def __init__(
         self,
-        output: Path,
+        config: TrainConfig,
         evaluator: Evaluator,
         save_best: SaveBest,
         reporter: Reporter,
         *,
-        measure: str,
         after_step: int = 0,
     ) -> None:
+        output = Path(config.output)
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
         self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
         # What lies there is the truth: a crash may have lost lines, but not this folder.
-        self.best = read_best(output, measure) if after_step else None
+        self.best = read_best(output, measure_of(config)) if after_step else None
         """The line of the best evaluation."""
         if after_step and self.best is None and (output / BEST_FOLDER).exists():
             reporter.note(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from d2f.diffusion.layout import PADDING_BLOCK
+from d2f.errors import counted
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset, generator
 from d2f.training.step_inputs import StepInputs, sample_ends
@@ -114,6 +115,13 @@ class RowPacking:
     def counts(self) -> dict[str, Any]:
         """For training_summary.json."""
         return {"packed_rows": self.num_rows, "filled": round(self.filled, 4)}
+
+    def text(self) -> str:
+        """How the samples are packed, in one line."""
+        return (
+            f"packed into {counted(self.num_rows, 'row', ',')} of "
+            f"{counted(self.row_length, 'token', ',')}, {self.filled:.1%} filled"
+        )
 
     def places(self, rows_B: Tensor) -> RowPlaces:
         """The samples of some rows, as a batch."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f.errors import RequestError, unknown_name
+from d2f.errors import unknown_name
 from d2f.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -107,9 +107,6 @@ _KINDS = {
 }  # fmt: skip
 
 
-_LEFT_OUT = {"system": "a system message", "history": "what was said before the last question"}
-
-
 class Pair(NamedTuple):
     """What a sample is made of."""
 
@@ -198,30 +195,6 @@ def _prompt(messages: list[Message], columns: ColumnConfig) -> Prompt:
         raise BadRow(f"'{columns.messages}' has no message of the user before the answer")
     alone = len(messages) == 1
     return messages[0]["content"] if alone else messages
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
-    """Token ids of a prompt, up to where the response begins.
-
-    Args:
-        tokenizer: The run's.
-        prompt: A text or messages.
-        chat: `data.chat_template`.
-
-    Raises:
-        RequestError: Messages without a chat template, or the template refuses them, or leaves
-            out some without a word.
-    """
-    if isinstance(prompt, str):
-        return tokenizer.encode_prompt(prompt, chat=chat)
-    if chat is False or tokenizer.chat_template is None:
-        raise RequestError("several messages, and no chat template to write them")
-    roles = [message["role"] for message in prompt]
-    has = {"system": "system" in roles, "history": len(roles) > 1 + roles.count("system")}
-    for kind in tokenizer.left_out:
-        if has[kind]:
-            raise RequestError(f"the chat template leaves out {_LEFT_OUT[kind]}")
-    return tokenizer.encode_chat(prompt)
 
 
 def _messages(value: object, columns: ColumnConfig) -> list[Message]:

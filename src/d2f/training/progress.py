@@ -3,29 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
-Record = Mapping[str, Any]
-
-
-class Reporter:
-    """Is told how a run goes, and does nothing about it; subclasses override what they want."""
-
-    def record(self, record: Record) -> None:
-        """Take a line of the log: step, loss, lr, and so on."""
-
-    def sample(self, sample: Record) -> None:
-        """Take a sample answer."""
-
-    def evaluation(self, record: Record) -> None:
-        """Take a line of evaluations.jsonl, and `best_step`, the step of the best one."""
-
-    def note(self, text: str) -> None:
-        """Take something that the user should know."""
-
-    def close(self) -> None:
-        """The run is over."""
+from d2f.training.run_log import Record, Reporter
 
 
 class Terminal(Reporter):

@@ -1,6 +1,6 @@
-"""The log of a run: JSONL files, the numbers of their lines, and trackers that the lines go to.
+"""The log of a run: JSONL files, the numbers of their lines, and what it warns of.
 
-Trackers are those of accelerate: tensorboard, wandb and the like.
+Shapes: B sequences, L positions, N blocks.
 """
 
 from __future__ import annotations
@@ -8,21 +8,146 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2f.errors import ConfigError, unknown_name
 from d2f.training.confidence import mean_confidence
-from d2f.training.config import TrainConfig, to_table
+from d2f.training.config import TrainConfig
 from d2f.training.objective import block_sums
 from d2f.training.processes import Processes
-from d2f.training.progress import Record, Reporter
 from d2f.training.step_inputs import StepInputs
+from d2f.training.trackers import Trackers
+
+Record = Mapping[str, Any]
+
+
+class Reporter:
+    """Is told how a run goes, and does nothing about it; subclasses override what they want."""
+
+    def record(self, record: Record) -> None:
+        """Take a line of the log: step, loss, lr, and so on."""
+
+    def sample(self, sample: Record) -> None:
+        """Take a sample answer."""
+
+    def evaluation(self, record: Record) -> None:
+        """Take a line of evaluations.jsonl, and `best_step`, the step of the best one."""
+
+    def note(self, text: str) -> None:
+        """Take something that the user should know."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class RunLog:
+    """Where the lines of a run go: log.jsonl, samples.jsonl, the reporter, the trackers.
+
+    Only the main process has one. A resumed run goes on with the files.
+
+    Args:
+        config: The recipe.
+        reporter: Is told of each line.
+        after_step: The step that the run goes on from.
+
+    Raises:
+        ConfigError: A tracker is not there or does not start.
+    """
+
+    def __init__(self, config: TrainConfig, reporter: Reporter, *, after_step: int = 0) -> None:
+        self._reporter = reporter
+        self.warnings: list[str] = []
+        """What the rule of `CollapseRule` had to say."""
+        names = ("log.jsonl", "samples.jsonl")
+        self._lines, self._samples = (
+            JsonLog(Path(config.output) / name, after_step=after_step) for name in names
+        )
+        self._rule = CollapseRule(config.optimizer.warmup_steps)
+        for record in read_log(self._lines.path):
+            self._rule.add(record)
+        self._trackers = Trackers(config, reporter.note) if config.trackers else None
+
+    def write(self, record: Record) -> None:
+        """Add a line of the log, and warn if the student's confidence collapses."""
+        self._append(self._lines, [record])
+        self._reporter.record(record)
+        if self._trackers is not None:
+            self._trackers.log(record)
+        for warning in self._rule.add(record):
+            self.warnings.append(warning)
+            self._reporter.note(f"warning: {warning}")
+
+    def write_samples(self, answers: Sequence[Record]) -> None:
+        """Add sample answers, of which the first is shown."""
+        self._append(self._samples, answers)
+        if answers:
+            self._reporter.sample(answers[0])
+
+    def close(self) -> None:
+        """End the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def _append(self, log: JsonLog, records: Sequence[Record]) -> None:
+        """Append to a file; that it cannot be written is no reason to end a training."""
+        try:
+            log.write(records)
+        except OSError as error:
+            self._reporter.note(
+                f"{log.path.name} misses step {records[0]['step']}: {error.strerror or error}; "
+                "training goes on, but a checkpoint will need room"
+            )
+
+
+class JsonLog:
+    """A JSONL file that a resumed run goes on with."""
+
+    def __init__(self, path: Path, *, after_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if after_step and path.exists():
+            # Lines of steps that the resumed run makes again.
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= after_step]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
+
+    def write(self, records: Iterable[Record]) -> None:
+        """Append records: all of them, or none where the disk is full.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError:
+            # Half a line would spoil the next one.
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, before)
+            raise
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step(line: str) -> float:
+    """The step of a log line; of one that a crash cut short, none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 class LogWindow:
@@ -76,170 +201,94 @@ class LogWindow:
         return record
 
 
-class JsonLog:
-    """A JSONL file that a resumed run goes on with."""
-
-    def __init__(self, path: Path, *, after_step: int = 0) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if after_step and path.exists():
-            # Lines of steps that the resumed run makes again.
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) <= after_step]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
-
-    def write(self, records: Iterable[Record]) -> None:
-        """Append records: all of them, or none where the disk is full.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        before = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError:
-            # Half a line would spoil the next one.
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, before)
-            raise
+NUM_LINES = 5
+"""Lines of the log in a row whose mean counts: a single batch says little."""
+CONFIDENCE_SHARE = 0.5
+"""Confidence below this share of the teacher's, or else of its own best, is too low."""
+ONE_TOKEN = 0.8
+"""Share of the positions where other tokens are right at which one is predicted: too much."""
+ONE_TOKEN_SOUND = 0.6
+"""Up to this share the teacher, or the student before, is not itself like that."""
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class CollapseRule:
+    """Looks at means over the last `NUM_LINES` lines of the log, for two collapses.
 
+    - The student becomes unsure: `confidence` is below `CONFIDENCE_SHARE` of
+      `teacher_confidence`; or, where there is no teacher, of the highest such mean of the run.
+    - The student predicts one token, EOS as a rule, whatever is right: `one_token`, the share of
+      positions at which it does so among those where another token is right, is at least
+      `ONE_TOKEN`, while the teacher's is at most `ONE_TOKEN_SOUND`; or, where there is no teacher,
+      the student's own was that before.
 
-def _step(line: str) -> float:
-    """The step of a log line; of one that a crash cut short, none that is kept."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-PROJECT = "d2f"
-# Names of the packages where they are not the tracker's own.
-_PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that the trackers are there, before a model is loaded.
-
-    Raises:
-        ConfigError: accelerate or a tracker's package is missing, or there is no such tracker.
-    """
-    if not names:
-        return
-    known = _classes()
-    for name in names:
-        if name not in known:
-            raise ConfigError(unknown_name("tracker", name, known))
-        packages = _PACKAGES.get(name, (name,))
-        if not any(find_spec(package) for package in packages):
-            raise ConfigError(
-                f'trackers = ["{name}"] needs the package {packages[0]}: pip install {packages[0]}'
-            )
-
-
-def _classes() -> dict[str, Any]:
-    """The trackers of accelerate by name."""
-    try:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    except ImportError:
-        raise ConfigError(
-            "trackers need the package accelerate: pip install 'd2f[train]'"
-        ) from None
-    return {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
-
-
-class Trackers:
-    """Passes a run's numbers on; only the main process makes one.
-
-    The run is called after its output folder, within the project "d2f". What a tracker cannot take
-    is told once and ends it, not the training.
+    Each is told once, and again only after it was over. Lines of the warm-up of the learning rate
+    and lines without numbers do not count.
 
     Args:
-        config: The recipe; its settings are recorded with the run.
-        reporter: Is told of a tracker that fails.
-
-    Raises:
-        ConfigError: As `check_trackers`, or a tracker does not start.
-    """
-
-    def __init__(self, config: TrainConfig, reporter: Reporter) -> None:
-        check_trackers(config.trackers)
-        self._reporter = reporter
-        self._trackers: dict[str, Any] = {}
-        classes = _classes() if config.trackers else {}
-        settings = dict(flat(to_table(config)))
-        for name in dict.fromkeys(config.trackers):
-            try:
-                self._trackers[name] = _start(classes[name], name, Path(config.output))
-                self._trackers[name].store_init_configuration(settings)
-            except Exception as error:  # each tracker has errors of its own
-                raise ConfigError(f"tracker {name} does not start: {_line(error)}") from None
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Pass on the numbers of a line of the log, under its step."""
-        values = {
-            name: value
-            for name, value in flat(record)
-            if isinstance(value, int | float) and name != "step"
-        }
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(values, step=record["step"])
-            except Exception as error:
-                del self._trackers[name]
-                self._reporter.note(f"tracker {name} fails, and is left out: {_line(error)}")
-
-    def close(self) -> None:
-        """The run is over."""
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.finish()
-            except Exception as error:
-                self._reporter.note(f"tracker {name} did not end well: {_line(error)}")
-        self._trackers.clear()
-
-
-def _start(tracker: Any, name: str, output: Path) -> Any:
-    from accelerate import PartialState
-
-    PartialState()  # accelerate's trackers ask it whether they are on the main process
-    run = output.resolve().name
-    if name == "wandb":
-        started = tracker(PROJECT, name=run, dir=str(output))
-    elif getattr(tracker, "requires_logging_directory", False):
-        started = tracker(run, str(output / "trackers"))
-    else:
-        started = tracker(PROJECT)
-    if hasattr(started, "start"):  # older releases of accelerate start when they are made
-        started.start()
-    return started
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a table of tables, as `table.key`; what is no number or text as JSON.
+        after_step: Last step of the warm-up.
 
     Example:
-        >>> dict(flat({"a": {"b": 1}, "c": [1, 2], "d": None}))
-        {'a.b': 1, 'c': '[1, 2]', 'd': 'null'}
+        >>> rule = CollapseRule()
+        >>> line = {"step": 1, "confidence": 0.2, "teacher_confidence": 0.7}
+        >>> [len(rule.add(line | {"step": step})) for step in range(1, 7)]
+        [0, 0, 0, 0, 1, 0]
     """
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float | str):
-            yield f"{prefix}{name}", value
-        else:
-            yield f"{prefix}{name}", json.dumps(value)
 
+    def __init__(self, after_step: int = 0) -> None:
+        self._after = after_step
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=NUM_LINES)
+        self._best = 0.0
+        self._was_varied = False
+        self._told: set[str] = set()
 
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    def add(self, record: Mapping[str, Any]) -> list[str]:
+        """Take the next line; the warnings that it gives rise to."""
+        if record.get("confidence") is None or record["step"] <= self._after:
+            return []
+        self._lines.append(record)
+        if len(self._lines) < NUM_LINES:
+            return []
+        found = {"unsure": self._unsure(), "one token": self._one_token()}
+        new = [text for kind, text in found.items() if text and kind not in self._told]
+        self._told = {kind for kind, text in found.items() if text}
+        return new
+
+    def _mean(self, name: str) -> float | None:
+        """The mean over the last lines; None where one of them lacks the number."""
+        values = [line.get(name) for line in self._lines]
+        known = [value for value in values if value is not None]
+        return sum(known) / NUM_LINES if len(known) == NUM_LINES else None
+
+    def _unsure(self) -> str | None:
+        """A warning that the student has become unsure."""
+        mean, teacher = self._mean("confidence"), self._mean("teacher_confidence")
+        assert mean is not None
+        self._best = max(self._best, mean)
+        bar = self._best if teacher is None else teacher
+        if mean >= CONFIDENCE_SHARE * bar:
+            return None
+        whose = "of its best" if teacher is None else "of the teacher's"
+        return self._worded(
+            f"the student's confidence collapses: {mean:.2f} is below half {whose}, {bar:.2f}"
+        )
+
+    def _one_token(self) -> str | None:
+        """A warning that the student says one thing only."""
+        mean, teacher = self._mean("one_token"), self._mean("teacher_one_token")
+        if mean is None:
+            return None
+        self._was_varied |= mean <= ONE_TOKEN_SOUND
+        sound = self._was_varied if teacher is None else teacher <= ONE_TOKEN_SOUND
+        if mean < ONE_TOKEN or not sound:
+            return None
+        name = self._lines[-1].get("one_token_name", "one token")
+        return self._worded(
+            f"the student predicts {name} nearly everywhere: at {mean:.0%} of the positions where "
+            "another token is right"
+        )
+
+    def _worded(self, what: str) -> str:
+        return (
+            f"{what} (mean of {NUM_LINES} lines of the log up to step {self._lines[-1]['step']}); "
+            "lower optimizer.lr, or go back to an earlier checkpoint"
+        )

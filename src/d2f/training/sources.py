@@ -19,7 +19,7 @@ from d2f.errors import ConfigError, RequestError, TrainingError, counted
 from d2f.problems import ProblemConfig, generate_problems
 from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
-from d2f.training.pairs import BadRow, BadRows, Pair, Reserved, encode_prompt, read_pair
+from d2f.training.pairs import BadRow, BadRows, Pair, Prompt, Reserved, read_pair
 from d2f.training.rows import Part, open_parts
 from d2f.training.token_cache import (
     Encoded,
@@ -44,6 +44,7 @@ Task = tuple[int, int, int, Knobs]
 CHUNK = 2_000
 """Problems that one task generates; a fixed number, so that workers do not change the data."""
 _POOL_FROM = 20_000
+_LEFT_OUT = {"system": "a system message", "history": "what was said before the last question"}
 
 
 def read_pairs(
@@ -158,6 +159,30 @@ def encode_pairs(
     for pair in pairs:
         result.add(*_encode_pair(tokenizer, pair, (suffix, chat)))
     return result
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
+    """Token ids of a prompt, up to where the response begins.
+
+    Args:
+        tokenizer: The run's.
+        prompt: A text or messages.
+        chat: `data.chat_template`.
+
+    Raises:
+        RequestError: Messages without a chat template, or the template refuses them, or leaves
+            out some without a word.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt, chat=chat)
+    if chat is False or tokenizer.chat_template is None:
+        raise RequestError("several messages, and no chat template to write them")
+    roles = [message["role"] for message in prompt]
+    has = {"system": "system" in roles, "history": len(roles) > 1 + roles.count("system")}
+    for kind in tokenizer.left_out:
+        if has[kind]:
+            raise RequestError(f"the chat template leaves out {_LEFT_OUT[kind]}")
+    return tokenizer.encode_chat(prompt)
 
 
 def _encode_pair(tokenizer: Tokenizer, pair: Pair, style: Style) -> Sample:

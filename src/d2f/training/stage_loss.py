@@ -20,7 +20,6 @@ from d2f.ops.tiled_attention import MIN_HEAD_DIM, tiled_mask
 from d2f.training.chunked_loss import TeacherStates, chunk_size, chunked_loss
 from d2f.training.config import TrainConfig
 from d2f.training.objective import position_loss
-from d2f.training.sections import ObjectiveConfig
 from d2f.training.step_inputs import NUM_LENGTHS, StepInputs
 
 Seen = dict[str, Any]
@@ -82,8 +81,7 @@ class StageLoss:
         models = [model for model in (student, teacher) if model is not None]
         smallest = min(model.spec.head_dim for model in models)
         self._tiled = compiled and smallest >= MIN_HEAD_DIM
-        objective = (config.objective or ObjectiveConfig()).objective
-        self._objective = objective if self._distils else "cross_entropy"
+        self._objective = config.distillation.objective if self._distils else "cross_entropy"
         self._autocast = config.precision == "bfloat16"
         self._memory_bytes = config.loss_memory_mib * 2**20
         positions = config.micro_batches()[0] * config.data.sequence_length
@@ -92,8 +90,11 @@ class StageLoss:
         # are never made: then the layers alone are compiled, and the loss runs in chunks, whose
         # matrices are large enough to need no compiler. So it is where there are hooks in the
         # model, which would cut a graph of the whole into pieces.
-        fits = positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
-        self._whole = compiled and fits and alone
+        self._whole = (
+            compiled
+            and alone
+            and positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
+        )
         self._by_layer = compiled and not self._whole
         self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
         self._logits: Callable[..., Tensor] = self._compute_logits

@@ -145,8 +145,7 @@ def _stage_inputs(
     assert mask_token_id is not None
     if config.stage == "masked-diffusion":
         return masked_diffusion_inputs(batch, config.noise, mask_token_id, generator)
-    objective = config.objective or ObjectiveConfig()
-    return d2f_inputs(batch, config.noise, objective, mask_token_id, generator)
+    return d2f_inputs(batch, config.noise, config.distillation, mask_token_id, generator)
 
 
 def autoregressive_inputs(batch: Batch) -> StepInputs:

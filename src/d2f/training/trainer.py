@@ -32,11 +32,12 @@ from d2f.training.checkpoint import (
     save_sharded_checkpoint,
     saving,
 )
-from d2f.training.confidence import CollapseRule, measure_confidence
+from d2f.training.confidence import measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset, derive_seed, generator
 from d2f.training.distributed_model import DistributedModel
-from d2f.training.evaluations import Evaluations, Evaluator, SaveBest, measure_of
+from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
+from d2f.training.model_card import CardFacts
 from d2f.training.optimizer import (
     GuardedUpdate,
     build_optimizer,
@@ -44,10 +45,9 @@ from d2f.training.optimizer import (
     load_shards,
     load_whole,
 )
-from d2f.training.packing import RowPacking, pack_samples
+from d2f.training.packing import pack_samples
 from d2f.training.processes import Processes
-from d2f.training.progress import Reporter
-from d2f.training.run_log import JsonLog, LogWindow, Trackers, read_log
+from d2f.training.run_log import LogWindow, Reporter, RunLog
 from d2f.training.stage_loss import Observer, StageLoss
 from d2f.training.step_inputs import StepInputs, make_inputs
 
@@ -75,7 +75,6 @@ class Trainer:
         evaluator: Scores the model, on the main process; called every `evaluate.every` steps and
             at the end.
         save_best: Keeps the model that the evaluator scored best.
-        trackers: Get the numbers of every record.
         reporter: Is told of every record.
         state: What `load_state` read, to go on from there.
         processes: Those that train together; None: this one alone.
@@ -96,7 +95,6 @@ class Trainer:
         sampler: Sampler | None = None,
         evaluator: Evaluator | None = None,
         save_best: SaveBest | None = None,
-        trackers: Trackers | None = None,
         reporter: Reporter | None = None,
         state: Mapping[str, Any] | None = None,
         processes: Processes | None = None,
@@ -120,8 +118,7 @@ class Trainer:
         self.seconds = 0.0
         """Training time, without the first step, samples and checkpoints."""
         self.last_record: dict[str, Any] | None = None
-        self.warnings: list[str] = []
-        """What the rule of `CollapseRule` had to say."""
+        """The last line of the log."""
         self._ended = observer or (lambda phase: None)
         self.loss = StageLoss(
             config,
@@ -135,50 +132,60 @@ class Trainer:
         self.update = GuardedUpdate(
             build_optimizer(student, config.optimizer), config.optimizer.clip_norm
         )
-        self._packing = _pack(dataset, config)
+        self._dataset = dataset
+        self._packing = pack_samples(dataset, config) if config.data.padding == "packed" else None
         self.order = SampleOrder(
             num_rows=self._packing.num_rows if self._packing else len(dataset),
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        self._dataset = dataset
-        self._sampler = sampler
+        self._sampler, self._evaluator = sampler, evaluator
         self._reporter = (reporter if self.processes.is_main else None) or Reporter()
         self._state = state
         self._stop = threading.Event()
         if state is not None:
             self._restore(state)
-        self._evaluator = evaluator
-        self._save_best = save_best or (lambda model, record: None)
         self._evaluated = self.step
         """Step of the last evaluation, or where the run goes on from."""
+        self._window = LogWindow(self.step, self.seconds)
+        self._log: RunLog | None = None
         self.evaluations: Evaluations | None = None
         """On the main process, if the model is scored."""
-        self._trackers = trackers
-        self._rule = CollapseRule(config.optimizer.warmup_steps)
-        logs = self.processes.on_main(self._open_logs)
-        self._log: JsonLog | None = None
-        self._samples: JsonLog | None = None
-        if logs is not None:
-            self._log, self._samples = logs
-        self._window = LogWindow(self.step, self.seconds)
+        self.processes.on_main(lambda: self._open_logs(save_best or (lambda model, record: None)))
 
-    def _open_logs(self) -> tuple[JsonLog, JsonLog]:
-        output = Path(self.config.output)
-        names = ("log.jsonl", "samples.jsonl")
-        log, samples = (JsonLog(output / name, after_step=self.step) for name in names)
-        for record in read_log(log.path):
-            self._rule.add(record)
+    def _open_logs(self, save_best: SaveBest) -> None:
+        if self._packing is not None:
+            self._reporter.note(self._packing.text())
+        self._log = RunLog(self.config, self._reporter, after_step=self.step)
         if self._evaluator is not None and self.config.evaluate is not None:
             self.evaluations = Evaluations(
-                output,
+                self.config,
                 self._evaluator,
-                self._save_best,
+                save_best,
                 self._reporter,
-                measure=measure_of(self.config),
                 after_step=self.step,
             )
-        return log, samples
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the log has warned of, on the main process."""
+        return self._log.warnings if self._log is not None else []
+
+    def data_counts(self) -> dict[str, Any]:
+        """What became of the data's rows, and how the samples are packed, where they are."""
+        packed = self._packing.counts() if self._packing is not None else {}
+        return self._dataset.counts() | packed
+
+    def facts(self, evaluation: Mapping[str, Any] | None) -> CardFacts:
+        """What the card of the model tells of the run so far; `evaluation` is the model's."""
+        settings = self.config.evaluate
+        return CardFacts(
+            steps=self.step,
+            data=self.data_counts(),
+            loss=self.last_record["loss"] if self.last_record else None,
+            evaluation=evaluation,
+            task=(settings.task or "held-out samples") if settings else None,
+        )
 
     def stop(self) -> None:
         """Ask the run to save a checkpoint and end after the step in progress, on any process."""
@@ -203,7 +210,11 @@ class Trainer:
             torch.manual_seed(derive_seed(self.config.seed, "dropout", self.processes.rank))
             if self._state is not None:
                 self._restore_rng(self._state)
-            return self._loop()
+            try:
+                return self._loop()
+            finally:
+                if self._log is not None:
+                    self._log.close()
 
     def _loop(self) -> bool:
         start = None
@@ -311,25 +322,17 @@ class Trainer:
         if self.evaluations is not None:
             record |= self.evaluations.take()
         self.last_record = record
-        self._write_lines(self._log, [record])
-        self._reporter.record(record)
-        if self._trackers is not None:
-            self._trackers.log(record)
-        for warning in self._rule.add(record):
-            self.warnings.append(warning)
-            self._reporter.note(f"warning: {warning}")
+        if self._log is not None:
+            self._log.write(record)
 
-    def _write_lines(self, log: JsonLog | None, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append to a log; that it cannot be written is no reason to end a training."""
-        if log is None:
-            return
-        try:
-            log.write(records)
-        except OSError as error:
-            self._reporter.note(
-                f"{log.path.name} misses step {self.step}: {error.strerror or error}; training "
-                "goes on, but a checkpoint will need room"
-            )
+    @contextmanager
+    def _whole_model(self) -> Iterator[Transformer | None]:
+        """The model for inference: on the main process with all its weights, None on others."""
+        self.student.eval()
+        dtype = getattr(torch, self.config.model.weights_dtype)
+        with self.distributed.whole(self.device, dtype) as model:
+            yield model
+        self.student.train()
 
     def _evaluate_if_due(self) -> float:
         """Score the model if it is time; the seconds that it took."""
@@ -341,26 +344,20 @@ class Trainer:
         self._evaluated = self.step
         self._check_finite()
         pause = time.perf_counter()
-        self.student.eval()
-        dtype = getattr(torch, self.config.model.weights_dtype)
-        with self.distributed.whole(self.device, dtype) as model:
+        with self._whole_model() as model:
             if model is not None and self.evaluations is not None:
                 self.evaluations.run(model, self.step)
             self.processes.wait()
-        self.student.train()
         return time.perf_counter() - pause
 
     def _sample_if_due(self) -> None:
         settings = self.config.sample
         if self._sampler is None or settings is None or self.step % settings.every:
             return
-        self.student.eval()
-        dtype = getattr(torch, self.config.model.weights_dtype)
-        with self.distributed.whole(self.device, dtype) as model:
+        with self._whole_model() as model:
             failed = model is not None and not self._sample(self._sampler, model)
             if self.processes.any(failed):
                 self._sampler = None
-        self.student.train()
 
     def _sample(self, sampler: Sampler, model: Transformer) -> bool:
         """Write some answers; False if they could not be given."""
@@ -372,9 +369,8 @@ class Trainer:
             # Hours of training must not end because an example cannot be answered.
             self._reporter.note(f"no sample answers from here on: {error}")
             return False
-        self._write_lines(self._samples, answers)
-        if answers:
-            self._reporter.sample(answers[0])
+        if self._log is not None:
+            self._log.write_samples(answers)
         return True
 
     def _check_finite(self) -> None:
@@ -470,12 +466,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _pack(dataset: TokenDataset, config: TrainConfig) -> RowPacking | None:
-    """The rows that samples share, where the recipe asks for it; the data set then counts them."""
-    if config.data.padding != "packed":
-        return None
-    packing = pack_samples(dataset, config)
-    dataset.row_counts = packing.counts()
-    return packing

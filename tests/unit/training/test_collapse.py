@@ -8,14 +8,9 @@ import torch
 from tests.unit.training.tiny_run import Notes, make_config, make_dataset, make_trainer
 
 from d2f.models.lora import LoraConfig
-from d2f.training.confidence import (
-    MOST_POSITIONS,
-    MOST_SEQUENCES,
-    NUM_LINES,
-    CollapseRule,
-    measure_confidence,
-)
+from d2f.training.confidence import MOST_POSITIONS, MOST_SEQUENCES, measure_confidence
 from d2f.training.data import generator
+from d2f.training.run_log import NUM_LINES, CollapseRule
 from d2f.training.sections import OptimizerConfig
 from d2f.training.step_inputs import make_inputs
 
@@ -118,7 +113,7 @@ def test_a_resumed_run_knows_the_lines_before(tmp_path):
     low = json.dumps({"step": 1, **pair(0.1, 0.9)})
     path.write_text(f"{low}\n" * (NUM_LINES - 1))
     again = make_trainer(config, state=state)
-    assert again._rule.add({"step": 2, **pair(0.1, 0.9)})
+    assert again._log._rule.add({"step": 2, **pair(0.1, 0.9)})
 
 
 def test_it_is_the_mean_of_the_highest_probabilities(stage_config):

@@ -18,8 +18,9 @@ from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.text import Tokenizer
 from d2f.training.evaluations import hold_out, is_better
-from d2f.training.progress import Reporter, Terminal
+from d2f.training.progress import Terminal
 from d2f.training.run import train
+from d2f.training.run_log import Reporter
 from d2f.training.sections import DataConfig, EvaluateConfig, ModelConfig
 
 LORA = LoraConfig(r=4, alpha=8, dropout=0.3)

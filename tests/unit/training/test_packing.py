@@ -248,7 +248,7 @@ def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path, monkeypatch
             assert trainer.run()
         weights.append(list(trainer.student.parameters()))
         records.append(trainer.last_record)
-        counts = trainer._dataset.counts()
+        counts = trainer.data_counts()
         # 40 samples of about 12 tokens in rows of 48.
         assert counts["used"] == 40
         assert 9 <= counts["packed_rows"] <= 15

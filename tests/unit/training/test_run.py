@@ -21,8 +21,8 @@ from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training.checkpoint import list_checkpoints
 from d2f.training.config import load_recipe
-from d2f.training.progress import Reporter
 from d2f.training.run import train
+from d2f.training.run_log import Reporter
 from d2f.training.sections import DataConfig, ModelConfig
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -7,7 +7,7 @@ from d2f.shipped import MODELS, shipped_model
 from d2f.text import Tokenizer
 from d2f.training.assemble import tokenizer_folder
 from d2f.training.config import load_recipe
-from d2f.training.pairs import encode_prompt
+from d2f.training.sources import encode_prompt
 from d2f.training.tokenizer import QUESTION_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["Ann has 12 apples.", "Bob has 345 apples and 12 pears.\n#### 357"] * 5

@@ -7,9 +7,8 @@ import pytest
 from tests.unit.training.tiny_run import Notes, make_config, make_trainer
 
 from d2f.errors import ConfigError
-from d2f.training import run_log as module
-from d2f.training.progress import Reporter
-from d2f.training.run_log import Trackers, check_trackers
+from d2f.training import trackers as module
+from d2f.training.trackers import Trackers, check_trackers
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -56,10 +55,8 @@ def made(monkeypatch):
 def test_the_log_goes_to_a_tracker(tmp_path, made):
     config = make_config(tmp_path / "a-run", "d2f", trackers=("tensorboard",), log_every=2)
     reporter = Notes()
-    trackers = Trackers(config, reporter)
-    trainer = make_trainer(config, trackers=trackers, reporter=reporter)
+    trainer = make_trainer(config, reporter=reporter)
     trainer.run()
-    trackers.close()
     (fake,) = made
     assert fake.place == ("a-run", str(tmp_path / "a-run" / "trackers"))
     assert fake.started
@@ -76,8 +73,7 @@ def test_the_log_goes_to_a_tracker(tmp_path, made):
 def test_a_tracker_that_fails_is_left_out(tmp_path, made):
     config = make_config(tmp_path, "d2f", trackers=("tensorboard",))
     reporter = Notes()
-    trackers = Trackers(config, reporter)
-    assert make_trainer(config, trackers=trackers, reporter=reporter).run()
+    assert make_trainer(config, reporter=reporter).run()
     assert [step for step, _ in made[0].logged] == [1, 2, 3, 4]
     assert reporter.notes == ["tracker tensorboard fails, and is left out: no connection"]
 
@@ -91,4 +87,4 @@ def test_what_is_missing_is_said_with_the_remedy(tmp_path, monkeypatch):
         check_trackers(("wandb",))
     monkeypatch.setitem(sys.modules, "accelerate.tracking", None)
     with pytest.raises(ConfigError, match=r"package accelerate: pip install 'd2f\[train\]'"):
-        Trackers(replace(make_config(tmp_path, "d2f"), trackers=("wandb",)), Reporter())
+        Trackers(replace(make_config(tmp_path, "d2f"), trackers=("wandb",)), print)

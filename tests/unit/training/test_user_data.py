@@ -18,11 +18,10 @@ from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training.config import load_recipe, to_table, with_defaults
 from d2f.training.data import TokenDataset
-from d2f.training.pairs import encode_prompt
 from d2f.training.rows import ParquetPart
 from d2f.training.run import train
 from d2f.training.sections import ColumnConfig, DataConfig, ModelConfig, SampleConfig
-from d2f.training.sources import encode_data, read_held_out, read_pairs
+from d2f.training.sources import encode_data, encode_prompt, read_held_out, read_pairs
 from d2f.training.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -16,7 +16,7 @@ from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
-from d2f.training.progress import Reporter
+from d2f.training.run_log import Reporter
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 from d2f.training.stage_loss import StageLoss
 from d2f.training.token_cache import Encoded
