@@ -1,6 +1,6 @@
 """The evidence behind a report: trains what its tables compare, chooses settings, measures.
 
-Everything is done by `d2f train`, `d2f eval` and `d2f report`, as a user would run them. The
+Everything is done by `d2f train`, `d2f eval` and `paper_report.py`, as a user would run them. The
 recipes that this script writes stay in OUTPUT/recipes, so each number can be made again alone. What
 is finished is skipped when the script runs again. With several GPUs, jobs run side by side, each on
 a GPU of its own.

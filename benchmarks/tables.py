@@ -10,23 +10,12 @@ from typing import Any
 
 from crew import Job
 
+from d2f.evaluation.results import METHODS
+
 Row = dict[str, Any]
 
-METHODS = {
-    "autoregressive": ("autoregressive", "autoregressive"),
-    "vanilla": ("vanilla", "teacher"),
-    "vanilla-eos-stop": ("vanilla", "teacher"),
-    "vanilla-512": ("vanilla", "teacher"),
-    "dllm-cache": ("dllm-cache", "teacher"),
-    "fast-dllm-parallel": ("parallel", "teacher"),
-    "fast-dllm-prefix": ("prefix-cache", "teacher"),
-    "fast-dllm-dual": ("dual-cache", "teacher"),
-    "undistilled": ("pipelined", "teacher"),
-    "control": ("vanilla", "teacher"),
-    "serial": ("serial", "student"),
-    "pipelined": ("pipelined", "student"),
-}
-"""Strategy and model of each method."""
+STUDENTS = {"autoregressive": "autoregressive", "serial": "student", "pipelined": "student"}
+"""The model that a method decodes with, where that is not the teacher."""
 ALLOWANCE = 0.005
 """A setting qualifies when it scores at most half a point below its method's best; of those that
 do, the fastest is taken. Where the grid took no times, that is the one of most tokens per forward,
@@ -47,12 +36,11 @@ class Tables:
 
     def row(self, method: str, name: str, setting: Row) -> Row:
         """One method with one setting."""
-        strategy, model = METHODS[method]
         row: Row = {
             "name": name,
             "method": method,
-            "model": model,
-            "strategy": strategy,
+            "model": STUDENTS.get(method, "teacher"),
+            "strategy": METHODS[method],
             "max_new_tokens": "gold",
             **setting,
         }
@@ -147,7 +135,7 @@ class Tables:
         """The job that writes the report, anew each time."""
         made = self.done("report")
         made.unlink(missing_ok=True)
-        command = ("d2f", "report", str(self.output / "measure"), "--paper")
+        command = ("benchmarks/paper_report.py", str(self.output / "measure"))
         return Job(name="report", command=command, makes=made)
 
 

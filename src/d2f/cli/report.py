@@ -29,9 +29,6 @@ def report_command(
     results: Annotated[
         list[Path], typer.Argument(help="Folders that d2f eval wrote.", show_default=False)
     ],
-    paper: Annotated[
-        bool, typer.Option("--paper", help="Set the paper's numbers and claims beside.")
-    ] = False,
     count_tail: Annotated[
         bool,
         typer.Option(
@@ -50,14 +47,14 @@ def report_command(
 ) -> None:
     """Make Markdown and plots from the results of d2f eval.
 
-    Methods side by side, what makes the ratios, ablations, and curves of score against cost.
+    Methods side by side, what makes the ratios, settings varied, and score against cost.
     tables.json beside the page has all numbers unrounded.
 
-    Example:  d2f report results/word-problems results/functions --paper
+    Example:  d2f report results/word-problems results/functions
     """
     from d2f.evaluation.plot import new_figure
     from d2f.evaluation.report.document import build_report, write_report
-    from d2f.evaluation.report.results import load_results
+    from d2f.evaluation.report.reading import load_results
     from d2f.evaluation.results import check_writable
 
     folder = output or results[0] / "report"
@@ -66,16 +63,14 @@ def report_command(
     check_writable(folder)
     if not no_figures:
         new_figure(1, 1, without="--no-figures")
-    report = build_report(found, paper=paper)
-    options = [*(["--paper"] if paper else []), *(["--count-tail"] if count_tail else [])]
+    report = build_report(found)
+    options = ["--count-tail"] if count_tail else []
     command = shlex.join(["d2f", "report", *map(str, results), *options])
-    page = write_report(report, folder, paper=paper, figures=not no_figures, command=command)
+    page = write_report(report, folder, figures=not no_figures, command=command)
     for warning in found.warnings:
         log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for table in report.tables("methods"):
         _print_table(table)
-    for table in report.tables("claims"):
-        _print_verdicts(table)
     out.print(f"Report written to {page}")
 
 
@@ -111,11 +106,4 @@ def _print_table(table: Table) -> None:
     for note in table.notes:
         if "Warning" in note:
             out.print(note.replace("**", ""), style="yellow", markup=False)
-    out.print()
-
-
-def _print_verdicts(table: Table) -> None:
-    out.print(f"[bold]{table.title}[/bold]\n")
-    for line in table.lines:
-        out.print(f"{line['verdict']}: {line['claim']} ({line['where']})", markup=False)
     out.print()

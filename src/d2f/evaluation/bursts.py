@@ -11,7 +11,7 @@ from typing import Any
 from d2f.engine.engine import Engine
 from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
-from d2f.evaluation.statistics import percentile
+from d2f.evaluation.metrics import percentile
 from d2f.evaluation.throughput import step_periods
 
 

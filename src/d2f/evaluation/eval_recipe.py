@@ -15,17 +15,10 @@ from typing import Any
 
 from d2f.engine.policy import check_decoding
 from d2f.errors import ConfigError, unknown_name
+from d2f.evaluation.results import EXPERIMENTS, METHODS
 from d2f.evaluation.task import CLEAN_UPS
 from d2f.recipe import at_least, from_table, one_of, read_recipe
 
-EXPERIMENTS = ("methods", "thresholds", "steps", "noise", "control", "block-size", "batch")
-"""Which table or figure the rows belong to."""
-METHODS = (
-    "autoregressive", "vanilla", "vanilla-eos-stop", "vanilla-512", "dllm-cache",
-    "fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual", "undistilled", "serial",
-    "pipelined", "control",
-)  # fmt: skip
-"""What a table calls a row's method."""
 GOLD = "gold"
 """As many tokens as the longest gold answer has."""
 MOST_TOGETHER = 4096
@@ -148,7 +141,7 @@ class RowSettings:
             )
         object.__setattr__(self, "method", self.method or self.name)
         object.__setattr__(self, "label", self.label or self.name)
-        one_of("method", self.method, METHODS)
+        one_of("method", self.method, tuple(METHODS))
         check_limit(self.max_new_tokens)
         for name in ("num_problems", "speed_problems", "speed_batch_size"):
             at_least(name, getattr(self, name), 1)

@@ -16,8 +16,7 @@ from typing import Any
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, counted
-from d2f.evaluation.metrics import answer_metrics, ratio, standard_error
-from d2f.evaluation.statistics import mean_and_error
+from d2f.evaluation.metrics import answer_metrics, mean_and_error, ratio, standard_error
 from d2f.problems import Problem, extract_answer
 from d2f.text import Tokenizer
 

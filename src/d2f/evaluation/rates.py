@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d2f.evaluation.statistics import percentile
+from d2f.evaluation.metrics import percentile
 
 _NOMINAL_BF16 = {
     "H100 PCIe": 756e12,

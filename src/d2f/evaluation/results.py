@@ -19,6 +19,23 @@ from typing import Any
 
 from d2f.errors import ConfigError
 
+METHODS: Mapping[str, str] = {
+    "autoregressive": "autoregressive",
+    "vanilla": "vanilla",
+    "vanilla-eos-stop": "vanilla",
+    "vanilla-512": "vanilla",
+    "dllm-cache": "dllm-cache",
+    "fast-dllm-parallel": "parallel",
+    "fast-dllm-prefix": "prefix-cache",
+    "fast-dllm-dual": "dual-cache",
+    "undistilled": "pipelined",
+    "serial": "serial",
+    "pipelined": "pipelined",
+    "control": "vanilla",
+}
+"""The methods that tables know, in the order of their rows, each with its strategy."""
+EXPERIMENTS = ("methods", "thresholds", "steps", "noise", "control", "block-size", "batch")
+"""The question that rows answer together; each has tables of its own in a report."""
 FRESH = "give another --output, or start afresh with --fresh"
 _COUNTS = ("index", "correct", "num_tokens", "num_forwards", "num_query_tokens", "seconds")
 _NEEDED = (*_COUNTS, "prompt_sha256", "gold_sha256", "metrics", "error")

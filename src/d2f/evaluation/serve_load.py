@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from d2f.errors import ConfigError, D2FError
 from d2f.evaluation.load_worker import ServedAnswer
 from d2f.evaluation.measured_server import CpuShare, ServerReading, Target, read_server
-from d2f.evaluation.metrics import ratio
-from d2f.evaluation.statistics import percentile
+from d2f.evaluation.metrics import percentile, ratio
 
 if TYPE_CHECKING:
     from d2f.engine.engine import Engine

@@ -13,8 +13,8 @@ from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.engine.steady import SteadyStep
 from d2f.errors import ConfigError
+from d2f.evaluation.metrics import percentile
 from d2f.evaluation.rates import Rates
-from d2f.evaluation.statistics import percentile
 
 
 @dataclass(frozen=True, kw_only=True)

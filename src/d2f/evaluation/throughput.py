@@ -17,8 +17,7 @@ from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine
 from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
-from d2f.evaluation.metrics import spread, standard_error
-from d2f.evaluation.statistics import percentile
+from d2f.evaluation.metrics import percentile, spread, standard_error
 
 MOST_WARM_UPS = 4
 

@@ -9,7 +9,8 @@ import pytest
 from tests.unit.evaluation.eval_stand_ins import RECIPE, make_recipe
 
 from d2f.errors import ConfigError
-from d2f.evaluation.eval_recipe import EXPERIMENTS, EvalRecipe, load_eval_recipe, to_table
+from d2f.evaluation.eval_recipe import EvalRecipe, load_eval_recipe, to_table
+from d2f.evaluation.results import EXPERIMENTS
 from d2f.recipe import from_table
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes/eval").glob("**/*.toml"))

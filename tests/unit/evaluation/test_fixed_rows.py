@@ -7,14 +7,15 @@ import json
 from dataclasses import replace
 
 import pytest
+from benchmarks.paper.methods import tables_beside_paper
 from tests.unit.evaluation.eval_stand_ins import ENVIRONMENT, Letters, Loader, make_recipe
+from tests.unit.evaluation.fake_results import fake_summary, write_row
 
 from d2f.errors import ConfigError
 from d2f.evaluation.eval_row import EvalRow
 from d2f.evaluation.eval_run import Evaluation
 from d2f.evaluation.report.document import build_report, markdown
-from d2f.evaluation.report.results import load_results
-from d2f.testing.results import fake_summary, write_row
+from d2f.evaluation.report.reading import load_results
 from d2f.testing.written import EOS_TOKEN
 from d2f.text import Tokenizer
 
@@ -181,8 +182,8 @@ def test_a_summary_tells_speeds_with_the_tail_beside_those_of_answers(measured):
 def test_a_report_counts_answers_or_tails_and_says_which(measured):
     _, stopped, summaries = measured
     results = load_results([stopped / "out"])
-    answers = build_report(results, paper=True)
-    tails = build_report(results.with_tail(), paper=True)
+    answers = build_report(results)
+    tails = build_report(results.with_tail())
     for report, part in ((answers, None), (tails, "with_tail")):
         for line in report.tables("methods")[0].lines:
             speed = summaries[line["row"]]["speed"]
@@ -194,7 +195,7 @@ def test_a_report_counts_answers_or_tails_and_says_which(measured):
     assert not any("tails counted" in table.title for table in answers.tables())
     assert "Tails are counted" in markdown(tails, [], "")
     assert "Tails are counted" not in markdown(answers, [], "")
-    [beside] = answers.tables("paper")
+    [beside] = [t for t in tables_beside_paper(results.comparisons[0]) if t.name == "paper"]
     assert any("--count-tail" in note for note in beside.notes)
     [line] = [line for line in answers.tables("reasons")[0].lines if line["row"] == "vanilla"]
     speed = summaries["vanilla"]["speed"]
@@ -206,10 +207,10 @@ def test_results_of_an_older_version_are_read_and_say_that_tails_are_unknown(tmp
         write_row(tmp_path, fake_summary(name))
     results = load_results([tmp_path])
     assert not results.warnings
-    assert build_report(results, paper=False).tables("methods")[0].lines[0]["mean_tokens"] == 50
+    assert build_report(results).tables("methods")[0].lines[0]["mean_tokens"] == 50
     tails = results.with_tail()
     assert len(tails.warnings) == 2
-    for line in build_report(tails, paper=True).tables("methods")[0].lines:
+    for line in build_report(tails).tables("methods")[0].lines:
         assert line["tokens_per_second"] is line["mean_tokens"] is None
         assert line["score"] == 90
 

@@ -11,8 +11,8 @@ from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
 from d2f.engine.steady import SteadyStep
 from d2f.errors import ConfigError
+from d2f.evaluation.metrics import percentile
 from d2f.evaluation.rates import Rates, measure_rates
-from d2f.evaluation.statistics import percentile
 from d2f.evaluation.step import (
     idle_shares,
     kv_ratio,

@@ -1,1 +1,1 @@
-"""`d2f report`: result files in, tables, figures and the paper's claims out."""
+"""`d2f report`: tables and figures from result files."""

@@ -1,18 +1,17 @@
-"""Score against cost: the points that figures draw, and the areas under them."""
+"""Score against cost: the points that figures draw, and their table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.ablations import threshold_curve
-from d2f.evaluation.report.aup import accuracy_under_parallelism
-from d2f.evaluation.report.results import Comparison, Row
+from d2f.evaluation.report.rows import Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median
 
 D2F = "D2F, thresholds"
+THRESHOLDS = ("activate_threshold", "confidence_threshold", "add_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,44 +67,23 @@ def parallelism(row: Row) -> float | None:
     return row.number("tokens_per_forward", "score", "speed")
 
 
-def areas(curves: Sequence[Curve]) -> Mapping[str, float]:
-    """AUP of each curve; the best accuracy is that of all of them."""
-    known = {
-        curve.name: [
-            (rho, row.score)
-            for row in curve.rows
-            if (rho := parallelism(row)) and row.score is not None
-        ]
-        for curve in curves
-    }
-    best = max((score for points in known.values() for _, score in points), default=0.0)
-    if best <= 0:
-        return {}
-    return {
-        name: accuracy_under_parallelism(points, best) for name, points in known.items() if points
-    }
-
-
 def curve_table(comparison: Comparison) -> Table | None:
-    """All points of the figures, and each curve's AUP."""
+    """Make the table of all points of the figures; None where no row has a score above 0."""
     curves = score_curves(comparison)
-    found = areas(curves)
-    if not found:
+    if not any(row.score and parallelism(row) for curve in curves for row in curve.rows):
         return None
-    lines = []
-    for curve in curves:
-        for count, row in enumerate(curve.rows):
-            lines.append(
-                {
-                    "curve": curve.name,
-                    "row": row.name,
-                    "score": row.score,
-                    "seconds_per_problem": median(row.seconds_per_problem),
-                    "tokens_per_second": median(row.tokens_per_second),
-                    "tokens_per_forward": parallelism(row),
-                    "aup": found.get(curve.name) if count == 0 else None,
-                }
-            )
+    lines = [
+        {
+            "curve": curve.name,
+            "row": row.name,
+            "score": row.score,
+            "seconds_per_problem": median(row.seconds_per_problem),
+            "tokens_per_second": median(row.tokens_per_second),
+            "tokens_per_forward": parallelism(row),
+        }
+        for curve in curves
+        for row in curve.rows
+    ]
     columns = [
         Column(key="curve", header="curve", is_number=False),
         Column(key="row", header="row", is_number=False),
@@ -113,12 +91,32 @@ def curve_table(comparison: Comparison) -> Table | None:
         Column(key="seconds_per_problem", header="s/problem", form=show.significant),
         Column(key="tokens_per_second", header="tokens/s", form=show.significant),
         Column(key="tokens_per_forward", header="tokens/forward", form=show.significant),
-        Column(key="aup", header="AUP of the curve", form=show.significant),
-    ]
-    notes = [
-        "Score against seconds per problem is what counts. AUP (accuracy under parallelism, of "
-        "d3LLM) is secondary: it ignores what a forward costs, depends on the best method in this "
-        "table, and is not comparable across papers."
     ]
     title = f"Score against cost: {comparison.title}"
+    notes = ["Score against seconds per problem is what counts."]
     return Table(name="curves", title=title, columns=columns, lines=lines, notes=notes)
+
+
+def by_thresholds(comparison: Comparison) -> list[Row]:
+    """Give the rows of the experiment `thresholds`, strictest first."""
+    return sorted(comparison.of("thresholds"), key=thresholds_of, reverse=True)
+
+
+def thresholds_of(row: Row) -> tuple[float, ...]:
+    """Give a row's thresholds (activate, confidence, add); 0 where unknown."""
+    return tuple(float(row.setting(key) or 0) for key in THRESHOLDS)
+
+
+def threshold_curve(comparison: Comparison) -> list[Row]:
+    """The rows of one add threshold with the most levels of the others, strictest first.
+
+    Such rows vary the activate and confidence thresholds together at one add threshold.
+    """
+    groups: dict[float, dict[tuple[float, ...], Row]] = {}
+    for row in by_thresholds(comparison):
+        *level, add = thresholds_of(row)
+        # Settings that were measured twice are one level.
+        groups.setdefault(add, {}).setdefault(tuple(level), row)
+    if not groups:
+        return []
+    return [*max(groups.items(), key=lambda item: (len(item[1]), -item[0]))[1].values()]

@@ -1,36 +1,22 @@
-"""The whole report: tables, figures, claims, what was not found, and how to repeat it."""
+"""Put a report together: its tables, its figures, and how to repeat the measurement."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2f.evaluation.report import ablations
-from d2f.evaluation.report.claims import CLAIMS_TITLE, claim_table
 from d2f.evaluation.report.curves import curve_table
-from d2f.evaluation.report.figures import Drawing, draw_figures
-from d2f.evaluation.report.methods import method_tables
-from d2f.evaluation.report.repeats import repeat_table
-from d2f.evaluation.report.results import Comparison, Results
+from d2f.evaluation.report.figures import Drawing, Panel, draw_figures
+from d2f.evaluation.report.methods import method_tables, varied_table
+from d2f.evaluation.report.rows import Comparison, Results
 from d2f.evaluation.report.table import Table, commit
+from d2f.evaluation.results import EXPERIMENTS
 
 FILE = "README.md"
 TABLES_FILE = "tables.json"
-EXPERIMENTS = {
-    "methods": "tables 1, 2, 5, 7",
-    "thresholds": "table 3",
-    "noise": "table 4",
-    "control": "table 6",
-    "steps": "figure 2",
-    "block-size": "figure 5",
-    "batch": "batch sizes",
-}
-"""What each experiment fills."""
-
-
 TAILS_COUNTED = """Tails are counted: tokens are all that were decoded but EOS, those behind the \
 end of an answer too, as in the paper's tables of Dream. Speeds without prompts are left out."""
 
@@ -41,82 +27,77 @@ class Report:
 
     results: Results
     sections: Sequence[tuple[str, Sequence[Table]]]
-    """A heading, and the tables below it."""
+    """A heading, and the tables below it; a section without a table is left out."""
+    notes: Sequence[str] = ()
+    """Paragraphs before the first section."""
 
     def tables(self, name: str | None = None) -> list[Table]:
-        """All, or those of a name."""
+        """Give all tables, or those of a name."""
         found = [table for _, tables in self.sections for table in tables]
         return [table for table in found if name in (None, table.name)]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Give what a JSON file holds of the report."""
         return {
             "tables": [table.to_dict() for table in self.tables()],
             "warnings": list(self.results.warnings),
-            "missing": missing_experiments(self.results),
+            "notes": list(self.notes),
         }
 
 
-def build_report(results: Results, *, paper: bool) -> Report:
+def build_report(results: Results) -> Report:
     """Fill all tables whose rows are there.
 
     Args:
         results: What `load_results` found.
-        paper: Set the paper's numbers beside, and go through its claims.
 
     Example:
-        `build_report(load_results([Path("results")]), paper=True).tables("methods")`
+        `build_report(load_results([Path("results")])).tables("methods")`
     """
-    one: dict[str, Callable[[Comparison], Table | None]] = {
-        "Thresholds (table 3)": lambda c: ablations.threshold_table(c, paper=paper),
-        "Noise schedule (table 4)": lambda c: ablations.noise_table(c, paper=paper),
-        "The cache and parallelism (tables 5 and 7)": lambda c: ablations.cache_table(
-            c, paper=paper
-        ),
-        "Fine-tuning alone (table 6)": lambda c: ablations.control_table(c, paper=paper),
-        "Score against cost (figure 2)": curve_table,
-        "Block size (figure 5)": ablations.block_size_table,
-        "Batch size": ablations.batch_table,
-        "How well speeds repeat": repeat_table,
-    }
     comparisons = results.comparisons
+    varied = [
+        table
+        for comparison in comparisons
+        for experiment in EXPERIMENTS[1:]
+        if (table := varied_table(comparison, experiment)) is not None
+    ]
+    curves = [table for c in comparisons if (table := curve_table(c)) is not None]
     sections = [
-        (
-            "Methods (tables 1 and 2)",
-            [t for c in comparisons for t in method_tables(c, paper=paper)],
-        )
+        ("Methods", [table for c in comparisons for table in method_tables(c)]),
+        ("Settings varied", varied),
+        ("Score against cost", curves),
     ]
-    sections += [
-        (heading, [table for c in comparisons if (table := make(c)) is not None])
-        for heading, make in one.items()
-    ]
-    if paper:
-        sections.append((CLAIMS_TITLE, [claim_table(comparisons)]))
-    return Report(results=results, sections=[(h, tables) for h, tables in sections if tables])
+    return Report(results=results, sections=sections)
 
 
-def write_report(report: Report, folder: Path, *, paper: bool, figures: bool, command: str) -> Path:
+def write_report(
+    report: Report,
+    folder: Path,
+    *,
+    figures: bool,
+    command: str,
+    panels: Sequence[Panel] | None = None,
+) -> Path:
     """Write README.md, the pictures, and tables.json with all numbers unrounded.
 
     Args:
         report: What `build_report` made.
         folder: Made where it is missing.
-        paper: Draw the paper's points too.
-        figures: Draw at all.
+        figures: Draw the pictures.
         command: What was typed, for the page's end.
+        panels: The pictures, where they are not those of `d2f report`.
 
     Returns:
         The page.
 
     Raises:
-        ConfigError: There are figures to draw, and no matplotlib.
+        ConfigError: There are figures to draw, and matplotlib is not installed.
 
     Example:
-        `write_report(report, Path("report"), paper=True, figures=True, command="d2f report r")`
+        `write_report(report, Path("report"), figures=True, command="d2f report results")`
     """
     folder.mkdir(parents=True, exist_ok=True)
-    comparisons = report.results.comparisons
-    drawings = draw_figures(comparisons, folder, paper=paper) if figures else []
+    drawings = draw_figures(report.results.comparisons, folder, panels) if figures else []
     _write(folder / TABLES_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
     _write(folder / FILE, markdown(report, drawings, command))
     return folder / FILE
@@ -134,11 +115,11 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
     results = report.results
     parts = [f"# Results: {_titles(results.comparisons)}"]
     parts += [f"**Warning:** {warning}" for warning in results.warnings]
-    parts += missing_experiments(results)
+    parts += report.notes
     if any(comparison.counts_tail for comparison in results.comparisons):
         parts.append(TAILS_COUNTED)
     for heading, tables in report.sections:
-        parts.append(f"## {heading}")
+        parts += [f"## {heading}"] if tables else []
         for table in tables:
             parts += [] if table.title == heading else [f"### {table.title}"]
             parts += [table.markdown(), *table.notes]
@@ -147,25 +128,6 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
         parts += [f"![{drawing.title}]({drawing.file})" for drawing in drawings]
     parts += _footer(results, command)
     return "\n\n".join(parts) + "\n"
-
-
-def missing_experiments(results: Results) -> list[str]:
-    """A line for each family and test set that has methods side by side and lacks ablations.
-
-    An ablation of the same family and task counts, whatever its test set is called.
-    """
-    lines = []
-    for comparison in results.comparisons:
-        kin = [
-            other
-            for other in results.comparisons
-            if (other.family, other.task) == (comparison.family, comparison.task)
-        ]
-        missing = [name for name in EXPERIMENTS if not any(other.of(name) for other in kin)]
-        if comparison.of("methods") and missing:
-            parts = ", ".join(f"{name} ({EXPERIMENTS[name]})" for name in missing)
-            lines.append(f"Not measured of {comparison.title}: {parts}.")
-    return lines
 
 
 def _titles(comparisons: Sequence[Comparison]) -> str:

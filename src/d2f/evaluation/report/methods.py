@@ -1,4 +1,4 @@
-"""Tables 1 and 2: all methods on one test set, what makes their ratios, and their settings."""
+"""The tables of a report: methods side by side, and settings of one method side by side."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.differences import Difference, paired_difference
-from d2f.evaluation.report.paper import (
-    LABEL,
-    Counterpart,
-    counterparts,
-    over_autoregressive,
-)
-from d2f.evaluation.report.results import Comparison, Row
-from d2f.evaluation.report.table import Column, Table, median, minus, ratio
+from d2f.evaluation.report.rows import Comparison, Difference, Row, paired_difference
+from d2f.evaluation.report.table import Column, Table, median, ratio
 
-_TAILS = (
-    "The paper counts Dream's tokens with the tail behind the answer, and here answers are "
-    "counted; `d2f report --count-tail` counts as the paper."
+METHOD = Column(key="label", header="method", is_number=False)
+SPEED = Column(key="tokens_per_second", header="tokens/s (lowest–highest)", form=show.spread)
+YIELD = Column(key="tokens_per_forward", header="tokens/forward", form=show.significant)
+LATENCY = Column(key="seconds_per_problem", header="s/problem", form=show.significant)
+LENGTH = Column(key="mean_tokens", header="tokens/answer", form=show.significant)
+SCORE = Column(key="score_text", header="score ± se, % (n)")
+OVER_AUTOREGRESSIVE = Column(key="over_autoregressive", header="x autoregressive", form=show.times)
+OVER_VANILLA = Column(key="over_vanilla", header="x vanilla", form=show.times)
+LATENCY_OVER_VANILLA = Column(
+    key="latency_over_vanilla", header="x vanilla's latency", form=show.times
 )
-_METHOD = Column(key="label", header="method", is_number=False)
-_OVER = Column(key="over_autoregressive", header="x autoregressive", form=show.times)
 _MAIN = (
-    _METHOD,
-    Column(key="tokens_per_second", header="tokens/s (lowest–highest)", form=show.spread),
-    _OVER,
-    Column(key="over_vanilla", header="x vanilla", form=show.times),
-    Column(key="seconds_per_problem", header="s/problem", form=show.significant),
-    Column(key="latency_over_vanilla", header="x vanilla's latency", form=show.times),
-    Column(key="mean_tokens", header="tokens/answer", form=show.significant),
-    Column(key="score_text", header="score ± se, % (n)"),
+    METHOD,
+    SPEED,
+    OVER_AUTOREGRESSIVE,
+    OVER_VANILLA,
+    LATENCY,
+    LATENCY_OVER_VANILLA,
+    LENGTH,
+    SCORE,
     Column(key="over_twin", header="score - autoregressive's, points [95%] (n)", form=show.paired),
     Column(key="difference", header="score - teacher's, points [95%] (n)", form=show.paired),
 )
 _REASONS = (
-    _METHOD,
+    METHOD,
     Column(key="tokens_per_forward", header="tokens/forward, all", form=show.significant),
     Column(key="mean_of_tokens_per_forward", header="mean of problems'", form=show.significant),
     Column(key="forwards_per_problem", header="forwards/problem", form=show.significant),
@@ -46,7 +44,7 @@ _REASONS = (
     Column(key="made_of", header="x autoregressive = tokens/forward × forwards/s"),
 )
 _SETTINGS = (
-    _METHOD,
+    METHOD,
     Column(key="model", header="model", is_number=False),
     Column(key="settings", header="settings", is_number=False),
     Column(key="grid", header="chosen from", is_number=False),
@@ -55,15 +53,17 @@ _SETTINGS = (
 )
 
 
-def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
-    """The tables of `methods`; none where the experiment was not run.
+def method_tables(comparison: Comparison) -> list[Table]:
+    """Make the tables of the experiment `methods`: results, what makes the ratios, settings.
 
     Args:
-        comparison: One family on one test set.
-        paper: Set the paper's ratios beside.
+        comparison: One model family on one test set.
+
+    Returns:
+        Three tables; none where the experiment was not run.
 
     Example:
-        `print(method_tables(comparison, paper=True)[0].markdown())`
+        `print(method_tables(comparison)[0].markdown())`
     """
     rows = comparison.of("methods")
     if not rows:
@@ -82,7 +82,7 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
         *show.conditions(rows),
     ]
     title = comparison.title
-    tables = [
+    return [
         Table(name="methods", title=f"Methods: {title}", columns=_MAIN, lines=lines, notes=notes),
         Table(
             name="reasons",
@@ -97,9 +97,62 @@ def method_tables(comparison: Comparison, *, paper: bool) -> list[Table]:
         ),
         Table(name="settings", title=f"Settings: {title}", columns=_SETTINGS, lines=lines),
     ]
-    if paper:
-        tables += _beside(comparison, rows)
-    return tables
+
+
+def varied_table(comparison: Comparison, experiment: str) -> Table | None:
+    """Make the table of an experiment that varies settings: each row against the first one.
+
+    The columns begin with the labels that the recipe gives its rows, as `add_threshold`.
+
+    Returns:
+        None where the experiment was not run.
+
+    Example:
+        `print(varied_table(comparison, "thresholds").markdown())`
+    """
+    rows = sorted(comparison.of(experiment), key=_label_order)
+    if not rows:
+        return None
+    first = rows[0]
+    lines = [
+        {
+            **dict(row.summary.get("labels") or {}),
+            **base_line(row, None),
+            "over_first": speed_ratio(row, first),
+            "difference": _lead(row, first),
+        }
+        for row in rows
+    ]
+    labels = dict.fromkeys(key for row in rows for key in row.summary.get("labels") or {})
+    columns = [
+        METHOD,
+        *(Column(key=key, header=key.replace("_", " ")) for key in labels),
+        SPEED,
+        Column(key="over_first", header="x first", form=show.times),
+        YIELD,
+        LATENCY,
+        SCORE,
+        Column(key="difference", header="score - first's, points [95%] (n)", form=show.paired),
+    ]
+    return Table(
+        name=experiment,
+        title=f"{experiment.capitalize()}: {comparison.title}",
+        columns=columns,
+        lines=lines,
+        notes=[*show.simulated(rows), *show.conditions(rows)],
+    )
+
+
+def _label_order(row: Row) -> list[tuple[str, float, str]]:
+    """Sort rows by method, then by their labels: numbers by size, words by letter."""
+    labels = (row.summary.get("labels") or {}).values()
+    return [
+        (row.method, 0.0, ""),
+        *(
+            ("", value, "") if isinstance(value, int | float) else ("", 0.0, str(value))
+            for value in labels
+        ),
+    ]
 
 
 def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
@@ -201,66 +254,3 @@ def _other_batches(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.speed_batch_size not in (None, 1)
     ]
-
-
-def _beside(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
-    """Ratio against ratio: the machines and the sizes differ, so tokens/s cannot be compared."""
-    stand = counterparts(comparison.task, comparison.family)
-    if not stand:
-        return []
-    columns = [_METHOD, _OVER, *_ratio_columns("here", "here")]
-    for counterpart in stand:
-        columns += _ratio_columns(counterpart.family, counterpart.family)
-        if over_autoregressive(counterpart.test_set, "autoregressive"):
-            key, name = f"{counterpart.family}_figure1", counterpart.family
-            columns.append(Column(key=key, header=f"{name}: x LLaMA3", form=show.times))
-    vanilla = comparison.find("vanilla")
-    lines = []
-    for row in rows:
-        line = base_line(row, vanilla)
-        line["here_tps"] = line["over_vanilla"]
-        line["here_latency"] = line["latency_over_vanilla"]
-        line["here_score"] = minus(row.score, vanilla.score if vanilla else None)
-        for counterpart in stand:
-            line |= paper_ratios(counterpart, row.method)
-            found = over_autoregressive(counterpart.test_set, row.method)
-            line[f"{counterpart.family}_figure1"] = found.get(counterpart.family)
-        line["over_autoregressive"] = speed_ratio(row, comparison.find("autoregressive"))
-        lines.append(line)
-    names = "; ".join(counterpart.name for counterpart in stand)
-    dream = any(counterpart.family == "Dream" for counterpart in stand)
-    return [
-        Table(
-            name="paper",
-            title=f"Beside the paper: {comparison.title}",
-            columns=columns,
-            lines=lines,
-            notes=[
-                f"{LABEL}: {names}. Ratios and differences are to vanilla; x LLaMA3 is "
-                "of figure 1, with 512 new tokens.",
-                *([_TAILS] if dream and not comparison.counts_tail else []),
-            ],
-        )
-    ]
-
-
-def _ratio_columns(key: str, name: str) -> list[Column]:
-    return [
-        Column(key=f"{key}_tps", header=f"{name}: x tokens/s", form=show.times),
-        Column(key=f"{key}_latency", header="x latency", form=show.times),
-        Column(key=f"{key}_score", header="score, points", form=show.gap),
-    ]
-
-
-def paper_ratios(counterpart: Counterpart, method: str) -> dict[str, float | None]:
-    """The paper's row of a method against its vanilla; nothing where there is none."""
-    tables = ("table1", "table2", "table5", "table6", "table7")
-    row, base = (counterpart.find(name, *tables) for name in (method, "vanilla"))
-    if row is None or base is None:
-        return {}
-    name = counterpart.family
-    return {
-        f"{name}_tps": ratio(row.tokens_per_second, base.tokens_per_second),
-        f"{name}_latency": ratio(base.seconds_per_problem, row.seconds_per_problem),
-        f"{name}_score": minus(row.score, base.score),
-    }

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2f.evaluation.report.differences import Difference
-from d2f.evaluation.report.results import Row, Spread
+from d2f.evaluation.report.rows import Difference, Row, Spread
 
 NOTHING = "–"
 

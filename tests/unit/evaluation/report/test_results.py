@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from benchmarks.paper.claims import small_sample
+from tests.unit.evaluation.fake_results import fake_summary, write_row
 
 from d2f.errors import ConfigError
-from d2f.evaluation.report.differences import paired_difference, small_sample
-from d2f.evaluation.report.results import load_results
+from d2f.evaluation.report.reading import load_results
+from d2f.evaluation.report.rows import paired_difference
 from d2f.evaluation.report.table import conditions
-from d2f.testing.results import fake_summary, write_row
 
 
 def load_one(folder):

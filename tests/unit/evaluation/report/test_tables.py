@@ -1,36 +1,22 @@
 """Tables against numbers worked out by hand."""
 
 import pytest
+from tests.unit.evaluation.fake_results import (
+    cells,
+    compare,
+    fake_summary,
+    line_of,
+    write_results,
+)
 
-from d2f.evaluation.report import ablations
-from d2f.evaluation.report.curves import areas, curve_table, score_curves
-from d2f.evaluation.report.methods import method_tables
-from d2f.evaluation.report.paper import ablation_counterpart, counterparts, load_paper
-from d2f.evaluation.report.repeats import repeat_table
-from d2f.evaluation.report.results import load_results
+from d2f.evaluation.report.curves import curve_table, score_curves, threshold_curve
+from d2f.evaluation.report.methods import method_tables, varied_table
 from d2f.evaluation.report.table import Column, Table
-from d2f.testing.results import fake_summary, write_results, write_row
-
-
-def compare(folder, *summaries):
-    for summary in summaries:
-        write_row(folder, summary)
-    [comparison] = load_results([folder]).comparisons
-    return comparison
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     return compare(write_results(tmp_path_factory.mktemp("results")))
-
-
-def line_of(table, **values):
-    [line] = [x for x in table.lines if all(x[key] == value for key, value in values.items())]
-    return line
-
-
-def cells(table, line):
-    return {column.key: column.show(line) for column in table.columns}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def methods(tmp_path_factory):
                      grid={"where": "validation", "tried": 12, "chosen": {}}),
         fake_summary("serial", speed=None, score=None, simulated="random weights"),
     )  # fmt: skip
-    return {table.name: table for table in method_tables(comparison, paper=True)}
+    return {table.name: table for table in method_tables(comparison)}
 
 
 def test_methods_by_hand(methods):
@@ -90,29 +76,15 @@ def test_settings_and_simulation_are_told(methods):
     assert set(shown.values()) == {"serial (simulated)", "–"}
 
 
-def test_paper_stands_beside(methods):
-    table = methods["paper"]
-    line = line_of(table, method="pipelined")
-    assert line["here_tps"] == 16
-    assert line["LLaDA_tps"] == pytest.approx(52.5 / 7.2)
-    assert line["Dream_latency"] == pytest.approx(26.8 / 2.8)
-    assert line["Dream_score"] == pytest.approx(2.6)
-    assert line["LLaDA_figure1"] is None
-    assert "paper, A100, 8B: LLaDA, GSM8K-4-shot" in table.notes[0]
-    autoregressive = cells(table, line_of(table, method="autoregressive"))
-    assert autoregressive["LLaDA_tps"] == "–"
-    assert autoregressive["LLaDA_figure1"] == "1.00x"
-
-
 def test_other_batch_sizes_are_told(tmp_path):
     comparison = compare(tmp_path, fake_summary("vanilla", batch_size=4))
-    [note] = [n for n in method_tables(comparison, paper=False)[0].notes if "batch 4" in n]
+    [note] = [n for n in method_tables(comparison)[0].notes if "batch 4" in n]
     assert "Warning" in note
 
 
 def test_rows_that_go_on_after_eos_are_told(tmp_path):
     rows = [fake_summary("vanilla", early_stop=False), fake_summary("pipelined", early_stop=True)]
-    tables = method_tables(compare(tmp_path, *rows), paper=False)
+    tables = method_tables(compare(tmp_path, *rows))
     [note] = [note for note in tables[0].notes if "EOS" in note]
     assert note == "EOS does not end a problem of vanilla; it does of all other rows."
     settings = [line["settings"] for line in tables[2].lines]
@@ -123,20 +95,25 @@ def test_rows_that_go_on_after_eos_are_told(tmp_path):
 
 def test_no_methods_no_tables(tmp_path):
     comparison = compare(tmp_path, fake_summary("control", experiment="control"))
-    assert method_tables(comparison, paper=True) == []
+    assert method_tables(comparison) == []
 
 
-def test_thresholds(everything):
-    table = ablations.threshold_table(everything, paper=True)
-    assert len(table.lines) == 12
-    first, loose = table.lines[0], table.lines[-1]
-    assert [first[key] for key in ablations.THRESHOLDS] == [0.95, 0.95, 0.95]
-    assert first["over_base"] == first["paper_tps"] == 1
-    assert [loose[key] for key in ablations.THRESHOLDS] == [0.85, 0.85, 0.1]
-    assert loose["over_base"] == pytest.approx(1200 / (950 * 0.99))
-    assert loose["paper_tps"] == pytest.approx(135.4 / 105.2)
-    assert loose["paper_score"] == pytest.approx(75.0 - 76.9)
-    assert loose["difference"].mean == pytest.approx(-3)
+def test_settings_varied_stand_beside_the_first(everything):
+    table = varied_table(everything, "block-size")
+    assert [line["block_size"] for line in table.lines] == [8, 16, 32, 64]
+    shown = cells(table, table.lines[1])
+    assert (shown["over_first"], shown["tokens_per_second"]) == ("1.43x", "1000 (980–1030)")
+    assert shown["difference"].startswith("-1.0 [")
+    assert cells(table, table.lines[0])["difference"] == "–"
+    noise = varied_table(everything, "noise")
+    assert [column.header for column in noise.columns[1:5]] == [
+        "schedule", "activate threshold", "confidence threshold", "seed",
+    ]  # fmt: skip
+    assert len(noise.lines) == 27
+
+
+def test_an_experiment_without_rows_has_no_table(tmp_path):
+    assert varied_table(compare(tmp_path, fake_summary("vanilla")), "noise") is None
 
 
 def test_a_level_measured_twice_is_one_of_the_curve(tmp_path):
@@ -145,122 +122,19 @@ def test_a_level_measured_twice_is_one_of_the_curve(tmp_path):
         return fake_summary(name, experiment="thresholds", labels=labels)
 
     rows = [row("a", 0.9, 0.1), row("b", 0.8, 0.1), row("c", 0.9, 0.8), row("d", 0.8, 0.8)]
-    curve = ablations.threshold_curve(compare(tmp_path, *rows, row("e", 0.8, 0.8)))
+    curve = threshold_curve(compare(tmp_path, *rows, row("e", 0.8, 0.8)))
     assert [row.name for row in curve] == ["a", "b"]
 
 
-def test_noise_has_levels_of_both_thresholds(tmp_path):
-    def row(schedule, confidence):
-        labels = {"schedule": schedule, "seed": 1, "activate_threshold": 0.95}
-        labels["confidence_threshold"] = confidence
-        return fake_summary(f"{schedule}-{confidence}", experiment="noise", labels=labels)
-
-    rows = [row(s, c) for s in ("monotone", "random") for c in (0.9, 0.98)]
-    table = ablations.noise_table(compare(tmp_path, *rows), paper=True)
-    found = [(x["confidence_threshold"], x["schedule"], x.get("paper_tps")) for x in table.lines]
-    gain = pytest.approx(119.9 / 114.5)
-    assert found == [
-        (0.98, "monotone", None), (0.98, "random", None), (0.9, "monotone", gain),
-        (0.9, "random", 1.0),
-    ]  # fmt: skip
-
-
-def test_noise_over_seeds(everything):
-    table = ablations.noise_table(everything, paper=True)
-    line = line_of(table, schedule="monotone", activate_threshold=0.95)
-    # 1000 + 10, 20, 30 - 190; the standard deviation of 10, 20, 30 is 10.
-    assert line["tokens_per_second"] == "830 ± 10.0"
-    assert line["num_seeds"] == 3
-    assert line["over_random"] == pytest.approx(830 / 710)
-    assert line["score_gap"] == pytest.approx(2)
-    assert line["paper_tps"] == pytest.approx(119.9 / 114.5)
-    assert "paper_tps" not in line_of(table, schedule="ends-masked", activate_threshold=0.95)
-
-
-def test_cache_and_control(everything):
-    cache = ablations.cache_table(everything, paper=True)
-    assert [line["method"] for line in cache.lines] == [
-        "vanilla", "vanilla-eos-stop", "serial", "pipelined",
-    ]  # fmt: skip
-    line = line_of(cache, method="serial")
-    assert line["over_vanilla"] == 5.25
-    assert line["Dream_tps"] == pytest.approx(40.7 / 9.5)
-    control = ablations.control_table(everything, paper=True)
-    assert [line["method"] for line in control.lines] == ["vanilla", "control"]
-    line = line_of(control, method="control")
-    assert line["over_vanilla"] == 78 / 80
-    assert line["Dream_latency"] == pytest.approx(26.8 / 29.9)
-    assert "LLaDA_tps" not in line
-
-
-def test_control_has_its_own_teacher(tmp_path):
-    comparison = compare(
-        tmp_path,
-        fake_summary("control", experiment="control", speed=50),
-        fake_summary("teacher", method="vanilla", experiment="control", speed=100),
-        fake_summary("vanilla", speed=10),
-    )
-    table = ablations.control_table(comparison, paper=False)
-    assert [line["row"] for line in table.lines] == ["teacher", "control"]
-    assert table.lines[1]["over_vanilla"] == 0.5
-
-
-def test_block_sizes(everything):
-    table = ablations.block_size_table(everything)
-    assert [line["block_size"] for line in table.lines] == [8, 16, 32, 64]
-
-
-def test_batch_sizes_and_overtaking(everything):
-    table = ablations.batch_table(everything)
-    assert [line["batch_size"] for line in table.lines] == [1, 4, 16, 64, 256]
-    assert [column.key for column in table.columns] == [
-        "batch_size", "autoregressive", "serial", "pipelined", "serial_ratio", "pipelined_ratio",
-    ]  # fmt: skip
-    assert table.lines[1]["pipelined_ratio"] == pytest.approx(1000 / 300 * 4**-0.3)
-    assert "overtakes serial from batch 4 on" in table.notes[0]
-    assert "overtakes pipelined from batch 64 on" in table.notes[1]
-
-
-@pytest.mark.parametrize(
-    ("ratios", "words"),
-    [
-        ([3, 2], "at none of these batch sizes; at batch 4 pipelined is 2.00x"),
-        ([3, 0.5], "from batch 4 on"),
-        ([0.5, 0.4], "from batch 1 on"),
-        ([0.5, 1.5], "at none of these"),
-        ([None, None], "no batch size in common"),
-    ],
-)
-def test_overtaking_in_words(ratios, words):
-    lines = [{"batch_size": 4**i, "pipelined_ratio": r} for i, r in enumerate(ratios)]
-    assert words in ablations.overtaking("pipelined", lines)
-
-
-def test_empty_experiments_have_no_tables(tmp_path):
-    comparison = compare(tmp_path, fake_summary("vanilla"))
-    for make in (ablations.threshold_table, ablations.noise_table, ablations.cache_table,
-                 ablations.control_table):  # fmt: skip
-        assert make(comparison, paper=True) is None
-    assert ablations.block_size_table(comparison) is None
-    assert ablations.batch_table(comparison) is None
-
-
-def test_curves_and_their_areas(everything):
+def test_curves_and_their_table(everything):
     curves = {curve.name: curve for curve in score_curves(everything)}
     d2f = curves["D2F, thresholds"]
     assert [row.setting("add_threshold") for row in d2f.rows] == [0.1, 0.1, 0.1]
     steps = curves["vanilla, fewer steps"]
     assert [row.name for row in steps.rows] == ["steps-8", "steps-16", "steps-32", "vanilla"]
     assert "vanilla" not in curves
-    found = areas(list(curves.values()))
-    # One point: a rectangle.
-    assert found["autoregressive"] == pytest.approx(94.5)
-    # Vanilla's fewer steps lose more than five points, so only the full number counts.
-    assert found["vanilla, fewer steps"] == pytest.approx(0.8 * 95)
     table = curve_table(everything)
-    assert [x["aup"] for x in table.lines if x["curve"] == "D2F, thresholds"] == [
-        found["D2F, thresholds"], None, None,
-    ]  # fmt: skip
+    assert [line["row"] for line in table.lines[:3]] == [row.name for row in d2f.rows]
 
 
 @pytest.mark.parametrize(("stops", "last"), [(True, "stopped"), (False, "vanilla")])
@@ -287,31 +161,6 @@ def test_full_number_of_steps_is_no_second_point(tmp_path):
     assert curves == {"vanilla, fewer steps": ["all"], "vanilla": ["vanilla"]}
 
 
-@pytest.mark.parametrize(("speed", "warned"), [(108, False), (140, True)])
-def test_repeats_tell_how_far_speeds_lie_apart(tmp_path, speed, warned):
-    policy = {"block_size": 8}
-    comparison = compare(
-        tmp_path,
-        fake_summary("pipelined", policy=policy),
-        fake_summary("b-8", method="pipelined", experiment="block-size", policy=policy,
-                     speed=speed),
-        fake_summary("b-4", method="pipelined", experiment="block-size",
-                     policy={"block_size": 4}, speed=900),
-        fake_summary("untimed", method="pipelined", experiment="control", policy=policy,
-                     speed=None),
-    )  # fmt: skip
-    table = repeat_table(comparison)
-    [line] = table.lines
-    assert line["apart"] == pytest.approx(speed / 100)
-    assert line["speeds"] == f"{speed} (block-size, b-8); 100 (methods, pipelined)"
-    assert ("Warning" in table.notes[-1]) == warned
-
-
-def test_nothing_measured_twice_has_no_table(tmp_path):
-    twice_in_one = [fake_summary(name, experiment="noise") for name in "ab"]
-    assert repeat_table(compare(tmp_path, *twice_in_one)) is None
-
-
 def test_curves_of_the_same_label_stay_apart(tmp_path):
     comparison = compare(tmp_path, fake_summary("a", label="same"), fake_summary("b", label="same"))
     assert len({curve.name for curve in score_curves(comparison)}) == 2
@@ -320,23 +169,6 @@ def test_curves_of_the_same_label_stay_apart(tmp_path):
 def test_no_scores_no_curves(tmp_path):
     assert curve_table(compare(tmp_path, fake_summary("vanilla", score=None))) is None
     assert curve_table(compare(tmp_path, fake_summary("vanilla", score=0.0))) is None
-
-
-def test_paper_is_complete():
-    tables = [row.table for row in load_paper()]
-    assert {name: tables.count(name) for name in sorted(set(tables))} == {
-        "table1": 20, "table2": 20, "table3": 12, "table4": 12, "table5": 8, "table6": 8,
-        "table7": 8, "figure1": 14, "figure2": 20,
-    }  # fmt: skip
-    assert all(row.tokens_per_second for row in load_paper())
-
-
-def test_counterparts():
-    both = counterparts("functions", "small models")
-    assert [c.name for c in both] == ["LLaDA, MBPP-3-shot", "Dream, MBPP-3-shot"]
-    assert [c.family for c in counterparts("mbpp", "D2F-LLaDA-8B")] == ["LLaDA"]
-    assert counterparts("my-own", "LLaDA") == []
-    assert ablation_counterpart("my-own") is None
 
 
 def test_markdown_is_padded_and_escaped():

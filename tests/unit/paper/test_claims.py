@@ -1,10 +1,10 @@
 """Each claim's verdict, both ways, and where nothing can be said."""
 
 import pytest
+from benchmarks.paper.claims import CLAIMS, claim_table
+from tests.unit.evaluation.fake_results import fake_summary, write_results, write_row
 
-from d2f.evaluation.report.claims import CLAIMS, claim_table
-from d2f.evaluation.report.results import load_results
-from d2f.testing.results import fake_summary, write_results, write_row
+from d2f.evaluation.report.reading import load_results
 
 
 def verdicts(folder):

@@ -1,10 +1,8 @@
-"""The result files of `d2f eval`, read back and sorted into what can be compared."""
+"""The rows of `d2f eval`'s result files, and which of them may be compared."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,28 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2f.errors import ConfigError, counted
-from d2f.evaluation.metrics import OF_TOKENS
-from d2f.problems.text2sql import TEXT_TO_SQL
-
-FORMAT = 1
-METHODS = (
-    "autoregressive", "vanilla", "vanilla-eos-stop", "vanilla-512", "dllm-cache",
-    "fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual", "undistilled", "serial",
-    "pipelined", "control",
-)  # fmt: skip
-"""In the order of the paper's tables, autoregression first."""
-MATHEMATICS = (
-    "word-problems", "gsm8k", "gsm8k-variants", "gsm8k_cot", "minerva_math", "minerva_math500",
-)  # fmt: skip
-CODE = ("functions", "humaneval", "mbpp")
-OTHERS = TEXT_TO_SQL
-"""Benchmarks of kinds that the paper has none of."""
-_NUMBER_LABELS = (
-    "activate_threshold", "confidence_threshold", "add_threshold", "block_size", "batch_size",
-    "num_steps",
-)  # fmt: skip
-_NAMES = ("row", "method", "experiment", "family", "test_set")
+from d2f.evaluation.metrics import OF_TOKENS, mean_and_error
+from d2f.evaluation.results import METHODS
 
 
 class Spread(NamedTuple):
@@ -255,7 +233,7 @@ class Results:
         """The same, with all decoded tokens counted, as the paper counts those of Dream.
 
         Example:
-            `build_report(load_results([Path("results/dream")]).with_tail(), paper=True)`
+            `build_report(load_results([Path("results/dream")]).with_tail())`
         """
         unknown = [str(row.folder) for row in self.rows if not row.counts_tail]
         warnings = [
@@ -271,162 +249,44 @@ class Results:
         )
 
 
-def load_results(folders: Sequence[Path]) -> Results:
-    """Read all finished rows below the folders.
+def _order(row: Row) -> tuple[int, str]:
+    order = list(METHODS)
+    return order.index(row.method) if row.method in order else len(order), row.name
 
-    Raises:
-        ConfigError: A folder is missing or has no finished row, or a summary is broken or of
-            another format; names it.
+
+class Difference(NamedTuple):
+    """A mean with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_pairs: int
+    """How many pairs it rests on."""
+
+
+def paired_difference(one: Row, other: Row) -> Difference | None:
+    """Score of `one` minus score of `other` on the problems both answered, in points.
+
+    Rows may have answered different numbers of problems: the first ones count, if the files of
+    problems show them to be the same. Without these files both need the same number. Where no
+    answers differ, the interval is that of the rule of three: 3 / n to both sides.
+
+    Returns:
+        None where the problems of a row are not known or not the same.
 
     Example:
-        `load_results([Path("results/word-problems")]).comparisons[0].of("methods")`
+        `paired_difference(pipelined, vanilla).low` above -1: at most a point is lost.
     """
-    files: dict[Path, Path] = {}
-    warnings: list[str] = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder; name what `d2f eval` wrote")
-        found = sorted(folder.rglob("summary.json"))
-        finished = {path.parent for path in found}
-        started = [p.parent for p in sorted(folder.rglob("problems.jsonl"))]
-        unfinished = [str(path) for path in started if path not in finished]
-        if not found:
-            begun = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
-            raise ConfigError(
-                f"{folder} has no results (no summary.json in it or below it){begun}; "
-                "make some with `d2f eval RECIPE`"
-            )
-        files |= {path.resolve(): path for path in found}
-        warnings += [f"not finished and left out: {path}" for path in unfinished]
-    rows, doubled = _drop_doubles([_read(path) for path in files.values()])
-    warnings += doubled + [text for row in rows for text in _not_measured_yet(row)]
-    return Results(comparisons=_compare(rows), warnings=tuple(dict.fromkeys(warnings)))
+    count = min(len(one.digits), len(other.digits))
+    if count < 2 or not _same_problems(one, other, count):
+        return None
+    gaps = [int(a) - int(b) for a, b in zip(one.digits[:count], other.digits[:count], strict=True)]
+    mean, error = mean_and_error(gaps)
+    reach = 1.96 * error if any(gaps) else 3 / count
+    return Difference(100 * mean, 100 * (mean - reach), 100 * (mean + reach), count)
 
 
-def _read(path: Path) -> Row:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(summary, dict) or "format" not in summary:
-        raise ConfigError(f"{path} is no summary of `d2f eval`: it has no format")
-    if summary["format"] != FORMAT:
-        raise ConfigError(
-            f"{path} has format {summary['format']!r}, and this d2f reads {FORMAT}; "
-            "report with the d2f that wrote it, or run the recipe again"
-        )
-    wrong = _what_is_wrong(summary)
-    if wrong:
-        raise ConfigError(f"{path} is broken: {wrong}; run its recipe again")
-    return Row(folder=path.parent, summary=summary)
-
-
-def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
-    """The first thing that the report could not work with."""
-    for key in _NAMES:
-        if not isinstance(summary.get(key), str):
-            return f"'{key}' is no text"
-    for key in ("labels", "policy", "options", "environment", "recipe", "model", "grid"):
-        if not isinstance(summary.get(key), dict | None):
-            return f"'{key}' is no table"
-    for key in _NUMBER_LABELS:
-        if not _is_number_or_none((summary.get("labels") or {}).get(key)):
-            return f"labels.{key} is no number"
-    for part in ("score", "speed"):
-        if not isinstance(summary.get(part), dict | None):
-            return f"'{part}' is no table"
-    score, speed = summary.get("score"), summary.get("speed")
-    for part in filter(None, (score, speed)):
-        if not isinstance(part.get("with_tail"), dict | None):
-            return "with_tail is no table"
-        if not all(map(_is_number_or_none, map((part.get("with_tail") or {}).get, OF_TOKENS[1:]))):
-            return "with_tail has what is no number"
-    if score is not None:
-        if not isinstance(score.get("num_problems"), int):
-            return "score.num_problems is no whole number"
-        for key in ("score", "standard_error"):
-            if not _is_number_or_none(score.get(key)):
-                return f"score.{key} is no number"
-        digits = score.get("correct", "")
-        if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
-            return "score.correct is not made of the digits 0 and 1"
-        if digits and len(digits) != score["num_problems"]:
-            problems = counted(score["num_problems"], "problem")
-            return f"score.correct has {counted(len(digits), 'digit')} for {problems}"
-    if speed is not None:
-        spreads = {
-            key: speed.get(key)
-            for key in ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second")
-        }
-        spreads["with_tail.tokens_per_second"] = (speed.get("with_tail") or {}).get(
-            "tokens_per_second"
-        )
-        for key, spread in spreads.items():
-            if spread is None:
-                continue
-            ends = spread if isinstance(spread, dict) else {}
-            known = ends.keys() >= set(Spread._fields)
-            if not known or not all(_is_number_or_none(ends[end]) for end in Spread._fields):
-                return f"speed.{key} has no median, lowest and highest"
-    return None
-
-
-def _is_number_or_none(value: object) -> bool:
-    """None is what result files have for nan."""
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Keep the newest of rows that were measured twice on one machine."""
-    kept: dict[tuple[str, ...], Row] = {}
-    warnings = []
-    for row in rows:
-        key = (*(str(row.summary[name]) for name in _NAMES), row.machine)
-        other = kept.get(key)
-        if other is not None:
-            old, row = sorted((other, row), key=lambda r: str(r.environment.get("time", "")))
-            warnings.append(f"measured twice, the newer is shown: {old.folder}, {row.folder}")
-        kept[key] = row
-    return list(kept.values()), warnings
-
-
-def _not_measured_yet(row: Row) -> list[str]:
-    """Parts that the recipe wants of the row and the summary lacks."""
-    recipe = row.summary.get("recipe") or {}
-    rows = [entry for entry in recipe.get("rows") or () if isinstance(entry, dict)]
-    settings = next((entry for entry in rows if entry.get("name") == row.name), {})
-    return [
-        f"not finished, has no {part} yet: {row.folder}"
-        for part in ("score", "speed")
-        if recipe.get(part) is not None
-        and settings.get(part, True)
-        and row.summary.get(part) is None
-    ]
-
-
-def _compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Families and test sets; each machine by itself where it repeats what another measured."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.summary["family"], row.summary["test_set"]), []).append(row)
-    comparisons = []
-    for (family, test_set), members in sorted(groups.items()):
-        times = Counter((row.summary["experiment"], row.name) for row in members)
-        machines: list[str | None] = [None]
-        if max(times.values()) > 1:
-            machines = [*sorted({row.machine for row in members})]
-        comparisons += [
-            Comparison(
-                family=family,
-                test_set=test_set,
-                machine=machine,
-                rows=[row for row in members if machine in (None, row.machine)],
-            )
-            for machine in machines
-        ]
-    return comparisons
-
-
-def _order(row: Row) -> tuple[int, str]:
-    place = METHODS.index(row.method) if row.method in METHODS else len(METHODS)
-    return place, row.name
+def _same_problems(one: Row, other: Row, count: int) -> bool:
+    if one.problem_ids is not None and other.problem_ids is not None:
+        return one.problem_ids[:count] == other.problem_ids[:count]
+    return len(one.digits) == len(other.digits)

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from benchmarks.paper.aup import accuracy_under_parallelism
 
 from d2f.errors import ConfigError
-from d2f.evaluation.report.aup import accuracy_under_parallelism
 
 
 def test_single_point_is_a_rectangle():

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2f.evaluation.report.reading import load_results
+from d2f.evaluation.report.rows import Comparison
+
 TOKENS = 50
 """Of every made-up answer."""
 
@@ -272,3 +275,22 @@ def _speed(speed: float | Sequence[float], rho: float, batch_size: int) -> dict[
         "milliseconds_per_forward": 1000 * rho / median,
         "score": 0.9,
     }
+
+
+def compare(folder: Path, *summaries: dict[str, Any]) -> Comparison:
+    """Write rows, and read them back as the one comparison that they are."""
+    for summary in summaries:
+        write_row(folder, summary)
+    [comparison] = load_results([folder]).comparisons
+    return comparison
+
+
+def line_of(table, **values):
+    """The one line of a table that has these values."""
+    [line] = [x for x in table.lines if all(x[key] == value for key, value in values.items())]
+    return line
+
+
+def cells(table, line):
+    """What a line of a table shows, by the keys of its columns."""
+    return {column.key: column.show(line) for column in table.columns}

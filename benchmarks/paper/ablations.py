@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from d2f.evaluation.metrics import standard_deviation
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.differences import paired_difference
-from d2f.evaluation.report.methods import base_line, paper_ratios, speed_ratio
-from d2f.evaluation.report.paper import (
-    LABEL,
-    Counterpart,
-    PaperRow,
-    ablation_counterpart,
-    counterparts,
+from d2f.evaluation.report.curves import THRESHOLDS, by_thresholds, thresholds_of
+from d2f.evaluation.report.methods import (
+    LATENCY,
+    LATENCY_OVER_VANILLA,
+    LENGTH,
+    METHOD,
+    OVER_VANILLA,
+    SCORE,
+    SPEED,
+    YIELD,
+    base_line,
+    speed_ratio,
 )
-from d2f.evaluation.report.results import METHODS, Comparison, Row
+from d2f.evaluation.report.rows import Comparison, Row, paired_difference
 from d2f.evaluation.report.table import Column, Table, median, minus, ratio
-from d2f.evaluation.statistics import standard_deviation
+from d2f.evaluation.results import METHODS
 
-THRESHOLDS = ("activate_threshold", "confidence_threshold", "add_threshold")
+from .methods import paper_ratios
+from .published import LABEL, Counterpart, PaperRow, ablation_counterpart, counterparts
+
 NOISE_LEVEL = THRESHOLDS[:2]
-_SPEED = Column(key="tokens_per_second", header="tokens/s (lowest–highest)", form=show.spread)
-_YIELD = Column(key="tokens_per_forward", header="tokens/forward", form=show.significant)
-_LATENCY = Column(key="seconds_per_problem", header="s/problem", form=show.significant)
-_SCORE = Column(key="score_text", header="score ± se, % (n)")
 
 
 class NoiseGroup(NamedTuple):
@@ -35,12 +38,12 @@ class NoiseGroup(NamedTuple):
     schedule: str
 
 
-def threshold_table(comparison: Comparison, *, paper: bool) -> Table | None:
+def threshold_table(comparison: Comparison) -> Table | None:
     """Table 3: the three thresholds against tokens/s and score; strictest first."""
     rows = by_thresholds(comparison)
     if not rows:
         return None
-    counterpart = ablation_counterpart(comparison.task) if paper else None
+    counterpart = ablation_counterpart(comparison.task)
     published = _paper_thresholds(counterpart)
     # The strictest setting that the paper has too is 1 on both sides.
     common = next((row for row in rows if thresholds_of(row) in published), None)
@@ -58,11 +61,11 @@ def threshold_table(comparison: Comparison, *, paper: bool) -> Table | None:
         lines.append(line)
     columns = [
         *(Column(key=key, header=key.removesuffix("_threshold")) for key in THRESHOLDS),
-        _SPEED,
+        SPEED,
         Column(key="over_base", header="x first", form=show.times),
-        _YIELD,
-        _LATENCY,
-        _SCORE,
+        YIELD,
+        LATENCY,
+        SCORE,
         Column(key="difference", header="score - first's [95%] (n)", form=show.paired),
     ]
     if published:
@@ -76,37 +79,12 @@ def threshold_table(comparison: Comparison, *, paper: bool) -> Table | None:
     return Table(name="thresholds", title=title, columns=columns, lines=lines, notes=notes)
 
 
-def by_thresholds(comparison: Comparison) -> list[Row]:
-    """Rows of the experiment `thresholds`, strictest first."""
-    return sorted(comparison.of("thresholds"), key=thresholds_of, reverse=True)
-
-
-def thresholds_of(row: Row) -> tuple[float, ...]:
-    """Activate, confidence, add; 0 where unknown."""
-    return tuple(float(row.setting(key) or 0) for key in THRESHOLDS)
-
-
-def threshold_curve(comparison: Comparison) -> list[Row]:
-    """The rows of one add threshold with the most levels of the others, strictest first.
-
-    The paper's figure 2 varies activate and confidence together at the smallest add threshold.
-    """
-    groups: dict[float, dict[tuple[float, ...], Row]] = {}
-    for row in by_thresholds(comparison):
-        *level, add = thresholds_of(row)
-        # Settings that were measured twice are one level.
-        groups.setdefault(add, {}).setdefault(tuple(level), row)
-    if not groups:
-        return []
-    return [*max(groups.items(), key=lambda item: (len(item[1]), -item[0]))[1].values()]
-
-
-def noise_table(comparison: Comparison, *, paper: bool) -> Table | None:
+def noise_table(comparison: Comparison) -> Table | None:
     """Table 4: schedules of mask ratios, mean and standard deviation over seeds."""
     rows = comparison.of("noise")
     if not rows:
         return None
-    counterpart = ablation_counterpart(comparison.task) if paper else None
+    counterpart = ablation_counterpart(comparison.task)
     published = counterpart.rows("pipelined", "table4") if counterpart else []
     groups = noise_groups(rows)
     lines = []
@@ -166,7 +144,7 @@ def noise_groups(rows: Sequence[Row]) -> dict[NoiseGroup, list[Row]]:
     )
 
 
-def cache_table(comparison: Comparison, *, paper: bool) -> Table | None:
+def cache_table(comparison: Comparison) -> Table | None:
     """Tables 5 and 7: the cache alone (`serial`), and with decoding in parallel."""
     rows = [
         row
@@ -175,10 +153,10 @@ def cache_table(comparison: Comparison, *, paper: bool) -> Table | None:
     ]
     if not {"serial", "pipelined"} <= {row.method for row in rows}:
         return None
-    return _against_vanilla("cache", "Cache alone, and with parallelism", comparison, rows, paper)
+    return _against_vanilla("cache", "Cache alone, and with parallelism", comparison, rows)
 
 
-def control_table(comparison: Comparison, *, paper: bool) -> Table | None:
+def control_table(comparison: Comparison) -> Table | None:
     """Table 6: the teacher, fine-tuned on the same data without D2F."""
     rows = comparison.of("control")
     if not rows:
@@ -186,7 +164,7 @@ def control_table(comparison: Comparison, *, paper: bool) -> Table | None:
     teacher = comparison.find("vanilla", experiment="control")
     if teacher is not None and teacher not in rows:
         rows = [teacher, *rows]
-    return _against_vanilla("control", "Control, fine-tuned without D2F", comparison, rows, paper)
+    return _against_vanilla("control", "Control, fine-tuned without D2F", comparison, rows)
 
 
 def block_size_table(comparison: Comparison) -> Table | None:
@@ -204,11 +182,11 @@ def block_size_table(comparison: Comparison) -> Table | None:
     ]
     columns = [
         Column(key="block_size", header="block size"),
-        _SPEED,
-        _YIELD,
+        SPEED,
+        YIELD,
         Column(key="milliseconds_per_forward", header="ms/forward", form=show.significant),
-        _LATENCY,
-        _SCORE,
+        LATENCY,
+        SCORE,
     ]
     title = f"Block size: {comparison.title}"
     notes = show.conditions(rows)
@@ -288,11 +266,9 @@ def overtaking(method: str, lines: Sequence[Mapping[str, Any]]) -> str:
     return f"**Autoregression overtakes {method} from batch {reached} on**; {tail}"
 
 
-def _against_vanilla(
-    name: str, heading: str, comparison: Comparison, rows: Sequence[Row], paper: bool
-) -> Table:
+def _against_vanilla(name: str, heading: str, comparison: Comparison, rows: Sequence[Row]) -> Table:
     vanilla = comparison.find("vanilla", experiment=name)
-    stand = counterparts(comparison.task, comparison.family) if paper else []
+    stand = counterparts(comparison.task, comparison.family)
     lines = []
     for row in rows:
         line = base_line(row, vanilla)
@@ -301,14 +277,14 @@ def _against_vanilla(
             line |= paper_ratios(counterpart, row.method)
         lines.append(line)
     columns = [
-        Column(key="label", header="method", is_number=False),
-        _SPEED,
-        Column(key="over_vanilla", header="x vanilla", form=show.times),
-        _YIELD,
-        _LATENCY,
-        Column(key="latency_over_vanilla", header="x vanilla's latency", form=show.times),
-        Column(key="mean_tokens", header="tokens/answer", form=show.significant),
-        _SCORE,
+        METHOD,
+        SPEED,
+        OVER_VANILLA,
+        YIELD,
+        LATENCY,
+        LATENCY_OVER_VANILLA,
+        LENGTH,
+        SCORE,
         Column(key="difference", header="score - vanilla's [95%] (n)", form=show.paired),
     ]
     for counterpart in stand:

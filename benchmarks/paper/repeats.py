@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.results import Comparison, Row
+from d2f.evaluation.report.rows import Comparison, Row
 from d2f.evaluation.report.table import Column, Table, median
 
 APART = 1.1

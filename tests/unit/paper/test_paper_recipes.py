@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.paper.published import load_paper
 
 from d2f.evaluation.eval_recipe import load_eval_recipe
-from d2f.evaluation.report.paper import load_paper
 
 FOLDER = Path(__file__).parents[3] / "recipes/eval"
 RECIPES = {path.stem: load_eval_recipe(path) for path in sorted(FOLDER.glob("*.toml"))}
