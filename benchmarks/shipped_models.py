@@ -15,20 +15,40 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, load_model
 from d2f.cli.device import choose_device, fastest_dtype
+from d2f.evaluation.answering import answer_all
 from d2f.evaluation.environment import describe_environment
-from d2f.evaluation.race import Row, paired_difference, response_limit
-from d2f.evaluation.score import score_problems
-from d2f.problems import Problem, generate_problems
+from d2f.evaluation.race import Tally, gold_limit, paired_difference
+from d2f.problems import Problem, extract_answer, generate_problems
 from d2f.shipped import shipped_model
 from d2f.text import Tokenizer
 
 MODELS = ("autoregressive", "teacher", "student")
+
+
+def score_problems(
+    name: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    make_request: Callable[[list[int]], Request],
+) -> Tally:
+    """Answer all problems in the engine's batches.
+
+    The seconds of an answer are the whole run's, shared out evenly: a throughput, not a latency.
+    """
+    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
+    answers, seconds = answer_all(engine, [make_request(prompt) for prompt in prompts])
+    tally = Tally(name)
+    for problem, answer in zip(problems, answers, strict=True):
+        found = extract_answer(tokenizer.decode(answer.token_ids))
+        tally.add(answer, seconds / len(problems), found == problem.answer)
+    return tally
 
 
 class Scorer:
@@ -53,10 +73,11 @@ class Scorer:
             loaded = load_model(folder, device=self.device, dtype=self.dtype)
             self.engines[model] = Engine(loaded, self.config)
             self.tokenizers[model] = Tokenizer.load(folder)
-            self.limit = response_limit(self.problems, self.tokenizers[model], 32)
+            responses = [problem.response for problem in self.problems]
+            self.limit = gold_limit(responses, self.tokenizers[model], 32)
         return self.engines[model]
 
-    def run(self, name: str, model: str, **settings: Any) -> Row:
+    def run(self, name: str, model: str, **settings: Any) -> Tally:
         engine = self.engine(model)
         row = score_problems(
             name,
@@ -70,7 +91,7 @@ class Scorer:
             f"{name:34s} {s['score']:.2%} ±{s['score_standard_error']:.2%}  "
             f"{s['tokens_per_forward']:5.2f} tokens/forward  {s['mean_tokens']:.1f} tokens  "
             f"{s['query_tokens_per_forward']:.0f} computed/forward  "
-            f"{sum(a.seconds for a in row.answers):.1f} s",
+            f"{sum(counts.seconds for counts in row.counts):.1f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -103,7 +124,7 @@ def search(scorer: Scorer, models: Sequence[str], block_sizes: Sequence[int]) ->
 
 def table(scorer: Scorer, models: Sequence[str], block_length: int) -> dict[str, Any]:
     """The figures of the model card on the test problems."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, Tally] = {}
     if "autoregressive" in models:
         rows["autoregressive"] = scorer.run(
             "autoregressive", "autoregressive", strategy="autoregressive"
@@ -130,7 +151,7 @@ def table(scorer: Scorer, models: Sequence[str], block_length: int) -> dict[str,
         "vanilla_block_length": block_length,
         # One digit a problem, so that rows of several runs can be paired.
         "rows": [
-            row.summary() | {"correct": "".join(str(int(a.correct)) for a in row.answers)}
+            row.summary() | {"correct": "".join(str(int(right)) for right in row.correct)}
             for row in rows.values()
         ],
         "paired_differences": differences,

@@ -15,7 +15,7 @@ from d2f.training.pairs import BadRow, BadRows
 
 if TYPE_CHECKING:
     from d2f.engine.request import Request
-    from d2f.evaluation.answering import Answered
+    from d2f.evaluation.answering import Answer
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
@@ -75,7 +75,7 @@ class AnswerDesk:
         """The request of a number."""
         return self._open[number][2]
 
-    def take(self, finished: Sequence[Answered]) -> list[dict[str, Any]]:
+    def take(self, finished: Sequence[Answer]) -> list[dict[str, Any]]:
         """The lines of answers; what has failed is counted."""
         records = []
         for answer in finished:
@@ -110,7 +110,7 @@ class AnswerDesk:
         return replace(request, seed=derive_seed(request.seed, f"answer {sample}", row))
 
     def _record(
-        self, row: PromptRow, sample: int, request: Request, answer: Answered
+        self, row: PromptRow, sample: int, request: Request, answer: Answer
     ) -> dict[str, Any]:
         from d2f.engine.response_text import ResponseText
 

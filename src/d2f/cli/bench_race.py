@@ -32,7 +32,8 @@ from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from d2f.engine.engine import Engine
-    from d2f.evaluation.throughput import Entrant, Run
+    from d2f.evaluation.answering import Run
+    from d2f.evaluation.race import Entrant
     from d2f.models.transformer import Transformer
 
 STRATEGIES = {"pipelined": "diffusion", "serial": "diffusion", "autoregressive": "autoregressive"}
@@ -55,8 +56,8 @@ class Field:
     models: Mapping[str, Transformer]
     """By the names in `STRATEGIES`."""
     names: Mapping[str, str]
-    entrants: Callable[[int], list[Entrant]]
-    """With so many prompts."""
+    entrants: Callable[[int, Mapping[str, Engine]], list[Entrant]]
+    """With so many prompts, and the engines of the models."""
     longest: int
     """Positions of a prompt and its answer, at most."""
     limit: int
@@ -189,21 +190,21 @@ def shape_field(
         UsageError: The model is autoregressive.
     """
     from d2f.engine.request import Request
-    from d2f.evaluation.throughput import Entrant
+    from d2f.evaluation.race import Entrant
     from d2f.models.presets import autoregressive_twin
 
     if model.spec.architecture.causal:
         raise UsageError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
     prompt_length, limit = lengths
 
-    def entrants(count: int) -> list[Entrant]:
+    def entrants(count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
         draw = random.Random(seed)
         vocabulary = range(model.spec.vocab_size)
         prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(count)]
         return [
             Entrant(
                 name=strategy,
-                model=kind,
+                engine=engines[kind],
                 requests=[
                     Request(prompt_ids=p, max_new_tokens=limit, eos_token_id=(), strategy=strategy)
                     for p in prompts
@@ -236,8 +237,7 @@ def problem_field(
         seed: Of the problems.
     """
     from d2f.engine.request import Request
-    from d2f.evaluation.race import response_limit
-    from d2f.evaluation.throughput import Entrant
+    from d2f.evaluation.race import Entrant, gold_limit
     from d2f.models.checkpoint import load_model
     from d2f.problems import extract_answer, generate_problems
     from d2f.text import Tokenizer
@@ -249,18 +249,19 @@ def problem_field(
     prompts = {k: [t.encode_prompt(p.prompt) for p in problems] for k, t in tokenizers.items()}
     policy = models["diffusion"].spec.recommended_policy
     size = policy.block_size if policy else 32
-    longest = limit or max(response_limit(problems, t, size) for t in tokenizers.values())
+    responses = [problem.response for problem in problems]
+    longest = limit or max(gold_limit(responses, t, size) for t in tokenizers.values())
 
-    def judge(kind: str) -> Callable[[int, list[int]], bool]:
+    def judge(kind: str) -> Callable[[int, Sequence[int]], bool]:
         return lambda index, token_ids: (
             extract_answer(tokenizers[kind].decode(token_ids)) == problems[index].answer
         )
 
-    def entrants(count: int) -> list[Entrant]:
+    def entrants(count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
         return [
             Entrant(
                 name=strategy,
-                model=kind,
+                engine=engines[kind],
                 requests=[
                     Request(prompt_ids=p, max_new_tokens=longest, strategy=strategy)
                     for p in prompts[kind][:count]
@@ -290,23 +291,23 @@ def race_report(
     record_trace: Path | None = None,
 ) -> dict[str, Any]:
     """Race at each batch size; the rows and what follows from them."""
-    from d2f.evaluation.throughput import acceptance_trace, race_batch, speed_ratios
+    from d2f.evaluation.race import acceptance_trace, race_by_run, speed_ratios
 
     rows = []
     for batch in batches:
         traced: list[Run] = []
 
         def on_run(name: str, run: Run, batch: int = batch, traced: list[Run] = traced) -> None:
-            count = sum(map(len, run.token_ids))
-            log.print(f"batch {batch}, {name}: {count / run.seconds:.0f} tokens/s", style="dim")
+            rate = run.num_tokens / run.seconds
+            log.print(f"batch {batch}, {name}: {rate:.0f} tokens/s", style="dim")
             if name == "pipelined":
                 traced.append(run)
 
         engines = {
             kind: _engine(entered, kind, batch, page_size, backend) for kind in entered.models
         }
-        entrants = entered.entrants(max(num_prompts, batch))
-        results = race_batch(entrants, engines, batch, num_runs=runs, on_run=on_run)
+        entrants = entered.entrants(max(num_prompts, batch), engines)
+        results = race_by_run(entrants, batch, num_runs=runs, on_run=on_run)
         rows += [result.summary() for result in results]
         for engine in engines.values():
             engine.close()
@@ -330,27 +331,24 @@ def race_report(
 
 
 def _engine(entered: Field, kind: str, batch: int, page_size: int, backend: str) -> Engine:
-    """An engine with room for `batch` requests, or for as many as two fifths of the memory hold."""
+    """Make an engine with room for `batch` requests, or for what its share of the memory holds."""
     import torch
 
-    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.engine.engine import EngineConfig
+    from d2f.evaluation.answering import fitted_engine
 
     model = entered.models[kind]
-    per_token = model.spec.kv_bytes_per_token // 2 * model.dtype.itemsize
-    wanted = batch * (entered.longest + 2 * page_size) * per_token
+    share = 1.0
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-        wanted = min(wanted, int(0.4 * torch.cuda.mem_get_info(model.device)[0]))
-    return Engine(
-        model,
-        EngineConfig(
-            max_batch_size=batch,
-            page_size=page_size,
-            kv_cache_bytes=wanted,
-            backend=backend,
-            imposed_acceptance=None if model.spec.architecture.causal else entered.imposed,
-        ),
+        share = 0.45  # the rival's engine comes, too
+    config = EngineConfig(
+        max_batch_size=batch,
+        page_size=page_size,
+        backend=backend,
+        imposed_acceptance=None if model.spec.architecture.causal else entered.imposed,
     )
+    return fitted_engine(model, config, longest=entered.longest, memory_share=share)
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from d2f.cli.usage import usage
 from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
-    from d2f.evaluation.race import Row
+    from d2f.evaluation.race import Tally
     from d2f.models.transformer import Transformer
     from d2f.problems import Problem
     from d2f.text import Tokenizer
@@ -159,24 +159,38 @@ def _race(
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     num_vanilla: int,
-) -> tuple[list[Row], int]:
+) -> tuple[list[Tally], int]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from d2f.engine.engine import Engine
-    from d2f.evaluation.race import Answer, Runner, response_limit, run_race
+    from d2f.engine.request import Request
+    from d2f.evaluation.race import Entrant, gold_limit, race_by_problem
+    from d2f.problems import extract_answer
 
     engines = {name: Engine(model) for name, model in models.items()}
     policy = models["student"].spec.recommended_policy
-    limit = response_limit(problems, tokenizer, policy.block_size if policy else 32)
-    runners = [
-        Runner(
+    responses = [problem.response for problem in problems]
+    limit = gold_limit(responses, tokenizer, policy.block_size if policy else 32)
+    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
+
+    def is_right(index: int, token_ids: Sequence[int]) -> bool:
+        return extract_answer(tokenizer.decode(token_ids)) == problems[index].answer
+
+    entrants = [
+        Entrant(
             name=name,
             engine=engines[model],
-            tokenizer=tokenizer,
-            strategy=strategy,
-            options={"block_length": VANILLA_BLOCK_LENGTH} if strategy == "vanilla" else {},
-            early_stop=early_stop,
-            num_problems=num_vanilla if strategy == "vanilla" else len(problems),
+            requests=[
+                Request(
+                    prompt_ids=prompt,
+                    max_new_tokens=limit,
+                    strategy=strategy,
+                    options={"block_length": VANILLA_BLOCK_LENGTH} if strategy == "vanilla" else {},
+                    early_stop=early_stop,
+                )
+                for prompt in prompts[: num_vanilla if strategy == "vanilla" else len(prompts)]
+            ],
+            is_right=is_right,
         )
         for name, model, strategy, early_stop in ROWS
     ]
@@ -188,14 +202,16 @@ def _race(
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=log) as progress:
-        tasks = {r.name: progress.add_task(r.name, total=r.num_problems, right=0) for r in runners}
+        tasks = {
+            e.name: progress.add_task(e.name, total=len(e.requests), right=0) for e in entrants
+        }
         right = dict.fromkeys(tasks, 0)
 
-        def on_answer(name: str, answer: Answer) -> None:
-            right[name] += answer.correct
+        def on_answer(name: str, correct: bool) -> None:
+            right[name] += correct
             progress.update(tasks[name], advance=1, right=right[name])
 
-        rows = run_race(runners, problems, max_new_tokens=limit, on_answer=on_answer)
+        rows = race_by_problem(entrants, on_answer)
     return rows, limit
 
 
@@ -228,7 +244,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _print_reasons(
-    rows: Mapping[str, Mapping[str, Any]], answers: Sequence[Row], limit: int
+    rows: Mapping[str, Mapping[str, Any]], answers: Sequence[Tally], limit: int
 ) -> None:
     """What makes each ratio: tokens per forward, against what a forward costs."""
     from d2f.evaluation.race import paired_difference

@@ -63,8 +63,7 @@ def make_evaluator(
             cannot be had.
     """
     from d2f.engine.policy import check_decoding
-    from d2f.evaluation.own_rows import OwnRows
-    from d2f.evaluation.quick_score import QuickScore
+    from d2f.evaluation.quick_score import OwnRows, QuickScore
 
     settings = config.evaluate
     assert settings is not None

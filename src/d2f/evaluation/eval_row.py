@@ -1,4 +1,4 @@
-"""A row of an evaluation made ready: its model, its prompts, and the requests that it puts."""
+"""The rows of an evaluation made ready: prompts, requests, and the engines that answer them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2f.engine.ends import choose_ends
+from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.policy import changed_policy, heeds_policy
 from d2f.engine.request import Request, resolve
 from d2f.engine.stops import StopStrings
 from d2f.errors import CheckpointError, ConfigError, D2FError, RequestError
+from d2f.evaluation.answering import fitted_engine
 from d2f.evaluation.eval_recipe import GOLD, EvalRecipe, RowSettings
 from d2f.evaluation.race import gold_limit
 from d2f.evaluation.task import Example, Task, Verdict
+from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
 
 GOLD_BLOCK = 32
 """The longest gold answer is rounded up to this."""
+_MEMORY_SHARE = 0.5
+"""Of the free memory, at most; another engine may come."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model that rows name, in memory."""
 
-    model: Any
-    """As the engine takes it."""
+    model: Transformer
     tokenizer: Tokenizer
     description: Mapping[str, Any]
     """name, adapter, num_parameters, sha256 of the weights; for result files."""
@@ -227,3 +231,42 @@ class EvalRow:
             "chat_template": self.chat,
             "add_bos": self.add_bos,
         }
+
+
+class Engines:
+    """Makes engines when they are asked for, one for each model and batch size, and keeps them.
+
+    Args:
+        rows: Whatever they will be asked to answer.
+        backend: As `EngineConfig` takes it.
+
+    Example:
+        `Engines(rows).of(rows[0], batch_size=64).generate([rows[0].request(0)])`
+    """
+
+    def __init__(self, rows: Sequence[EvalRow], backend: str = "auto") -> None:
+        self._backend = backend
+        self._engines: dict[tuple[str, int], Engine] = {}
+        self._longest: dict[str, int] = {}
+        for row in rows:
+            known = self._longest.get(row.settings.model, 0)
+            self._longest[row.settings.model] = max(known, row.longest)
+
+    def of(self, row: EvalRow, batch_size: int) -> Engine:
+        """Give the engine for a row's model at this batch size."""
+        key = (row.settings.model, batch_size)
+        if key not in self._engines:
+            self._engines[key] = fitted_engine(
+                row.loaded.model,
+                EngineConfig(max_batch_size=batch_size, backend=self._backend),
+                row.loaded.tokenizer,
+                longest=self._longest[row.settings.model],
+                memory_share=_MEMORY_SHARE,
+            )
+        return self._engines[key]
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()

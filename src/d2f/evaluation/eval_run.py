@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from d2f.errors import ConfigError
-from d2f.evaluation.eval_engines import Engines
 from d2f.evaluation.eval_progress import Reporter, Silent
 from d2f.evaluation.eval_recipe import EvalRecipe, to_table
-from d2f.evaluation.eval_row import EvalRow, LoadedModel, LoadModel
+from d2f.evaluation.eval_row import Engines, EvalRow, LoadedModel, LoadModel
 from d2f.evaluation.eval_score import known_problems, score_row, summarise_score
 from d2f.evaluation.eval_speed import Racer, SpeedGroup, summarise_speed, whole_rounds
 from d2f.evaluation.harness_definitions import CODE_TASKS

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from d2f.engine.engine import Engine
 from d2f.errors import ConfigError
-from d2f.evaluation.answering import Answered, Answering
+from d2f.evaluation.answering import Answer, Answering
 from d2f.evaluation.eval_progress import Reporter
 from d2f.evaluation.eval_row import EvalRow
-from d2f.evaluation.metrics import OF_TOKENS, answer_metrics, ratio, standard_error
+from d2f.evaluation.metrics import (
+    DECODED,
+    OF_TOKENS,
+    Counts,
+    answer_metrics,
+    ratio,
+    standard_error,
+)
 from d2f.evaluation.results import FRESH, Record, RowFolder
 
 _MOST_PENDING = 64
 _PENDING_SECONDS = 5.0
 """Answers wait for others to be judged with, so many or so long at most."""
-
-
-DECODED = "num_decoded_tokens"
-"""What a line counts of all that was decoded, the tail behind the answer too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a record counts."""
-
-    num_tokens: int
-    num_forwards: int
-    num_query_tokens: int
-    seconds: float
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], tokens: str = "num_tokens") -> Counts:
-        """Those of a line of `problems.jsonl` or `speed.jsonl`; `tokens` names what it counts."""
-        counts = {name: record[name] for name in cls.__dataclass_fields__}
-        return cls(**counts | {"num_tokens": record[tokens]})
 
 
 def counts_tails(records: Sequence[Mapping[str, Any]]) -> bool:
@@ -96,7 +82,7 @@ def score_row(
     list(Answering(engine, todo[:1], row.request, most=1))
     # Nor is a prompt that this, or another row before, has put to the same engine.
     engine.forget_prompts()
-    pending: list[Answered] = []
+    pending: list[Answer] = []
     spent, last = 0.0, time.monotonic()
 
     def write() -> None:
@@ -120,7 +106,7 @@ def score_row(
     return True
 
 
-def make_records(row: EvalRow, answered: Sequence[Answered], seconds: float) -> list[Record]:
+def make_records(row: EvalRow, answered: Sequence[Answer], seconds: float) -> list[Record]:
     """Judge answers and make their lines; each took `seconds`."""
     good = [answer for answer in answered if answer.error is None]
     texts = {answer.index: row.text(answer.token_ids) for answer in good}

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2f.engine.engine import Engine
-from d2f.evaluation.answering import Answering
-from d2f.evaluation.eval_engines import Engines
+from d2f.evaluation.answering import timed_run, warm_up
 from d2f.evaluation.eval_progress import Reporter
-from d2f.evaluation.eval_row import EvalRow
-from d2f.evaluation.eval_score import DECODED, Counts, counts_tails
-from d2f.evaluation.metrics import OF_TOKENS, answer_metrics, ratio, spread
+from d2f.evaluation.eval_row import Engines, EvalRow
+from d2f.evaluation.eval_score import counts_tails
+from d2f.evaluation.metrics import DECODED, OF_TOKENS, Counts, answer_metrics, ratio, spread
 from d2f.evaluation.results import Record, RowFolder
-from d2f.evaluation.throughput import MOST_WARM_UPS, timed_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,9 @@ class SpeedGroup:
         for racer in self._racers:
             self._tell(racer, 0, "warming up")
             engine = engines.of(racer.row, self._batch_size)
-            failed[racer.row.name] = self._failing(racer, engine)
+            failed[racer.row.name] = set(
+                warm_up(engine, range(racer.num_problems), racer.row.request)
+            )
         hopeless = {r.row.name for r in self._racers if len(failed[r.row.name]) == r.num_problems}
         out = {index for name, some in failed.items() if name not in hopeless for index in some}
         if out:
@@ -134,21 +134,6 @@ class SpeedGroup:
             else [index for index in range(racer.num_problems) if index not in out]
             for racer in self._racers
         }
-
-    def _failing(self, racer: Racer, engine: Engine) -> set[int]:
-        """Answer all problems until nothing new is captured; those that have no answer."""
-        failed: set[int] = set()
-        for _ in range(MOST_WARM_UPS):
-            known = engine.num_graphs
-            problems = [index for index in range(racer.num_problems) if index not in failed]
-            for answers, _ in Answering(
-                engine, problems, racer.row.request, most=len(problems) or 1
-            ):
-                failed |= {answer.index for answer in answers if answer.error is not None}
-            engine.forget_prompts()
-            if engine.num_graphs == known:
-                break
-        return failed
 
     def _round(self, engines: Engines, indices: Mapping[str, Sequence[int]]) -> list[list[Record]]:
         """The lines of each row."""
@@ -178,18 +163,16 @@ def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]
     return [
         {
             "index": index,
-            "num_tokens": len(token_ids),
-            "num_decoded_tokens": num_decoded_tokens,
-            "num_forwards": num_forwards,
-            "num_query_tokens": num_query_tokens,
+            "num_tokens": answer.num_tokens,
+            "num_decoded_tokens": answer.num_decoded_tokens,
+            "num_forwards": answer.num_forwards,
+            "num_query_tokens": answer.num_query_tokens,
             "seconds": run.seconds * share,
             "decode_tokens": run.decode_tokens * share,
             "decode_seconds": run.decode_seconds * share,
-            "token_ids": token_ids,
+            "token_ids": answer.token_ids,
         }
-        for index, token_ids, num_decoded_tokens, num_forwards, num_query_tokens in zip(
-            indices, run.token_ids, run.decoded_tokens, run.forwards, run.query_tokens, strict=True
-        )
+        for index, answer in zip(indices, run.answers, strict=True)
     ]
 
 

@@ -1,39 +1,41 @@
-"""What follows from answers: the formulas, once, for all that measures."""
+"""The formulas of all measurements: what follows from answers, and statistics of numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 OF_TOKENS = (
     "tokens_per_second", "tokens_per_forward", "mean_of_tokens_per_forward",
     "computed_per_answered", "mean_tokens",
 )  # fmt: skip
 """Metrics that depend on which tokens are counted."""
+DECODED = "num_decoded_tokens"
+"""What a line counts of all that was decoded, the tail behind the answer too."""
 
 
-class Counted(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Counts:
     """What is counted of one answer."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Up to and including the first EOS, or up to a stop string; or all that were decoded."""
+    num_tokens: int
+    """Up to and including the first EOS, or up to a stop string; or all that were decoded."""
+    num_forwards: int
+    num_query_tokens: int
+    """Tokens computed in these forwards."""
+    seconds: float
+    """Wall time."""
 
-    @property
-    def num_forwards(self) -> int:
-        """Model calls."""
-
-    @property
-    def num_query_tokens(self) -> int:
-        """Tokens computed in these."""
-
-    @property
-    def seconds(self) -> float:
-        """Wall time."""
+    @classmethod
+    def of(cls, record: Mapping[str, Any], tokens: str = "num_tokens") -> Counts:
+        """Read a line of `problems.jsonl` or `speed.jsonl`; `tokens` names what it counts."""
+        counts = {name: record[name] for name in cls.__dataclass_fields__}
+        return cls(**counts | {"num_tokens": record[tokens]})
 
 
-def answer_metrics(answers: Sequence[Counted]) -> dict[str, float]:
+def answer_metrics(answers: Sequence[Counts]) -> dict[str, float]:
     """Speed of several answers and what explains it; nan where there is nothing to divide by.
 
     - `tokens_per_second`: all tokens / all seconds
@@ -44,9 +46,8 @@ def answer_metrics(answers: Sequence[Counted]) -> dict[str, float]:
     - `seconds_per_problem`, `mean_tokens`
 
     Example:
-        >>> from d2f.evaluation.race import Answer
-        >>> numbers = {"num_forwards": 2, "num_query_tokens": 40, "seconds": 0.5}
-        >>> metrics = answer_metrics([Answer(correct=True, num_tokens=10, **numbers)])
+        >>> counts = Counts(num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5)
+        >>> metrics = answer_metrics([counts])
         >>> metrics["tokens_per_second"], metrics["tokens_per_forward"]
         (20.0, 5.0)
     """

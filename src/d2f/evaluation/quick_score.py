@@ -1,20 +1,22 @@
-"""The score of a model in memory, for looking at it while it is trained."""
+"""Score a model in memory while it is trained, on a benchmark or on a user's own samples."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
-from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.engine import EngineConfig
 from d2f.engine.request import Request
-from d2f.engine.sizing import enough_bytes, free_bytes
 from d2f.engine.stops import StopStrings
 from d2f.errors import D2FError
-from d2f.evaluation.answering import Answered, Answering
+from d2f.evaluation.answering import Answer, Answering, fitted_engine
 from d2f.evaluation.metrics import ratio, standard_error
-from d2f.evaluation.task import Example, Task
+from d2f.evaluation.task import Example, Task, Verdict
+from d2f.models.transformer import Transformer
+from d2f.problems.written_number import last_number
 from d2f.text import Tokenizer
 
 _MEMORY_SHARE = 0.8
@@ -64,11 +66,11 @@ class QuickScore:
             return self.tokenizer.encode_chat(example.messages)
         return self.tokenizer.encode_prompt(example.prompt, chat=self.chat)
 
-    def of(self, model: Any, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def of(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Answer all problems and judge the answers.
 
         Args:
-            model: As the engine takes it, in evaluation mode.
+            model: In evaluation mode.
             prompts: What `prompts` gave.
 
         Returns:
@@ -79,8 +81,15 @@ class QuickScore:
             D2FError: No problem could be answered, or the answers cannot be judged.
         """
         start = time.perf_counter()
-        engine = self._engine(model, prompts)
-        answered: list[Answered] = []
+        longest = max(len(prompt) for prompt in prompts) + self.max_new_tokens
+        engine = fitted_engine(
+            model,
+            EngineConfig(max_batch_size=self.batch_size),
+            self.tokenizer,
+            longest=min(longest, model.spec.max_positions),
+            memory_share=_MEMORY_SHARE,
+        )
+        answered: list[Answer] = []
         try:
             most = self.batch_size if self.batch_size == 1 else 2 * self.batch_size
             indices = range(len(prompts))
@@ -106,7 +115,7 @@ class QuickScore:
             options=self.options,
         )
 
-    def _judge(self, good: Sequence[Answered], count: int) -> dict[str, Any]:
+    def _judge(self, good: Sequence[Answer], count: int) -> dict[str, Any]:
         examples, stops = self.task.examples(), StopStrings(self.task.stop, self.tokenizer)
         texts = [stops.cut_text(answer.token_ids) for answer in good]
         verdicts = self.task.judge([examples[answer.index] for answer in good], texts)
@@ -122,19 +131,51 @@ class QuickScore:
             "mean_tokens": round(tokens / len(good), 2),
         }
 
-    def _engine(self, model: Any, prompts: Sequence[Sequence[int]]) -> Engine:
-        """An engine with no larger a cache than these problems can fill."""
-        config = EngineConfig(max_batch_size=self.batch_size)
-        longest = max(len(prompt) for prompt in prompts) + self.max_new_tokens
-        if longest > model.spec.max_positions:
-            longest = model.spec.max_positions
-        enough = enough_bytes(
-            model.spec,
-            [longest] * self.batch_size,
-            page_size=config.page_size,
-            max_batch_size=self.batch_size,
-            dtype=model.dtype,
+
+class OwnRows:
+    """Samples of a user's own data that were kept out of training, as a task.
+
+    Args:
+        pairs: Prompts and right responses in full.
+        answer: "number", the last number of the text decides; "exact", the whole text but for
+            white space. A response without any number is compared whole.
+
+    Example:
+        >>> task = OwnRows([("2*3=", "2*3 is 6.")])
+        >>> [verdict.correct for verdict in task.judge(task.examples(), ["It is 6.0"])]
+        [True]
+    """
+
+    name = "held-out samples"
+    stop: tuple[str, ...] = ()
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], answer: str = "number") -> None:
+        self._numbers = answer == "number"
+        self._examples = tuple(
+            Example(id=str(number), prompt=prompt, response=response)
+            for number, (prompt, response) in enumerate(pairs)
         )
-        room = max(int(_MEMORY_SHARE * free_bytes(model.device)), 1)
-        config = EngineConfig(max_batch_size=self.batch_size, kv_cache_bytes=min(enough, room))
-        return Engine(model, config, self.tokenizer)
+
+    def examples(self) -> Sequence[Example]:
+        """The samples, in the order in which they were chosen."""
+        return self._examples
+
+    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        """Compare answers with the samples' own."""
+        return [
+            self._compare(example.response or "", text)
+            for example, text in zip(examples, texts, strict=True)
+        ]
+
+    def _compare(self, wanted: str, text: str) -> Verdict:
+        number = last_number(wanted) if self._numbers else None
+        found: Decimal | str | None = " ".join(text.split())
+        correct = found == " ".join(wanted.split())
+        if number is not None:
+            found = last_number(text)
+            correct = found == number
+        return Verdict(
+            correct=correct,
+            answer=None if found is None else str(found),
+            metrics={"accuracy": float(correct)},
+        )

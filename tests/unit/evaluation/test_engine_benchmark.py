@@ -23,6 +23,7 @@ ARGUMENTS = (
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "llada-8b", tiny_spec("llada"))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("engine_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+from benchmarks.shipped_models import score_problems
 
 from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
 from d2f.errors import ConfigError
-from d2f.evaluation.race import Answer, Row, Runner, paired_difference, response_limit, run_race
-from d2f.evaluation.score import score_problems
+from d2f.evaluation.answering import Answer
+from d2f.evaluation.race import Entrant, Tally, gold_limit, paired_difference, race_by_problem
 from d2f.problems import Problem
 from d2f.testing import tiny_model, write_tokenizer
 from d2f.text import Tokenizer
@@ -33,19 +34,24 @@ def make_problem(prompt, response="#### 7"):
 PROBLEMS = [make_problem("1+6="), make_problem("What is 3 and 4?"), make_problem("7")]
 
 
-def make_answer(correct=True, num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5):
-    return Answer(
-        correct=correct,
-        num_tokens=num_tokens,
-        num_forwards=num_forwards,
-        num_query_tokens=num_query_tokens,
-        seconds=seconds,
-    )
+def tally(*rights, num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5):
+    found = Tally("x")
+    for right in rights:
+        answer = Answer(
+            index=0,
+            token_ids=[7] * num_tokens,
+            num_forwards=num_forwards,
+            num_query_tokens=num_query_tokens,
+        )
+        found.add(answer, seconds, bool(right))
+    return found
 
 
 def test_summary_by_hand():
-    slow = make_answer(False, num_tokens=30, num_forwards=10, num_query_tokens=160, seconds=1.5)
-    summary = Row("x", [make_answer(), slow]).summary()
+    found = tally(True)
+    slow = Answer(index=1, token_ids=[7] * 30, num_forwards=10, num_query_tokens=160)
+    found.add(slow, 1.5, False)
+    summary = found.summary()
     expected = {
         "name": "x",
         "num_problems": 2,
@@ -65,63 +71,59 @@ def test_summary_by_hand():
 
 
 def test_paired_difference_by_hand():
-    def row(*right):
-        return Row("x", [make_answer(bool(r)) for r in right])
-
-    gap, error = paired_difference(row(1, 1, 0, 1), row(1, 0, 0, 0))
+    gap, error = paired_difference(tally(1, 1, 0, 1), tally(1, 0, 0, 0))
     assert gap == 0.5
     # Gaps 0, 1, 0, 1 around 0.5: variance 1/3, over 4 problems.
     assert error == pytest.approx(math.sqrt(1 / 3 / 4))
     # Common problems only.
-    assert paired_difference(row(1, 1, 0, 1), row(1, 0)) == pytest.approx((0.5, 0.5))
-    assert paired_difference(row(1), row(0)) == (1.0, 0.0)
-    assert paired_difference(row(0, 1), row(0, 1)) == (0.0, 0.0)
+    assert paired_difference(tally(1, 1, 0, 1), tally(1, 0)) == pytest.approx((0.5, 0.5))
+    assert paired_difference(tally(1), tally(0)) == (1.0, 0.0)
+    assert paired_difference(tally(0, 1), tally(0, 1)) == (0.0, 0.0)
 
 
-def test_response_limit_counts_eos_and_rounds_up(tokenizer):
+def test_limit_of_gold_answers_counts_eos_and_rounds_up(tokenizer):
     # One token per character: 7 and an EOS.
-    problems = [make_problem("x", "#### 17"), make_problem("y")]
-    assert response_limit(problems, tokenizer, 8) == 8
-    assert response_limit(problems, tokenizer, 7) == 14
-    assert response_limit(problems, tokenizer, 32) == 32
+    responses = ["#### 17", "#### 7"]
+    assert gold_limit(responses, tokenizer, 8) == 8
+    assert gold_limit(responses, tokenizer, 7) == 14
+    assert gold_limit(responses, tokenizer, 32) == 32
 
 
-def make_runner(tokenizer, name, num_problems, strategy="pipelined", model="llada"):
-    return Runner(
+def make_entrant(tokenizer, name, count, strategy="pipelined", model="llada"):
+    prompts = [tokenizer.encode_prompt(problem.prompt) for problem in PROBLEMS[:count]]
+    return Entrant(
         name=name,
         engine=Engine(tiny_model(model)),
-        tokenizer=tokenizer,
-        strategy=strategy,
-        num_problems=num_problems,
+        requests=[Request(prompt_ids=p, max_new_tokens=9, strategy=strategy) for p in prompts],
+        is_right=lambda index, ids: index == 1,
     )
 
 
 def test_race_takes_the_problems_in_turn(tokenizer):
-    runners = [
-        make_runner(tokenizer, "ar", 3, "autoregressive", "qwen2"),
-        make_runner(tokenizer, "slow", 1, "vanilla"),
-        make_runner(tokenizer, "fast", 2),
+    entrants = [
+        make_entrant(tokenizer, "ar", 3, "autoregressive", "qwen2"),
+        make_entrant(tokenizer, "slow", 1, "vanilla"),
+        make_entrant(tokenizer, "fast", 2),
     ]
     seen = []
-    rows = run_race(
-        runners, PROBLEMS, max_new_tokens=9, on_answer=lambda name, answer: seen.append(name)
-    )
-    assert seen == ["ar", "slow", "fast", "ar", "fast", "ar"]
-    assert [(row.name, len(row.answers)) for row in rows] == [("ar", 3), ("slow", 1), ("fast", 2)]
-    for row in rows:
-        for answer in row.answers:
-            assert 1 <= answer.num_tokens <= 9
-            assert answer.seconds > 0
+    rows = race_by_problem(entrants, on_answer=lambda *told: seen.append(told))
+    assert seen == [
+        ("ar", False), ("slow", False), ("fast", False), ("ar", True), ("fast", True),
+        ("ar", False),
+    ]  # fmt: skip
+    assert [row.correct for row in rows] == [[False, True, False], [False], [False, True]]
+    assert rows[0].score == pytest.approx(1 / 3)
+    for counts in (counts for row in rows for counts in row.counts):
+        assert 1 <= counts.num_tokens <= 9
+        assert counts.seconds > 0
     assert rows[0].summary()["tokens_per_forward"] == 1
-    for answer, problem in zip(rows[0].answers, PROBLEMS, strict=True):
-        assert answer.num_query_tokens == len(problem.prompt) + answer.num_tokens - 1
+    for counts, problem in zip(rows[0].counts, PROBLEMS, strict=True):
+        assert counts.num_query_tokens == len(problem.prompt) + counts.num_tokens - 1
 
 
-@pytest.mark.parametrize("count", [0, 4])
-def test_race_refuses_a_wrong_number_of_problems(tokenizer, count):
-    runner = make_runner(tokenizer, "x", count)
-    with pytest.raises(ConfigError, match=f"x is to answer {count} problems, but there are 3"):
-        run_race([runner], PROBLEMS, max_new_tokens=9)
+def test_race_refuses_an_entrant_without_problems(tokenizer):
+    with pytest.raises(ConfigError, match="x has no problems"):
+        race_by_problem([make_entrant(tokenizer, "x", 0)])
 
 
 def test_scores_do_not_depend_on_the_batch(tokenizer):
@@ -135,26 +137,29 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
         return row
 
     alone, batched = score(1), score(4)
-    assert len(alone.answers) == 5
-    for one, other in zip(alone.answers, batched.answers, strict=True):
-        for name in ("correct", "num_tokens", "num_forwards", "num_query_tokens"):
+    assert len(alone.counts) == 5
+    assert alone.correct == batched.correct
+    for one, other in zip(alone.counts, batched.counts, strict=True):
+        for name in ("num_tokens", "num_forwards", "num_query_tokens"):
             assert getattr(one, name) == getattr(other, name)
     # The clock is shared out evenly.
-    assert len({answer.seconds for answer in batched.answers}) == 1
+    assert len({counts.seconds for counts in batched.counts}) == 1
 
 
 def test_right_answers_are_recognised(tokenizer):
     """A stand-in engine that writes the worked answer of every other problem."""
 
     class Known(Engine):
-        def generate(self, requests):
-            results = super().generate(requests)
-            for result, text in zip(results, ["1 + 6 = 7\n#### 7", "#### 8", "7"], strict=True):
-                result.token_ids[:] = tokenizer.encode(text)
-            return results
+        texts = iter(["1 + 6 = 7\n#### 7", "#### 8", "7"])
+
+        def step(self):
+            outputs = super().step()
+            for output in sorted(outputs, key=lambda output: output.request_id):
+                output.result.token_ids[:] = tokenizer.encode(next(self.texts))
+            return outputs
 
     row = score_problems(
         "x", Known(tiny_model("llada")), tokenizer, PROBLEMS, lambda ids: Request(prompt_ids=ids)
     )
-    assert [answer.correct for answer in row.answers] == [True, False, False]
+    assert row.correct == [True, False, False]
     assert row.score == pytest.approx(1 / 3)

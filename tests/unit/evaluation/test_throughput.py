@@ -5,20 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from benchmarks.bursts import mixed_requests, run_bursts
 
 from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, RequestError
-from d2f.evaluation.bursts import mixed_requests, run_bursts
-from d2f.evaluation.throughput import (
-    Entrant,
-    Result,
-    Run,
-    acceptance_trace,
-    race_batch,
-    speed_ratios,
-    timed_run,
-)
+from d2f.evaluation.answering import Answer, Run, timed_run
+from d2f.evaluation.race import Entrant, Result, acceptance_trace, race_by_run, speed_ratios
 from d2f.testing import tiny_model
 
 
@@ -38,7 +31,7 @@ def imposed_engine(counts, batch_size=1):
 
 def test_a_timed_run_counts_as_the_results_do():
     run = timed_run(imposed_engine((4,)), make_requests())
-    assert [len(ids) for ids in run.token_ids] == [12] * 3
+    assert [answer.num_tokens for answer in run.answers] == [12] * 3
     assert run.accepted == [[4, 4, 4]] * 3
     assert run.num_forwards == 9
     assert len(run.steps_ms) == 8
@@ -57,10 +50,10 @@ def test_a_prompt_is_computed_anew_in_each_run():
 def test_tokens_behind_an_eos_do_not_count():
     engine = imposed_engine((4,))
     free = timed_run(engine, make_requests(count=1))
-    eos = free.token_ids[0][5]
-    assert eos not in free.token_ids[0][:5]
+    eos = free.answers[0].token_ids[5]
+    assert eos not in free.answers[0].token_ids[:5]
     run = timed_run(engine, [dataclasses.replace(make_requests(count=1)[0], eos_token_id=eos)])
-    assert len(run.token_ids[0]) == 6
+    assert run.answers[0].num_tokens == 6
     assert run.accepted == [[4, 4]]
     assert run.decode_tokens == 2
 
@@ -72,18 +65,16 @@ def test_strategies_take_turns_and_are_judged():
         "rival": Engine(tiny_model("qwen2"), EngineConfig(max_batch_size=2)),
     }
     entrants = [
-        Entrant(name="pipelined", model="diffusion", requests=make_requests()),
+        Entrant(name="pipelined", engine=engines["diffusion"], requests=make_requests()),
         Entrant(
             name="autoregressive",
-            model="rival",
+            engine=engines["rival"],
             requests=make_requests("autoregressive"),
             is_right=lambda index, ids: index == 1 and len(ids) == 12,
         ),
     ]
     seen = []
-    results = race_batch(
-        entrants, engines, 2, num_runs=2, on_run=lambda name, run: seen.append(name)
-    )
+    results = race_by_run(entrants, 2, num_runs=2, on_run=lambda name, run: seen.append(name))
     assert seen == ["pipelined", "autoregressive"] * 2
     fast, slow = (result.summary() for result in results)
     assert (fast["score"], slow["score"]) == (None, pytest.approx(1 / 3))
@@ -97,18 +88,24 @@ def test_strategies_take_turns_and_are_judged():
 
 def test_a_race_refuses_no_runs_and_requests_that_cannot_be():
     engine = imposed_engine((4,))
-    entrant = Entrant(name="x", model="m", requests=make_requests("autoregressive"))
+    entrant = Entrant(name="x", engine=engine, requests=make_requests("autoregressive"))
     with pytest.raises(ConfigError, match="num_runs is 0"):
-        race_batch([entrant], {"m": engine}, 1, num_runs=0)
+        race_by_run([entrant], 1, num_runs=0)
     with pytest.raises(RequestError, match="not autoregressive"):
-        race_batch([entrant], {"m": engine}, 1)
+        race_by_run([entrant], 1)
 
 
 def make_run(accepted, decode_seconds=0.5):
     return Run(
-        token_ids=[[1] * sum(counts) for counts in accepted],
-        num_forwards=sum(map(len, accepted)),
-        num_query_tokens=40,
+        answers=[
+            Answer(
+                index=index,
+                token_ids=[1] * sum(counts),
+                num_forwards=len(counts),
+                num_query_tokens=0 if index else 40,
+            )
+            for index, counts in enumerate(accepted)
+        ],
         seconds=2.0,
         decode_tokens=3,
         decode_seconds=decode_seconds,

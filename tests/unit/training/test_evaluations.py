@@ -13,7 +13,7 @@ from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset, writ
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import ConfigError, D2FError, TrainingError
-from d2f.evaluation.own_rows import OwnRows
+from d2f.evaluation.quick_score import OwnRows
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.text import Tokenizer

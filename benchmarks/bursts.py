@@ -11,8 +11,8 @@ from typing import Any
 from d2f.engine.engine import Engine
 from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError
+from d2f.evaluation.answering import step_periods
 from d2f.evaluation.metrics import percentile
-from d2f.evaluation.throughput import step_periods
 
 
 @dataclass(frozen=True, kw_only=True)
