@@ -7,7 +7,7 @@ the end. It may not start processes or threads, signal others, change any file o
 the kernel refuses that where it can (`sandbox_kind() == "seccomp"`), else the interpreter does
 ("audit", good enough for what a model writes by chance, not for an attacker).
 
-How this works, and what it can't do, stands in `sandbox_child`.
+`sandbox_child` says how this works and what it cannot do, `sandbox_locks` what is refused.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from d2f.errors import ConfigError, D2FError
-from d2f.evaluation import sandbox, sandbox_child
+from d2f.evaluation import sandbox, sandbox_child, sandbox_locks
 from d2f.evaluation.sandbox import Limits, Server, run_programs, sandbox_kind
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no sandbox on Windows")
@@ -368,9 +368,9 @@ def test_chance_is_the_same_every_time():
 
 @BY_KERNEL
 def test_all_other_system_calls_are_refused(server, victim):
-    _, column = sandbox_child._ARCHITECTURES[platform.machine()]
-    rows = [*sandbox_child._ALLOWED_CALLS.values(), sandbox_child._OPEN, sandbox_child._OPENAT]
-    rows += [sandbox_child._FCNTL, sandbox_child._IOCTL, sandbox_child._PRLIMIT64]
+    _, column = sandbox_locks._ARCHITECTURES[platform.machine()]
+    rows = [*sandbox_locks._ALLOWED_CALLS.values(), sandbox_locks._OPEN, sandbox_locks._OPENAT]
+    rows += [sandbox_locks._FCNTL, sandbox_locks._IOCTL, sandbox_locks._PRLIMIT64]
     # The kernel's probes are exempt from filters: they harm nobody but a caller that is no probe.
     rows += [(335, None), (336, None)]
     program = f"""
@@ -454,7 +454,7 @@ def test_interpreter_refuses_where_the_kernel_cannot(tmp_path):
 
 def test_filter_is_built_for_both_architectures():
     for architecture in ("x86_64", "aarch64"):
-        rows = sandbox_child.build_filter(architecture)
+        rows = sandbox_locks.build_filter(architecture)
         assert rows[-1] == (0x06, 0, 0, 0x7FFF0000)
         assert rows[-2] == (0x06, 0, 0, 0x00050001)
         # No jump leaves the program, and none is wider than a byte.
