@@ -18,17 +18,17 @@ import ast
 import re
 from collections.abc import Sequence
 
-from d2f.evaluation.code_readings import Piece, moved, readings
-from d2f.evaluation.code_slice import missing_names, needed_statements, undefined_names
-from d2f.evaluation.code_statements import (
+from d2f.evaluation.code_parsing import (
     MAX_CHARACTERS,
     Search,
-    Statement,
     find_statements,
     names_read,
     parse_or_refuse,
     split_lines,
 )
+from d2f.evaluation.code_readings import Piece, moved, readings
+from d2f.evaluation.code_slice import missing_names, needed_statements, undefined_names
+from d2f.evaluation.code_statements import Statement
 
 _END_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>[ \t]*$", re.MULTILINE)
 """As `<|im_end|>`; some write it with the wide bars of Chinese."""

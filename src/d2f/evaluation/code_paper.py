@@ -12,12 +12,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from d2f.evaluation.code_statements import (
-    is_readable,
-    parse_or_refuse,
-    source_of,
-    split_lines,
-)
+from d2f.evaluation.code_parsing import is_readable, parse_or_refuse, source_of, split_lines
 
 _MAX_LINES = 100
 _MAX_PARSED_LINES = 100_000

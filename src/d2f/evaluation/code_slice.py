@@ -22,7 +22,7 @@ def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) ->
         wanted: Names of the functions that will be called.
 
     Example:
-        >>> from d2f.evaluation.code_statements import find_statements
+        >>> from d2f.evaluation.code_parsing import (find_statements)
         >>> lines = ["T = {}", "def f(x):", "    return T[x]", "T[1] = 2", "print(f(0))"]
         >>> [s.source for s in needed_statements(find_statements(lines), ["f"])][::2]
         ['T = {}', 'T[1] = 2']

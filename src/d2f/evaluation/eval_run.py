@@ -12,9 +12,8 @@ from d2f.evaluation.eval_recipe import EvalRecipe, to_table
 from d2f.evaluation.eval_row import Engines, EvalRow, LoadedModel, LoadModel
 from d2f.evaluation.eval_score import known_problems, score_row, summarise_score
 from d2f.evaluation.eval_speed import Racer, SpeedGroup, summarise_speed, whole_rounds
-from d2f.evaluation.harness_definitions import CODE_TASKS
 from d2f.evaluation.results import Record, RowFolder, check_writable
-from d2f.evaluation.task import Task
+from d2f.evaluation.task import CLEANED_TASKS, Task
 from d2f.hub import expanded
 
 # Of the environment, what a time depends on.
@@ -91,7 +90,7 @@ class Evaluation:
             "split": recipe.split,
             "problem_seed": recipe.seed,
             "num_fewshot": self._num_fewshot,
-            **({"clean_up": recipe.clean_up} if recipe.task in CODE_TASKS else {}),
+            **({"clean_up": recipe.clean_up} if recipe.task in CLEANED_TASKS else {}),
             "device": str(self._environment["device"]).partition(":")[0],
             "dtype": self._environment["dtype"],
             "backend": self._backend,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from d2f.errors import ConfigError
 from d2f.evaluation.code_answer import read_answer
-from d2f.evaluation.code_scoring import Execute
+from d2f.evaluation.harness_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Example, Verdict
 from d2f.problems import Problem, extract_answer, generate_problems

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 CLEAN_UPS = ("ours", "paper")
 """How a program is found in an answer; "paper" is how the authors of D2F do it."""
+CLEANED_TASKS = ("humaneval", "mbpp")
+"""The tasks of lm-eval whose answers are programs, which are found in one of these ways."""
 
 
 @dataclass(frozen=True, kw_only=True)

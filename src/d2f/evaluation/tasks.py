@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from d2f.errors import ConfigError, unknown_name
-from d2f.evaluation.gsm8k_variants import GSM8K_VARIANTS, load_gsm8k_variants
-from d2f.evaluation.harness import HARNESS_TASKS, load_harness_task
+from d2f.evaluation.harness import (
+    GSM8K_VARIANTS,
+    HARNESS_TASKS,
+    load_gsm8k_variants,
+    load_harness_task,
+)
 from d2f.evaluation.native import NATIVE_TASKS, load_native_task
-from d2f.evaluation.task import CLEAN_UPS, Task
+from d2f.evaluation.task import CLEAN_UPS, CLEANED_TASKS, Task
 from d2f.evaluation.text2sql import load_text_to_sql
 from d2f.problems.text2sql import TEXT_TO_SQL
 
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, GSM8K_VARIANTS, *TEXT_TO_SQL)
 """The names that a recipe may give."""
-CODE_TASKS = ("functions", "humaneval", "mbpp")
+CODE_TASKS = ("functions", *CLEANED_TASKS)
 """Those whose answers are programs that are run."""
 _SPLITS = ("test", "validation")
 
@@ -60,7 +64,7 @@ def load_task(
         raise ConfigError(unknown_name("split", split, _SPLITS))
     if clean_up not in CLEAN_UPS:
         raise ConfigError(unknown_name("clean_up", clean_up, CLEAN_UPS))
-    if clean_up == "paper" and name not in ("humaneval", "mbpp"):
+    if clean_up == "paper" and name not in CLEANED_TASKS:
         raise ConfigError(
             f'clean_up is "paper", but the paper cleans up no answers to {name}; leave it out'
         )

@@ -1,15 +1,158 @@
-"""People's questions to be answered in SQL, as tasks: Advising and WikiSQL."""
+"""People's questions to be answered in SQL, as tasks: Advising and WikiSQL.
+
+Two queries are equal when their written forms are: white space, upper and lower case outside
+quotes, and the order of conditions that AND joins do not count; all else does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d2f.errors import ConfigError
 from d2f.evaluation.benchmark_files import FILES, read_split
-from d2f.evaluation.sql_form import first_difference, sql_form
 from d2f.evaluation.task import Example, Verdict
 from d2f.problems.text2sql import sql_prompt
+
+Item = str | list["Item"]
+"""A token, or the items between two brackets (or CASE and END), which are its first and last."""
+
+_TOKEN = re.compile(
+    r"""
+    # At the start of a word; a doubled quote is an escaped one.
+    (?<![^\s(),;=<>!]) (?P<string> '(?:[^']|'')*'(?!') | "(?:[^"]|"")*"(?!") )
+    | [<>!]=|<>|[=<>(),;]
+    | [^\s(),;=<>!]+
+    | \S
+    """,
+    re.VERBOSE,
+)
+_OPENS = {"(": ")", "case": "end"}
+_DEEPEST = 50
+"""Brackets within brackets; what a model repeats without end may have any number."""
+_FOLLOWS = {
+    "group", "having", "order", "limit", "offset", "fetch", "window", "union", "intersect",
+    "except", ";",
+}  # fmt: skip
+_JOINS = {"where", "on", "join", "inner", "left", "right", "full", "cross", "natural", ","}
+_ENDS = {
+    "where": _FOLLOWS,
+    "having": _FOLLOWS,
+    "on": _FOLLOWS | _JOINS,
+    "when": {"then"},
+    "()": _FOLLOWS | _JOINS | {"select", "from", "as", "when", "then", "else"},
+}
+"""Words, and brackets, behind which a condition stands, and those before which it ends.
+
+No other word does: values without quotes hold commas and words like these, `17,000` for one.
+"""
+
+
+def sql_form(sql: str) -> tuple[str, ...]:
+    """The tokens of a query, those outside quotes in small letters, with AND's conditions sorted.
+
+    It takes any text, also what is no SQL. A quote opens a string only at the start of a word, and
+    only if it is closed; two quotes in a string are one that is escaped.
+
+    Example:
+        >>> one = sql_form("SELECT a FROM t WHERE b BETWEEN 1 AND 2 AND c = 'X'")
+        >>> one == sql_form("select a from t where c='X' and b between 1 and 2")
+        True
+        >>> one == sql_form("SELECT a FROM t WHERE b BETWEEN 1 AND 2 AND c = 'x'")
+        False
+    """
+    tokens = [t[0] if t["string"] else t[0].lower() for t in _TOKEN.finditer(sql)]
+    return tuple(_flat(_sorted_level(_nested(tokens))))
+
+
+def first_difference(wanted: Sequence[str], found: Sequence[str]) -> str:
+    """Where two forms part for the first time, in words.
+
+    Example:
+        >>> first_difference(sql_form("SELECT a FROM t"), sql_form("SELECT b FROM t"))
+        "expected a after 'select', not b"
+    """
+    same = 0
+    while same < min(len(wanted), len(found)) and wanted[same] == found[same]:
+        same += 1
+    place = f"after '{' '.join(wanted[max(same - 4, 0) : same])}'" if same else "at the start"
+    expected, got = (
+        tokens[same] if same < len(tokens) else "the end" for tokens in (wanted, found)
+    )
+    return f"expected {expected} {place}, not {got}"
+
+
+def _nested(tokens: Sequence[str]) -> list[Item]:
+    """Tokens as a tree; brackets that are not closed, or too deep, stay plain tokens."""
+    levels: list[list[Item]] = [[]]
+    for token in tokens:
+        if token in _OPENS and len(levels) <= _DEEPEST:
+            levels.append([token])
+            continue
+        opened = levels[-1][0] if len(levels) > 1 else None
+        if isinstance(opened, str) and token == _OPENS[opened]:
+            whole = levels.pop()
+            levels[-1].append([*whole, token])
+        else:
+            levels[-1].append(token)
+    while len(levels) > 1:
+        rest = levels.pop()
+        levels[-1] += rest
+    return levels[0]
+
+
+def _sorted_level(items: Sequence[Item], opened: str | None = None) -> list[Item]:
+    """The same with the conditions of each run of ANDs sorted, here and within.
+
+    `opened`: what the items stand behind if they begin with a condition.
+    """
+    result: list[Item] = []
+    pending: list[Item] = []
+    for item in items:
+        if isinstance(item, list):
+            # A bracket without a query may hold a condition.
+            inside = "()" if item[0] == "(" and item[1] != "select" else None
+            item = [item[0], *_sorted_level(item[1:-1], inside), item[-1]]
+        word = item if isinstance(item, str) else None
+        if opened is not None and word not in _ENDS[opened]:
+            pending.append(item)
+            continue
+        result += [*_sorted_condition(pending), item]
+        pending, opened = [], word if word in _ENDS else None
+    return result + _sorted_condition(pending)
+
+
+def _sorted_condition(items: Sequence[Item]) -> list[Item]:
+    result: list[Item] = []
+    for number, part in enumerate(_split(items, "or")):
+        result += ["or"] if number else []
+        conditions = sorted(_split(part, "and"), key=lambda found: tuple(_flat(found)))
+        for place, condition in enumerate(conditions):
+            result += ["and"] if place else []
+            result += condition
+    return result
+
+
+def _split(items: Sequence[Item], word: str) -> list[list[Item]]:
+    """Parts between a word, but for the AND that belongs to a BETWEEN."""
+    parts: list[list[Item]] = [[]]
+    between = False
+    for item in items:
+        if item == word and not (between and word == "and"):
+            parts.append([])
+            continue
+        between = item == "between" or (between and item != "and")
+        parts[-1].append(item)
+    return parts
+
+
+def _flat(items: Sequence[Item]) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, str):
+            yield item
+        else:
+            yield from _flat(item)
 
 
 def load_text_to_sql(

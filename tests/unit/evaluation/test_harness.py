@@ -20,7 +20,7 @@ from tests.unit.evaluation.harness_files import (
 
 from d2f.errors import ConfigError
 from d2f.evaluation.harness import FEWSHOT_SEED, load_harness_task
-from d2f.evaluation.harness_definitions import (
+from d2f.evaluation.harness_source import (
     DEFINITIONS,
     find_lm_eval,
     quiet,

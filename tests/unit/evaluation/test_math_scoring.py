@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2f.errors import D2FError
-from d2f.evaluation.math_scoring import MathScorer
+from d2f.evaluation.harness_scoring import MathScorer
 
 SCORER = """
 import os, sys, time

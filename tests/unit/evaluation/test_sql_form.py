@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f.evaluation.sql_form import first_difference, sql_form
+from d2f.evaluation.text2sql import first_difference, sql_form
 
 VALUES = (
     "2016", "'O''Hara and (AND) sons'", '"say ""and"" WHERE"', "6'5", "1st", "'a AND b'", "3 + 1"

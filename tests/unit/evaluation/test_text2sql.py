@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from benchmarks.paper.document import build_report
 from tests.unit.evaluation.eval_stand_ins import make_evaluation
 from tests.unit.evaluation.harness_files import write_jsonl
 
 from d2f.cli import train_answers
 from d2f.errors import ConfigError
 from d2f.evaluation import tasks
-from d2f.evaluation.report.document import build_report, markdown
+from d2f.evaluation.report.document import markdown
 from d2f.evaluation.report.reading import load_results
 from d2f.evaluation.tasks import load_task
 from d2f.problems.text2sql import TEXT_TO_SQL
@@ -97,7 +98,7 @@ def test_an_evaluation_and_its_report_show_the_task(tmp_path):
     lines = (tmp_path / "out/pipelined/problems.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in lines} == {"test-0", "test-1"}
     results = load_results([tmp_path / "out"])
-    report = build_report(results, paper=True)
+    report = build_report(results)
     text = markdown(report, (), "d2f report out")
     assert "tiny on Advising" in text
     claims = {line["key"]: line for line in report.tables("claims")[0].lines}
