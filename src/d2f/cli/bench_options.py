@@ -1,4 +1,4 @@
-"""What the `d2f bench` commands share."""
+"""Options and checks that the `d2f bench` commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`d2f bench step`: what one decoding step costs."""
+"""`d2f bench step`: the cost of one decoding step."""
 
 from __future__ import annotations
 

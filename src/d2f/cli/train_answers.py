@@ -1,4 +1,4 @@
-"""What `d2f train` asks of the model during training: sample answers, and a score."""
+"""Make what answers prompts and scores the model while `d2f train` runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_evaluator(
             cannot be had.
     """
     from d2f.engine.policy import check_decoding
-    from d2f.evaluation.quick_score import OwnRows, QuickScore
+    from d2f.evaluation.quick_score import QuickScore, own_rows
 
     settings = config.evaluate
     assert settings is not None
@@ -72,7 +72,7 @@ def make_evaluator(
     task = None if settings.task is None else _load_task(settings)
 
     def prepare(held_out: Sequence[HeldOut]) -> Evaluator:
-        own = task or OwnRows(
+        own = task or own_rows(
             [
                 (tokenizer.decode(row.prompt_ids), tokenizer.decode(row.response_ids))
                 for row in held_out

@@ -1,4 +1,4 @@
-"""Where a number was measured."""
+"""Describe the machine, the versions and the commit of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2f.provenance import describe_code
 
 
 def describe_environment(*, device: str, dtype: str) -> dict[str, Any]:
-    """Processor, number format, versions, commit and time, for every result file.
+    """Describe processor, number format, versions, commit and time, for every result file.
 
     Args:
         device: As torch names it.

@@ -1,40 +1,26 @@
-"""What an evaluation tells while it runs: a bar or plain lines on stderr."""
+"""Report the progress of an evaluation: by bars or plain lines on stderr, or not at all."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
 
 PLAIN_SECONDS = 10.0
 
 
-class Reporter(Protocol):
-    """Takes the progress of rows."""
+class Reporter:
+    """Takes the progress of rows, and says nothing of it."""
 
     def progress(self, row: str, done: int, total: int, text: str) -> None:
-        """So many of a row's answers are there; `text` is the running result."""
+        """Take how many of a row's answers are there; `text` is the running result."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Take something that the user should know."""
 
     def close(self) -> None:
-        """The evaluation is over."""
+        """Take that the evaluation is over."""
 
 
-class Silent:
-    """Reports nothing."""
-
-    def progress(self, row: str, done: int, total: int, text: str) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class Terminal:
+class Terminal(Reporter):
     """A bar for each row on stderr; where stderr is no terminal, a line every ten seconds."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A whole evaluation: every row's score, then the speed of all, then a summary of each."""
+"""Run a whole evaluation: every row's score, then the speed of all, then a summary of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from d2f.errors import ConfigError
-from d2f.evaluation.eval_progress import Reporter, Silent
+from d2f.evaluation.eval_progress import Reporter
 from d2f.evaluation.eval_recipe import EvalRecipe, to_table
 from d2f.evaluation.eval_row import Engines, EvalRow, LoadedModel, LoadModel
 from d2f.evaluation.eval_score import known_problems, score_row, summarise_score
@@ -117,7 +117,7 @@ class Evaluation:
         Returns:
             The summary of each row, as its folder has it.
         """
-        reporter = reporter or Silent()
+        reporter = reporter or Reporter()
         self._score(reporter)
         self._speed(reporter)
         return [self._summarise(row) for row in self._rows]

@@ -1,4 +1,4 @@
-"""The score of a row: its problems in batches, each judged and written as it is done."""
+"""Score a row: answer its problems in batches, and judge and write each when it is done."""
 
 from __future__ import annotations
 

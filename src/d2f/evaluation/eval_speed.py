@@ -1,4 +1,4 @@
-"""The speed of rows, side by side: rounds over the same problems, in which each row has its turn.
+"""Measure the speed of rows side by side, in rounds over the same problems, each row in turn.
 
 Rows of the same batch size are measured together in one process: at batch size 1 problem 1 with
 every row, problem 2 with every row, and so on, at a larger one all problems with one row after the

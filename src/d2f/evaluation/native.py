@@ -1,4 +1,4 @@
-"""The problems that come with the package as tasks: nothing to download, quick to run."""
+"""Tasks whose problems the package generates: there is nothing to download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from d2f.errors import ConfigError
 from d2f.evaluation.code_answer import read_answer
 from d2f.evaluation.harness_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
-from d2f.evaluation.task import Example, Verdict
+from d2f.evaluation.task import Example, ListedTask, Verdict, one_by_one
 from d2f.problems import Problem, extract_answer, generate_problems
 from d2f.problems.functions import FunctionProblem, generate_function_problems, program
 
@@ -20,8 +20,10 @@ MOST_EXAMPLES = 1_000_000
 
 def load_native_task(
     name: str, *, num_examples: int | None = None, seed: int = 0, split: str = "test"
-) -> WordProblems | Functions:
+) -> ListedTask:
     """Generate a native task's problems.
+
+    The answer to a word problem is correct if it ends with `####` and the right number.
 
     Args:
         name: One of `NATIVE_TASKS`.
@@ -40,60 +42,24 @@ def load_native_task(
     if count > MOST_EXAMPLES:
         raise ConfigError(f"num_problems is {count}; task {name} makes at most {MOST_EXAMPLES}")
     if name == "functions":
-        return Functions(count, seed=seed, split=split)
-    return WordProblems(count, seed=seed, split=split)
+        return functions_task(count, seed=seed, split=split)
+    problems = _examples(generate_problems(count, seed=seed, split=split), seed, split)
+    return ListedTask(name=name, problems=problems, mark=one_by_one(_compare))
 
 
-class WordProblems:
-    """Grade-school word problems; right is who ends with `####` and the right number.
+def functions_task(
+    count: int, *, seed: int = 0, split: str = "test", execute: Execute = run_programs
+) -> ListedTask:
+    """Generate Python functions to write; an answer that passes hidden tests is correct.
 
-    Example:
-        >>> task = WordProblems(3)
-        >>> [v.correct for v in task.judge(task.examples(), ["#### 0", "", "#### x"])]
-        [False, False, False]
+    Args:
+        count: How many problems.
+        seed: Other seeds give other problems.
+        split: "test" or "validation".
+        execute: Runs the answers with their tests; by default in the sandbox.
     """
 
-    name = "word-problems"
-    stop: tuple[str, ...] = ()
-
-    def __init__(self, count: int, *, seed: int = 0, split: str = "test") -> None:
-        self._examples = _examples(generate_problems(count, seed=seed, split=split), seed, split)
-
-    def examples(self) -> Sequence[Example]:
-        """The problems, in the order of their numbers."""
-        return self._examples
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Compare the number after the last `####`."""
-        return [
-            _compare(example.source, text) for example, text in zip(examples, texts, strict=True)
-        ]
-
-
-class Functions:
-    """Short Python functions; right is who passes hidden tests, run in the sandbox."""
-
-    name = "functions"
-    stop: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        count: int,
-        *,
-        seed: int = 0,
-        split: str = "test",
-        execute: Execute = run_programs,
-    ) -> None:
-        problems = generate_function_problems(count, seed=seed, split=split)
-        self._examples = _examples(problems, seed, split)
-        self._execute = execute
-
-    def examples(self) -> Sequence[Example]:
-        """The problems, in the order of their numbers."""
-        return self._examples
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Run each answer with the problem's tests."""
+    def mark(examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         programs = [
             program(example.source, read_answer(text, [example.source.entry_point]))
             for example, text in zip(examples, texts, strict=True)
@@ -105,8 +71,11 @@ class Functions:
                 reason=None if result.passed else str(result.reason),
                 metrics={"pass@1": float(result.passed)},
             )
-            for text, result in zip(texts, self._execute(programs), strict=True)
+            for text, result in zip(texts, execute(programs), strict=True)
         ]
+
+    problems = generate_function_problems(count, seed=seed, split=split)
+    return ListedTask(name="functions", problems=_examples(problems, seed, split), mark=mark)
 
 
 def _examples(
@@ -123,8 +92,8 @@ def _examples(
     )
 
 
-def _compare(problem: Problem, text: str) -> Verdict:
-    answer = extract_answer(text)
+def _compare(example: Example, text: str) -> Verdict:
+    answer, problem = extract_answer(text), example.source
     correct = answer == problem.answer
     reason = "no number after ####" if answer is None else f"the answer is {problem.answer}"
     return Verdict(

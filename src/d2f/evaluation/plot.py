@@ -1,4 +1,4 @@
-"""The race as a picture."""
+"""Draw a race as bars, and make the figures of all plots."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from d2f.engine.stops import StopStrings
 from d2f.errors import D2FError
 from d2f.evaluation.answering import Answer, Answering, fitted_engine
 from d2f.evaluation.metrics import ratio, standard_error
-from d2f.evaluation.task import Example, Task, Verdict
+from d2f.evaluation.task import Example, ListedTask, Task, Verdict, one_by_one
 from d2f.models.transformer import Transformer
 from d2f.problems.written_number import last_number
 from d2f.text import Tokenizer
@@ -132,8 +132,8 @@ class QuickScore:
         }
 
 
-class OwnRows:
-    """Samples of a user's own data that were kept out of training, as a task.
+def own_rows(pairs: Sequence[tuple[str, str]], answer: str = "number") -> ListedTask:
+    """Make a task of samples of a user's own data that were kept out of training.
 
     Args:
         pairs: Prompts and right responses in full.
@@ -141,34 +141,14 @@ class OwnRows:
             white space. A response without any number is compared whole.
 
     Example:
-        >>> task = OwnRows([("2*3=", "2*3 is 6.")])
+        >>> task = own_rows([("2*3=", "2*3 is 6.")])
         >>> [verdict.correct for verdict in task.judge(task.examples(), ["It is 6.0"])]
         [True]
     """
 
-    name = "held-out samples"
-    stop: tuple[str, ...] = ()
-
-    def __init__(self, pairs: Sequence[tuple[str, str]], answer: str = "number") -> None:
-        self._numbers = answer == "number"
-        self._examples = tuple(
-            Example(id=str(number), prompt=prompt, response=response)
-            for number, (prompt, response) in enumerate(pairs)
-        )
-
-    def examples(self) -> Sequence[Example]:
-        """The samples, in the order in which they were chosen."""
-        return self._examples
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Compare answers with the samples' own."""
-        return [
-            self._compare(example.response or "", text)
-            for example, text in zip(examples, texts, strict=True)
-        ]
-
-    def _compare(self, wanted: str, text: str) -> Verdict:
-        number = last_number(wanted) if self._numbers else None
+    def compare(example: Example, text: str) -> Verdict:
+        wanted = example.response or ""
+        number = last_number(wanted) if answer == "number" else None
         found: Decimal | str | None = " ".join(text.split())
         correct = found == " ".join(wanted.split())
         if number is not None:
@@ -179,3 +159,9 @@ class OwnRows:
             answer=None if found is None else str(found),
             metrics={"accuracy": float(correct)},
         )
+
+    problems = [
+        Example(id=str(number), prompt=prompt, response=response)
+        for number, (prompt, response) in enumerate(pairs)
+    ]
+    return ListedTask(name="held-out samples", problems=problems, mark=one_by_one(compare))

@@ -1,4 +1,4 @@
-"""What a machine can do at best: copy memory and multiply matrices."""
+"""Measure the best rates of a machine: copying memory and multiplying matrices."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def measure_rates(device: str, dtype: str) -> Rates:
 
 
 def nominal_bf16_rate(processor: str) -> float | None:
-    """What the maker says of dense bf16 products, in FLOP/s; None: not known here.
+    """Give the maker's rate of dense bf16 products, in FLOP/s; None: not known here.
 
     Args:
         processor: The device's name.

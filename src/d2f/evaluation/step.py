@@ -1,4 +1,4 @@
-"""What one step costs, held against what the machine could do at best."""
+"""Measure the cost of one decoding step against the best rates of the machine."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> Step
 
 
 def step_ratio(rows: Sequence[StepCost]) -> list[dict[str, Any]]:
-    """Each row's time / that of the autoregressive row of its batch size and key/value length."""
+    """Divide each row's time by that of the autoregressive row of its batch and cached length."""
 
     def key(row: StepCost) -> tuple[int, int, int]:
         return row.batch_size, row.kv_length, row.max_positions
@@ -122,7 +122,7 @@ def step_ratio(rows: Sequence[StepCost]) -> list[dict[str, Any]]:
 
 
 def kv_ratio(rows: Sequence[StepCost], rates: Rates) -> list[dict[str, Any]]:
-    """For rows that differ in key/value length alone: time added / time to read what was added."""
+    """Divide the time that longer keys and values add by the time to read them once."""
     found = []
     groups: dict[tuple[str, int, int, int], list[StepCost]] = {}
     for row in rows:

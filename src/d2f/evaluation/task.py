@@ -1,8 +1,8 @@
-"""What a benchmark is to the evaluation: problems with prompts, and a judge of answers."""
+"""The interface of a benchmark: problems with prompts, and a judge of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,3 +62,39 @@ class Task(Protocol):
 
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers; an answer that does anything at all gets a verdict, never an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedTask:
+    """A benchmark whose problems lie in memory.
+
+    Example:
+        >>> exact = one_by_one(lambda example, text: Verdict(correct=text == example.response))
+        >>> task = ListedTask(
+        ...     name="sums", problems=(Example(id="0", prompt="1+1=", response="2"),), mark=exact)
+        >>> [verdict.correct for verdict in task.judge(task.examples(), ["2"])]
+        [True]
+    """
+
+    name: str
+    problems: Sequence[Example]
+    mark: Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
+    """Marks answers, one text per problem."""
+    stop: tuple[str, ...] = ()
+
+    def examples(self) -> Sequence[Example]:
+        """Give all problems, in the order of the list."""
+        return self.problems
+
+    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+        """Mark one text per problem."""
+        return self.mark(examples, texts)
+
+
+def one_by_one(
+    verdict: Callable[[Example, str], Verdict],
+) -> Callable[[Sequence[Example], Sequence[str]], list[Verdict]]:
+    """Mark each answer for itself."""
+    return lambda examples, texts: [
+        verdict(example, text) for example, text in zip(examples, texts, strict=True)
+    ]

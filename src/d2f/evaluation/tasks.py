@@ -1,4 +1,4 @@
-"""All benchmarks by name."""
+"""Load a benchmark by its name."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from d2f.errors import ConfigError
 from d2f.evaluation.benchmark_files import FILES, read_split
-from d2f.evaluation.task import Example, Verdict
+from d2f.evaluation.task import Example, ListedTask, Verdict, one_by_one
 from d2f.problems.text2sql import sql_prompt
 
 Item = str | list["Item"]
@@ -161,8 +161,8 @@ def load_text_to_sql(
     num_examples: int | None = None,
     split: str = "test",
     data: str | Path | None = None,
-) -> TextToSql:
-    """Load the questions of a split.
+) -> ListedTask:
+    """Load the questions of a split; an answer is correct if its SQL has the same form as gold.
 
     Args:
         name: One of `d2f.problems.text2sql.TEXT_TO_SQL`.
@@ -184,47 +184,20 @@ def load_text_to_sql(
             f"name the folder as data; {files.origin}"
         )
     rows = [row for _, row in read_split(name, split, data)][:num_examples]
-    return TextToSql(
-        name,
-        [
+    return ListedTask(
+        name=name,
+        problems=[
             Example(
                 id=f"{split}-{number}", prompt=sql_prompt(name, row), response=row["sql"].strip()
             )
             for number, row in enumerate(rows)
         ],
+        mark=one_by_one(_verdict),
     )
 
 
-class TextToSql:
-    """Questions with their SQL; right is who writes the same SQL, but for its form (`sql_form`).
-
-    Example:
-        >>> task = TextToSql("advising", [
-        ...     Example(id="0", prompt="Who?", response="SELECT a FROM t WHERE b = 1 AND c = 2")])
-        >>> task.judge(task.examples(), ["select a from t where c = 2 and b = 1"])[0].correct
-        True
-    """
-
-    stop: tuple[str, ...] = ()
-
-    def __init__(self, name: str, examples: Sequence[Example]) -> None:
-        self.name = name
-        self._examples = tuple(examples)
-
-    def examples(self) -> Sequence[Example]:
-        """The questions, in the file's order."""
-        return self._examples
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Compare queries in their one form."""
-        return [
-            _verdict(example.response or "", text)
-            for example, text in zip(examples, texts, strict=True)
-        ]
-
-
-def _verdict(gold: str, text: str) -> Verdict:
-    wanted, found = sql_form(gold), sql_form(text)
+def _verdict(example: Example, text: str) -> Verdict:
+    wanted, found = sql_form(example.response or ""), sql_form(text)
     correct = wanted == found
     return Verdict(
         correct=correct,

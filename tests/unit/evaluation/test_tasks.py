@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from d2f.errors import ConfigError
-from d2f.evaluation.native import Functions
+from d2f.evaluation.native import functions_task
 from d2f.evaluation.tasks import TASKS, load_task
 
 
@@ -70,7 +70,7 @@ def test_word_problems_are_judged_by_the_last_number():
 
 
 def test_functions_are_judged_by_running_them():
-    task = Functions(3)
+    task = functions_task(3)
     examples = task.examples()
     texts = [examples[0].response, "import sys\nsys.exit(0)", "def f(:"]
     right, left, broken = task.judge(examples, texts)
@@ -85,7 +85,7 @@ def test_functions_are_judged_by_running_them():
 
 
 def test_an_answer_to_a_function_may_stand_in_a_fence():
-    task = Functions(1)
+    task = functions_task(1)
     [example] = task.examples()
     text = f"Here it is:\n```python\n{example.response}\n```\nDone."
     [verdict] = task.judge([example], [text])
@@ -99,7 +99,7 @@ def test_answers_to_functions_are_run_together():
         batches.append(list(programs))
         return [SimpleNamespace(passed=i == 1, reason="no") for i in range(len(programs))]
 
-    task = Functions(3, execute=execute)
+    task = functions_task(3, execute=execute)
     verdicts = task.judge(task.examples(), ["", "", ""])
     assert [len(batch) for batch in batches] == [3]
     assert [verdict.correct for verdict in verdicts] == [False, True, False]

@@ -13,7 +13,7 @@ from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset, writ
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import ConfigError, D2FError, TrainingError
-from d2f.evaluation.quick_score import OwnRows
+from d2f.evaluation.quick_score import own_rows
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
 from d2f.text import Tokenizer
@@ -312,11 +312,11 @@ def test_a_resumed_run_keeps_the_choice(files):
 
 def test_answers_to_own_rows():
     pairs = [("a", "so 4 apples, 12 in all."), ("b", "Paris")]
-    task = OwnRows(pairs)
+    task = own_rows(pairs)
     examples = task.examples()
     assert [v.correct for v in task.judge(examples, ["12.0", " Paris\n"])] == [True, True]
     assert [v.correct for v in task.judge(examples, ["4 of 13", "paris"])] == [False, False]
-    exact = OwnRows(pairs, "exact")
+    exact = own_rows(pairs, "exact")
     texts = ["so 4  apples, 12 in all.", "Paris."]
     assert [v.correct for v in exact.judge(examples, texts)] == [True, False]
 
