@@ -338,16 +338,16 @@ def _engine(entered: Field, kind: str, batch: int, page_size: int, backend: str)
     from d2f.evaluation.answering import fitted_engine
 
     model = entered.models[kind]
-    share = 1.0
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.empty_cache()
-        share = 0.45  # the rival's engine comes, too
     config = EngineConfig(
         max_batch_size=batch,
         page_size=page_size,
         backend=backend,
         imposed_acceptance=None if model.spec.architecture.causal else entered.imposed,
     )
+    share = 0.45 if on_gpu else 1.0  # the rival's engine comes, too
     return fitted_engine(model, config, longest=entered.longest, memory_share=share)
 
 
@@ -371,27 +371,23 @@ def _print_report(report: dict[str, Any]) -> None:
     seconds = sum(row["warm_up_seconds"] for row in report["rows"])
     out.print(
         f"\nMedian of {counted(settings['num_runs'], 'run')} in turns; {seconds:.1f} s of "
-        "warm-up not "
-        "counted. end to end: answer tokens / wall time, prompts included; decode only: those of "
-        "steps without a prompt / the time of these.",
+        "warm-up not counted. end to end: answer tokens / wall time, prompts included; decode "
+        "only: those of steps without a prompt / the time of these.",
         style="dim",
     )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    table = plain_table()
-    table.add_column("batch", justify="right", vertical="bottom", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for column in (
-        "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforw.", "query/\nforw.",
-        "ms/\nstep", "p99", "mean\ntok.", "score",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    columns = (
+        "batch", "tokens/s,\nend to\nend", "tokens/s,\ndecode\nonly", "tokens/\nforw.",
+        "query/\nforw.", "ms/\nstep", "p99", "mean\ntok.", "score",
+    )  # fmt: skip
+    table = plain_table(names=[""], numbers=columns)
     for row in rows:
         decode = row["decode_tokens_per_second"]
         table.add_row(
-            str(row["batch_size"]),
             row["name"],
+            str(row["batch_size"]),
             f"{row['tokens_per_second']['median']:.0f}",
             f"{decode['median']:.0f}" if decode else "–",
             f"{row['tokens_per_forward']:.2f}",

@@ -249,13 +249,11 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _table(steps: list[dict[str, Any]]) -> Any:
-    table = plain_table()
-    table.add_column("", no_wrap=True)
-    for column in (
+    columns = (
         "batch", "window", "cached", "ms", "GB\nread", "TFLOP", "floor\nms", "x\nfloor",
         "of\nmatmul", "query\nper s",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    )  # fmt: skip
+    table = plain_table(names=[""], numbers=columns)
     for row in steps:
         table.add_row(
             row["strategy"],

@@ -83,10 +83,10 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
     from d2f.cli.live import harmless
 
     gap = 2 if console.width >= 70 else 1
-    table = plain_table(gap)
-    table.add_column("", no_wrap=True)
-    for column in ("tokens", "forwards", "tokens/\nforward", "ms/\nforward", "s", "tokens\nper s"):
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    columns = (
+        "tokens", "forwards", "tokens/\nforward", "ms/\nforward", "s", "tokens\nper s"
+    )  # fmt: skip
+    table = plain_table(gap, names=[""], numbers=columns)
     answers: dict[str, list[str]] = {}
     for finish in finishes:
         result, count = finish.result, len(finish.result.token_ids)

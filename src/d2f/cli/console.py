@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,22 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def plain_table(gap: int = 1) -> Table:
-    """A table without lines, with so many spaces between its columns."""
+def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[str] = ()) -> Table:
+    """Make a table without lines.
+
+    Args:
+        gap: Spaces between its columns.
+        names: Headers of the first columns, which hold words.
+        numbers: Headers of the columns behind them, which are never broken.
+    """
     from rich.table import Table
 
-    return Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    for header in names:
+        table.add_column(header, no_wrap=True)
+    for header in numbers:
+        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+    return table
 
 
 def check_writable(path: Path) -> None:

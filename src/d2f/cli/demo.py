@@ -218,13 +218,11 @@ def _race(
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """All columns fit in 80 characters."""
     gap = 1 if out.width < 100 else 3
-    table = plain_table(gap)
-    table.add_column("", no_wrap=True)
-    for column in (
+    columns = (
         "prob-\nlems", "score", "tokens\nper s", "tokens/\nforward", "query\ntokens/\nforward",
         "ms/\nforward", "s per\nanswer", "mean\ntokens",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    )  # fmt: skip
+    table = plain_table(gap, names=[""], numbers=columns)
     for row in rows:
         table.add_row(
             row["name"],

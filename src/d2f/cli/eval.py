@@ -172,13 +172,11 @@ def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], Load
 
 def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> None:
     """All columns fit in 80 characters where names are short."""
-    table = plain_table()
-    table.add_column("", no_wrap=True)
-    for column in (
+    columns = (
         "prob-\nlems", "score", "tokens/\nforward", "query\ntokens/\nforward", "mean\ntokens",
         "tokens\nper s", "s per\nanswer", "ms/\nforward",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    )  # fmt: skip
+    table = plain_table(names=[""], numbers=columns)
     for summary in summaries:
         table.add_row(summary["row"], *_cells(summary["score"], summary["speed"]))
     out.print(f"\n[bold]{recipe.test_set}[/bold], {recipe.family}\n")

@@ -17,7 +17,7 @@ from typing import Any
 from d2f.errors import ConfigError, counted
 from d2f.hub import expanded
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 
 MBPP_SPLITS: Mapping[str, range] = {
     "prompt": range(1, 11),
@@ -98,7 +98,7 @@ FILES: Mapping[str, Files] = {
 """Per task."""
 
 
-def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, Row]]:
+def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, DataRow]]:
     """The rows of one split, each with `file:line`, with the columns that the task reads.
 
     Args:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from d2f.errors import ConfigError
-from d2f.evaluation.benchmark_files import Row, read_split
+from d2f.evaluation.benchmark_files import DataRow, read_split
 
 LM_EVAL_VERSION = "0.4.13"
 _MINERVA = "minerva_math/minerva_math"
@@ -137,7 +137,7 @@ def _own_code_eval(name: str, code_eval: Any) -> Iterator[None]:
                 sys.modules[known] = loaded
 
 
-_Rows = Mapping[str, list[tuple[str, Row]]]
+_Rows = Mapping[str, list[tuple[str, DataRow]]]
 """Per split: rows, each with the place where it stands."""
 
 
