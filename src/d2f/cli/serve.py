@@ -222,7 +222,7 @@ def _served_name(source: str) -> str:
 
 def _race_model(name: str, source: str, device: str | None, dtype: str | None) -> ServedModel:
     from d2f.engine.engine import Engine, EngineConfig
-    from d2f.engine.sizing import enough_bytes
+    from d2f.engine.pages import enough_bytes
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = load_answerer(source, None, device, dtype)

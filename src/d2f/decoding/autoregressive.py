@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2f.decoding.batch import BlockState, BlockView, decoded_prefix
 from d2f.decoding.paged import PagedDecoder, StepShape, make_record
-from d2f.decoding.rows import Rows, RowStart
+from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
+from d2f.errors import ConfigError
+from d2f.models.cache import PagedCache
+from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
 
 
 class AutoregressiveDecoder(PagedDecoder):
@@ -18,11 +23,49 @@ class AutoregressiveDecoder(PagedDecoder):
     Blocks mean nothing here but where a token is stored.
     """
 
-    def begin(self, start: RowStart) -> tuple[dict[str, int], list[bool]]:
+    one_token = True
+    num_recomputed = 1  # The last token's hidden state is needed.
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        backend: Backend,
+        imposed: tuple[int, ...] | None = None,
+    ) -> None:
+        if imposed is not None:
+            raise ConfigError("an autoregressive model accepts one token per forward; impose none")
+        super().__init__(model, cache, backend)
+
+    def begin(self, row: HostRow, num_cached: int) -> tuple[RowState[int], list[bool]]:
         """All tokens so far are computed that are not cached, the last one in any case."""
-        end = len(start.prompt) + len(start.tokens)
-        first = min(start.num_cached, end - 1)
-        return {"opened": 0, "complete": 0, "start": first, "end": end}, []
+        end = len(row.asked.prompt) + len(decoded_prefix(row.tokens))
+        return row.state._replace(start=min(num_cached, end - 1), end=end), []
+
+    def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
+        """Each step ahead appends one token, which the next one computes."""
+        end = row.state.end + ahead
+        return (end - 1 if ahead else row.state.start), min(end, row.asked.longest)
+
+    def num_candidates(self, row: HostRow) -> int:
+        """One."""
+        return 1
+
+    def growth(self, asked: RowRequest) -> int:
+        """One."""
+        return 1
+
+    def blocks(self, row: HostRow) -> list[BlockView]:
+        """The decoded tokens as one block."""
+        decoded = tuple(decoded_prefix(row.tokens))
+        return [
+            BlockView(
+                state=BlockState.CACHED,
+                token_ids=decoded,
+                probabilities=tuple(row.probabilities[: len(decoded)]),
+                alternatives=tuple(row.alternatives[: len(decoded)]),
+            )
+        ]
 
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
         """Compute what is not cached, append one token."""
@@ -32,29 +75,30 @@ class AutoregressiveDecoder(PagedDecoder):
         # Of a row that sits out this may be -1, which is some token all the same.
         last_B = packing.packed.starts_B + (counts_B - 1)
         row_B = torch.arange(shape.num_rows, device=last_B.device)
-        choice, alternatives_MA = self.choose(
-            hidden_TD[last_B], rows, shape, row_B, rows.end_B, runs_B
-        )
+        size_B, end_B = rows.facts.size, rows.state.end
+        choice, alternatives_MA = self.choose(hidden_TD[last_B], rows, shape, row_B, end_B, runs_B)
 
-        index_B = rows.end_B - rows.prompt_B
+        index_B = end_B - rows.facts.prompt
         grid_BR = rows.tokens_BNK.flatten(1)
-        unused_B = rows.tokens_BNK.shape[2] - rows.size_B
-        place_B1 = torch.addcmul(index_B, index_B // rows.size_B, unused_B)[:, None]
+        unused_B = rows.tokens_BNK.shape[2] - size_B
+        place_B1 = torch.addcmul(index_B, index_B // size_B, unused_B)[:, None]
         place_B1 = place_B1.clamp(0, grid_BR.shape[1] - 1)
         token_B1 = torch.where(
             runs_B[:, None], choice.token_M[:, None], grid_BR.gather(1, place_B1)
         )
         grid_BR.scatter_(1, place_B1, token_B1)
 
-        end_B, ran_B = rows.end_B + 1, runs_B.long()
-        done_B = (token_B1 == rows.eos_BE).any(-1) | (end_B >= rows.bound_B)
+        next_B, ran_B = end_B + 1, runs_B.long()
+        done_B = (token_B1 == rows.eos_BE).any(-1) | (next_B >= rows.facts.bound)
         rows.update(
             runs_B,
-            done_B=done_B.long(),
-            start_B=rows.end_B,
-            end_B=end_B,
-            forwards_B=rows.forwards_B + ran_B,
-            queries_B=rows.queries_B + counts_B,
+            rows.state._replace(
+                done=done_B.long(),
+                start=end_B,
+                end=next_B,
+                forwards=rows.state.forwards + ran_B,
+                queries=rows.state.queries + counts_B,
+            ),
         )
         return make_record(
             rows, ran_B, row_B, index_B, runs_B, choice.token_M, choice.probability_M,

@@ -19,10 +19,8 @@ equally similar tokens go by position, which there is left to chance.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +33,10 @@ from d2f.decoding.batch import (
     Sequences,
     result_of,
 )
+from d2f.decoding.strategies import RefreshOptions
+from d2f.decoding.transfer import keep_best
 from d2f.decoding.vanilla import transfer_plan
 from d2f.decoding.workspace import Workspace
-from d2f.errors import ConfigError
 from d2f.models.feature_cache import FeatureCache, Refresh
 from d2f.models.transformer import Transformer
 
@@ -45,55 +44,23 @@ LEAST_SLOTS = 256
 """Of a feature cache; larger ones double, so that few serve all lengths."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefreshSchedule:
-    """When which features are computed anew.
-
-    Raises:
-        ConfigError: An interval below 1, or a share outside 0..1.
+def refresh_at(
+    options: RefreshOptions, step: int, prompt_length: int, response_length: int
+) -> Refresh:
+    """What step 0, 1, … computes anew.
 
     Example:
-        >>> schedule = RefreshSchedule(prompt_interval=4, response_interval=2)
-        >>> [(r.prompt, r.response) for r in (schedule.at(s, 5, 8) for s in range(3))]
+        >>> options = RefreshOptions(prompt_interval=4, response_interval=2)
+        >>> [(r.prompt, r.response) for r in (refresh_at(options, s, 5, 8) for s in range(3))]
         [(True, True), (False, False), (False, True)]
     """
-
-    prompt_interval: int = 50
-    """K_p, steps."""
-    response_interval: int = 7
-    """K_r, steps."""
-    refresh_share: float = 0.25
-    """rho: the share of the response computed anew when the response is not due."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_interval", "response_interval"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        share = self.refresh_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(f"refresh_share is {share!r}; it must be a number from 0 to 1")
-
-    def num_tokens(self, response_length: int) -> int:
-        """The share in tokens, rounded down; at least 1 unless the share is 0.
-
-        Example:
-            >>> RefreshSchedule(refresh_share=0.29).num_tokens(100)
-            29
-        """
-        # 0.29 * 100 is a little below 29.
-        tokens = math.floor(round(self.refresh_share * response_length, 9))
-        return max(tokens, 1) if self.refresh_share > 0 else 0
-
-    def at(self, step: int, prompt_length: int, response_length: int) -> Refresh:
-        """What step 0, 1, … computes."""
-        response = step % self.response_interval == 0
-        return Refresh(
-            response_length=response_length,
-            prompt=prompt_length > 0 and step % self.prompt_interval == 0,
-            response=response,
-            num_tokens=0 if response else self.num_tokens(response_length),
-        )
+    response = step % options.response_interval == 0
+    return Refresh(
+        response_length=response_length,
+        prompt=prompt_length > 0 and step % options.prompt_interval == 0,
+        response=response,
+        num_tokens=0 if response else options.num_tokens(response_length),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,26 +117,25 @@ class DLLMCacheBatch:
         model: The model; packed.
         sequences: One sequence.
         workspace: Buffers and captured steps; one batch uses them at a time.
-        options: As `dllm_cache_plan` takes them.
-
-    Raises:
-        ConfigError: A bad value.
+        options: How many steps there are, and when which features are computed anew.
     """
 
     def __init__(
         self,
         model: Transformer,
         sequences: Sequences,
-        *,
         workspace: Workspace,
-        **options: Any,
+        options: RefreshOptions,
     ) -> None:
         assert len(sequences) == 1, "dllm-cache decodes one sequence at a time"
         assert model.spec.mask_token_id is not None
         self.model, self.sequences = model, sequences
         self.mask_token_id = model.spec.mask_token_id
         [prompt], [self.limit] = sequences.prompts, sequences.max_new_tokens
-        self.plan, self.schedule = dllm_cache_plan(self.limit, **options)
+        self.options = options
+        self.plan = transfer_plan(
+            self.limit, num_steps=options.num_steps, block_length=options.block_length
+        )
         self.width = max(end - start for start, end, _ in self.plan)
         self.prompt_length = len(prompt)
         self.length = self.limit + workspace.padded(len(prompt))
@@ -222,7 +188,7 @@ class DLLMCacheBatch:
     @torch.inference_mode()
     def step(self) -> None:
         """One forward over the tokens that are due, then keep this step's tokens."""
-        refresh = self.schedule.at(self.steps, self.prompt_length, self.limit)
+        refresh = refresh_at(self.options, self.steps, self.prompt_length, self.limit)
         self.state.plan_4.copy_(self.plan_S4[self.steps])
         self.workspace.run((*self._key, refresh), lambda: self._forward(refresh))
         self.num_query_tokens += self.limit if refresh.response else refresh.num_tokens
@@ -257,11 +223,7 @@ class DLLMCacheBatch:
             logits_WV, mask_token_id=mask, sampling=sampling, needed_M=candidate_W
         )
         state.finite.logical_and_(choice.probability_M.isfinite().all())
-        confidence_W = choice.probability_M.where(candidate_W, -torch.inf)
-        order_W = confidence_W.sort(descending=True, stable=True).indices
-        rank_W = torch.empty_like(order_W)
-        rank_W[order_W] = torch.arange(self.width, device=order_W.device)
-        kept_W = candidate_W & (rank_W < keep)
+        kept_W = keep_best(candidate_W[None], choice.probability_M[None], keep[None])[0]
         ids_R[offset_W] = choice.token_M.where(kept_W, old_W)
         old_W = state.probability_R[offset_W]
         state.probability_R[offset_W] = choice.probability_M.where(kept_W, old_W)
@@ -337,30 +299,3 @@ class DLLMCacheBatch:
     def select(self, rows: list[int]) -> None:
         """Go on with the one sequence."""
         assert rows == [0]
-
-
-def dllm_cache_plan(
-    max_new_tokens: int,
-    *,
-    num_steps: int | None = None,
-    block_length: int | None = None,
-    **options: float | None,
-) -> tuple[list[tuple[int, int, int]], RefreshSchedule]:
-    """What each step keeps, as `transfer_plan` says, and when which features are computed.
-
-    Args:
-        max_new_tokens: Length of the response.
-        num_steps: As `transfer_plan` takes it.
-        block_length: As `transfer_plan` takes it.
-        options: Fields of `RefreshSchedule`; None: the default.
-
-    Raises:
-        ConfigError: A bad value.
-
-    Example:
-        >>> dllm_cache_plan(2, prompt_interval=8, response_interval=None)[1].response_interval
-        7
-    """
-    plan = transfer_plan(max_new_tokens, num_steps=num_steps, block_length=block_length)
-    given: dict = {name: value for name, value in options.items() if value is not None}
-    return plan, RefreshSchedule(**given)

@@ -13,6 +13,7 @@ one such forward for each block, even if the first one decoded all of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,40 +26,12 @@ from d2f.decoding.batch import (
     result_of,
 )
 from d2f.decoding.canvas import Block, Canvas
+from d2f.decoding.strategies import FastOptions
 from d2f.decoding.transfer import keep_above, keep_by_factor
 from d2f.decoding.workspace import Workspace
-from d2f.errors import ConfigError
 from d2f.models.transformer import Transformer
 
-BLOCK_LENGTH = 32
 THRESHOLD = 0.9
-
-
-def check_options(
-    max_new_tokens: int,
-    *,
-    block_length: int | None = None,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> None:
-    """Refuse options that make no sense.
-
-    Raises:
-        ConfigError: Both rules are given, or a value is out of its range.
-
-    Example:
-        >>> check_options(64, block_length=16, factor=1.5)
-    """
-    if block_length is not None and block_length < 1:
-        raise ConfigError(f"block_length is {block_length}; it must be at least 1")
-    if threshold is not None and factor is not None:
-        raise ConfigError(
-            f"threshold is {threshold} and factor is {factor}; they are two rules, give one of them"
-        )
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1")
-    if factor is not None and not 0 < factor < float("inf"):
-        raise ConfigError(f"factor is {factor}; it must be a number above 0")
 
 
 class FastBatch:
@@ -68,31 +41,28 @@ class FastBatch:
         model: The model; packed.
         sequences: One sequence.
         workspace: Where buffers and captured steps are.
-        cache: Which part of the sequence is not computed again: none, "prefix" or "dual".
-        block_length: K; None: 32.
-        threshold: Keep predictions of at least this probability, and the surest; None: 0.9.
-        factor: Keep the n surest predictions where that gives the largest n with
-            (n + 1) (1 - the n-th probability) < factor, at least one; instead of the threshold.
+        options: With a threshold, predictions of at least this probability are kept, and the
+            surest one. With a factor, the n surest predictions are kept for the largest n with
+            (n + 1) (1 - the n-th probability) < factor, at least one.
     """
+
+    cache: ClassVar[str | None] = None
+    """Which part of the sequence is not computed again: None, "prefix" or "dual"."""
 
     def __init__(
         self,
         model: Transformer,
         sequences: Sequences,
-        *,
         workspace: Workspace,
-        cache: str | None = None,
-        block_length: int | None = None,
-        threshold: float | None = None,
-        factor: float | None = None,
+        options: FastOptions,
     ) -> None:
         assert len(sequences) == 1, "it decodes one sequence at a time"
-        self.sequences, self.cache = sequences, cache
+        self.sequences = sequences
         self.workspace = workspace
         self.limit = sequences.max_new_tokens[0]
-        self.block_length = min(block_length or BLOCK_LENGTH, self.limit)
-        self.factor = None if factor is None else float(factor)
-        self.threshold = THRESHOLD if threshold is None else threshold
+        self.block_length = min(options.block_length, self.limit)
+        self.factor = None if options.factor is None else float(options.factor)
+        self.threshold = THRESHOLD if options.threshold is None else options.threshold
         self.gap = self.start = 0
         """Places in the response: of its first mask, and where the block that is decoded begins."""
         self.block_over = True
@@ -101,7 +71,7 @@ class FastBatch:
         self.done = False
         self.shift = int(model.spec.architecture.shifted)
         with torch.inference_mode():
-            self.canvas = Canvas(model, sequences, workspace, keeps_cache=cache is not None)
+            self.canvas = Canvas(model, sequences, workspace, keeps_cache=self.cache is not None)
             self.start_1, self.boundary_1D = workspace.buffers(
                 "fast",
                 lambda: (
@@ -225,3 +195,15 @@ class FastBatch:
 
     def select(self, rows: list[int]) -> None:
         """There is one sequence only."""
+
+
+class PrefixCacheBatch(FastBatch):
+    """`FastBatch` that computes from the block's begin to the sequence's end."""
+
+    cache = "prefix"
+
+
+class DualCacheBatch(FastBatch):
+    """`FastBatch` that computes the block alone."""
+
+    cache = "dual"

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
-from d2f.decoding.rows import STATE, Rows, RowStart
+from d2f.decoding.batch import BlockView
+from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
@@ -57,8 +58,6 @@ class StepShape:
     """A: how many of the most probable tokens of each candidate are reported; 0: no row asks."""
 
 
-RECORD_ROWS = tuple(name.removesuffix("_B") for name in STATE)
-"""What a step reports of each row, for the next forward; before it stands whether the row ran."""
 RECORD_TOKENS = ("row", "place", "token", "probability")
 """What a step reports of each candidate: its row, its place in the response, its token (-1: not
 accepted) and the bits of its probability."""
@@ -67,7 +66,6 @@ accepted) and the bits of its probability."""
 class TokenRecord(NamedTuple):
     """One accepted token."""
 
-    row: int
     place: int
     """In the response."""
     token: int
@@ -75,19 +73,85 @@ class TokenRecord(NamedTuple):
     alternatives: Alternatives = ()
 
 
+@dataclass(kw_only=True)
+class RowRecord:
+    """What a step reports of one row."""
+
+    ran: bool
+    state: RowState[int]
+    """For the next forward."""
+    finite: bool = True
+    """All probabilities are."""
+    tokens: list[TokenRecord] = field(default_factory=list)
+    """The accepted ones."""
+
+
 class PagedDecoder(ABC):
-    """A strategy on the paged cache; stateless, all state is in the rows and the cache."""
+    """A strategy on the paged cache; stateless, all state is in the rows and the cache.
 
-    def __init__(self, model: Transformer, cache: PagedCache, backend: Backend) -> None:
+    `step` runs on the device. What the host has to know of the strategy, which plans steps before
+    it has the last one's results, are the methods that take a `HostRow`.
+
+    Args:
+        model: The model, `pack`ed.
+        cache: Where keys and values live.
+        backend: The operations.
+        imposed: How many tokens each row accepts in its first, second, … forward, whatever the
+            model says; the last number holds for all later ones. For measuring speed with random
+            weights. None: the model decides.
+    """
+
+    one_token: ClassVar[bool] = False
+    """Each row gets one token in each step."""
+    num_recomputed: ClassVar[int] = 0
+    """How many positions at the end of a prompt that is cached are computed again all the same."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        backend: Backend,
+        imposed: tuple[int, ...] | None = None,
+    ) -> None:
         self.model, self.cache, self.backend = model, cache, backend
-
-    @abstractmethod
-    def begin(self, start: RowStart) -> tuple[dict[str, int], list[bool]]:
-        """Where a row begins: the values and flags that `RowStorage.write` takes."""
+        self.imposed_F = None if imposed is None else torch.tensor(imposed, device=model.device)
 
     @abstractmethod
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
         """Run one step; returns its record, which `read_record` takes apart."""
+
+    @abstractmethod
+    def begin(self, row: HostRow, num_cached: int) -> tuple[RowState[int], list[bool]]:
+        """Where a row begins, and which of its blocks are fully active.
+
+        The keys and values of the first `num_cached` positions are in the cache already. A row that
+        was interrupted goes on as it was: all else is computed again, decoded tokens included, so
+        it meets the same keys and values as one that was not.
+        """
+
+    @abstractmethod
+    def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
+        """Bounds of the positions that the next step computes: first, and end (exclusive).
+
+        They hold whatever the `ahead` steps do that are not reported yet. If the row sits these
+        out, the first position is still that of its state.
+        """
+
+    @abstractmethod
+    def num_candidates(self, row: HostRow) -> int:
+        """Positions that the next step needs a token for, if all steps are reported."""
+
+    @abstractmethod
+    def growth(self, asked: RowRequest) -> int:
+        """By how many positions a step may move the end of a row."""
+
+    @abstractmethod
+    def blocks(self, row: HostRow) -> list[BlockView]:
+        """The response as it stands, for those who watch."""
+
+    def threshold(self, asked: RowRequest) -> float:
+        """What the confidence of an accepted token exceeds."""
+        return asked.policy.confidence_threshold
 
     def pack(self, rows: Rows, shape: StepShape) -> Packing:
         """The tokens that the rows have to compute, row after row."""
@@ -123,14 +187,14 @@ class PagedDecoder(ABC):
             if shape.sampled:
                 row = row_M[part]
                 sampling = Sampling(
-                    temperature_M=rows.temperature_B[row].float(),
-                    top_k_M=rows.top_k_B[row],
-                    top_p_M=rows.top_p_B[row].float(),
-                    seed_M=rows.seed_B[row],
+                    temperature_M=rows.reals.temperature[row].float(),
+                    top_k_M=rows.facts.top_k[row],
+                    top_p_M=rows.reals.top_p[row].float(),
+                    seed_M=rows.facts.seed[row],
                     position_M=position_M[part],
-                    step_M=rows.forwards_B[row],
+                    step_M=rows.state.forwards[row],
                     truncated=shape.truncated,
-                    min_p_M=rows.min_p_B[row].float(),
+                    min_p_M=rows.reals.min_p[row].float(),
                 )
             logits_MV = self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD)
             if shape.num_alternatives:
@@ -139,7 +203,7 @@ class PagedDecoder(ABC):
                 self.backend.choose_tokens(
                     logits_MV,
                     mask_token_id=mask,
-                    confidence_M=rows.confidence_B[row_M[part]] if shape.ranked else None,
+                    confidence_M=rows.facts.confidence[row_M[part]] if shape.ranked else None,
                     sampling=sampling,
                     needed_M=None if needed_M is None else needed_M[part],
                 )
@@ -167,27 +231,25 @@ def make_record(
     return torch.cat([*told, alternatives_MA.flatten()])
 
 
-def read_record(
-    record: Tensor, num_rows: int, num_alternatives: int = 0
-) -> tuple[list[dict[str, int]], list[TokenRecord]]:
-    """A record on the host as one table per row, and the accepted tokens.
-
-    A row's table also says whether it "ran" and whether all its probabilities are "finite".
-    """
-    names = ("ran", *RECORD_ROWS)
-    cut = len(names) * num_rows
+def read_record(record: Tensor, num_rows: int, num_alternatives: int = 0) -> list[RowRecord]:
+    """A record on the host, row by row."""
+    num_values = 1 + len(RowState._fields)
+    cut = num_values * num_rows
     # numpy does the little there is to do in a third of the time.
     values = record.numpy()
-    columns = values[:cut].reshape(len(names), num_rows).T.tolist()
-    tables = [dict(zip(names, column, strict=True), finite=1) for column in columns]
+    columns = values[:cut].reshape(num_values, num_rows).T.tolist()
+    rows = [RowRecord(ran=bool(ran), state=RowState(*state)) for ran, *state in columns]
     count = (len(values) - cut) // (len(RECORD_TOKENS) + num_alternatives)
     rest = cut + len(RECORD_TOKENS) * count
     tokens_FM = values[cut:rest].reshape(len(RECORD_TOKENS), count)
     probability_M = tokens_FM[3].astype(np.int32).view(np.float32)
     for row in tokens_FM[0, ~np.isfinite(probability_M)].tolist():
-        tables[row]["finite"] = 0
+        rows[row].finite = False
     accepted = np.flatnonzero(tokens_FM[2] >= 0)
-    columns = [*tokens_FM[:3, accepted].tolist(), probability_M[accepted].tolist()]
+    columns = [*tokens_FM[1:3, accepted].tolist(), probability_M[accepted].tolist()]
     if num_alternatives:
         columns.append(read_alternatives(values[rest:].reshape(count, -1)[accepted]))
-    return tables, list(itertools.starmap(TokenRecord, zip(*columns, strict=True)))
+    tokens = itertools.starmap(TokenRecord, zip(*columns, strict=True))
+    for row, token in zip(tokens_FM[0, accepted].tolist(), tokens, strict=True):
+        rows[row].tokens.append(token)
+    return rows

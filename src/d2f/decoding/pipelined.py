@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from d2f.decoding import rules
+from d2f.decoding.batch import BlockState, BlockView
 from d2f.decoding.paged import PagedDecoder, StepShape, make_record
-from d2f.decoding.rows import UNBOUNDED, Rows, RowStart
-from d2f.models.cache import PagedCache
-from d2f.models.transformer import Transformer
-from d2f.ops.backend import Backend
+from d2f.decoding.rows import UNBOUNDED, HostRow, RowRequest, Rows, RowState
 from d2f.ops.packed import Candidates, Packing
 from d2f.ops.sampling import Choice
 
@@ -26,50 +24,67 @@ NO_CANDIDATE = -1.0
 
 
 class PipelinedDecoder(PagedDecoder):
-    """Algorithm 2 for all rows at once; `serial` is this with both block thresholds at 1.
+    """Algorithm 2 for all rows at once; `serial` is this with both block thresholds at 1."""
 
-    Args:
-        model: A diffusion model, `pack`ed.
-        cache: Where keys and values live.
-        backend: The operations.
-        imposed_F: How many tokens each row accepts in its forward f, whatever the model says; the
-            last entry holds for all later ones. For measuring speed with random weights. None: the
-            model decides.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        cache: PagedCache,
-        backend: Backend,
-        imposed_F: Tensor | None = None,
-    ) -> None:
-        super().__init__(model, cache, backend)
-        self.imposed_F = imposed_F
-
-    def begin(self, start: RowStart) -> tuple[dict[str, int], list[bool]]:
-        """A fresh sequence opens its first block; one that was interrupted goes on as it was.
-
-        All that is not in the cache is computed again, decoded blocks included, so an interrupted
-        sequence meets the same keys and values as one that was not.
-        """
-        size, prompt = start.policy.block_size, len(start.prompt)
-        # What the rules give for a prompt, whose share is 1.
-        opened, complete, fully = 1, 0, [True]
-        if start.num_opened > 0:
-            opened = start.num_opened
-            share_1N = _share_of(start)
-            fully_1N = rules.activate(
-                share_1N,
-                torch.zeros_like(share_1N, dtype=torch.bool),
-                activate_threshold=start.policy.activate_threshold,
-            )
-            gap = start.tokens.index(None) if None in start.tokens else UNBOUNDED
+    def begin(self, row: HostRow, num_cached: int) -> tuple[RowState[int], list[bool]]:
+        """A fresh sequence opens its first block: the share of a prompt is 1."""
+        asked, opened, complete, fully = row.asked, 1, 0, [True]
+        size = asked.policy.block_size
+        if row.state.forwards > 0:
+            opened, fully = row.state.opened, _fully_active(row)
+            gap = row.tokens.index(None) if None in row.tokens else UNBOUNDED
             complete = min(gap // size, opened)
-            fully = fully_1N[0].tolist()
-        end = prompt + min(opened * size, start.max_new_tokens)
-        values = {"opened": opened, "complete": complete, "start": start.num_cached, "end": end}
-        return values, fully
+        end = len(asked.prompt) + min(opened * size, asked.max_new_tokens)
+        state = row.state._replace(start=num_cached, end=end, opened=opened, complete=complete)
+        return state, fully
+
+    def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
+        """Each step ahead may open one more block, and caches all that are complete."""
+        asked, state = row.asked, row.state
+        size, prompt = asked.policy.block_size, len(asked.prompt)
+        response = min((state.opened + ahead) * size, asked.max_new_tokens)
+        start = max(state.start, prompt + state.complete * size) if ahead else state.start
+        return start, max(prompt + response, state.end)
+
+    def num_candidates(self, row: HostRow) -> int:
+        """Masked positions of open blocks."""
+        return row.tokens[: row.state.opened * row.asked.policy.block_size].count(None)
+
+    def growth(self, asked: RowRequest) -> int:
+        """A block."""
+        return asked.policy.block_size
+
+    def blocks(self, row: HostRow) -> list[BlockView]:
+        """The open blocks."""
+        state, size = row.state, row.asked.policy.block_size
+        if not state.opened:
+            return []
+        fully, cached = _fully_active(row), (state.start - len(row.asked.prompt)) // size
+        views = []
+        for index in range(state.opened):
+            place = slice(index * size, (index + 1) * size)
+            token_ids = tuple(row.tokens[place])
+            if index < cached:
+                block_state = BlockState.CACHED
+            elif index < state.complete:
+                block_state = BlockState.COMPLETE
+            elif fully[index] or None not in token_ids:
+                block_state = BlockState.FULLY_ACTIVE
+            else:
+                block_state = BlockState.SEMI_ACTIVE
+            views.append(
+                BlockView(
+                    state=block_state,
+                    token_ids=token_ids,
+                    probabilities=tuple(row.probabilities[place]),
+                    alternatives=tuple(row.alternatives[place]),
+                )
+            )
+        return views
+
+    def confidence(self, probability_BNK: Tensor, rank_BNK: Tensor) -> Tensor:
+        """Which of the two is compared with the row's threshold."""
+        return probability_BNK
 
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
         """Refine all open blocks, accept tokens, then plan the next step."""
@@ -90,7 +105,7 @@ class PipelinedDecoder(PagedDecoder):
         if self.imposed_F is not None:
             choice = self._imposed(choice, rows, found)
         # Where the complete blocks end, which this forward has cached.
-        cached_B = torch.addcmul(rows.prompt_B, rows.complete_B, rows.size_B)
+        cached_B = torch.addcmul(rows.facts.prompt, rows.state.complete, rows.facts.size)
         self._keep_boundary(hidden_TD, packing, rows, cached_B)
 
         # The candidates are the masked positions of open blocks in the rows that run.
@@ -101,10 +116,10 @@ class PipelinedDecoder(PagedDecoder):
             rank_BNK = _scattered(choice.rank_M, place_M, rows, NO_CANDIDATE)
         accepted_BNK = rules.accept(
             probability_BNK != NO_CANDIDATE,
-            probability_BNK,
+            self.confidence(probability_BNK, rank_BNK),
             rank_BNK,
             rows.fully_BN,
-            confidence_threshold=rows.threshold_B[:, None, None],
+            confidence_threshold=rows.reals.threshold[:, None, None],
         )
         token_BNK = _scattered(choice.token_M, place_M, rows)
         torch.where(accepted_BNK, token_BNK, rows.tokens_BNK, out=rows.tokens_BNK)
@@ -137,7 +152,7 @@ class PipelinedDecoder(PagedDecoder):
     ) -> None:
         if rows.boundary_BD is None:
             return
-        advance_B = cached_B - rows.start_B
+        advance_B = cached_B - rows.state.start
         last_B = packing.packed.starts_B + advance_B - 1
         moved_B1 = (packing.runs_B & (advance_B > 0))[:, None]
         last_BD = hidden_TD[last_B.clamp(0, len(hidden_TD) - 1)]
@@ -146,7 +161,7 @@ class PipelinedDecoder(PagedDecoder):
     def _imposed(self, choice: Choice, rows: Rows, found: Candidates) -> Choice:
         """The choice with certainty for the first so many candidates of each row, for no others."""
         assert self.imposed_F is not None
-        quota_B = self.imposed_F[rows.forwards_B.clamp_max(len(self.imposed_F) - 1)]
+        quota_B = self.imposed_F[rows.state.forwards.clamp_max(len(self.imposed_F) - 1)]
         sure_M = (found.number_M < quota_B[found.row_M]).float()
         return choice._replace(probability_M=sure_M, rank_M=sure_M)
 
@@ -154,6 +169,7 @@ class PipelinedDecoder(PagedDecoder):
         """After a step: which rows are done, and what the next step computes of the others."""
         mask = self.model.spec.mask_token_id
         assert mask is not None
+        facts, state, reals = rows.facts, rows.state, rows.reals
         decoded_BNK = rows.tokens_BNK != mask
         share_BN = rules.decoded_share(decoded_BNK, rows.length_BN)
         first_gap_B = torch.where(decoded_BNK, UNBOUNDED, rows.order_BNK).amin((1, 2))
@@ -162,31 +178,33 @@ class PipelinedDecoder(PagedDecoder):
         first_eos_B = order_BNKE.amin((1, 2, 3))
         eos_seen_B = first_eos_B < UNBOUNDED
         # A block that opens has a mask, so none of those is complete.
-        complete_B = rules.completed_blocks(first_gap_B, rows.opened_B, rows.size_B)
-        idle_B = rules.idle(complete_B, rows.opened_B, rows.total_B, eos_seen_B)
-        done_B = rules.finished(first_gap_B, first_eos_B, idle_B, early_stop=rows.early_stop_B)
+        complete_B = rules.completed_blocks(first_gap_B, state.opened, facts.size)
+        idle_B = rules.idle(complete_B, state.opened, facts.total, eos_seen_B)
+        done_B = rules.finished(first_gap_B, first_eos_B, idle_B, early_stop=facts.early_stop)
         opened_B = rules.open_blocks(
             share_BN,
-            rows.opened_B,
-            rows.complete_B,
-            rows.total_B,
+            state.opened,
+            state.complete,
+            facts.total,
             eos_seen_B,
-            add_threshold=rows.add_B,
-            max_live_blocks=rows.max_live_B,
+            add_threshold=reals.add,
+            max_live_blocks=facts.max_live,
         )
         fully_BN = rules.activate(
-            share_BN, rows.fully_BN, activate_threshold=rows.activate_B[:, None]
+            share_BN, rows.fully_BN, activate_threshold=reals.activate[:, None]
         )
-        end_B = torch.addcmul(rows.prompt_B, opened_B, rows.size_B)
+        end_B = torch.addcmul(facts.prompt, opened_B, facts.size)
         rows.update(
             packing.runs_B,
-            done_B=done_B.long(),
-            start_B=cached_B,
-            end_B=torch.minimum(end_B, rows.bound_B),
-            forwards_B=rows.forwards_B + ran_B,
-            queries_B=rows.queries_B + packing.packed.counts_B,
-            opened_B=opened_B,
-            complete_B=complete_B,
+            RowState(
+                done=done_B.long(),
+                start=cached_B,
+                end=torch.minimum(end_B, facts.bound),
+                forwards=state.forwards + ran_B,
+                queries=state.queries + packing.packed.counts_B,
+                opened=opened_B,
+                complete=complete_B,
+            ),
         )
         torch.where(packing.runs_B[:, None], fully_BN, rows.fully_BN, out=rows.fully_BN)
 
@@ -198,9 +216,15 @@ def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows, other: float | Non
     return flat.scatter_(0, place_M, values_M)[:-1].view(rows.tokens_BNK.shape)
 
 
-def _share_of(start: RowStart) -> Tensor:
-    """Decoded share of each block of an interrupted response: (1, N)."""
-    size, limit = start.policy.block_size, start.max_new_tokens
-    blocks = [start.tokens[at : at + size] for at in range(0, limit, size)]
-    shares = [sum(token is not None for token in block) / len(block) for block in blocks]
-    return torch.tensor([shares], dtype=torch.double)
+def _fully_active(row: HostRow) -> list[bool]:
+    """Which blocks of a response are fully active."""
+    size, limit = row.asked.policy.block_size, row.asked.max_new_tokens
+    blocks = [row.tokens[at : at + size] for at in range(0, limit, size)]
+    shares = [(len(block) - block.count(None)) / len(block) for block in blocks]
+    share_1N = torch.tensor([shares], dtype=torch.double)
+    fully_1N = rules.activate(
+        share_1N,
+        torch.zeros_like(share_1N, dtype=torch.bool),
+        activate_threshold=row.asked.policy.activate_threshold,
+    )
+    return fully_1N[0].tolist()

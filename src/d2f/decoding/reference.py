@@ -21,6 +21,8 @@ from d2f.decoding.batch import (
     Sequences,
     result_of,
 )
+from d2f.decoding.strategies import Options
+from d2f.decoding.workspace import Workspace
 from d2f.diffusion.layout import BlockLayout
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import choose_tokens
@@ -59,7 +61,9 @@ class Candidate(NamedTuple):
 class ReferenceBatch:
     """Sequences decoded one after the other by the oracle."""
 
-    def __init__(self, model: Transformer, sequences: Sequences) -> None:
+    def __init__(
+        self, model: Transformer, sequences: Sequences, workspace: Workspace, options: Options
+    ) -> None:
         self.rows = [ReferenceSequence(model, sequences, row) for row in range(len(sequences))]
 
     def step(self) -> None:

@@ -10,85 +10,134 @@ their addresses for as long as the storage stays, so that a captured graph may r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import Alternatives
+from d2f.decoding.strategies import Options
 from d2f.diffusion.policy import DecodingPolicy
+from d2f.models.transformer import Transformer
 from d2f.ops.sampling import CONFIDENCE_CODES
 
 UNBOUNDED = 2**30
 """`max_live_blocks` of a policy that sets none; more than any count or place."""
 
+Value = TypeVar("Value")
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two of at least `count`.
+
+    Example:
+        >>> power_of_two(5)
+        8
+    """
+    return 1 << max(count - 1, 0).bit_length()
+
+
+class RowFacts(NamedTuple, Generic[Value]):
+    """Whole numbers of a row that no step changes."""
+
+    prompt: Value
+    """Tokens of the prompt."""
+    bound: Value
+    """First position behind the response."""
+    size: Value
+    """Block size."""
+    total: Value
+    """Blocks of the response."""
+    max_live: Value
+    early_stop: Value
+    confidence: Value
+    """What ranks the forced token, as `d2f.ops.sampling` numbers it."""
+    top_k: Value
+    seed: Value
+
+
+class RowState(NamedTuple, Generic[Value]):
+    """Whole numbers of a row that a step changes and reports."""
+
+    done: Value
+    """1 where there is nothing to do, or no sequence."""
+    start: Value
+    """First position that the next forward computes; all before are cached."""
+    end: Value
+    """First position that it does not compute."""
+    forwards: Value
+    queries: Value
+    opened: Value
+    """Blocks that are open in the next forward."""
+    complete: Value
+    """Leading blocks without a mask in the next forward, which caches them."""
+
+
+class RowReals(NamedTuple, Generic[Value]):
+    """Real numbers of a row that no step changes."""
+
+    add: Value
+    activate: Value
+    threshold: Value
+    """What the confidence of an accepted token exceeds, rounded to fp32 as confidences are."""
+    temperature: Value
+    top_p: Value
+    min_p: Value
+
+
+NEW_ROW = RowState(done=0, start=0, end=0, forwards=0, queries=0, opened=0, complete=0)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RowStart:
-    """What a row starts from: a request, and what was decoded of it before."""
+class RowRequest:
+    """What a row is asked for."""
 
     prompt: Sequence[int]
     max_new_tokens: int
     policy: DecodingPolicy
-    eos_token_ids: tuple[int, ...]
+    options: Options = field(default_factory=Options)
+    eos_token_ids: tuple[int, ...] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
     early_stop: bool = True
-    tokens: Sequence[int | None] = ()
-    """The response so far, None where not decoded; empty at first."""
-    num_opened: int = 0
-    """Blocks that are open already."""
-    num_forwards: int = 0
-    num_query_tokens: int = 0
-    num_cached: int = 0
-    """First positions whose keys and values lie in the row's pages already."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and longest response."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+@dataclass(kw_only=True, eq=False)
+class HostRow:
+    """A sequence as the host knows it, which may be one step behind the device."""
+
+    asked: RowRequest
+    state: RowState[int] = NEW_ROW
+    """As last reported; of a row that has run nothing yet, where it began."""
+    tokens: list[int | None] = field(default_factory=list)
+    """The response, None where not decoded."""
+    probabilities: list[float | None] = field(default_factory=list)
+    """With which each token was accepted, None where not decoded."""
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """The first B rows of the storage."""
+    """The first B rows of the storage; facts, state and reals are tensors (B,)."""
 
-    # Whole numbers, in the order of the storage.
-    prompt_B: Tensor
-    """Tokens of the prompt."""
-    bound_B: Tensor
-    """First position behind the response."""
-    size_B: Tensor
-    """Block size."""
-    total_B: Tensor
-    """Blocks of the response."""
-    max_live_B: Tensor
-    early_stop_B: Tensor
-    confidence_B: Tensor
-    """What ranks the forced token, as `d2f.ops.sampling` numbers it."""
-    top_k_B: Tensor
-    seed_B: Tensor
-    done_B: Tensor
-    """1 where there is nothing to do, or no sequence."""
-    start_B: Tensor
-    """First position that the next forward computes; all before are cached."""
-    end_B: Tensor
-    """First position that it does not compute."""
-    forwards_B: Tensor
-    queries_B: Tensor
-    opened_B: Tensor
-    """Blocks that are open in the next forward."""
-    complete_B: Tensor
-    """Leading blocks without a mask in the next forward, which caches them."""
+    facts: RowFacts[Tensor]
+    """int64."""
+    state: RowState[Tensor]
+    """int64."""
     state_FB: Tensor
-    """The same numbers from `done_B` on, as one tensor: what a step changes."""
-    # Real numbers.
-    add_B: Tensor
-    activate_B: Tensor
-    threshold_B: Tensor
-    """Confidence threshold, rounded to fp32 as confidences are."""
-    temperature_B: Tensor
-    top_p_B: Tensor
-    min_p_B: Tensor
-    # The rest.
+    """The same numbers as one tensor."""
+    reals: RowReals[Tensor]
+    """float64."""
     tokens_BNK: Tensor
     """The response; the mask token where not decoded, and where no position is."""
     order_BNK: Tensor
@@ -103,24 +152,50 @@ class Rows:
     pages_BP: Tensor
     """Page table, int32."""
     boundary_BD: Tensor | None
-    """Final hidden state of the position before `start_B`, where the architecture predicts a token
+    """Final hidden state of the position before `start`, where the architecture predicts a token
     from the position before it."""
 
-    def update(self, runs_B: Tensor, **state: Tensor) -> None:
-        """New values, int64, of the first fields of the state, in its order, for rows that run."""
-        assert tuple(state) == STATE[: len(state)]
-        old_FB = self.state_FB[: len(state)]
-        torch.where(runs_B, torch.stack([*state.values()]), old_FB, out=old_FB)
+    def update(self, runs_B: Tensor, state: RowState[Tensor]) -> None:
+        """New values, int64, of the state of rows that run."""
+        torch.where(runs_B, torch.stack([*state]), self.state_FB, out=self.state_FB)
+
+    # As packing names what it reads of the rows.
+
+    @property
+    def prompt_B(self) -> Tensor:
+        """Tokens of the prompt."""
+        return self.facts.prompt
+
+    @property
+    def size_B(self) -> Tensor:
+        """Block size."""
+        return self.facts.size
+
+    @property
+    def start_B(self) -> Tensor:
+        """First position that the next forward computes."""
+        return self.state.start
+
+    @property
+    def end_B(self) -> Tensor:
+        """First position that it does not compute."""
+        return self.state.end
+
+    @property
+    def done_B(self) -> Tensor:
+        """1 where there is nothing to do, or no sequence."""
+        return self.state.done
 
 
-_REALS = ("add_B", "activate_B", "threshold_B", "temperature_B", "top_p_B", "min_p_B")
-_OTHERS = (
-    "tokens_BNK", "order_BNK", "length_BN", "fully_BN", "eos_BE", "prompt_BL", "pages_BP",
-    "boundary_BD",
-)  # fmt: skip
-_INTS = tuple(f.name for f in fields(Rows) if f.name not in (*_REALS, *_OTHERS, "state_FB"))
-STATE = _INTS[_INTS.index("done_B") :]
-"""Names of `Rows.state_FB`."""
+_NUM_FACTS = len(RowFacts._fields)
+_VACANT = (
+    # Padding is reckoned with the last row's block size, and that row may be vacant.
+    *RowFacts(
+        prompt=0, bound=0, size=1, total=0, max_live=0, early_stop=0, confidence=0, top_k=0, seed=0
+    ),
+    *NEW_ROW._replace(done=1),
+)
+"""Facts and state of a row without a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +208,19 @@ class RowSizes:
     num_eos: int
 
     @classmethod
-    def of(cls, start: RowStart) -> RowSizes:
+    def of(cls, asked: RowRequest) -> RowSizes:
         """What one sequence needs."""
-        size = min(start.policy.block_size, start.max_new_tokens)
+        size = min(asked.policy.block_size, asked.max_new_tokens)
         return cls(
-            num_blocks=-(-start.max_new_tokens // start.policy.block_size),
+            num_blocks=-(-asked.max_new_tokens // asked.policy.block_size),
             block_size=size,
-            prompt_length=max(len(start.prompt), 1),
-            num_eos=max(len(start.eos_token_ids), 1),
+            prompt_length=max(len(asked.prompt), 1),
+            num_eos=max(len(asked.eos_token_ids), 1),
         )
+
+    def rounded(self) -> RowSizes:
+        """Powers of two, so that few sizes occur."""
+        return RowSizes(**{name: power_of_two(value) for name, value in vars(self).items()})
 
     def union(self, other: RowSizes) -> RowSizes:
         """Room for both."""
@@ -172,13 +251,11 @@ class RowStorage:
     ) -> None:
         self.sizes, self.mask_token_id = sizes, mask_token_id
         self.device = torch.device(device)
-        self._ints_FB = torch.zeros(len(_INTS), max_rows, dtype=torch.long, device=device)
-        self._vacant_F1 = torch.zeros(len(_INTS), 1, dtype=torch.long, device=device)
-        self._vacant_F1[_INTS.index("done_B")] = 1
-        # Padding is reckoned with the last row's block size, and that row may be vacant.
-        self._vacant_F1[_INTS.index("size_B")] = 1
-        self._ints_FB.copy_(self._vacant_F1)
-        self._reals_FB = torch.zeros(len(_REALS), max_rows, dtype=torch.double, device=device)
+        self._vacant_F1 = torch.tensor(_VACANT, device=device)[:, None]
+        self._ints_FB = self._vacant_F1.repeat(1, max_rows)
+        self._reals_FB = torch.zeros(
+            len(RowReals._fields), max_rows, dtype=torch.double, device=device
+        )
         grid = (max_rows, sizes.num_blocks, sizes.block_size)
         self._others: dict[str, Tensor | None] = {
             "tokens_BNK": torch.full(grid, mask_token_id, device=device),
@@ -196,62 +273,97 @@ class RowStorage:
         }
         self._views: dict[int, Rows] = {}
 
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        others = [tensor for tensor in self._others.values() if tensor is not None]
+        return [self._ints_FB, self._reals_FB, *others]
+
+    @classmethod
+    def for_model(
+        cls, model: Transformer, sizes: RowSizes, *, max_rows: int, num_pages: int
+    ) -> RowStorage:
+        """Room for sequences of a model."""
+        spec = model.spec
+        return cls(
+            sizes,
+            max_rows=max_rows,
+            num_pages=num_pages,
+            mask_token_id=spec.mask_token_id or 0,
+            boundary_size=spec.hidden_size if spec.architecture.shifted else None,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
     def rows(self, count: int) -> Rows:
         """The first `count` rows, as views."""
         if count not in self._views:
-            ints_FB = self._ints_FB[:, :count]
-            values: dict[str, Any] = dict(zip(_INTS, ints_FB.unbind(), strict=True))
-            values["state_FB"] = ints_FB[-len(STATE) :]
-            values |= zip(_REALS, self._reals_FB[:, :count].unbind(), strict=True)
-            values |= {n: None if t is None else t[:count] for n, t in self._others.items()}
-            self._views[count] = Rows(**values)
+            state_FB = self._ints_FB[_NUM_FACTS:, :count]
+            others: dict[str, Any] = {
+                name: None if tensor is None else tensor[:count]
+                for name, tensor in self._others.items()
+            }
+            self._views[count] = Rows(
+                facts=RowFacts(*self._ints_FB[:_NUM_FACTS, :count]),
+                state=RowState(*state_FB),
+                state_FB=state_FB,
+                reals=RowReals(*self._reals_FB[:, :count]),
+                **others,
+            )
         return self._views[count]
 
     def write(
-        self, row: int, start: RowStart, values: dict[str, int], fully: Sequence[bool]
+        self,
+        row: int,
+        sequence: HostRow,
+        state: RowState[int],
+        fully: Sequence[bool],
+        threshold: float,
     ) -> None:
         """Put a sequence into a row.
 
         Args:
             row: Its number.
-            start: The sequence.
-            values: `opened`, `complete`, `start` and `end` of its first forward.
+            sequence: What it is asked for, and what was decoded of it before.
+            state: Where it begins.
             fully: Which of its blocks are fully active.
+            threshold: What the confidence of an accepted token exceeds.
         """
-        policy = start.policy
-        size = min(policy.block_size, start.max_new_tokens)
-        ints = values | {
-            "prompt": len(start.prompt),
-            "bound": len(start.prompt) + start.max_new_tokens,
-            "size": size,
-            "total": -(-start.max_new_tokens // size),
-            "max_live": policy.max_live_blocks or UNBOUNDED,
-            "early_stop": start.early_stop,
-            "confidence": CONFIDENCE_CODES[policy.confidence],
-            "top_k": start.top_k,
-            "seed": start.seed,
-            "done": False,
-            "forwards": start.num_forwards,
-            "queries": start.num_query_tokens,
-        }
-        threshold = float(torch.tensor(policy.confidence_threshold, dtype=torch.float32))
-        reals = [policy.add_threshold, policy.activate_threshold, threshold]
-        reals += [start.temperature, start.top_p, start.min_p]
-        self._ints_FB[:, row] = self.upload([int(ints[name[:-2]]) for name in _INTS])
+        asked, policy = sequence.asked, sequence.asked.policy
+        size = min(policy.block_size, asked.max_new_tokens)
+        facts = RowFacts(
+            prompt=len(asked.prompt),
+            bound=asked.longest,
+            size=size,
+            total=-(-asked.max_new_tokens // size),
+            max_live=policy.max_live_blocks or UNBOUNDED,
+            early_stop=int(asked.early_stop),
+            confidence=CONFIDENCE_CODES[policy.confidence],
+            top_k=asked.top_k,
+            seed=asked.seed,
+        )
+        reals = RowReals(
+            add=policy.add_threshold,
+            activate=policy.activate_threshold,
+            threshold=float(torch.tensor(threshold, dtype=torch.float32)),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            min_p=asked.min_p,
+        )
+        self._ints_FB[:, row] = self.upload([*facts, *state])
         self._reals_FB[:, row] = self.upload(reals, torch.double)
         others = self.rows(len(self._ints_FB[0]))
         others.eos_BE[row] = -1
-        if start.eos_token_ids:
-            others.eos_BE[row, : len(start.eos_token_ids)] = self.upload(start.eos_token_ids)
-        if start.prompt:
-            others.prompt_BL[row, : len(start.prompt)] = self.upload(start.prompt)
+        if asked.eos_token_ids:
+            others.eos_BE[row, : len(asked.eos_token_ids)] = self.upload(asked.eos_token_ids)
+        if asked.prompt:
+            others.prompt_BL[row, : len(asked.prompt)] = self.upload(asked.prompt)
         others.fully_BN[row] = False
         others.fully_BN[row, : len(fully)] = self.upload(fully, torch.bool)
-        others.order_BNK[row] = self._order(size, start.max_new_tokens)
+        others.order_BNK[row] = self._order(size, asked.max_new_tokens)
         others.length_BN[row] = (others.order_BNK[row] < UNBOUNDED).sum(-1).clamp_min(1)
         others.tokens_BNK[row] = mask = self.mask_token_id
-        if start.tokens:
-            known = [mask if token is None else token for token in start.tokens]
+        if state.forwards:
+            known = [mask if token is None else token for token in sequence.tokens]
             others.tokens_BNK[row] = self.upload(self._grid(known, size))
 
     def _order(self, size: int, length: int) -> Tensor:

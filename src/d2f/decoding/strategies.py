@@ -1,140 +1,312 @@
-"""The decoding strategies by name, with the options that each takes."""
+"""The decoding strategies: one record for each, with the options that it takes.
+
+This module imports no torch, so that the command line can read the options before a model is
+loaded. A strategy's code is imported when a request needs it.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-import torch
-
-from d2f.decoding import fast_dllm
-from d2f.decoding.autoregressive import AutoregressiveDecoder
-from d2f.decoding.batch import DecodingBatch, Sequences
-from d2f.decoding.dllm_cache import DLLMCacheBatch, dllm_cache_plan
-from d2f.decoding.fast_dllm import FastBatch
-from d2f.decoding.paged import PagedDecoder
-from d2f.decoding.pipelined import PipelinedDecoder
-from d2f.decoding.reference import ReferenceBatch
-from d2f.decoding.vanilla import VanillaBatch, own_algorithm, vanilla_plan
-from d2f.decoding.workspace import Workspace
 from d2f.errors import ConfigError, RequestError, unknown_name
-from d2f.models.cache import PagedCache
-from d2f.models.spec import ModelSpec
-from d2f.models.transformer import Transformer
-from d2f.ops.backend import Backend
+
+if TYPE_CHECKING:
+    from d2f.models.spec import Architecture, ModelSpec
+
+ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
+MOST_STEPS = 2**16
+"""More steps, far more than any response has tokens, would only take memory."""
+_WORDS = {int: "a whole number", float: "a number", str: "a name"}
+
+
+def _option(help: str, default: Any = None) -> Any:
+    """A field of a strategy's options; `help` is what the command line says about it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a strategy that has none; the base of the others.
+
+    An instance checks its values. Each raises `ConfigError` for a value that no response, however
+    short, could be decoded with.
+    """
+
+    def for_model(self, architecture: Architecture) -> Options:
+        """The options with what they leave to the model."""
+        return self
+
+    def check_length(self, max_new_tokens: int) -> None:
+        """Refuse options that do not fit a response of this length.
+
+        Raises:
+            ConfigError: They do not.
+        """
+
+
+def _check_blocks(num_steps: int | None, block_length: int | None) -> None:
+    if num_steps is not None and num_steps < 1:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
+    if num_steps is not None and num_steps > MOST_STEPS:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at most {MOST_STEPS}")
+    if block_length is not None and block_length < 1:
+        raise ConfigError(f"block_length is {block_length}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VanillaOptions(Options):
+    """Options of LLaDA's and Dream's own samplers.
+
+    Example:
+        >>> VanillaOptions(num_steps=8).sampler
+        'low_confidence'
+    """
+
+    num_steps: int | None = _option("forwards in all; None: one for each token")
+    block_length: int | None = _option("tokens of a block")
+    algorithm: str | None = _option(
+        "low_confidence (LLaDA's own), maskgit_plus, topk_margin, entropy (Dream's own) or "
+        "origin. Default: the model's own"
+    )
+    eps: float | None = _option("where Dream's time ends")
+
+    def __post_init__(self) -> None:
+        if self.algorithm is not None and self.algorithm not in ALGORITHMS:
+            raise ConfigError(unknown_name("algorithm", self.algorithm, ALGORITHMS))
+        has_blocks = self.sampler == "low_confidence"
+        useless = "eps" if has_blocks else "block_length"
+        if getattr(self, useless) is not None:
+            raise ConfigError(
+                f"{useless} is {getattr(self, useless)}; it is without effect on algorithm "
+                f"{self.sampler}"
+            )
+        _check_blocks(self.num_steps, self.block_length)
+        if self.eps is not None and not 0 < self.eps < 1:
+            raise ConfigError(f"eps is {self.eps}; it must lie between 0 and 1")
+
+    @property
+    def sampler(self) -> str:
+        """The algorithm; of options that name none, the one that their other fields belong to."""
+        if self.algorithm is not None:
+            return self.algorithm
+        return "low_confidence" if self.eps is None or self.block_length is not None else "entropy"
+
+    def for_model(self, architecture: Architecture) -> VanillaOptions:
+        """The options with an algorithm, which is that of the model's authors if none is named.
+
+        A block length alone means `low_confidence`, the only algorithm that has blocks.
+        """
+        own = architecture.sampler if self.block_length is None else "low_confidence"
+        return replace(self, algorithm=self.algorithm or own)
+
+    def check_length(self, max_new_tokens: int) -> None:
+        """Refuse fewer steps than blocks."""
+        from d2f.decoding.vanilla import transfer_plan
+
+        if self.sampler == "low_confidence":
+            transfer_plan(max_new_tokens, num_steps=self.num_steps, block_length=self.block_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastOptions(Options):
+    """Options of Fast-dLLM's samplers.
+
+    Example:
+        >>> FastOptions(block_length=16, factor=1.5).threshold is None
+        True
+    """
+
+    block_length: int = _option("tokens of a block", 32)
+    threshold: float | None = _option("keep tokens of this probability. Default: 0.9")
+    factor: float | None = _option("keep as many as this factor allows")
+
+    def __post_init__(self) -> None:
+        _check_blocks(None, self.block_length)
+        threshold, factor = self.threshold, self.factor
+        if threshold is not None and factor is not None:
+            raise ConfigError(
+                f"threshold is {threshold} and factor is {factor}; they are two rules, give one of "
+                "them"
+            )
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1")
+        if factor is not None and not 0 < factor < float("inf"):
+            raise ConfigError(f"factor is {factor}; it must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshOptions(Options):
+    """Options of dLLM-Cache.
+
+    Example:
+        >>> RefreshOptions(prompt_interval=8).response_interval
+        7
+    """
+
+    num_steps: int | None = _option("forwards in all; None: one for each token")
+    block_length: int = _option("tokens of a block", 32)
+    prompt_interval: int = _option("forwards between refreshes of the prompt", 50)
+    response_interval: int = _option("forwards between refreshes of the response", 7)
+    refresh_share: float = _option("share of the response computed in between", 0.25)
+
+    def __post_init__(self) -> None:
+        _check_blocks(self.num_steps, self.block_length)
+        for name in ("prompt_interval", "response_interval"):
+            if getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
+        if not 0 <= self.refresh_share <= 1:
+            share = self.refresh_share
+            raise ConfigError(f"refresh_share is {share}; it must be a number from 0 to 1")
+
+    def num_tokens(self, response_length: int) -> int:
+        """The share of a response in tokens, rounded down; at least 1 unless the share is 0.
+
+        Example:
+            >>> RefreshOptions(refresh_share=0.29).num_tokens(100)
+            29
+        """
+        # 0.29 * 100 is a little below 29.
+        tokens = math.floor(round(self.refresh_share * response_length, 9))
+        return max(tokens, 1) if self.refresh_share > 0 else 0
+
+    def check_length(self, max_new_tokens: int) -> None:
+        """Refuse fewer steps than blocks."""
+        from d2f.decoding.vanilla import transfer_plan
+
+        transfer_plan(max_new_tokens, num_steps=self.num_steps, block_length=self.block_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a strategy runs."""
+    """What is known of a strategy before a model is loaded."""
 
-    batch: Callable[..., DecodingBatch] | None = None
-    """(model, sequences, *, workspace, **options) starts a batch without the engine's paged cache;
-    None: it runs on that."""
-    options: tuple[str, ...] = ()
-    """What only it takes."""
-    check: Callable[..., object] | None = None
-    """(max_new_tokens, **options) refuses options that make no sense."""
+    name: str
+    decoder: str
+    """`module:class` in `d2f.decoding`: a `PagedDecoder`, which runs on the engine's paged cache,
+    or a `DecodingBatch`, which keeps what it needs itself."""
+    options: type[Options] = Options
+    heeds: tuple[str, ...] = ()
+    """Fields of the policy that have an effect."""
+    fixes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the policy that it sets, and their values."""
+    causal: bool = False
+    """It decodes autoregressive models, and no others."""
     max_rows: int | None = None
-    """Most sequences of a batch; None: as many as the engine takes."""
-    policy: Mapping[str, float] = field(default_factory=dict)
-    """Fields of the policy that it fixes."""
+    """Most sequences of a `DecodingBatch`; None: as many as the engine takes."""
 
-    @property
-    def paged(self) -> bool:
-        """It runs on the engine's paged cache."""
-        return self.batch is None
+    @functools.cached_property
+    def option_kinds(self) -> dict[str, type]:
+        """What the value of each option must be: `int`, `float` or `str`."""
+        hints = get_type_hints(self.options)
+        names = [one.name for one in fields(self.options)]
+        return {name: (get_args(hints[name]) or (hints[name],))[0] for name in names}
+
+    @functools.cached_property
+    def decoder_class(self) -> Any:
+        """The class that decodes, imported."""
+        module, _, name = self.decoder.partition(":")
+        return getattr(importlib.import_module(f"d2f.decoding.{module}"), name)
+
+    def read_options(self, table: Mapping[str, Any]) -> Options:
+        """The options of a table, as Python, HTTP and recipes give them; None is a default.
+
+        Raises:
+            ConfigError: An unknown option, or a bad value.
+
+        Example:
+            >>> STRATEGIES["parallel"].read_options({"factor": 2}).factor
+            2
+        """
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"options is {table!r}; it must be a table of names and values")
+        for name, value in table.items():
+            self._check_kind(name, value)
+        return self.options(**{name: value for name, value in table.items() if value is not None})
+
+    def _check_kind(self, name: str, value: object) -> None:
+        if name not in self.option_kinds:
+            takers = [other.name for other in STRATEGIES.values() if name in other.option_kinds]
+            hint = f"; {name} belongs to {', '.join(takers)}" if takers else ""
+            known = unknown_name("option", name, self.option_kinds)
+            raise ConfigError(f"strategy {self.name}: {known}{hint}")
+        kind = self.option_kinds[name]
+        # A whole number is a number, too.
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if kind is float and isinstance(value, int):
+            # What is beyond the largest number compares, but does not compute.
+            fits = abs(value) <= sys.float_info.max
+        if value is not None and (isinstance(value, bool) or not fits):
+            raise ConfigError(
+                f"strategy {self.name}: {name} is {value!r}; it must be {_WORDS[kind]}"
+            )
 
 
-def _fast(cache: str | None) -> Strategy:
-    return Strategy(
-        batch=functools.partial(FastBatch, cache=cache),
-        options=("block_length", "threshold", "factor"),
-        check=fast_dllm.check_options,
-        max_rows=1,
-    )
+_WINDOW = ("block_size", "max_live_blocks")
+_SHARES = ("add_threshold", "activate_threshold")
+_TOKENS = ("confidence_threshold", "confidence")
+
+
+def _fast(name: str, batch: str) -> Strategy:
+    return Strategy(name=name, decoder=f"fast_dllm:{batch}", options=FastOptions, max_rows=1)
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "pipelined": Strategy(),
-    # One block after the other.
-    "serial": Strategy(policy={"add_threshold": 1.0, "activate_threshold": 1.0}),
-    "autoregressive": Strategy(),
-    "vanilla": Strategy(
-        batch=VanillaBatch,
-        options=("num_steps", "block_length", "algorithm", "eps"),
-        check=vanilla_plan,
-    ),
-    "parallel": _fast(None),
-    "prefix-cache": _fast("prefix"),
-    "dual-cache": _fast("dual"),
-    "dllm-cache": Strategy(
-        batch=DLLMCacheBatch,
-        options=(
-            "num_steps",
-            "block_length",
-            "prompt_interval",
-            "response_interval",
-            "refresh_share",
+    strategy.name: strategy
+    for strategy in (
+        Strategy(
+            name="pipelined",
+            decoder="pipelined:PipelinedDecoder",
+            heeds=(*_WINDOW, *_SHARES, *_TOKENS),
         ),
-        check=dllm_cache_plan,
-        max_rows=1,
-    ),
-    "reference": Strategy(
-        batch=lambda model, sequences, workspace: ReferenceBatch(model, sequences)
-    ),
+        # One block after the other.
+        Strategy(
+            name="serial",
+            decoder="pipelined:PipelinedDecoder",
+            heeds=(*_WINDOW, *_TOKENS),
+            fixes={"add_threshold": 1.0, "activate_threshold": 1.0},
+        ),
+        Strategy(
+            name="autoregressive", decoder="autoregressive:AutoregressiveDecoder", causal=True
+        ),
+        Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
+        _fast("parallel", "FastBatch"),
+        _fast("prefix-cache", "PrefixCacheBatch"),
+        _fast("dual-cache", "DualCacheBatch"),
+        Strategy(
+            name="dllm-cache",
+            decoder="dllm_cache:DLLMCacheBatch",
+            options=RefreshOptions,
+            max_rows=1,
+        ),
+        Strategy(
+            name="reference",
+            decoder="reference:ReferenceBatch",
+            heeds=(*_WINDOW, *_SHARES, *_TOKENS),
+        ),
+    )
 }
 
-OPTION_KINDS: dict[str, tuple[type, str]] = {
-    "num_steps": (int, "a whole number"),
-    "block_length": (int, "a whole number"),
-    "algorithm": (str, "a name"),
-    "eps": (float, "a number"),
-    "threshold": (float, "a number"),
-    "factor": (float, "a number"),
-    "prompt_interval": (int, "a whole number"),
-    "response_interval": (int, "a whole number"),
-    "refresh_share": (float, "a number"),
-}
-"""What an option's value must be. Whole numbers are numbers too; None is the default."""
 
-
-def _check_option(strategy: str, name: str, value: object) -> None:
-    known = STRATEGIES[strategy].options
-    if name not in known:
-        takers = [other for other, its in STRATEGIES.items() if name in its.options]
-        hint = f"; {name} belongs to {', '.join(takers)}" if takers else ""
-        raise ConfigError(f"strategy {strategy}: {unknown_name('option', name, known)}{hint}")
-    kind, words = OPTION_KINDS[name]
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if kind is float and isinstance(value, int):
-        # What is beyond the largest number compares, but does not compute.
-        fits = abs(value) <= sys.float_info.max
-    if value is not None and (isinstance(value, bool) or not fits):
-        raise ConfigError(f"strategy {strategy}: {name} is {value!r}; it must be {words}")
-
-
-def check_options(strategy: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that fit no response, however short, of any model.
+def find_strategy(name: object) -> Strategy:
+    """The record of a strategy.
 
     Raises:
-        ConfigError: An unknown strategy or option, or a bad value.
+        ConfigError: There is none of this name.
 
     Example:
-        >>> check_options("vanilla", {"num_steps": 8})
+        >>> find_strategy("serial").fixes["add_threshold"]
+        1.0
     """
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", strategy, STRATEGIES))
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"options is {options!r}; it must be a table of names and values")
-    for name, value in options.items():
-        _check_option(strategy, name, value)
-    check = STRATEGIES[strategy].check
-    if check is not None:
-        check(1, **options)
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", name, STRATEGIES))
+    return STRATEGIES[name]
 
 
 def check_strategy(
@@ -143,64 +315,78 @@ def check_strategy(
     spec: ModelSpec,
     prompt_length: int,
     max_new_tokens: int,
-) -> None:
-    """Refuse what a strategy cannot do, before a batch is built from it.
+) -> Options:
+    """The options of a strategy for a model, once all is refused that it cannot do.
 
     Raises:
         ConfigError: An unknown strategy or option, or a bad value.
         RequestError: The strategy does not fit the model or the prompt.
     """
-    check_options(strategy, options)
+    record = find_strategy(strategy)
+    read = record.read_options(options)
     architecture = spec.architecture
-    if strategy == "autoregressive":
-        if not architecture.causal:
+    if record.causal != architecture.causal:
+        fit = ", ".join(one.name for one in STRATEGIES.values() if one.causal != record.causal)
+        if record.causal:
             raise RequestError(
-                f"a {architecture.name} model is not autoregressive; decode it with one of "
-                f"{', '.join(name for name in STRATEGIES if name != strategy)}"
+                f"a {architecture.name} model is not autoregressive; decode it with one of {fit}"
             )
-        if prompt_length == 0:
-            raise RequestError("the prompt is empty; autoregression needs a token to start from")
-    elif architecture.causal:
         raise RequestError(
-            f"a {architecture.name} model is autoregressive; decode it with strategy autoregressive"
+            f"a {architecture.name} model is autoregressive; decode it with strategy {fit}"
         )
-    elif spec.mask_token_id is None:
+    if record.causal and prompt_length == 0:
+        raise RequestError("the prompt is empty; autoregression needs a token to start from")
+    if not record.causal and spec.mask_token_id is None:
         raise RequestError(f"this {architecture.name} checkpoint names no mask_token_id")
-    check = STRATEGIES[strategy].check
-    if check is not None:
-        own = own_algorithm(architecture, options) if strategy == "vanilla" else options
-        check(max_new_tokens, **own)
+    read = read.for_model(architecture)
+    read.check_length(max_new_tokens)
+    return read
 
 
-def start_batch(
-    strategy: str,
-    model: Transformer,
-    sequences: Sequences,
-    options: Mapping[str, Any],
-    workspace: Workspace,
-) -> DecodingBatch:
-    """Begin to decode a batch that `check_strategy` has passed, without the paged cache."""
-    start = STRATEGIES[strategy].batch
-    assert start is not None, "this strategy runs on the paged cache"
-    return start(model, sequences, workspace=workspace, **options)
+def unheeded(strategy: str, names: Iterable[str]) -> list[str]:
+    """Those fields of a policy that have no effect on a strategy; none if it is unknown.
 
-
-def paged_decoder(
-    model: Transformer,
-    cache: PagedCache,
-    backend: Backend,
-    imposed_acceptance: tuple[int, ...] | None = None,
-) -> PagedDecoder:
-    """The decoder of all strategies that run on the paged cache and fit the model.
-
-    Raises:
-        ConfigError: Acceptance is imposed on an autoregressive model.
+    Example:
+        >>> unheeded("serial", ["block_size", "add_threshold"])
+        ['add_threshold']
     """
-    if model.spec.architecture.causal:
-        if imposed_acceptance is not None:
-            raise ConfigError("an autoregressive model accepts one token per forward; impose none")
-        return AutoregressiveDecoder(model, cache, backend)
-    imposed_F = None
-    if imposed_acceptance is not None:
-        imposed_F = torch.tensor(imposed_acceptance, device=model.device)
-    return PipelinedDecoder(model, cache, backend, imposed_F)
+    if strategy not in STRATEGIES:
+        return []
+    return [name for name in names if name not in STRATEGIES[strategy].heeds]
+
+
+def default_strategy(spec: ModelSpec, *, policy: bool = False) -> str:
+    """What a model is decoded with unless somebody says otherwise.
+
+    The pipeline takes for granted that a diffusion model was distilled for it; on another one it
+    gives poor answers, so that gets `vanilla`.
+
+    Args:
+        spec: The model's.
+        policy: Whether a decoding policy was asked for, which only the pipeline heeds.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> default_strategy(tiny_spec("qwen2")), default_strategy(tiny_spec("llada"))
+        ('autoregressive', 'pipelined')
+    """
+    if spec.architecture.causal:
+        return "autoregressive"
+    return "pipelined" if spec.distilled or policy else "vanilla"
+
+
+def useful_strategies(spec: ModelSpec) -> list[str]:
+    """The strategies that make sense on a model; the slow reference is for comparisons only.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> useful_strategies(tiny_spec("qwen2"))
+        ['autoregressive']
+        >>> useful_strategies(tiny_spec("llada"))[:3]
+        ['pipelined', 'serial', 'vanilla']
+    """
+    return [
+        strategy.name
+        for strategy in STRATEGIES.values()
+        if strategy.causal == spec.architecture.causal and strategy.name != "reference"
+    ]

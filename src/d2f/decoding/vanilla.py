@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,84 +25,43 @@ from d2f.decoding.batch import (
     result_of,
 )
 from d2f.decoding.canvas import Canvas
+from d2f.decoding.strategies import VanillaOptions
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
-from d2f.errors import ConfigError, counted, unknown_name
-from d2f.models.spec import Architecture
+from d2f.errors import ConfigError, counted
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import MARGIN, NEG_ENTROPY, uniform_noise
 
-ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
 _RANKED_BY = {"topk_margin": MARGIN, "entropy": NEG_ENTROPY}
 BLOCK_LENGTH = 32
 EPS = 1e-3
-MOST_STEPS = 2**16
-"""Beyond so many, far above what any response has tokens, a plan would only take memory."""
 Step = tuple[int, int, float]
 """First position of the block, its end, and how many tokens are kept (`origin`: with which
 probability each is)."""
 
 
-def own_algorithm(architecture: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with an algorithm, which is that of the model's authors where none is named.
-
-    A block length alone means `low_confidence`, which is the one that has blocks.
-
-    Example:
-        >>> from d2f.testing import tiny_spec
-        >>> own_algorithm(tiny_spec("Dream").architecture, {"num_steps": 8})
-        {'num_steps': 8, 'algorithm': 'entropy'}
-    """
-    algorithm = options.get("algorithm")
-    if algorithm is None:
-        has_blocks = options.get("block_length") is not None
-        algorithm = "low_confidence" if has_blocks else architecture.sampler
-    return {**options, "algorithm": algorithm}
-
-
-def vanilla_plan(
-    max_new_tokens: int,
-    *,
-    num_steps: int | None = None,
-    block_length: int | None = None,
-    algorithm: str | None = None,
-    eps: float | None = None,
-) -> list[Step]:
+def vanilla_plan(max_new_tokens: int, options: VanillaOptions) -> list[Step]:
     """What each step keeps.
 
     Args:
         max_new_tokens: Length of the response.
-        num_steps: Forwards; None: one for each token.
-        block_length: Of `low_confidence`; None: 32.
-        algorithm: One of `ALGORITHMS`; None: `low_confidence`, or `entropy` if `eps` is given
-            alone, as for a model that is not known yet.
-        eps: Of the others: the time at which their last step ends; None: 0.001.
+        options: Of `low_confidence` a block length of None is 32; of the others an eps of None is
+            0.001. The eps is the time at which their last step ends.
 
     Raises:
-        ConfigError: An unknown algorithm, an option without effect on it, or a bad value.
+        ConfigError: Fewer steps than blocks.
 
     Example:
-        >>> vanilla_plan(5, num_steps=3, block_length=4)
+        >>> vanilla_plan(5, VanillaOptions(num_steps=3, block_length=4))
         [(0, 4, 2), (0, 4, 2), (4, 5, 1)]
-        >>> vanilla_plan(5, num_steps=2, algorithm="entropy")
+        >>> vanilla_plan(5, VanillaOptions(num_steps=2, algorithm="entropy"))
         [(0, 5, 2), (0, 5, 3)]
     """
-    if algorithm is None:
-        algorithm = "low_confidence" if eps is None or block_length is not None else "entropy"
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
-    if num_steps is not None and num_steps < 1:
-        raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
-    _check_most(num_steps)
-    useless = {"eps": eps} if algorithm == "low_confidence" else {"block_length": block_length}
-    for name, value in useless.items():
-        if value is not None:
-            raise ConfigError(f"{name} is {value}; it is without effect on algorithm {algorithm}")
+    num_steps, algorithm = options.num_steps, options.sampler
     if algorithm == "low_confidence":
+        block_length = options.block_length
         return list(transfer_plan(max_new_tokens, num_steps=num_steps, block_length=block_length))
-    eps = EPS if eps is None else eps
-    if not 0 < eps < 1:
-        raise ConfigError(f"eps is {eps}; it must lie between 0 and 1")
+    eps = EPS if options.eps is None else options.eps
     steps = max_new_tokens if num_steps is None else num_steps
     return [
         (0, max_new_tokens, keep) for keep in _dream_plan(max_new_tokens, steps, eps, algorithm)
@@ -119,15 +77,13 @@ def transfer_plan(
     ones taking the remainder. `num_steps` None: one token a step. `block_length` None: 32.
 
     Raises:
-        ConfigError: Fewer steps than blocks, too many of them, or a value below 1.
+        ConfigError: Fewer steps than blocks.
 
     Example:
         >>> transfer_plan(5, num_steps=3, block_length=4)
         [(0, 4, 2), (0, 4, 2), (4, 5, 1)]
     """
     block_length = BLOCK_LENGTH if block_length is None else block_length
-    if block_length < 1:
-        raise ConfigError(f"block_length is {block_length}; it must be at least 1")
     spans = [
         (start, min(start + block_length, max_new_tokens))
         for start in range(0, max_new_tokens, block_length)
@@ -138,7 +94,6 @@ def transfer_plan(
             f"{block_length} "
             f"need at least {len(spans)}"
         )
-    _check_most(num_steps)
     plan = []
     for index, (start, end) in enumerate(spans):
         size = end - start
@@ -147,11 +102,6 @@ def transfer_plan(
             steps = num_steps // len(spans) + (index < num_steps % len(spans))
         plan += [(start, end, size // steps + (step < size % steps)) for step in range(steps)]
     return plan
-
-
-def _check_most(num_steps: int | None) -> None:
-    if num_steps is not None and num_steps > MOST_STEPS:
-        raise ConfigError(f"num_steps is {num_steps}; it must be at most {MOST_STEPS}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,14 +130,12 @@ class VanillaBatch:
         self,
         model: Transformer,
         sequences: Sequences,
-        *,
         workspace: Workspace,
-        **options: Any,
+        options: VanillaOptions,
     ) -> None:
         self.model, self.sequences, self.workspace = model, sequences, workspace
-        options = own_algorithm(model.spec.architecture, options)
-        self.algorithm = options["algorithm"]
-        self.plans = [vanilla_plan(limit, **options) for limit in sequences.max_new_tokens]
+        self.algorithm = options.sampler
+        self.plans = [vanilla_plan(limit, options) for limit in sequences.max_new_tokens]
         self.steps = [0] * len(sequences)
         self.done = [False] * len(sequences)
         self._lay_out()

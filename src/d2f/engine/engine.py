@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from d2f.decoding.batch import BlockView, GenerationResult, decoded_prefix
-from d2f.decoding.strategies import STRATEGIES, paged_decoder
+from d2f.decoding.paged import PagedDecoder
+from d2f.decoding.strategies import Strategy
 from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
-from d2f.engine.request import Output, Progress, Request, resolve
-from d2f.engine.sizing import cache_pages
+from d2f.engine.pages import PagePool, PromptCache, cache_pages
+from d2f.engine.request import Output, Progress, Request, Task, resolve
 from d2f.engine.stops import StopStrings
-from d2f.engine.task import Task
 from d2f.engine.unpaged import UnpagedLane
 from d2f.errors import ConfigError, RequestError
-from d2f.models.cache import PagedCache
+from d2f.models.cache import DUMP_PAGE, PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import select_backend
 
@@ -92,7 +92,10 @@ class EngineStatus:
     num_pages: int
     """Of the key/value cache; 0 before a request needs it."""
     num_free_pages: int
-    """Pages that no request holds. Of prompts kept for later there may be some; they make room."""
+    """Pages that no request holds. Some may hold prompts kept for later, which make room."""
+
+
+Lane = PagedLane | UnpagedLane
 
 
 class Engine:
@@ -131,30 +134,54 @@ class Engine:
         """Requests whose blocks somebody looks at."""
         self._closed = False
         self._clock: StepClock | None = None
-        self._lanes: list[PagedLane | UnpagedLane] = []
+        self._lanes: dict[type, Lane] = {}
+        """By decoder."""
         self._on_done = _weakly(self)
 
-    @functools.cached_property
-    def _unpaged(self) -> UnpagedLane:
+    def _lane(self, strategy: Strategy) -> Lane:
+        """The lane of a strategy, opened when its first request comes.
+
+        Strategies of one paged decoder share a lane, and so do all strategies without pages.
+        """
+        decoder = strategy.decoder_class
+        key = decoder if issubclass(decoder, PagedDecoder) else UnpagedLane
+        if key not in self._lanes:
+            self.model.pack()
+            paged = key is not UnpagedLane
+            self._lanes[key] = self._paged_lane(decoder) if paged else self._unpaged_lane()
+        return self._lanes[key]
+
+    def _unpaged_lane(self) -> UnpagedLane:
         model, config = self.model, self.config
         backend = select_backend(config.backend, model.device)
-        model.pack()
-        lane = UnpagedLane(
+        return UnpagedLane(
             model,
             Workspace(model.device, use_graphs=config.cuda_graphs, backend=backend),
             max_rows=config.max_batch_size,
             on_done=self._on_done,
         )
-        self._lanes.append(lane)
-        return lane
 
-    @functools.cached_property
-    def _paged(self) -> PagedLane:
-        # Made when the first request needs it: it takes all memory that is free.
+    def _paged_lane(self, decoder: type[PagedDecoder]) -> PagedLane:
         model, config, on_done = self.model, self.config, self._on_done
         on_gpu = model.device.type == "cuda"
         backend = select_backend(config.backend, model.device)
-        model.pack()
+        lane = PagedLane(
+            decoder(model, self._cache, backend, config.imposed_acceptance),
+            self._pool,
+            self._prompts,
+            max_rows=config.max_batch_size,
+            prefill_tokens=config.prefill_tokens,
+            use_graphs=on_gpu and config.cuda_graphs,
+            overlap=on_gpu if config.overlap is None else config.overlap,
+            on_done=lambda task: on_done(task, _result(task)),
+        )
+        lane.runner.clock = self._clock
+        return lane
+
+    @functools.cached_property
+    def _cache(self) -> PagedCache:
+        # Made when the first request needs it: it takes all memory that is free.
+        model, config = self.model, self.config
         num_pages = cache_pages(
             model.spec,
             page_size=config.page_size,
@@ -163,24 +190,21 @@ class Engine:
             device=model.device,
             dtype=model.dtype,
         )
-        cache = PagedCache(
+        return PagedCache(
             model.spec,
             num_pages=num_pages,
             page_size=config.page_size,
             device=model.device,
             dtype=model.dtype,
         )
-        lane = PagedLane(
-            paged_decoder(model, cache, backend, config.imposed_acceptance),
-            max_rows=config.max_batch_size,
-            prefill_tokens=config.prefill_tokens,
-            use_graphs=on_gpu and config.cuda_graphs,
-            overlap=on_gpu if config.overlap is None else config.overlap,
-            on_done=lambda task: on_done(task, _result(task)),
-        )
-        lane.runner.clock = self._clock
-        self._lanes.append(lane)
-        return lane
+
+    @functools.cached_property
+    def _pool(self) -> PagePool:
+        return PagePool(range(DUMP_PAGE + 1, self._cache.num_pages))
+
+    @functools.cached_property
+    def _prompts(self) -> PromptCache:
+        return PromptCache(self._pool)
 
     # ------------------------------------------------------------------------------ requests
 
@@ -200,7 +224,7 @@ class Engine:
         self._tasks[task.number] = task
         if watch:
             self._watched.add(task.number)
-        self._lane_of(task).add(task)
+        self._lane(task.strategy).add(task)
         return task.number
 
     def step(self) -> list[Output]:
@@ -230,7 +254,7 @@ class Engine:
         if task is None:
             return False
         if not task.finished:
-            self._lane_of(task).remove(task)
+            self._lane(task.strategy).remove(task)
         self._forget(request_id)
         return True
 
@@ -239,8 +263,8 @@ class Engine:
 
         For measuring what a request costs whose prompt is new.
         """
-        for lane in self._paged_lanes():
-            lane.prompts.clear()
+        if self._paged_lanes():
+            self._prompts.clear()
 
     def close(self) -> None:
         """Abort all requests and give the cache's memory back. May be called twice.
@@ -251,7 +275,7 @@ class Engine:
             self._forget(number)
         self._closed = True
         self._lanes.clear()
-        for name in ("_paged", "_unpaged"):
+        for name in ("_cache", "_pool", "_prompts"):
             self.__dict__.pop(name, None)
 
     def generate(self, requests: Sequence[Request]) -> list[GenerationResult]:
@@ -315,9 +339,7 @@ class Engine:
             RequestError: There is no such request.
         """
         task = self._task(request_id)
-        if STRATEGIES[task.strategy].paged:
-            return task.view()
-        return task.blocks or self._unpaged.view(task)
+        return self._lane(task.strategy).view(task)
 
     def progress(self, request_id: int) -> Progress:
         """How far a request is, for less than the price of a `view`.
@@ -339,9 +361,7 @@ class Engine:
             result = self._ready[request_id].result
             if result is not None:
                 return Progress(token_ids=result.token_ids, num_forwards=result.num_forwards)
-        if STRATEGIES[task.strategy].paged:
-            return task.progress()
-        return self._unpaged.progress(task)
+        return self._lane(task.strategy).progress(task)
 
     def status(self) -> EngineStatus:
         """How many requests wait and run, and how many pages are free.
@@ -351,10 +371,10 @@ class Engine:
             >>> Engine(tiny_model("llada")).status()
             EngineStatus(num_waiting=0, num_running=0, num_pages=0, num_free_pages=0)
         """
-        pools = [lane.pool for lane in self._paged_lanes()]
+        lanes, pools = self._lanes.values(), [self._pool] if self._paged_lanes() else []
         return EngineStatus(
-            num_waiting=sum(len(lane.waiting) for lane in self._lanes),
-            num_running=sum(lane.num_running for lane in self._lanes),
+            num_waiting=sum(len(lane.waiting) for lane in lanes),
+            num_running=sum(lane.num_running for lane in lanes),
             num_pages=sum(pool.num_pages for pool in pools),
             num_free_pages=sum(pool.num_available for pool in pools),
         )
@@ -393,7 +413,7 @@ class Engine:
     @property
     def num_graphs(self) -> int:
         """Shapes of step that are captured."""
-        return sum(lane.num_graphs for lane in self._lanes)
+        return sum(lane.num_graphs for lane in self._lanes.values())
 
     # ---------------------------------------------------------------------------------- inside
 
@@ -407,9 +427,8 @@ class Engine:
                     "stop strings need the engine's tokenizer: Engine(model, config, tokenizer)"
                 )
             stops = StopStrings(resolved.stop, self._tokenizer)
-        task = Task(number=next(self._numbers), request=resolved, stops=stops)
-        if STRATEGIES[task.strategy].paged:
-            self._paged.check(task)
+        task = Task.of(next(self._numbers), resolved, self.model.spec, stops)
+        self._lane(task.strategy).check(task)
         return task
 
     def _task(self, request_id: int) -> Task:
@@ -422,12 +441,8 @@ class Engine:
         if self._closed:
             raise RequestError("the engine is closed; make a new one")
 
-    def _lane_of(self, task: Task) -> PagedLane | UnpagedLane:
-        return self._paged if STRATEGIES[task.strategy].paged else self._unpaged
-
     def _paged_lanes(self) -> list[PagedLane]:
-        """The paged lane, if a request has needed it yet: asking for it would make its cache."""
-        return [lane for lane in self._lanes if isinstance(lane, PagedLane)]
+        return [lane for lane in self._lanes.values() if isinstance(lane, PagedLane)]
 
     def _note_steps(self, clock: StepClock | None) -> None:
         self._clock = clock
@@ -435,7 +450,7 @@ class Engine:
             lane.runner.clock = clock
 
     def _advance(self) -> None:
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             if lane.busy:
                 lane.step()
 
@@ -465,7 +480,7 @@ def _result(task: Task) -> GenerationResult | None:
 
 
 def _weakly(engine: Engine) -> Callable[[Task, GenerationResult | None], None]:
-    """Where an engine's lanes put results; it does not keep the engine, nor so the cache, alive."""
+    """Where an engine's lanes put results. A lane keeps neither the engine nor its cache alive."""
     reference = weakref.ref(engine)
 
     def put_out(task: Task, result: GenerationResult | None) -> None:

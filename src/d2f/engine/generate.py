@@ -9,8 +9,8 @@ from typing import Any, overload
 from d2f.decoding.batch import GenerationResult
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.pages import enough_bytes, free_bytes
 from d2f.engine.request import Request, resolve
-from d2f.engine.sizing import enough_bytes, free_bytes
 from d2f.models.transformer import Transformer
 
 

@@ -10,24 +10,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.paged import PagedDecoder, StepShape, TokenRecord
-from d2f.decoding.rows import RowSizes, RowStorage
+from d2f.decoding.batch import BlockView
+from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape
+from d2f.decoding.rows import RowSizes, RowStorage, power_of_two
 from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
-from d2f.engine.runner import Pending, Runner
-from d2f.engine.sizing import FREE_TOKENS, power_of_two, round_up
-from d2f.engine.task import Task
+from d2f.engine.request import Progress, Task
+from d2f.engine.runner import FREE_TOKENS, Pending, Runner, captured_shape, round_up
 from d2f.errors import D2FError, RequestError, counted
-from d2f.models.cache import DUMP_PAGE
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
 """Room of a row that is there from the start where graphs are captured."""
 MOST_PLACES = 2**24
 """Most response positions of all rows together; a request that needs more room than that beside
 those running waits for them."""
+LEAST_ALONE, MOST_ALONE = 16, 1024
+"""For so many steps requests join singly once memory ran out as several joined: the first number at
+first, twice as many each time, up to the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +42,12 @@ class Flight:
 
 
 class PagedLane:
-    """The requests that are decoded on the paged cache.
+    """The requests that one decoder decodes on the paged cache, which lanes share.
 
     Args:
         decoder: The strategy; its model and cache are used.
+        pool: The pages of the cache.
+        prompts: Prompts in the cache. All decoders of a model compute the same keys for a prompt.
         max_rows: Most requests that run at once.
         prefill_tokens: Most tokens that joining requests add to a step; one alone may have more.
         use_graphs: Replay captured graphs.
@@ -53,6 +58,8 @@ class PagedLane:
     def __init__(
         self,
         decoder: PagedDecoder,
+        pool: PagePool,
+        prompts: PromptCache,
         *,
         max_rows: int,
         prefill_tokens: int,
@@ -64,23 +71,18 @@ class PagedLane:
         self._max_rows, self._prefill_tokens, self._overlap = max_rows, prefill_tokens, overlap
         model, cache = decoder.model, decoder.cache
         self._page_size = cache.page_size
-        self.pool = PagePool(range(DUMP_PAGE + 1, cache.num_pages))
-        self.prompts = PromptCache(self.pool)
+        self.pool, self.prompts = pool, prompts
         longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
         self._max_end = -(-longest // cache.page_size) * cache.page_size
         self._least_sizes = RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1)
         if use_graphs:
             # Graphs are lost when rows need more room, so most requests should find enough.
             self._least_sizes = replace(USUAL_SIZES, prompt_length=power_of_two(self._max_end))
-        mask = model.spec.mask_token_id
-        storage = RowStorage(
+        storage = RowStorage.for_model(
+            model,
             self._least_sizes,
             max_rows=max_rows,
             num_pages=self._max_end // cache.page_size,
-            mask_token_id=0 if mask is None else mask,
-            boundary_size=model.spec.hidden_size if model.spec.architecture.shifted else None,
-            dtype=model.dtype,
-            device=model.device,
         )
         self.runner = Runner(decoder, storage, use_graphs=use_graphs)
         self.waiting: deque[Task] = deque()
@@ -90,8 +92,10 @@ class PagedLane:
         self.num_preemptions = 0
         self._fault: Exception | None = None
         """The device failed to take a row out, so its rows are not what the host knows."""
-        self._joining_alone = False
-        """Memory ran out once when several requests joined together."""
+        self._steps_alone = 0
+        """For so many further steps requests join singly, as memory ran out when several joined."""
+        self._next_alone = LEAST_ALONE
+        """For how many steps they will when it happens again."""
 
     @property
     def num_graphs(self) -> int:
@@ -114,7 +118,7 @@ class PagedLane:
         Raises:
             RequestError: It needs more pages than there are.
         """
-        needed, pages = self._pages_for(task.longest), self.pool.num_pages
+        needed, pages = self._pages_for(task.asked.longest), self.pool.num_pages
         if needed > pages:
             raise RequestError(
                 f"the prompt's {counted(len(task.request.prompt_ids), 'token')} and max_new_tokens "
@@ -125,11 +129,17 @@ class PagedLane:
 
     def add(self, task: Task) -> None:
         """Queue a request."""
-        task.tokens = [None] * task.request.max_new_tokens
-        task.probabilities = [None] * task.request.max_new_tokens
-        if task.request.num_alternatives:
-            task.alternatives = [()] * task.request.max_new_tokens
+        task.clear()
         self.waiting.append(task)
+
+    def view(self, task: Task) -> list[BlockView]:
+        """The blocks of a request as they stand."""
+        return self.decoder.blocks(task)
+
+    def progress(self, task: Task) -> Progress:
+        """How far a request is."""
+        token_ids = task.up_to_end(task.decoded())
+        return Progress(token_ids=token_ids, num_forwards=task.state.forwards)
 
     def remove(self, task: Task) -> None:
         """Take a request out, waiting or running; its pages are free at once.
@@ -177,7 +187,7 @@ class PagedLane:
         for task in sorted(self.running, key=lambda task: task.number):
             if task.row is None:
                 continue
-            missing = self._pages_for(task.span()[1]) - len(task.pages)
+            missing = self._pages_for(self._span(task)[1]) - len(task.pages)
             while task.row is not None and not self.prompts.make_room(missing):
                 self._preempt(max(self.running, key=lambda task: task.number))
             if task.row is not None and missing > 0:
@@ -208,23 +218,25 @@ class PagedLane:
         budget = self._prefill_tokens
         while self.waiting and len(self.running) < self._max_rows:
             task = self.waiting[0]
-            prompt = task.request.prompt_ids
+            prompt = task.asked.prompt
             if task.num_in_flight or any(
-                other.fresh_prompt and prompt == other.request.prompt_ids for other in joined
+                other.fresh_prompt and prompt == other.asked.prompt for other in joined
             ):
                 # Its last results are not known yet; or its prompt will be cached by then.
                 break
             cached = self.prompts.find(prompt)
-            values, _ = self.decoder.begin(task.row_start(self._cached_positions(task, cached)))
-            count = values["end"] - values["start"]
-            if joined and (count > budget or self._joining_alone):
+            state, _ = self.decoder.begin(task, self._cached_positions(task, cached))
+            count = state.end - state.start
+            if joined and (count > budget or self._steps_alone > 0):
                 break
-            if not self._has_room(task, values["end"], cached):
+            if not self._has_room(task, state.end, cached):
                 if cached is None or self.running:
                     break
-                # It is alone, and the cached prompt is in its way.
+                # It is alone here, and the cached prompt may be in its way.
                 cached = None
                 self.prompts.clear()
+                if not self._has_room(task, state.end, cached):
+                    break
             self._place(task, cached)
             joined.append(task)
             budget -= count
@@ -232,10 +244,7 @@ class PagedLane:
 
     def _has_room(self, task: Task, end: int, cached: CachedPrompt | None) -> bool:
         """Whether there are pages for its first two steps and one for each running request."""
-        policy = task.request.policy
-        assert policy is not None
-        ahead = 1 if task.is_autoregressive else policy.block_size
-        end = min(end + ahead, task.longest)
+        end = min(end + self.decoder.growth(task.asked), task.asked.longest)
         shared = self._cached_positions(task, cached) // self._page_size
         wanted = self._pages_for(end) - shared + len(self.running)
         if not self.prompts.make_room(wanted, spared=cached):
@@ -246,14 +255,16 @@ class PagedLane:
         """Positions whose keys it need not compute."""
         if cached is None:
             return 0
-        # Autoregression computes the last token again: it needs its hidden state.
-        return len(task.request.prompt_ids) - task.is_autoregressive
+        return len(task.asked.prompt) - self.decoder.num_recomputed
+
+    def _span(self, task: Task) -> tuple[int, int]:
+        """Bounds of the positions that a request's next step computes."""
+        return self.decoder.span(task, task.num_in_flight)
 
     def _place(self, task: Task, cached: CachedPrompt | None) -> None:
         """Give the first of those waiting a row and its first pages."""
         num_cached = self._cached_positions(task, cached)
-        start = task.row_start(num_cached)
-        values, fully = self.decoder.begin(start)
+        state, fully = self.decoder.begin(task, num_cached)
         sizes = self._sizes_with(task)
         if sizes != self.runner.storage.sizes:
             self.runner.storage = self.runner.storage.resized(sizes)
@@ -262,10 +273,9 @@ class PagedLane:
         task.row = row
         self.running.append(task)
         self.waiting.popleft()
-        storage.write(row, start, values, fully)
-        task.num_opened, task.num_complete = values["opened"], values["complete"]
-        task.start, task.end, task.stalled = values["start"], values["end"], False
-        task.fresh_prompt = bool(start.prompt) and cached is None and task.num_forwards == 0
+        storage.write(row, task, state, fully, self.decoder.threshold(task.asked))
+        task.state, task.stalled = state, False
+        task.fresh_prompt = bool(task.asked.prompt) and cached is None and state.forwards == 0
         if cached is not None and num_cached > 0:
             whole = num_cached // self._page_size
             task.pages = cached.pages[:whole]
@@ -276,19 +286,20 @@ class PagedLane:
             rows = storage.rows(row + 1)
             if rows.boundary_BD is not None and cached.boundary_D is not None:
                 rows.boundary_BD[row] = cached.boundary_D
-        task.pages += self.pool.take(max(self._pages_for(task.end) - len(task.pages), 0))
+        task.pages += self.pool.take(max(self._pages_for(state.end) - len(task.pages), 0))
         storage.write_pages([(row, index, page) for index, page in enumerate(task.pages)])
 
     def _sizes_with(self, task: Task) -> RowSizes:
         """Room for a request beside those running; on a GPU room only grows, by powers of two."""
-        sizes = RowSizes.of(task.row_start(0)).union(self._least_sizes)
-        if self.runner.storage.device.type == "cuda":
-            sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
+        sizes = RowSizes.of(task.asked).union(self._least_sizes)
+        on_gpu = self.runner.storage.device.type == "cuda"
+        if on_gpu:
+            sizes = sizes.rounded()
         both = sizes.union(self.runner.storage.sizes)
         if self.running:
             return both
         # Alone, it need not bear with what former requests needed.
-        keeps = self.runner.storage.device.type == "cuda" and self._places(both) <= MOST_PLACES
+        keeps = on_gpu and self._places(both) <= MOST_PLACES
         return both if keeps else sizes
 
     def _places(self, sizes: RowSizes) -> int:
@@ -296,59 +307,67 @@ class PagedLane:
 
     def _shape(self) -> StepShape:
         """The size of the next step: exact on a CPU, the smallest captured one that fits else."""
-        spans = [task.span() for task in self.running]
-        requests = [task.request for task in self.running]
-        prompts = [len(request.prompt_ids) for request in requests]
+        decoder, spans = self.decoder, [self._span(task) for task in self.running]
+        prompts = [len(task.asked.prompt) for task in self.running]
         prefill = any(start < prompt for (start, _), prompt in zip(spans, prompts, strict=True))
         if prefill or any(task.stalled for task in self.running):
             # Nothing may sit out: a step that reads prompts must not be mistaken for another.
-            spans = [(min(t.start, s), e) for t, (s, e) in zip(self.running, spans, strict=True)]
-        counts = [end - start for start, end in spans]
-        autoregressive = self.running[0].is_autoregressive
-        candidates = len(self.running)
-        if not autoregressive and self._overlap:
-            candidates = sum(
-                end - max(start, prompt)
-                for (start, end), prompt in zip(spans, prompts, strict=True)
+            spans = [
+                (min(t.state.start, s), e) for t, (s, e) in zip(self.running, spans, strict=True)
+            ]
+        counts, kinds = [end - start for start, end in spans], self._kinds()
+        num_rows, tokens, longest = len(self.running), sum(counts), max(counts)
+        if not self._overlap:
+            return StepShape(
+                num_rows=num_rows,
+                num_tokens=tokens,
+                num_candidates=max(sum(map(decoder.num_candidates, self.running)), 1),
+                max_count=longest,
+                max_end=max(end for _, end in spans),
+                prefill=prefill,
+                **kinds,
             )
-        elif not autoregressive:
-            candidates = max(sum(task.num_masked() for task in self.running), 1)
-        num_rows, tokens, longest, end = (
-            len(self.running), sum(counts), max(counts), max(e for _, e in spans),
-        )  # fmt: skip
-        if self._overlap:
-            num_rows = min(power_of_two(num_rows), self._max_rows)
-            end = self._max_end
-            if not prefill:
-                tokens = self._bucket(counts)
-                longest = 1 if autoregressive else min(max(power_of_two(longest), 64), tokens)
-                candidates = tokens
-            elif self.runner.captures_prompts(num_rows, tokens):
-                # Few shapes: what may be larger than it need be is.
-                tokens, candidates = round_up(tokens), max(power_of_two(candidates), 32)
-                longest = tokens
+        if not prefill:
+            return captured_shape(
+                num_rows,
+                self._bucket(counts),
+                longest,
+                one_token=decoder.one_token,
+                max_rows=self._max_rows,
+                max_end=self._max_end,
+                **kinds,
+            )
+        num_rows = min(power_of_two(num_rows), self._max_rows)
+        candidates = sum(
+            end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
+        )
+        if self.runner.captures_prompts(num_rows, tokens):
+            # Few shapes: what may be larger than it need be is.
+            tokens, candidates = round_up(tokens), max(power_of_two(candidates), 32)
+            longest = tokens
         return StepShape(
             num_rows=num_rows,
             num_tokens=tokens,
-            num_candidates=num_rows if autoregressive else candidates,
+            num_candidates=num_rows if decoder.one_token else candidates,
             max_count=longest,
-            max_end=end,
-            prefill=prefill,
-            sampled=any(request.temperature > 0 for request in requests),
-            truncated=any(
-                request.temperature > 0
-                and (request.top_k > 0 or request.top_p < 1 or request.min_p > 0)
-                for request in requests
-            ),
-            ranked=any(
-                request.policy is not None and request.policy.confidence != "probability"
-                for request in requests
-            ),
-            # All that may be asked for, so that there are few shapes.
-            num_alternatives=min(MOST_ALTERNATIVES, self.decoder.model.spec.vocab_size)
-            if any(request.num_alternatives for request in requests)
-            else 0,
+            max_end=self._max_end,
+            prefill=True,
+            **kinds,
         )
+
+    def _kinds(self) -> dict[str, Any]:
+        """What the step has to do for some row; part of its shape."""
+        asked = [task.asked for task in self.running]
+        sampled = [one for one in asked if one.temperature > 0]
+        return {
+            "sampled": bool(sampled),
+            "truncated": any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in sampled),
+            "ranked": any(one.policy.confidence != "probability" for one in asked),
+            # All that may be asked for, so that there are few shapes.
+            "num_alternatives": min(MOST_ALTERNATIVES, self.decoder.model.spec.vocab_size)
+            if any(task.request.num_alternatives for task in self.running)
+            else 0,
+        }
 
     def _bucket(self, counts: list[int]) -> int:
         """Query tokens of a step without a prompt.
@@ -359,7 +378,7 @@ class PagedLane:
         """
         bound = sum(counts)
         if bound > FREE_TOKENS and not any(task.stalled for task in self.running):
-            known = sum(task.end - task.start for task in self.running)
+            known = sum(task.state.end - task.state.start for task in self.running)
             bound = min(bound, max(known + known // 8, FREE_TOKENS, max(counts)))
         return round_up(bound)
 
@@ -380,8 +399,10 @@ class PagedLane:
                 self._fail(joined[0], f"there is not enough memory for this prompt ({error})")
             else:
                 # One of them may be too much where the others are not.
-                self._joining_alone = True
+                self._steps_alone = self._next_alone
+                self._next_alone = min(2 * self._next_alone, MOST_ALONE)
             return
+        self._steps_alone = max(self._steps_alone - 1, 0)
         for task in self.running:
             task.num_in_flight += 1
         self._flights.append(Flight(pending, list(self.running)))
@@ -390,7 +411,7 @@ class PagedLane:
     def _keep_prompts(self, joined: list[Task]) -> None:
         """Hold the prompts that this step computes, for requests that bring the same."""
         for task in joined:
-            prompt = task.request.prompt_ids
+            prompt = task.asked.prompt
             if not task.fresh_prompt or task.row is None:
                 continue
             rows = self.runner.storage.rows(task.row + 1)
@@ -408,26 +429,22 @@ class PagedLane:
             # Taken off the queue once all is known: an interrupt, likeliest while this waits, then
             # loses nothing, as reporting twice changes nothing.
             flight = self._flights[0]
-            tables, records = flight.pending.read()
-            tokens: dict[int, list[TokenRecord]] = {}
-            for record in records:
-                tokens.setdefault(record.row, []).append(record)
-            time = flight.pending.time
-            for row, task in enumerate(flight.tasks):
-                if time is not None and tables[row]["ran"]:
-                    time.accepted[task.number] = [token.place for token in tokens.get(row, [])]
+            records, time = flight.pending.read(), flight.pending.time
+            for task, record in zip(flight.tasks, records, strict=False):
+                if time is not None and record.ran:
+                    time.accepted[task.number] = [token.place for token in record.tokens]
                 if not task.finished:
-                    self._report(task, tables[row], tokens.get(row, []))
+                    self._report(task, record)
             self._flights.popleft()
             for task in flight.tasks:
                 task.num_in_flight -= 1
 
-    def _report(self, task: Task, table: dict[str, int], tokens: list[TokenRecord]) -> None:
-        if not table["ran"]:
+    def _report(self, task: Task, record: RowRecord) -> None:
+        if not record.ran:
             task.stalled = True
             return
-        task.report(table, tokens)
-        if not table["finite"]:
+        task.report(record)
+        if not record.finite:
             self._fail(
                 task,
                 "the model's logits are not finite, so there is no answer; its weights may be "
@@ -435,11 +452,11 @@ class PagedLane:
             )
             return
         try:
-            stops = bool(tokens) and task.reaches_stop()
+            stops = bool(record.tokens) and task.reaches_stop()
         except RequestError as error:
             self._fail(task, str(error))
             return
-        if table["done"] or stops:
+        if record.state.done or stops:
             self._finish(task)
 
     def _fail(self, task: Task, message: str) -> None:

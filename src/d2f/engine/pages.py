@@ -1,4 +1,4 @@
-"""Which pages of the cache belong to whom, on the host.
+"""The pages of the cache on the host: how many there are, and whose they are.
 
 Pages are counted: a page that several sequences read (a shared prompt) is free again when the last
 of them has let go of it.
@@ -6,13 +6,17 @@ of them has let go of it.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from d2f.errors import D2FError
+from d2f.errors import ConfigError, D2FError, counted
+from d2f.models.cache import PagedCache
+from d2f.models.spec import ModelSpec
 
 
 class PagePool:
@@ -33,7 +37,7 @@ class PagePool:
         self.num_pages = len(self._free)
         self._holders: dict[int, int] = {}
         self._kept: dict[int, int] = {}
-        """How often of these prompts that are kept for later."""
+        """Of the pages of prompts that are kept for later: how many such prompts hold each."""
         self._num_idle = 0
         """Pages that only such prompts hold."""
 
@@ -161,3 +165,71 @@ class PromptCache:
         for key in given_up:
             self._pool.give_up(self._entries.pop(key).pages)
         return True
+
+
+def cache_pages(
+    spec: ModelSpec,
+    *,
+    page_size: int,
+    max_batch_size: int,
+    budget_bytes: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Pages of the cache: of the budget, or of the memory that is free.
+
+    Never more than `max_batch_size` sequences of the model's greatest length could fill. Without a
+    budget, a GPU gives nine tenths of its free memory less 2 GB for a step's own tensors, a CPU a
+    quarter of its free memory, at most 1 GB.
+
+    Raises:
+        ConfigError: The budget holds no page.
+    """
+    page_bytes = PagedCache.page_bytes(spec, page_size, dtype)
+    useful = max_batch_size * -(-spec.max_positions // page_size)
+    budget = budget_bytes if budget_bytes is not None else free_bytes(device)
+    pages = min(budget // page_bytes, useful)
+    if pages < 1:
+        raise ConfigError(
+            f"{budget / 1e6:,.1f} MB for the key/value cache hold no page of "
+            f"{counted(page_size, 'token')} "
+            f"({page_bytes / 1e6:,.1f} MB); give it more with kv_cache_bytes, or lower page_size"
+        )
+    # One for padding.
+    return pages + 1
+
+
+def enough_bytes(
+    spec: ModelSpec,
+    lengths: Iterable[int],
+    *,
+    page_size: int,
+    max_batch_size: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of a cache in which sequences of these lengths never wait for pages.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> enough_bytes(
+        ...     tiny_spec("llada"), [3, 20], page_size=16, max_batch_size=1, dtype=torch.float32
+        ... )
+        24576
+    """
+    longest = sorted(lengths, reverse=True)[:max_batch_size]
+    # Joining requests leave one page for each of those running.
+    pages = sum(-(-length // page_size) + 1 for length in longest)
+    return pages * PagedCache.page_bytes(spec, page_size, dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a cache may take of the free memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(int(0.9 * (free + unused)) - 2 * 10**9, 0)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        free = 4 * 10**9
+    return min(free // 4, 10**9)

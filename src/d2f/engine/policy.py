@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from d2f.decoding.strategies import STRATEGIES, check_options
+from d2f.decoding.strategies import STRATEGIES, find_strategy
+from d2f.decoding.strategies import default_strategy as default_strategy
+from d2f.decoding.strategies import unheeded as unheeded
+from d2f.decoding.strategies import useful_strategies as useful_strategies
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError
 from d2f.models.spec import ModelSpec
-
-# `serial` fixes the two thresholds of blocks.
-_PIPELINE = ("block_size", "confidence_threshold", "max_live_blocks", "confidence")
-_HEEDED = {
-    "pipelined": (*_PIPELINE, "add_threshold", "activate_threshold"),
-    "reference": (*_PIPELINE, "add_threshold", "activate_threshold"),
-    "serial": _PIPELINE,
-}
-
-
-def unheeded(strategy: str, names: Iterable[str]) -> list[str]:
-    """Those fields of a policy that have no effect on a strategy; none if it is unknown.
-
-    Example:
-        >>> unheeded("serial", ["block_size", "add_threshold"])
-        ['add_threshold']
-    """
-    if strategy not in STRATEGIES:
-        return []
-    return [name for name in names if name not in _HEEDED.get(strategy, ())]
 
 
 def changed_policy(spec: ModelSpec, changes: Mapping[str, Any]) -> DecodingPolicy:
@@ -51,7 +34,7 @@ def check_decoding(strategy: str, policy: Mapping[str, Any], options: Mapping[st
     Example:
         >>> check_decoding("serial", {"block_size": 16}, {})
     """
-    check_options(strategy, options)
+    find_strategy(strategy).read_options(options)
     DecodingPolicy.from_dict(policy)
     useless = unheeded(strategy, policy)
     if useless:
@@ -65,27 +48,7 @@ def heeds_policy(strategy: str) -> bool:
         >>> heeds_policy("serial"), heeds_policy("autoregressive")
         (True, False)
     """
-    return strategy in _HEEDED
-
-
-def default_strategy(spec: ModelSpec, *, policy: bool = False) -> str:
-    """What a model is decoded with unless somebody says otherwise.
-
-    The pipeline takes for granted that a diffusion model was distilled for it; on another one it
-    gives poor answers, so that gets `vanilla`.
-
-    Args:
-        spec: The model's.
-        policy: Whether a decoding policy was asked for, which only the pipeline heeds.
-
-    Example:
-        >>> from d2f.testing import tiny_spec
-        >>> default_strategy(tiny_spec("qwen2")), default_strategy(tiny_spec("llada"))
-        ('autoregressive', 'pipelined')
-    """
-    if spec.architecture.causal:
-        return "autoregressive"
-    return "pipelined" if spec.distilled or policy else "vanilla"
+    return bool(STRATEGIES[strategy].heeds)
 
 
 def default_limit(spec: ModelSpec, prompt_length: int = 0) -> int:
@@ -100,18 +63,3 @@ def default_limit(spec: ModelSpec, prompt_length: int = 0) -> int:
     """
     wanted = spec.recommended_max_new_tokens or 256
     return max(min(wanted, spec.max_positions - prompt_length), 1)
-
-
-def useful_strategies(spec: ModelSpec) -> list[str]:
-    """The strategies that make sense on a model; the slow reference is for comparisons only.
-
-    Example:
-        >>> from d2f.testing import tiny_spec
-        >>> useful_strategies(tiny_spec("qwen2"))
-        ['autoregressive']
-        >>> useful_strategies(tiny_spec("llada"))[:3]
-        ['pipelined', 'serial', 'vanilla']
-    """
-    if spec.architecture.causal:
-        return ["autoregressive"]
-    return [name for name in STRATEGIES if name not in ("autoregressive", "reference")]

@@ -1,19 +1,28 @@
-"""One request to the engine."""
+"""One request to the engine: what it asks, how far it is, what comes of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
 from d2f.decoding.alternatives import Alternatives as Alternatives
-from d2f.decoding.batch import BlockView, GenerationResult, cut_at_eos, decoded_prefix
-from d2f.decoding.strategies import STRATEGIES, check_options, check_strategy
+from d2f.decoding.batch import (
+    BlockView,
+    GenerationResult,
+    cut_at_eos,
+    decoded_prefix,
+    result_of,
+)
+from d2f.decoding.paged import RowRecord
+from d2f.decoding.rows import HostRow, RowRequest
+from d2f.decoding.strategies import Strategy, check_strategy, default_strategy, find_strategy
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.engine.policy import default_strategy
+from d2f.engine.stops import StopStrings
 from d2f.errors import RequestError, counted
 from d2f.models.spec import ModelSpec
 
@@ -130,13 +139,12 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
-    fixed: dict[str, Any] = dict(STRATEGIES[strategy].policy)
     return dataclasses.replace(
         request,
         prompt_ids=prompt,
         strategy=strategy,
         eos_token_id=eos_ids,
-        policy=dataclasses.replace(policy, **fixed),
+        policy=dataclasses.replace(policy, **find_strategy(strategy).fixes),
         stop=stop,
         # Whole numbers of any size are none to torch.
         temperature=float(request.temperature),
@@ -157,7 +165,7 @@ def check_request(request: Request) -> None:
     """
     _check_limit(request.max_new_tokens)
     if request.strategy is not None:
-        check_options(request.strategy, request.options)
+        find_strategy(request.strategy).read_options(request.options)
     _check_sampling(request)
     _stop_strings(request)
 
@@ -223,3 +231,155 @@ def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
             )
         numbers.append(number)
     return numbers
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """The tokenizer is the caller's; other requests have nothing to do with its errors."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
+
+
+@dataclass(kw_only=True, eq=False)
+class Task(HostRow):
+    """A request on its way through the engine: its progress, and what it holds."""
+
+    number: int
+    request: Request
+    """Resolved."""
+    strategy: Strategy
+    stops: StopStrings | None = None
+    """Where the request has any."""
+    row: int | None = None
+    """Its row on the device; None while it waits."""
+    pages: list[int] = field(default_factory=list)
+    num_in_flight: int = 0
+    """Steps that were started with it and not reported yet."""
+    stalled: bool = False
+    """It sat out the step last reported."""
+    fresh_prompt: bool = False
+    """Its prompt is being computed and may be kept for others."""
+    finished: bool = False
+    error: RequestError | None = None
+    final_blocks: list[BlockView] = field(default_factory=list)
+    """As they were at the end, of strategies without pages."""
+
+    @classmethod
+    def of(cls, number: int, request: Request, spec: ModelSpec, stops: StopStrings | None) -> Task:
+        """The task of a resolved request."""
+        strategy = find_strategy(request.strategy)
+        eos = request.eos_token_id
+        assert request.policy is not None and isinstance(eos, tuple)
+        asked = RowRequest(
+            prompt=request.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            policy=request.policy,
+            options=strategy.read_options(request.options).for_model(spec.architecture),
+            eos_token_ids=eos,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            seed=request.seed,
+            early_stop=request.early_stop,
+        )
+        return cls(number=number, request=request, strategy=strategy, stops=stops, asked=asked)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Those that end it."""
+        return self.asked.eos_token_ids
+
+    def clear(self) -> None:
+        """Make room for the response, of which nothing is decoded yet."""
+        length = self.asked.max_new_tokens
+        self.tokens, self.probabilities = [None] * length, [None] * length
+        self.alternatives = [()] * length if self.request.num_alternatives else []
+
+    def report(self, record: RowRecord) -> None:
+        """Take over what a step that ran it reports."""
+        self.stalled, self.state = False, record.state
+        for place, token, probability, alternatives in record.tokens:
+            self.tokens[place] = token
+            self.probabilities[place] = probability
+            if self.alternatives:
+                self.alternatives[place] = alternatives[: self.request.num_alternatives]
+
+    def decoded(self) -> list[int]:
+        """The response up to its first gap."""
+        return decoded_prefix(self.tokens)
+
+    @property
+    def ends_at_stop(self) -> bool:
+        """A stop string ends it; without `early_stop` it only cuts the finished response."""
+        return self.request.early_stop and bool(self.request.stop)
+
+    def reaches_stop(self) -> bool:
+        """Whether the response up to its first gap holds a stop string that ends it.
+
+        Raises:
+            RequestError: The tokenizer cannot decode it.
+        """
+        if self.stops is None or not self.ends_at_stop:
+            return False
+        with _decoding():
+            return self.stops.found(self.decoded())
+
+    def stop_at(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string behind which a running request goes on."""
+        if self.ends_at_stop:
+            return None
+        try:
+            return self._num_until_stop(token_ids)
+        except RequestError:  # its result will fail with the same
+            return None
+
+    def up_to_end(self, token_ids: list[int]) -> list[int]:
+        """Of a running request's tokens those that its result will have."""
+        token_ids, _ = cut_at_eos(token_ids, self.eos_token_ids)
+        return token_ids[: self.stop_at(token_ids)]
+
+    def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
+        """A response up to the token that completes a stop string, if there is one.
+
+        Raises:
+            RequestError: The tokenizer cannot decode it.
+        """
+        token_ids = result.token_ids
+        fewest = self._num_until_stop(token_ids)
+        if fewest is None:
+            return result
+        return dataclasses.replace(
+            result,
+            token_ids=token_ids[:fewest],
+            probabilities=result.probabilities[:fewest],
+            alternatives=result.alternatives[:fewest],
+            finish_reason="stop",
+        )
+
+    def _num_until_stop(self, token_ids: Sequence[int]) -> int | None:
+        """How many tokens complete a stop string; None: they have none."""
+        if self.stops is None:
+            return None
+        with _decoding():
+            return self.stops.num_tokens(token_ids)
+
+    def result(self) -> GenerationResult:
+        """The finished response, up to the first EOS or the token that completes a stop string.
+
+        Raises:
+            RequestError: The tokenizer cannot decode it.
+        """
+        return self.cut_at_stop(
+            result_of(
+                self.tokens,
+                self.probabilities,
+                self.eos_token_ids,
+                finite=True,
+                num_forwards=self.state.forwards,
+                num_query_tokens=self.state.queries,
+                alternatives=self.alternatives,
+            )
+        )

@@ -9,13 +9,19 @@ import time
 
 import torch
 
-from d2f.decoding.paged import StepShape
-from d2f.decoding.rows import RowSizes, RowStart, RowStorage
-from d2f.decoding.strategies import paged_decoder
+from d2f.decoding.paged import PagedDecoder, StepShape
+from d2f.decoding.rows import (
+    NEW_ROW,
+    HostRow,
+    RowRequest,
+    RowSizes,
+    RowStorage,
+    power_of_two,
+)
+from d2f.decoding.strategies import STRATEGIES, default_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.clock import StepClock
-from d2f.engine.runner import Pending, Runner
-from d2f.engine.sizing import power_of_two, round_up
+from d2f.engine.runner import Pending, Runner, captured_shape, round_up
 from d2f.errors import ConfigError, D2FError
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
@@ -89,11 +95,12 @@ class SteadyStep:
         )
         cache.kv_N2SKH.normal_()
         imposed = None if model.spec.architecture.causal else (0,)
-        decoder = paged_decoder(model, cache, operations, imposed)
-        self._shape = self._step_shape(page_size)
-        storage = self._filled_rows(*decoder.begin(self._row_start()), page_size, pages)
+        decode = STRATEGIES[default_strategy(model.spec, policy=True)].decoder_class
+        decoder: PagedDecoder = decode(model, cache, operations, imposed)
+        self._shape = self._step_shape(decoder)
+        storage = self._filled_rows(decoder, pages)
         self._runner = Runner(decoder, storage, use_graphs=self.on_gpu)
-        self._rows = [v for v in vars(storage.rows(batch_size)).values() if v is not None]
+        self._rows = storage.tensors()
         self._saved = [value.clone() for value in self._rows]
         start = time.perf_counter()
         self._check(self._start())
@@ -154,72 +161,71 @@ class SteadyStep:
         self._check(pending[-1])
         return milliseconds
 
+    def _step_shape(self, decoder: PagedDecoder) -> StepShape:
+        """As the engine sizes it: exact on a CPU, a captured shape on a GPU."""
+        page_size, tokens = decoder.cache.page_size, self.num_tokens
+        positions = self.max_positions if self.on_gpu else self.kv_length + self.window
+        max_end = -(-positions // page_size) * page_size
+        if self.on_gpu:
+            return captured_shape(
+                self.batch_size,
+                round_up(tokens),
+                self.window,
+                one_token=decoder.one_token,
+                max_rows=power_of_two(self.batch_size),
+                max_end=max_end,
+                least_count=1,
+            )
+        return StepShape(
+            num_rows=self.batch_size,
+            num_tokens=tokens,
+            num_candidates=self.batch_size if decoder.one_token else tokens,
+            max_count=self.window,
+            max_end=max_end,
+        )
+
     @torch.inference_mode()
     def _start(self) -> Pending:
         torch._foreach_copy_(self._rows, self._saved)
         return self._runner.start(self._shape)
 
     def _check(self, pending: Pending) -> None:
-        tables, _ = pending.read()
-        for table in tables[: self.batch_size]:
-            if not (table["ran"] and table["finite"]):
+        for record in pending.read()[: self.batch_size]:
+            if not (record.ran and record.finite):
                 raise D2FError("the measured step left a row out, or its logits are not finite")
 
-    def _row_start(self) -> RowStart:
-        causal = self.model.spec.architecture.causal
-        size = min(BLOCK_SIZE, self.window)
-        return RowStart(
-            prompt=[1] * self.kv_length,
-            max_new_tokens=self.window + causal,
-            policy=DecodingPolicy(block_size=size),
-            eos_token_ids=(),
+    def _row(self) -> HostRow:
+        """A row whose prompt is cached and whose blocks are all open."""
+        causal, size = self.model.spec.architecture.causal, min(BLOCK_SIZE, self.window)
+        return HostRow(
+            asked=RowRequest(
+                prompt=[1] * self.kv_length,
+                max_new_tokens=self.window + causal,
+                policy=DecodingPolicy(block_size=size),
+            ),
+            state=NEW_ROW._replace(forwards=1, opened=0 if causal else -(-self.window // size)),
             # Of an autoregressive model the last token is not cached yet.
-            tokens=[1] if causal else [None] * self.window,
-            num_opened=0 if causal else -(-self.window // size),
-            num_cached=self.kv_length,
+            tokens=[1, None] if causal else [None] * self.window,
         )
 
-    def _step_shape(self, page_size: int) -> StepShape:
-        """As the engine sizes it: exact on a CPU, in buckets on a GPU."""
-        rows, tokens, count, end = (
-            self.batch_size, self.num_tokens, self.window, self.kv_length + self.window,
-        )  # fmt: skip
-        if self.on_gpu:
-            rows, tokens = power_of_two(rows), round_up(tokens)
-            count = min(power_of_two(count), tokens)
-            end = self.max_positions
-        return StepShape(
-            num_rows=rows,
-            num_tokens=tokens,
-            num_candidates=rows if self.model.spec.architecture.causal else tokens,
-            max_count=count,
-            max_end=-(-end // page_size) * page_size,
-        )
-
-    def _filled_rows(
-        self, values: dict[str, int], fully: list[bool], page_size: int, pages: int
-    ) -> RowStorage:
-        start, spec = self._row_start(), self.model.spec
-        sizes = RowSizes.of(start)
-        if self.on_gpu:
-            sizes = RowSizes(**{name: power_of_two(value) for name, value in vars(sizes).items()})
-        storage = RowStorage(
-            sizes,
+    def _filled_rows(self, decoder: PagedDecoder, num_pages: int) -> RowStorage:
+        row, page_size = self._row(), decoder.cache.page_size
+        sizes = RowSizes.of(row.asked)
+        storage = RowStorage.for_model(
+            self.model,
+            sizes.rounded() if self.on_gpu else sizes,
             max_rows=self._shape.num_rows,
             num_pages=self._shape.max_end // page_size,
-            mask_token_id=spec.mask_token_id or 0,
-            boundary_size=spec.hidden_size if spec.architecture.shifted else None,
-            dtype=self.model.dtype,
-            device=self.model.device,
         )
-        for row in range(self.batch_size):
-            storage.write(row, start, values, fully)
+        state, fully = decoder.begin(row, self.kv_length)
+        for index in range(self.batch_size):
+            storage.write(index, row, state, fully, decoder.threshold(row.asked))
         # Rows that grew together: their pages alternate.
         storage.write_pages(
             [
                 (row, index, 1 + index * self.batch_size + row)
                 for row in range(self.batch_size)
-                for index in range(pages)
+                for index in range(num_pages)
             ]
         )
         boundary_BD = storage.rows(self.batch_size).boundary_BD

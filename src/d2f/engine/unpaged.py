@@ -14,10 +14,8 @@ from d2f.decoding.batch import (
     Sequences,
     decoded_prefix,
 )
-from d2f.decoding.strategies import STRATEGIES, start_batch
 from d2f.decoding.workspace import Workspace
-from d2f.engine.request import Progress, Request
-from d2f.engine.task import Task
+from d2f.engine.request import Progress, Task
 from d2f.errors import RequestError
 from d2f.models.transformer import Transformer
 
@@ -79,8 +77,13 @@ class UnpagedLane:
         if self._batch is not None and not any(self._rows):
             self._batch, self._rows = None, []
 
+    def check(self, task: Task) -> None:
+        """No request needs more than there is, as far as is known before it runs."""
+
     def view(self, task: Task) -> list[BlockView]:
         """The blocks of a request as they stand; none while it waits."""
+        if task.final_blocks:
+            return task.final_blocks
         if self._batch is None or task not in self._rows:
             return []
         return self._batch.view(self._rows.index(task))
@@ -114,17 +117,17 @@ class UnpagedLane:
     def _select(self) -> DecodingBatch | None:
         """The running batch, or a new one of compatible waiting requests."""
         if self._batch is None and self.waiting:
-            first, strategy = self.waiting[0].request, self.waiting[0].strategy
-            fits = [task for task in self.waiting if _same_settings(first, task.request)]
-            most = STRATEGIES[strategy].max_rows or self._max_rows
+            first = self.waiting[0]
+            fits = [task for task in self.waiting if _same_settings(first, task)]
+            most = first.strategy.max_rows or self._max_rows
             chosen = fits[: min(most, self._fitting_rows)]
-            requests = [task.request for task in chosen]
             self._rows = list(chosen)
             self.waiting = deque(task for task in self.waiting if task not in chosen)
             for task in chosen:
                 task.tokens = []
-            self._batch = start_batch(
-                strategy, self.model, _sequences(requests), first.options, self._workspace
+            start = first.strategy.decoder_class
+            self._batch = start(
+                self.model, _sequences(chosen), self._workspace, first.asked.options
             )
         return self._batch
 
@@ -144,7 +147,7 @@ class UnpagedLane:
         """Put the running requests back: their batch may be between two states, or be done."""
         tasks = [task for task in self._rows if task is not None and not task.finished]
         for task in reversed(tasks):
-            task.blocks, task.error = [], None
+            task.final_blocks, task.error = [], None
             if task not in self.waiting:
                 self.waiting.appendleft(task)
         self._batch, self._rows = None, []
@@ -163,7 +166,7 @@ class UnpagedLane:
                 result = task.cut_at_stop(batch.results([row])[0])
             except RequestError as error:
                 task.error = error
-            task.blocks = batch.view(row)
+            task.final_blocks = batch.view(row)
             self._on_done(task, result)
             task.finished = True
             self._rows[row] = None
@@ -184,27 +187,26 @@ def _stops(batch: DecodingBatch, row: int, task: Task) -> bool:
     return len(task.decoded()) > num_decoded and task.reaches_stop()
 
 
-def _sequences(requests: list[Request]) -> Sequences:
-    first = requests[0]
-    assert first.policy is not None and isinstance(first.eos_token_id, tuple)
+def _sequences(tasks: list[Task]) -> Sequences:
+    first = tasks[0].asked
     return Sequences(
-        prompts=[request.prompt_ids for request in requests],
-        max_new_tokens=[request.max_new_tokens for request in requests],
-        seeds=[request.seed for request in requests],
+        prompts=[task.asked.prompt for task in tasks],
+        max_new_tokens=[task.asked.max_new_tokens for task in tasks],
+        seeds=[task.asked.seed for task in tasks],
         policy=first.policy,
-        eos_token_ids=first.eos_token_id,
+        eos_token_ids=first.eos_token_ids,
         temperature=first.temperature,
         top_k=first.top_k,
         top_p=first.top_p,
         min_p=first.min_p,
-        num_alternatives=first.num_alternatives,
+        num_alternatives=tasks[0].request.num_alternatives,
         early_stop=first.early_stop,
     )
 
 
-def _same_settings(one: Request, other: Request) -> bool:
+def _same_settings(one: Task, other: Task) -> bool:
     names = (
         "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "min_p",
         "early_stop", "num_alternatives", "options",
     )  # fmt: skip
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    return all(getattr(one.request, name) == getattr(other.request, name) for name in names)

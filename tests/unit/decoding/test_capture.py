@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2f.decoding.canvas import Canvas
-from d2f.decoding.vanilla import ALGORITHMS
+from d2f.decoding.strategies import ALGORITHMS
 from d2f.decoding.workspace import Workspace
 from d2f.testing import tiny_model
 

@@ -7,7 +7,8 @@ import torch
 
 from d2f import Engine, EngineConfig, Request, generate_ids
 from d2f.decoding.batch import Sequences
-from d2f.decoding.dllm_cache import DLLMCacheBatch, RefreshSchedule
+from d2f.decoding.dllm_cache import DLLMCacheBatch
+from d2f.decoding.strategies import RefreshOptions
 from d2f.decoding.vanilla import transfer_plan
 from d2f.decoding.workspace import Workspace
 from d2f.diffusion.policy import DecodingPolicy
@@ -35,7 +36,7 @@ def start(model, sequences, workspace=None, **options):
     model.pack()
     # Padded, as where steps are captured.
     workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
-    return DLLMCacheBatch(model, sequences, workspace=workspace, **options)
+    return DLLMCacheBatch(model, sequences, workspace, RefreshOptions(**options))
 
 
 def decode(model, sequences, workspace=None, **options):
@@ -339,7 +340,7 @@ def test_bad_options_are_named(model, options, message):
     [(0.25, 32, 8), (0.25, 31, 7), (0.01, 8, 1), (0.0, 8, 0), (0.29, 100, 29), (1, 7, 7)],
 )
 def test_the_share_is_rounded_down(share, length, tokens):
-    assert RefreshSchedule(refresh_share=share).num_tokens(length) == tokens
+    assert RefreshOptions(refresh_share=share).num_tokens(length) == tokens
 
 
 def test_no_step_waits_for_the_host(family):

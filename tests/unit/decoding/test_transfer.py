@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2f.decoding.strategies import ALGORITHMS, VanillaOptions
 from d2f.decoding.transfer import keep_above, keep_best, keep_by_factor
-from d2f.decoding.vanilla import ALGORITHMS, transfer_plan, vanilla_plan
+from d2f.decoding.vanilla import transfer_plan, vanilla_plan
 from d2f.ops.sampling import uniform_noise
 
 FAST = settings(max_examples=100, deadline=None, derandomize=True)
@@ -69,14 +70,15 @@ def test_transfer_plan_counts_every_token_once():
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 80])
 @pytest.mark.parametrize("algorithm", ALGORITHMS[1:4])
 def test_plans_of_dream_keep_every_token_once(algorithm, num_steps):
-    plan = vanilla_plan(50, num_steps=num_steps, algorithm=algorithm)
+    plan = vanilla_plan(50, VanillaOptions(num_steps=num_steps, algorithm=algorithm))
     assert len(plan) == num_steps
     assert {(start, end) for start, end, _ in plan} == {(0, 50)}
     assert sum(count for _, _, count in plan) == 50
 
 
 def test_eps_is_where_time_ends():
-    share = [p for _, _, p in vanilla_plan(50, num_steps=2, algorithm="origin", eps=0.5)]
+    options = VanillaOptions(num_steps=2, algorithm="origin", eps=0.5)
+    share = [p for _, _, p in vanilla_plan(50, options)]
     assert share == [pytest.approx(0.25), 1.0]
 
 

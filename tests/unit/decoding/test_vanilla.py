@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.unit.decoding.unpaged import run, sequences, start, summary
 
 from d2f import generate_ids
-from d2f.decoding.vanilla import ALGORITHMS
+from d2f.decoding.strategies import ALGORITHMS
 from d2f.decoding.workspace import Workspace
 from d2f.errors import RequestError
 from d2f.testing import tiny_model

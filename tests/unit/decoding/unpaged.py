@@ -4,7 +4,7 @@ import torch
 
 from d2f import DecodingPolicy
 from d2f.decoding.batch import Sequences
-from d2f.decoding.strategies import start_batch
+from d2f.decoding.strategies import STRATEGIES
 from d2f.decoding.workspace import Workspace
 
 
@@ -22,7 +22,9 @@ def sequences(prompts, limits, eos=(), **settings):
 def start(model, strategy, batch, workspace=None, **options):
     model.pack()
     workspace = workspace or Workspace(torch.device("cpu"))
-    return start_batch(strategy, model, batch, options, workspace)
+    record = STRATEGIES[strategy]
+    read = record.read_options(options).for_model(model.spec.architecture)
+    return record.decoder_class(model, batch, workspace, read)
 
 
 def run(model, strategy, batch, workspace=None, **options):

@@ -5,7 +5,14 @@ import random
 import pytest
 import torch
 from tests.unit.decoding.unpaged import run, sequences, summary
-from tests.unit.engine.workload import cached_model, check_answers, drive, make_engine, random_cases
+from tests.unit.engine.workload import (
+    cached_model,
+    check_answers,
+    drive,
+    lane_of,
+    make_engine,
+    random_cases,
+)
 
 from d2f.decoding.workspace import Workspace
 from d2f.ops.backend import select_backend
@@ -21,7 +28,7 @@ def test_kernels_answer_as_the_oracle(name):
     model = cached_model(name) if DEVICE == "cpu" else tiny_model(name).to(DEVICE)
     engine = make_engine(model, 200, backend="triton", overlap=True, page_size=16, max_batch_size=4)
     # What was never written must never be read.
-    engine._paged.decoder.cache.kv_N2SKH[:, :, 16:] = torch.nan
+    lane_of(engine).decoder.cache.kv_N2SKH[:, :, 16:] = torch.nan
     outputs = drive(engine, cases, random.Random(0), burst=5)
     assert len(outputs) == len(cases)
     check_answers(outputs, cases)

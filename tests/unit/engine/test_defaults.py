@@ -7,7 +7,7 @@ import json
 import pytest
 
 import d2f
-from d2f.decoding.vanilla import ALGORITHMS
+from d2f.decoding.strategies import ALGORITHMS
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
 from d2f.engine.policy import default_limit, default_strategy

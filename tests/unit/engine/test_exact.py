@@ -16,6 +16,7 @@ from tests.unit.engine.workload import (
     check_idle,
     check_pages,
     drive,
+    lane_of,
     make_engine,
     pages_for,
     random_cases,
@@ -117,7 +118,7 @@ def test_aborts_and_few_pages_change_no_answer(name, overlap, monkeypatch):
     engine = make_engine(
         cached_model(name), pages_for(cases, 4) + 3, overlap=overlap, max_batch_size=9
     )
-    pool, cache = engine._paged.pool, engine._paged.decoder.cache
+    pool, cache = lane_of(engine).pool, lane_of(engine).decoder.cache
     release = pool.release
 
     def spoil(pages):
@@ -142,7 +143,7 @@ def test_many_preemptions_lose_nothing(name, overlap):
     engine = make_engine(
         cached_model(name), pages_for(cases, 1), overlap=overlap, page_size=1, max_batch_size=12
     )
-    lane, rng = engine._paged, random.Random(name)
+    lane, rng = lane_of(engine), random.Random(name)
     oldest: list[tuple[int, int]] = []
 
     def watch():
@@ -151,8 +152,8 @@ def test_many_preemptions_lose_nothing(name, overlap):
         if alive and not overlap:
             first = min(alive, key=lambda task: task.number)
             # Whoever is oldest ran in this step, however few pages there are.
-            assert (first.number, first.num_forwards) not in oldest
-            oldest.append((first.number, first.num_forwards))
+            assert (first.number, first.state.forwards) not in oldest
+            oldest.append((first.number, first.state.forwards))
 
     rounds = 0
     while lane.num_preemptions < 25:
@@ -194,7 +195,7 @@ def test_rows_that_do_not_fit_sit_out(name, pages, monkeypatch):
     engine = make_engine(
         cached_model(name), pages, overlap=True, max_batch_size=16, prefill_tokens=32
     )
-    lane, bucket = engine._paged, PagedLane._bucket
+    lane, bucket = lane_of(engine), PagedLane._bucket
     too_small = stalls = 0
 
     def small_bucket(self, counts):

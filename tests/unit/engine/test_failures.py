@@ -12,6 +12,7 @@ from tests.unit.engine.workload import (
     check_idle,
     check_pages,
     drive,
+    lane_of,
     make_engine,
     random_cases,
 )
@@ -187,7 +188,7 @@ def test_requests_join_together_after_a_lone_prompt_that_was_too_much(monkeypatc
     for token in (1, 2):
         engine.add(Request(prompt_ids=[token], max_new_tokens=30, eos_token_id=()))
     engine.step()
-    assert len(engine._paged.running) == 2
+    assert len(lane_of(engine).running) == 2
 
 
 def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):

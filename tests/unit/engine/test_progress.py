@@ -3,7 +3,13 @@
 import itertools
 
 import pytest
-from tests.unit.engine.workload import check_idle, check_pages, check_probabilities, make_engine
+from tests.unit.engine.workload import (
+    check_idle,
+    check_pages,
+    check_probabilities,
+    lane_of,
+    make_engine,
+)
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request
 from d2f.decoding.strategies import STRATEGIES
@@ -194,12 +200,14 @@ def test_status_follows_requests_that_wait_run_and_are_aborted(overlap):
     for number in (numbers[-1], numbers[1]):
         assert engine.abort(number)
     assert counts()[:2] == (1, 3)
-    assert len(engine._paged.prompts) == 1
+    assert len(lane_of(engine).prompts) == 1
     for number in numbers:
         engine.abort(number)
     assert counts() == (0, 0, 40)
-    assert len(engine._paged.prompts) == 1, "a kept prompt's pages are free for whoever wants them"
-    assert engine._paged.pool.num_free < 40
+    assert len(lane_of(engine).prompts) == 1, (
+        "a kept prompt's pages are free for whoever wants them"
+    )
+    assert lane_of(engine).pool.num_free < 40
     assert engine.step() == []
     check_idle(engine)
 

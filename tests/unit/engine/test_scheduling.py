@@ -12,6 +12,7 @@ from tests.unit.engine.workload import (
     check_answers,
     check_idle,
     drive,
+    lane_of,
     make_engine,
     random_cases,
 )
@@ -62,14 +63,14 @@ def test_a_prompt_is_computed_once(name, strategy, length, overlap):
     engine.step()
     numbers = [first, *(engine.add(case.request) for case in cases[1:])]
     engine.step()
-    assert len(engine._paged.running) == 4, "what is cached need not wait for anything"
+    assert len(lane_of(engine).running) == 4, "what is cached need not wait for anything"
     results = run(engine, numbers)
     computed_again = 1 if strategy == "autoregressive" else 0
     for index, (result, case) in enumerate(zip(results, cases, strict=True)):
         assert result.token_ids == case.result.token_ids
         saved = 0 if index == 0 else length - computed_again
         assert result.num_query_tokens == case.result.num_query_tokens - saved
-    assert len(engine._paged.prompts) == 1
+    assert len(lane_of(engine).prompts) == 1
     check_idle(engine)
 
 
@@ -106,7 +107,7 @@ def test_requests_without_a_prompt_join_together():
     engine = make_engine(model)
     numbers = [engine.add(request_of([])) for _ in range(5)]
     engine.step()
-    assert len(engine._paged.running) == 5
+    assert len(lane_of(engine).running) == 5
     results = run(engine, numbers)
     assert results == [results[0]] * 5
     check_idle(engine)
@@ -122,14 +123,15 @@ def test_joining_requests_keep_to_the_budget(budget, overlap, monkeypatch):
     engine = make_engine(model, overlap=overlap, prefill_tokens=budget, max_batch_size=32)
     prompts = [[rng.randrange(94) for _ in range(rng.choice([2, 9, 30]))] for _ in range(30)]
     numbers = [engine.add(request_of(prompt)) for prompt in prompts]
-    admit, joining = engine._paged._admit, []
+    lane = lane_of(engine)
+    admit, joining = lane._admit, []
 
     def watch():
         joined = admit()
-        joining.append([task.end - task.start for task in joined])
+        joining.append([task.state.end - task.state.start for task in joined])
         return joined
 
-    monkeypatch.setattr(engine._paged, "_admit", watch)
+    monkeypatch.setattr(lane, "_admit", watch)
     run(engine, numbers)
     assert sum(map(len, joining)) >= 30
     for counts in joining:
@@ -138,15 +140,14 @@ def test_joining_requests_keep_to_the_budget(budget, overlap, monkeypatch):
 
 
 def test_a_row_longer_than_the_step_allows_sits_out():
-    from d2f.decoding.rows import RowSizes, RowStart, RowStorage
+    from d2f.decoding.rows import NEW_ROW, HostRow, RowRequest, RowSizes, RowStorage
     from d2f.ops.packed import pack_tokens
 
     sizes = RowSizes(num_blocks=4, block_size=4, prompt_length=2, num_eos=1)
     storage = RowStorage(sizes, max_rows=4, num_pages=8, mask_token_id=94)
     for row, end in enumerate((5, 14, 4)):
-        start = RowStart(prompt=[1, 2], max_new_tokens=16, policy=POLICY, eos_token_ids=())
-        values = {"opened": 1, "complete": 0, "start": 2, "end": end}
-        storage.write(row, start, values, [True])
+        sequence = HostRow(asked=RowRequest(prompt=[1, 2], max_new_tokens=16, policy=POLICY))
+        storage.write(row, sequence, NEW_ROW._replace(start=2, end=end, opened=1), [True], 0.9)
     settings = {"page_size": 4, "max_end": 18, "prefill": False, "causal": False}
     rows = storage.rows(4)
     packing = pack_tokens(rows, num_tokens=16, max_count=4, **settings)
@@ -164,7 +165,7 @@ def test_whoever_sits_out_at_first_may_be_preempted(name, strategy, overlap):
     model = cached_model(name)
     engine = make_engine(model, overlap=overlap)
     number = engine.add(request_of([1, 2, 3], strategy))
-    lane = engine._paged
+    lane = lane_of(engine)
     lane._select()
     # It has a row and pages, but no forward yet.
     lane._preempt(lane.running[0])
@@ -213,7 +214,7 @@ def test_a_dropped_engine_frees_its_cache_at_once():
     try:
         engine = make_engine(tiny_model("llada"))
         engine.generate([request_of([1, 2])])
-        reference = weakref.ref(engine._paged.decoder.cache)
+        reference = weakref.ref(lane_of(engine).decoder.cache)
         del engine
         assert reference() is None
     finally:
@@ -249,5 +250,5 @@ def test_closing_twice_is_fine_and_forgets_everything():
     engine.step()
     engine.close()
     engine.close()
-    assert engine._lanes == []
+    assert not engine._lanes
     assert torch.is_tensor(engine.model.embed.weight)

@@ -149,7 +149,7 @@ def test_an_answer_that_cannot_be_decoded_fails_alone():
 def test_every_option_of_every_strategy_is_known_by_its_kind(model):
     values = {"algorithm": [], "eps": "x", "threshold": "x", "factor": "x", "refresh_share": "x"}
     for strategy, facts in STRATEGIES.items():
-        for option in facts.options:
+        for option in facts.option_kinds:
             options = {option: values.get(option, 1.5)}
             with pytest.raises(ValueError, match=f"strategy {strategy}: {option} is"):
                 Engine(model).add(request_of([1], 4, strategy, options=options))

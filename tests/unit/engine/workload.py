@@ -12,6 +12,7 @@ import torch
 from d2f import DecodingPolicy, Engine, EngineConfig, Request
 from d2f.decoding.batch import BlockState, GenerationResult, Sequences, cut_at_eos
 from d2f.decoding.reference import ReferenceSequence
+from d2f.decoding.strategies import STRATEGIES, default_strategy
 from d2f.diffusion.policy import CONFIDENCES
 from d2f.engine.request import Output, resolve
 from d2f.models.cache import PagedCache
@@ -265,9 +266,14 @@ def check_probabilities(token_ids, probabilities) -> None:
         assert probability is None or 0 < probability <= 1
 
 
+def lane_of(engine: Engine, strategy: str | None = None):
+    """The lane that runs a strategy, or the model's own, on pages."""
+    return engine._lane(STRATEGIES[strategy or default_strategy(engine.model.spec)])
+
+
 def check_pages(engine: Engine) -> None:
     """Every page is free or held by exactly those that are known to hold it."""
-    lane = engine._paged
+    lane = lane_of(engine)
     held: dict[int, int] = {}
     status = engine.status()
     assert (status.num_waiting, status.num_running) == (len(lane.waiting), len(lane.running))
@@ -290,7 +296,7 @@ def check_pages(engine: Engine) -> None:
 def check_idle(engine: Engine) -> None:
     """Nothing is left but prompts that may be used again."""
     check_pages(engine)
-    lane = engine._paged
+    lane = lane_of(engine)
     # What was aborted last may still be on its way.
     while lane.busy:
         lane.step()

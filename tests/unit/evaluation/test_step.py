@@ -100,17 +100,17 @@ def test_a_steady_step_does_the_same_each_time(name, window):
     step = SteadyStep(tiny_model(name), batch_size=3, window=window, kv_length=19, page_size=4)
     for _ in range(2):
         assert len(step.run(2)) == 2
-        tables, tokens = step._start().read()
-        assert [table["queries"] for table in tables] == [window] * 3
+        records = step._start().read()
+        assert [record.state.queries for record in records] == [window] * 3
         # The forced token of each row, and no other.
-        assert [token.row for token in tokens] == [0, 1, 2]
+        assert [len(record.tokens) for record in records] == [1, 1, 1]
 
 
 def test_a_steady_autoregressive_step():
     step = SteadyStep(tiny_model("qwen2"), batch_size=2, window=1, kv_length=19)
-    tables, tokens = step._start().read()
-    assert [(table["start"], table["end"]) for table in tables] == [(20, 21)] * 2
-    assert [token.place for token in tokens] == [1, 1]
+    records = step._start().read()
+    assert [(record.state.start, record.state.end) for record in records] == [(20, 21)] * 2
+    assert [token.place for record in records for token in record.tokens] == [1, 1]
     assert measure_step(step, RATES, num_steps=2).strategy == "autoregressive"
 
 
@@ -189,7 +189,7 @@ def test_the_engine_under_the_clock():
     assert 0 <= report["idle_share"] <= report["idle_share_at_most"] + 1e-9 <= 1
     assert report["host_ms_per_step"] > 0
     # Off again.
-    assert engine._paged.runner.clock is None
+    assert engine._clock is None
 
 
 def test_rates_of_this_machine():
