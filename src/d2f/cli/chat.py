@@ -8,34 +8,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from d2f.cli.console import explain_blank, log, out, say
 from d2f.cli.decoding_options import (
-    ActivateOption,
     AdapterOption,
-    AddOption,
-    BlockSizeOption,
-    ConfidenceOption,
     DeviceOption,
     DtypeOption,
     EosOption,
     LimitOption,
-    LiveBlocksOption,
     ModelOption,
     ReplaceEosOption,
     SeedOption,
     StrategyOption,
     TemperatureOption,
-    ThresholdOption,
     check_choices,
     check_fit,
     chosen_policy,
     default_strategy,
     given,
     load_answerer,
+    with_decoding_options,
 )
 from d2f.cli.usage import usage
 from d2f.errors import D2FError, RequestError, counted, unknown_name
@@ -75,17 +70,14 @@ _COMMANDS = {
 }
 
 
+@with_decoding_options
 def chat_command(
+    *,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     strategy: StrategyOption = None,
     max_new_tokens: LimitOption = None,
-    block_size: BlockSizeOption = None,
-    add_threshold: AddOption = None,
-    activate_threshold: ActivateOption = None,
-    confidence_threshold: ThresholdOption = None,
-    confidence: ConfidenceOption = None,
-    max_live_blocks: LiveBlocksOption = None,
+    changed: dict[str, Any],
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     history: HistoryOption = None,
@@ -104,14 +96,6 @@ def chat_command(
 
     Example:  d2f chat --strategy serial --slow 0.5
     """
-    changed = given(
-        block_size=block_size,
-        add_threshold=add_threshold,
-        activate_threshold=activate_threshold,
-        confidence_threshold=confidence_threshold,
-        confidence=confidence,
-        max_live_blocks=max_live_blocks,
-    )
     from d2f.engine.request import Request
 
     asked = Request(

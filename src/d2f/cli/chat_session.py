@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.policy import changed_policy, check_decoding, default_limit, unheeded
+from d2f.engine.policy import (
+    changed_policy,
+    check_decoding,
+    default_limit,
+    unheeded,
+    useful_strategies,
+)
 from d2f.engine.request import Request, resolve
 from d2f.errors import ConfigError, RequestError
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
-
-RACERS = (
-    "pipelined", "serial", "autoregressive", "parallel", "prefix-cache", "dual-cache",
-    "dllm-cache", "vanilla",
-)  # fmt: skip
-"""Strategies that a race tries; the oracle would only show that it is slow."""
 
 
 @dataclass(kw_only=True)
@@ -150,7 +150,7 @@ class ChatSession:
         own = self.request(message)
         resolve(own, self.model.spec)
         requests = {}
-        for name in RACERS:
+        for name in useful_strategies(self.model.spec):
             options = self.options if name == self.strategy else {}
             request = self._request(own.prompt_ids, name, options)
             # What one strategy cannot do is no reason to keep the others from it.

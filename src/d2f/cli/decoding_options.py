@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from d2f.cli.usage import UsageError, usage
+from d2f.decoding.strategies import STRATEGIES, check_strategy, unheeded
+from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import counted
 from d2f.shipped import PREFIX
 
 if TYPE_CHECKING:
-    from d2f.diffusion.policy import DecodingPolicy
     from d2f.engine.request import Request
     from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
@@ -29,63 +32,13 @@ AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        help="pipelined, serial, autoregressive, vanilla, parallel, prefix-cache, dual-cache, "
-        "dllm-cache or reference. Default: pipelined; autoregressive for such a model; vanilla for "
-        "a diffusion model that was not distilled."
+        help=f"{', '.join(STRATEGIES)}. Default: pipelined; autoregressive for such a model; "
+        "vanilla for a diffusion model that was not distilled."
     ),
 ]
 LimitOption = Annotated[
     int | None,
     typer.Option(help="Most tokens of the response. Default: what the model names, else 256."),
-]
-BlockSizeOption = Annotated[int | None, typer.Option(help="Tokens of a block.")]
-AddOption = Annotated[
-    float | None, typer.Option(help="Open a block at this decoded share of the last.")
-]
-ActivateOption = Annotated[
-    float | None, typer.Option(help="Fully active at this share of the predecessor.")
-]
-ThresholdOption = Annotated[
-    float | None, typer.Option(help="Accept tokens above this probability.")
-]
-ConfidenceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What ranks the token that a block must accept: probability, margin or neg_entropy."
-    ),
-]
-LiveBlocksOption = Annotated[int | None, typer.Option(help="Most blocks open and not cached.")]
-StepsOption = Annotated[int | None, typer.Option(help="vanilla, dllm-cache: forwards in all.")]
-BlockLengthOption = Annotated[
-    int | None,
-    typer.Option(
-        help="vanilla, parallel, prefix-cache, dual-cache, dllm-cache: tokens of a block."
-    ),
-]
-AlgorithmOption = Annotated[
-    str | None,
-    typer.Option(
-        help="vanilla: low_confidence (LLaDA's own), maskgit_plus, topk_margin, entropy (Dream's "
-        "own) or origin. Default: the model's own."
-    ),
-]
-EpsOption = Annotated[float | None, typer.Option(help="vanilla: where Dream's time ends.")]
-SureOption = Annotated[
-    float | None,
-    typer.Option(help="parallel, prefix-cache, dual-cache: keep tokens of this probability."),
-]
-FactorOption = Annotated[
-    float | None,
-    typer.Option(help="parallel, prefix-cache, dual-cache: keep as many as this factor allows."),
-]
-PromptIntervalOption = Annotated[
-    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the prompt.")
-]
-ResponseIntervalOption = Annotated[
-    int | None, typer.Option(help="dllm-cache: forwards between refreshes of the response.")
-]
-RefreshShareOption = Annotated[
-    float | None, typer.Option(help="dllm-cache: share of the response computed in between.")
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
 TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
@@ -116,6 +69,17 @@ DtypeOption = Annotated[
 ]
 
 
+_POLICY_HELP = {
+    "block_size": "Tokens of a block.",
+    "add_threshold": "Open a block at this decoded share of the last.",
+    "activate_threshold": "Fully active at this share of the predecessor.",
+    "confidence_threshold": "Accept tokens above this probability.",
+    "confidence": "What ranks the token that a block must accept: probability, margin or "
+    "neg_entropy.",
+    "max_live_blocks": "Most blocks open and not cached.",
+}
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given: those that are not None.
 
@@ -124,6 +88,64 @@ def given(**options: Any) -> dict[str, Any]:
         {'block_size': 8}
     """
     return {name: value for name, value in options.items() if value is not None}
+
+
+def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with an option for each field of a policy, and for each option of a strategy.
+
+    In place of the first it takes a dict `changed`, in place of the second, if it has them, a dict
+    `options`; both hold what was given.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {"changed": _policy_options(), "options": _strategy_options()}
+    spread = {name: options for name, options in groups.items() if name in signature.parameters}
+    parameters = [
+        one
+        for name, parameter in signature.parameters.items()
+        for one in spread.get(name, [parameter])
+    ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, options in spread.items():
+            values[name] = given(**{one.name: values.pop(one.name) for one in options})
+        command(**values)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _option(name: str, kind: type, help: str) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(help=help)]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _policy_options() -> list[inspect.Parameter]:
+    kinds = get_type_hints(DecodingPolicy)
+    return [
+        _option(name, (get_args(kinds[name]) or (kinds[name],))[0], help)
+        for name, help in _POLICY_HELP.items()
+    ]
+
+
+def _strategy_options() -> list[inspect.Parameter]:
+    """One for each name; strategies that take the same one share it."""
+    kinds: dict[str, type] = {}
+    takers: dict[str, dict[str, list[str]]] = {}
+    for strategy in STRATEGIES.values():
+        kinds |= strategy.option_kinds
+        for one in fields(strategy.options):
+            helps = takers.setdefault(one.name, {})
+            helps.setdefault(one.metadata["help"], []).append(strategy.name)
+    return [
+        _option(
+            name, kinds[name], " ".join(f"{', '.join(who)}: {help}." for help, who in of.items())
+        )
+        for name, of in takers.items()
+    ]
 
 
 def check_choices(request: Request, strategy: str | None, changed: dict[str, Any]) -> None:
@@ -137,7 +159,6 @@ def check_choices(request: Request, strategy: str | None, changed: dict[str, Any
     Raises:
         UsageError: An unknown strategy, option or field of the policy, or a bad value.
     """
-    from d2f.diffusion.policy import DecodingPolicy
     from d2f.engine.request import check_request
 
     with usage():
@@ -155,8 +176,6 @@ def check_fit(spec: ModelSpec, request: Request) -> None:
     Raises:
         UsageError: They do not fit.
     """
-    from d2f.decoding.strategies import check_strategy
-
     assert request.strategy is not None
     if request.max_new_tokens > spec.max_positions:
         raise UsageError(
@@ -233,8 +252,6 @@ def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> De
 
 
 def _check_heeded(strategy: str, changed: dict[str, Any]) -> None:
-    from d2f.engine.policy import unheeded
-
     useless = unheeded(strategy, changed)
     if useless:
         options = ", ".join("--" + name.replace("_", "-") for name in useless)

@@ -26,36 +26,22 @@ from d2f.cli.bulk_options import (
 from d2f.cli.command import Command
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
-    ActivateOption,
     AdapterOption,
-    AddOption,
-    AlgorithmOption,
-    BlockLengthOption,
-    BlockSizeOption,
     ChatOption,
-    ConfidenceOption,
     DeviceOption,
     DtypeOption,
     EosOption,
-    EpsOption,
-    FactorOption,
     LimitOption,
-    LiveBlocksOption,
     MinPOption,
     ModelOption,
-    PromptIntervalOption,
-    RefreshShareOption,
     ReplaceEosOption,
-    ResponseIntervalOption,
     SeedOption,
-    StepsOption,
     StrategyOption,
-    SureOption,
     TemperatureOption,
-    ThresholdOption,
     TopKOption,
     TopPOption,
     given,
+    with_decoding_options,
 )
 from d2f.cli.usage import UsageError
 from d2f.errors import RequestError, counted
@@ -119,27 +105,16 @@ def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
     return [*options, "--", *prompts] if prompts else options
 
 
+@with_decoding_options
 def generate_command(
+    *,
     prompt: PromptArgument = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     strategy: StrategyOption = None,
     max_new_tokens: LimitOption = None,
-    block_size: BlockSizeOption = None,
-    add_threshold: AddOption = None,
-    activate_threshold: ActivateOption = None,
-    confidence_threshold: ThresholdOption = None,
-    confidence: ConfidenceOption = None,
-    max_live_blocks: LiveBlocksOption = None,
-    num_steps: StepsOption = None,
-    block_length: BlockLengthOption = None,
-    algorithm: AlgorithmOption = None,
-    eps: EpsOption = None,
-    threshold: SureOption = None,
-    factor: FactorOption = None,
-    prompt_interval: PromptIntervalOption = None,
-    response_interval: ResponseIntervalOption = None,
-    refresh_share: RefreshShareOption = None,
+    changed: dict[str, Any],
+    options: dict[str, Any],
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
@@ -177,25 +152,6 @@ def generate_command(
         prompt, source, output, columns=column, num_samples=n, batch_size=batch_size,
         fresh=fresh, stream=stream, as_json=as_json,
     )  # fmt: skip
-    changed = given(
-        block_size=block_size,
-        add_threshold=add_threshold,
-        activate_threshold=activate_threshold,
-        confidence_threshold=confidence_threshold,
-        confidence=confidence,
-        max_live_blocks=max_live_blocks,
-    )
-    options = given(
-        num_steps=num_steps,
-        block_length=block_length,
-        algorithm=algorithm,
-        eps=eps,
-        threshold=threshold,
-        factor=factor,
-        prompt_interval=prompt_interval,
-        response_interval=response_interval,
-        refresh_share=refresh_share,
-    )
     from d2f.engine.request import Request
 
     request = Request(

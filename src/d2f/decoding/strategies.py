@@ -63,6 +63,9 @@ def _check_blocks(num_steps: int | None, block_length: int | None) -> None:
 class VanillaOptions(Options):
     """Options of LLaDA's and Dream's own samplers.
 
+    `low_confidence` alone has blocks, of 32 tokens unless said otherwise. `eps` (0.001), where the
+    time of the last step ends, belongs to the other algorithms.
+
     Example:
         >>> VanillaOptions(num_steps=8).sampler
         'low_confidence'
@@ -116,6 +119,9 @@ class VanillaOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class FastOptions(Options):
     """Options of Fast-dLLM's samplers.
+
+    Tokens are kept whose probability is at least the threshold, 0.9 unless a factor is given: then
+    the n surest are, for the largest n with (n + 1) (1 - the n-th probability) < factor.
 
     Example:
         >>> FastOptions(block_length=16, factor=1.5).threshold is None
@@ -275,7 +281,6 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy(
             name="autoregressive", decoder="autoregressive:AutoregressiveDecoder", causal=True
         ),
-        Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
         _fast("parallel", "FastBatch"),
         _fast("prefix-cache", "PrefixCacheBatch"),
         _fast("dual-cache", "DualCacheBatch"),
@@ -285,6 +290,7 @@ STRATEGIES: dict[str, Strategy] = {
             options=RefreshOptions,
             max_rows=1,
         ),
+        Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
         Strategy(
             name="reference",
             decoder="reference:ReferenceBatch",
@@ -382,8 +388,8 @@ def useful_strategies(spec: ModelSpec) -> list[str]:
         >>> from d2f.testing import tiny_spec
         >>> useful_strategies(tiny_spec("qwen2"))
         ['autoregressive']
-        >>> useful_strategies(tiny_spec("llada"))[:3]
-        ['pipelined', 'serial', 'vanilla']
+        >>> useful_strategies(tiny_spec("llada"))[:2]
+        ['pipelined', 'serial']
     """
     return [
         strategy.name

@@ -62,24 +62,15 @@ def generate_ids(
             defaults.
         max_new_tokens: Exact upper bound of each response.
         eos_token_id: One or several; None: the model's own, `()`: none.
-        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`; `reference`,
-            the pipeline without a cache, slow; and with options of their own `vanilla`, LLaDA's and
-            Dream's samplers; Fast-dLLM's `parallel`, `prefix-cache`, `dual-cache`; `dllm-cache`.
+        strategy: `pipelined`; `serial`, one block after the other; `autoregressive`; `vanilla`,
+            LLaDA's and Dream's samplers; or another name in `d2f.decoding.strategies.STRATEGIES`.
             None: what suits the model (`d2f.engine.policy.default_strategy`).
         early_stop: End once everything before an accepted EOS is decoded; False decodes every
             block that was opened, as the original does. The tokens are the same.
         strategy_options: `temperature`, `top_k`, `top_p`, `min_p`, `seed` and `num_alternatives`
-            for every strategy, as in `Request`. An option without effect is refused by name.
-
-            - `vanilla`: `num_steps`, forwards (one per token); `algorithm`, LLaDA's own
-              `low_confidence`, Dream's own `entropy`, or `maskgit_plus`, `topk_margin`, `origin`;
-              `block_length` (32) of the first; `eps` (0.001), where the others' time ends.
-            - `parallel`, `prefix-cache`, `dual-cache`: `block_length` (32), and `threshold` (0.9),
-              the probability from which tokens are kept, or `factor`: keep the n surest for the
-              largest n with (n + 1) (1 - the n-th probability) < factor.
-            - `dllm-cache`: `num_steps`, `block_length`, `prompt_interval` and `response_interval`,
-              forwards from one refresh of the prompt or response to the next, and
-              `refresh_share`, the share of the response that is computed in between.
+            for every strategy, as in `Request`; and the strategy's own, such as `num_steps` of
+            `vanilla`, which are the fields of `VanillaOptions` and its like in
+            `d2f.decoding.strategies`. An option without effect is refused by name.
 
     Returns:
         A result, or a list of results for a list of prompts.

@@ -141,7 +141,8 @@ class RowSettings:
             )
         object.__setattr__(self, "method", self.method or self.name)
         object.__setattr__(self, "label", self.label or self.name)
-        one_of("method", self.method, tuple(METHODS))
+        if self.method != self.strategy:
+            one_of("method", self.method, tuple(METHODS))
         check_limit(self.max_new_tokens)
         for name in ("num_problems", "speed_problems", "speed_batch_size"):
             at_least(name, getattr(self, name), 1)
