@@ -1,6 +1,7 @@
 """What goes wrong with one request is that request's alone."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.unit.engine.workload import (
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
 from d2f.decoding.pipelined import PipelinedDecoder
 from d2f.decoding.rows import RowStorage
+from d2f.engine.paged import LEAST_ALONE
 from d2f.engine.pages import PromptCache
 from d2f.engine.runner import Pending
 from d2f.errors import ConfigError, D2FError, RequestError
@@ -189,6 +191,28 @@ def test_requests_join_together_after_a_lone_prompt_that_was_too_much(monkeypatc
         engine.add(Request(prompt_ids=[token], max_new_tokens=30, eos_token_id=()))
     engine.step()
     assert len(lane_of(engine).running) == 2
+
+
+def test_requests_join_together_again_once_steps_went_well(monkeypatch):
+    engine = make_engine(without_memory_for_long(tiny_model("llada"), monkeypatch))
+    lane, slow = lane_of(engine), DecodingPolicy(block_size=4, confidence_threshold=1.0)
+
+    def join(*tokens):
+        before = len(lane.running)
+        for token in tokens:
+            request = Request(prompt_ids=[token], max_new_tokens=99, policy=slow, eos_token_id=())
+            engine.add(replace(request, strategy="serial"))
+        engine.step()
+        return len(lane.running) - before
+
+    engine.add(LONG)
+    join(1, 2)  # memory runs out
+    while not engine.step():
+        pass
+    assert join(3, 4) == 1
+    for _ in range(LEAST_ALONE):
+        engine.step()
+    assert join(5, 6, 7) == 3
 
 
 def test_a_batch_without_pages_that_breaks_off_starts_again(monkeypatch):
