@@ -16,6 +16,7 @@ from d2f.decoding import rules
 from d2f.decoding.batch import BlockState, BlockView
 from d2f.decoding.paged import PagedDecoder, StepShape, make_record
 from d2f.decoding.rows import UNBOUNDED, HostRow, RowRequest, Rows, RowState
+from d2f.decoding.strategies import EntropyOptions
 from d2f.ops.packed import Candidates, Packing
 from d2f.ops.sampling import Choice
 
@@ -207,6 +208,28 @@ class PipelinedDecoder(PagedDecoder):
             ),
         )
         torch.where(packing.runs_B[:, None], fully_BN, rows.fully_BN, out=rows.fully_BN)
+
+
+class EntropyDecoder(PipelinedDecoder):
+    """The pipeline with entropy acceptance.
+
+    A token is accepted when the entropy of the distribution that it was chosen from is below a
+    threshold; where a block must accept one, it is that of the lowest entropy. The distribution
+    counts the mask token, as `choose_tokens` says.
+    """
+
+    def threshold(self, asked: RowRequest) -> float:
+        """A negative entropy, as ranks are."""
+        assert isinstance(asked.options, EntropyOptions)
+        return -asked.options.threshold
+
+    def confidence(self, probability_BNK: Tensor, rank_BNK: Tensor) -> Tensor:
+        """The rank, which the policy of this strategy makes the negative entropy."""
+        return rank_BNK
+
+    def _imposed(self, choice: Choice, rows: Rows, found: Candidates) -> Choice:
+        choice = super()._imposed(choice, rows, found)
+        return choice._replace(rank_M=choice.rank_M.log())
 
 
 def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows, other: float | None = None) -> Tensor:

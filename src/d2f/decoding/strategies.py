@@ -190,6 +190,24 @@ class RefreshOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropyOptions(Options):
+    """Options of entropy acceptance.
+
+    Example:
+        >>> EntropyOptions().threshold
+        0.5
+    """
+
+    threshold: float = _option(
+        "accept tokens whose distribution has an entropy (nats) below this. Default: 0.5", 0.5
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < float("inf"):
+            raise ConfigError(f"threshold is {self.threshold}; it must be a number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Strategy:
     """What is known of a strategy before a model is loaded."""
 
@@ -277,6 +295,13 @@ STRATEGIES: dict[str, Strategy] = {
             decoder="pipelined:PipelinedDecoder",
             heeds=(*_WINDOW, *_TOKENS),
             fixes={"add_threshold": 1.0, "activate_threshold": 1.0},
+        ),
+        Strategy(
+            name="entropy",
+            decoder="pipelined:EntropyDecoder",
+            options=EntropyOptions,
+            heeds=(*_WINDOW, *_SHARES),
+            fixes={"confidence": "neg_entropy"},
         ),
         Strategy(
             name="autoregressive", decoder="autoregressive:AutoregressiveDecoder", causal=True
