@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.request import Output, Request
 from d2f.engine.pages import enough_bytes, free_bytes
+from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError, RequestError
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
