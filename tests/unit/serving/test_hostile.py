@@ -185,7 +185,7 @@ FIELDS = st.sampled_from(
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
