@@ -16,7 +16,7 @@ import h11
 
 @dataclass
 class Exchange:
-    """What came back for one request."""
+    """The answer to one request as it came over the wire."""
 
     began: float
     """The time of `time.perf_counter` before the first byte was sent."""

@@ -41,7 +41,7 @@ class Task:
     streamed: bool
     num_clients: int
     seconds: float | None
-    """How long clients begin requests; None: until each prompt was asked once."""
+    """Seconds for which clients begin requests; None: until each prompt was asked once."""
     timeout: float
     """Most seconds of one request."""
 
@@ -102,7 +102,7 @@ class ServedAnswer:
     """Seconds of the whole request."""
     status: int | None = None
     fault: str | None = None
-    """What was wrong with the form of the answer; its text is judged elsewhere."""
+    """The fault in the form of the answer; its text is judged elsewhere."""
     retry_after: float | None = None
     """Seconds that a refusal asks to wait."""
     first_text: float | None = None

@@ -1,4 +1,4 @@
-"""A server under load: many clients at once, streamed and not in turns, every answer checked.
+"""Load on a server by many clients at once, streamed and plain in turns; every answer is checked.
 
 The load comes from a process of its own (`load_worker`), which is started anew for each turn. A
 turn is over when its last request is answered, so that what the server counted between two turns
@@ -345,7 +345,7 @@ def first_block_seconds(engine: Engine, requests: Sequence[Request]) -> list[flo
 
 
 def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
-    """How soon an idle server shows text, beside what the engine alone takes for a block.
+    """The time to the first text of an idle server, beside the engine's own time for a block.
 
     Args:
         turn: A streamed turn with `provisional`, of one client that asked each prompt once.

@@ -31,7 +31,7 @@ _HEADERS = {
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> the protocol's."""
 _FAREWELL_SECONDS = 1.0
-"""How long a client that does not read may hold up the last event."""
+"""Seconds for which a client that does not read may hold up the last event."""
 
 
 def _to_json(value: Any) -> str:
@@ -60,7 +60,7 @@ def _new_choice(plan: Plan, texts: TokenTexts) -> ResponseText:
 
 
 def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
-    """What an answer took: the tokens and forwards of all choices, the longest of their times.
+    """The usage of an answer: tokens and forwards of all choices, the longest of their times.
 
     Args:
         plan: The request.
@@ -81,7 +81,7 @@ def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
 
 
 def log_fields(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
-    """What the log says of an answer, which is no text."""
+    """The fields of an answer's line in the log, which has no text."""
     results = [last.result for last in lasts if last.result is not None]
     reasons = {_FINISH_REASONS[result.finish_reason] for result in results}
     fields = {**_usage(plan, lasts), "finish_reason": ",".join(sorted(reasons))}

@@ -35,7 +35,7 @@ Number = Annotated[float, Field(ge=0)]
 
 
 class ErrorFields(BaseModel):
-    """What went wrong."""
+    """The error of a request."""
 
     message: str
     type: str
@@ -50,7 +50,7 @@ class Error(BaseModel):
 
 
 class Usage(BaseModel):
-    """What an answer took."""
+    """The tokens, forwards and seconds of an answer."""
 
     prompt_tokens: Count
     completion_tokens: Count

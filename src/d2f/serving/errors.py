@@ -23,7 +23,7 @@ _LONGEST_MESSAGE = 1000
 
 
 class QueueFull(D2FError):
-    """As many requests wait as may; the same request can be served later.
+    """The queue is full; the same request can be served later.
 
     Args:
         retry_after: Seconds, at least 1, after which a new attempt makes sense.

@@ -24,8 +24,8 @@ _KINDS = {500: "internal", 504: "timeout"}
 _OPEN = ("/page/", "/health/")
 """Paths that need no key, with all below them: the page's files and the probes."""
 _DISCARDED_BODIES = 16
-"""How many times its limit a body may have to be read to the end and thrown away: a client that is
-cut off while it sends does not get to see the answer."""
+"""A body of up to this many times the limit is read to its end and thrown away, since a client that
+is cut off while it sends does not get to see the answer."""
 
 T = TypeVar("T")
 

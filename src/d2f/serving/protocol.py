@@ -111,7 +111,7 @@ class Policy(_Body):
 
 
 class StreamOptions(_Body):
-    """What the events of a stream carry beside text."""
+    """Options of a stream: what its events carry beside text."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (None, False)}
 

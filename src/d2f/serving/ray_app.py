@@ -43,9 +43,9 @@ class Scaling(BaseModel):
     """Requests, running and waiting, that a replica should have on average; with more of them
     replicas are added, with fewer taken away."""
     upscale_delay_seconds: float = 10.0
-    """How long there must be more before replicas are added."""
+    """Seconds for which there must be more before replicas are added."""
     downscale_delay_seconds: float = 300.0
-    """How long there must be fewer before replicas are taken away."""
+    """Seconds for which there must be fewer before replicas are taken away."""
     num_cpus: float = 1.0
     num_gpus: float | None = None
     """GPUs of a replica. None: 1 if there is a GPU where the application is built, else 0."""

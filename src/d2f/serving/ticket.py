@@ -26,7 +26,7 @@ has the whole state, so the reader loses nothing but the steps between."""
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
 """Bounds of `Retry-After`; common clients wait no longer than a minute."""
 _NUM_RECENT = 64
-"""How many ended requests `Pace` remembers."""
+"""The number of ended requests that `Pace` remembers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

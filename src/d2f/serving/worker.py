@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Command = Callable[[], None]
 
 STOPPING = "the server is stopping"
-"""What clients are told of requests that come, or still run, when the server stops."""
+"""The message to clients whose requests come, or still run, when the server stops."""
 
 
 class Station:
@@ -235,7 +235,7 @@ class Worker:
         self._closed = False
         """Whether commands are no longer taken."""
         self._ended: str | None = None
-        """What clients are told who come after the end."""
+        """The message to clients that come after the end; None before it."""
         self._draining = False
         self._ending = False
         self._cpu_seconds = 0.0
