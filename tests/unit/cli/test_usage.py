@@ -117,7 +117,7 @@ def nothing_begins(monkeypatch, tmp_path):
     monkeypatch.setattr("d2f.models.presets.random_model", stop)
     monkeypatch.setattr("d2f.evaluation.rates.measure_rates", stop)
     monkeypatch.setattr("d2f.training.run.train", stop)
-    monkeypatch.setattr("d2f.evaluation.server_process.ServerProcess", stop)
+    monkeypatch.setattr("d2f.evaluation.measured_server.ServerProcess", stop)
 
 
 @pytest.mark.parametrize(("path", "option", "value"), list(cases()))
