@@ -51,7 +51,7 @@ TraceOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """Who races over what."""
+    """The models of a race, and the problems that they answer."""
 
     models: Mapping[str, Transformer]
     """By the names in `STRATEGIES`."""
@@ -129,7 +129,7 @@ def race_command(
 
 
 def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple[int, ...] | None:
-    """Accepted tokens per forward.
+    """Read how many tokens each forward of a request accepts; None: as the model decides.
 
     Raises:
         UsageError: They are given twice, for a model that needs none, or not for a shape.
@@ -177,7 +177,7 @@ def shape_field(
     imposed: tuple[int, ...] | None,
     seed: int,
 ) -> Field:
-    """Random prompts for a model of random weights and its autoregressive twin.
+    """Prepare random prompts for a model of random weights and its autoregressive twin.
 
     Args:
         model: A diffusion model.
@@ -226,7 +226,7 @@ def shape_field(
 def problem_field(
     pair: tuple[str, str], limit: int | None, most: int, device: str, dtype: str, seed: int
 ) -> Field:
-    """The built-in problems for a D2F model and its rival.
+    """Prepare the built-in problems for a D2F model and its rival.
 
     Args:
         pair: Folders or hub ids of the two.
@@ -290,7 +290,7 @@ def race_report(
     backend: str,
     record_trace: Path | None = None,
 ) -> dict[str, Any]:
-    """Race at each batch size; the rows and what follows from them."""
+    """Race at each batch size, and report the rows and the ratios between them."""
     from d2f.evaluation.race import acceptance_trace, race_by_run, speed_ratios
 
     rows = []

@@ -115,7 +115,7 @@ def measure_grid(
     backend: str,
     dtype: str,
 ) -> tuple[Rates, list[StepCost]]:
-    """The machine's rates, and the cost of all steps of some sizes.
+    """Measure the machine's rates, and the cost of a step at each combination of sizes.
 
     Args:
         model: A diffusion model, whose autoregressive twin is measured beside, or an
@@ -200,7 +200,7 @@ def engine_gaps(
 
 
 def summarize(rates: Rates, rows: list[StepCost], gaps: dict[str, Any] | None) -> dict[str, Any]:
-    """All numbers and ratios of a run."""
+    """Collect all numbers and ratios of a run."""
     from d2f.evaluation.step import kv_ratio, step_ratio
 
     return {

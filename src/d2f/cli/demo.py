@@ -101,7 +101,7 @@ def demo_command(
 
 
 def _choose_plot(wanted: Path | None) -> Path | None:
-    """The plot's file; no plot where nobody asked for one and matplotlib is not there."""
+    """Choose the plot's file; None where nobody asked for a plot and matplotlib is missing."""
     if find_spec("matplotlib") is not None:
         from d2f.evaluation.plot import check_format
 
@@ -216,7 +216,7 @@ def _race(
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """All columns fit in 80 characters."""
+    """Print the race as a table whose columns fit in 80 characters."""
     gap = 1 if out.width < 100 else 3
     columns = (
         "prob-\nlems", "score", "tokens\nper s", "tokens/\nforward", "query\ntokens/\nforward",
@@ -244,7 +244,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def _print_reasons(
     rows: Mapping[str, Mapping[str, Any]], answers: Sequence[Tally], limit: int
 ) -> None:
-    """What makes each ratio: tokens per forward, against what a forward costs."""
+    """Print what makes each ratio: tokens per forward, against what a forward costs."""
     from d2f.evaluation.race import paired_difference
 
     fast = rows["pipelined"]

@@ -143,7 +143,7 @@ def _evaluate(
 
 
 def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], LoadedModel]:
-    """What loads a model of the recipe by its name there."""
+    """Make the function that loads a model by its name in the recipe."""
 
     def load(name: str) -> LoadedModel:
         from d2f.evaluation.eval_row import LoadedModel
@@ -171,7 +171,7 @@ def _loader(recipe: EvalRecipe, device: str, dtype: str) -> Callable[[str], Load
 
 
 def _print_table(recipe: EvalRecipe, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """All columns fit in 80 characters where names are short."""
+    """Print a table whose columns fit in 80 characters where names are short."""
     columns = (
         "prob-\nlems", "score", "tokens/\nforward", "query\ntokens/\nforward", "mean\ntokens",
         "tokens\nper s", "s per\nanswer", "ms/\nforward",

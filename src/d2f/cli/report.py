@@ -75,7 +75,7 @@ def report_command(
 
 
 def _print_table(table: Table) -> None:
-    """The columns fit in 80 characters, so the runs at both ends are left to the page."""
+    """Print a table in 80 characters; the slowest and fastest runs stand on the page alone."""
     from rich.markup import escape
     from rich.table import Table as Grid
 

@@ -24,7 +24,7 @@ _WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", 
 
 
 def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
-    """What answers a few prompts with the model: held-out problems, or the first rows."""
+    """Make what answers a few prompts with the model: held-out problems, or the first rows."""
     from d2f.engine.generate import generate_ids
     from d2f.training.sources import encode_prompt, read_held_out
 
@@ -56,7 +56,7 @@ def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
 def make_evaluator(
     config: TrainConfig, tokenizer: Tokenizer
 ) -> Callable[[Sequence[HeldOut]], Evaluator]:
-    """What scores the model on a benchmark, or on the samples that were held out.
+    """Make what scores the model on a benchmark, or on the samples that were held out.
 
     Raises:
         ConfigError: The recipe asks for a task or a strategy that there is not, or the task's data

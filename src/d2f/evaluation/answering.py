@@ -22,7 +22,7 @@ MOST_WARM_UPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of one problem."""
+    """The answer to one problem, or the reason why it has none."""
 
     index: int
     """Number of the problem."""

@@ -1,4 +1,4 @@
-"""A local folder of the public files as rows of a benchmark.
+"""Read the rows of a benchmark from a local folder of its public files.
 
 The files are those that the benchmarks' authors publish (JSON lines, plain or gzipped). The hub
 holds the same rows in other containers and with other names of splits.
@@ -30,7 +30,7 @@ MBPP_SPLITS: Mapping[str, range] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """What a benchmark's files are called and what their rows hold."""
+    """The names of a benchmark's files, and the columns of their rows."""
 
     folder: str
     """Below the data folder; files that lie in the data folder itself are found too."""
@@ -99,7 +99,7 @@ FILES: Mapping[str, Files] = {
 
 
 def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, DataRow]]:
-    """The rows of one split, each with `file:line`, with the columns that the task reads.
+    """Read the rows of one split, each with `file:line`; only the task's columns are kept.
 
     Args:
         task: A name of `FILES`.
@@ -199,7 +199,7 @@ def _check(where: str, row: object, files: Files, task: str) -> bool:
 
 
 def _storable(value: object) -> bool:
-    """Whether it is a text without half a surrogate pair, which JSON can hold and UTF-8 not."""
+    """Tell whether a value is a text that UTF-8 can hold; JSON may have half a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:

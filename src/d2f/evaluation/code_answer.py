@@ -1,4 +1,4 @@
-"""The program in a model's answer: what Python would execute of prompt and answer, and no more.
+"""Find the program in a model's answer: what Python would execute of prompt and answer.
 
 An answer is the prompt's continuation, or a conversation with code in fences or without any. Python
 would execute all of its code in order, so that helpers count, whatever they are, and the later of
@@ -37,7 +37,7 @@ _LAST_TOKENS = ("</s>", "<s>", "<eos>", "<pad>", "<end_of_turn>")
 
 
 def read_answer(text: str, wanted: Sequence[str], prompt: str = "") -> str:
-    r"""The program in an answer.
+    r"""Find the program in an answer.
 
     Args:
         text: What the model wrote.
@@ -70,7 +70,7 @@ def read_answer(text: str, wanted: Sequence[str], prompt: str = "") -> str:
 
 
 def humaneval_program(prompt: str, completion: str, test: str, entry_point: str) -> str:
-    r"""The program that tells whether an answer to a HumanEval problem is right.
+    r"""Make the program that tells whether an answer to a HumanEval problem is right.
 
     Args:
         prompt: The problem: imports, perhaps helpers, and a function's head with its docstring.
@@ -98,7 +98,7 @@ def humaneval_program(prompt: str, completion: str, test: str, entry_point: str)
 
 
 def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
-    r"""The program in an answer to an MBPP problem, without the tests.
+    r"""Find the program in an answer to an MBPP problem, without the tests.
 
     Args:
         text: What the model wrote.
@@ -116,7 +116,7 @@ def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
 
 
 def _without_end_tokens(text: str) -> str:
-    """The text up to the token with which a model ends its turn."""
+    """Cut a text at the token with which a model ends its turn."""
     text = text[:MAX_CHARACTERS].removeprefix("\ufeff")
     found = _END_TOKEN.search(text)
     while found is not None and not text[: found.start()].strip():
@@ -129,7 +129,7 @@ def _without_end_tokens(text: str) -> str:
 
 
 def _is_plain(source: str, entry_point: str) -> bool:
-    """Whether a program does nothing but to define, with what Python brings along."""
+    """Tell whether a program only defines things, with Python's own library alone."""
     tree = parse_or_refuse(split_lines(source))
     if not isinstance(tree, ast.Module) or len(source) > MAX_CHARACTERS:
         return False
@@ -148,7 +148,7 @@ def _only_defines(node: ast.stmt) -> bool:
 def _statements(
     pieces: Sequence[Piece], wanted: Sequence[str], prompt: str, search: Search
 ) -> list[Statement]:
-    """All statements of a prompt and a reading of its answer."""
+    """Find all statements of a prompt and a reading of its answer."""
     given = split_lines(prompt.rstrip(" \t"))
     if not given[-1]:
         given.pop()
@@ -164,14 +164,14 @@ def _statements(
 
 
 def _defines(statements: Sequence[Statement], wanted: Sequence[str]) -> bool:
-    """Whether an indented text is a program at a wrong place, and no function's body."""
+    """Tell whether an indented text is a whole program and no function's body."""
     returns = any(isinstance(statement.node, ast.Return) for statement in statements)
     wants = any(s.is_definition and s.binds.intersection(wanted) for s in statements)
     return wants and not returns
 
 
 def _from_classes(statements: Sequence[Statement], wanted: Sequence[str]) -> list[Statement]:
-    """Functions out of the class in which an answer has them: `f = Solution().f`."""
+    """Take wanted functions out of the class in which an answer has them: `f = Solution().f`."""
     found = []
     for name in sorted(undefined_names(statements, wanted)):
         for statement in reversed(statements):
@@ -183,7 +183,7 @@ def _from_classes(statements: Sequence[Statement], wanted: Sequence[str]) -> lis
 
 
 def _owner(node: ast.stmt, name: str) -> str | None:
-    """What a function is an attribute of, if it is one of a class."""
+    """Give the expression whose attribute a function is, if a class defines it."""
     if not isinstance(node, ast.ClassDef):
         return None
     for part in node.body:

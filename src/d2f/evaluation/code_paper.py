@@ -1,4 +1,4 @@
-"""The program in an answer to HumanEval, as the authors of D2F find it before they score.
+"""Find the program in an answer to HumanEval as the authors of D2F do before they score.
 
 Of prompt and fenced code, the longest run of lines that Python parses; of that, the imports and
 whatever the wanted function leads to. They parse every run of their first 100 lines. Here a run
@@ -20,7 +20,7 @@ _MAX_PARSED_LINES = 100_000
 
 
 def extract_code(text: str) -> str:
-    r"""The code in an answer: the text of the first fence that says `python`, else all up to one.
+    r"""Take the text of an answer's first fence that says `python`, else all text up to a fence.
 
     Example:
         >>> extract_code("Here you are:\n```python\nx = 1\n```\nGood luck!")
@@ -30,7 +30,7 @@ def extract_code(text: str) -> str:
 
 
 def sanitize(code: str, entry_point: str) -> str:
-    r"""The part of a text that defines a function.
+    r"""Take the part of a text that defines a function.
 
     Args:
         code: Python among other things, such as prose before and behind it.
@@ -64,7 +64,7 @@ def sanitize(code: str, entry_point: str) -> str:
 
 
 def paper_solution(prompt: str, text: str, entry_point: str) -> str:
-    r"""The program in an answer, without the tests.
+    r"""Find the program in an answer, without the tests.
 
     Example:
         >>> print(paper_solution("", "```python\ndef f(x):\n    return x\n```", "f"))
@@ -76,7 +76,7 @@ def paper_solution(prompt: str, text: str, entry_point: str) -> str:
 
 
 def _longest_run(lines: Sequence[str]) -> list[str]:
-    """The run of lines that parses with the most lines that are not blank; the first of equals."""
+    """Find the run of lines that parses with the most lines that are not blank; the first wins."""
     best: list[str] = []
     best_size = 0
     budget = _MAX_PARSED_LINES
@@ -103,7 +103,7 @@ def _longest_run(lines: Sequence[str]) -> list[str]:
 
 
 def _readable_pieces(lines: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The runs of lines between those that no program can hold."""
+    """Split lines at those that no program can hold."""
     start = 0
     for index, line in enumerate(lines):
         if not is_readable(line):
@@ -113,7 +113,7 @@ def _readable_pieces(lines: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
-    """The names that a statement defines, if it is one of those that are kept."""
+    """Give the names that a statement defines, if its kind is kept."""
     if isinstance(node, ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -131,7 +131,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
 
 
 def _reachable(entry_point: str, definitions: dict[str, ast.stmt]) -> set[ast.stmt]:
-    """The definitions that a name leads to, its own among them."""
+    """Find the definitions that a name leads to, its own among them."""
     found: set[ast.stmt] = set()
     names = [entry_point]
     while names:

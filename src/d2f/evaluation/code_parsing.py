@@ -20,7 +20,7 @@ _MAX_PARSED_LINES = 30_000
 
 @dataclass(frozen=True)
 class Refusal:
-    """Where Python refused a text."""
+    """The line at which Python refused a text."""
 
     line: int
     """How many lines may parse: those before the one that is refused."""
@@ -29,13 +29,13 @@ class Refusal:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines as Python counts them; `splitlines` knows more ends of lines than Python."""
+    """Split a text into lines as Python counts them; `splitlines` knows more ends of lines."""
     text = text[:MAX_CHARACTERS].replace("\r\n", "\n").replace("\r", "\n")
     return text.split("\n")[:MAX_LINES]
 
 
 def parse_or_refuse(lines: Sequence[str]) -> ast.Module | Refusal:
-    """The parsed lines, or where Python refused them."""
+    """Parse lines, or tell the line at which Python refused them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in strings
@@ -62,11 +62,11 @@ class Search:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is parsed."""
+        """Tell whether nothing more is parsed."""
         return self._room <= 0
 
     def find(self, lines: Sequence[str], *, closed: bool) -> list[Statement]:
-        """As `find_statements`."""
+        """Find statements as `find_statements` does."""
         key = tuple(lines), closed
         if key not in self._found:
             self._found[key] = list(self._walk(lines, closed))
@@ -93,7 +93,7 @@ class Search:
             start += max(stop, 1)
 
     def _longest_start(self, lines: Sequence[str]) -> tuple[ast.Module, int, bool]:
-        """The lines from the first on that parse, their number, and if the text ends too early."""
+        """Parse as many lines from the first on as possible; tell if the text ends too early."""
         stop, cut_off = len(lines), None
         while stop > 0 and not self.is_over:
             tree = parse_or_refuse(lines[:stop])
@@ -108,7 +108,7 @@ class Search:
 
 
 def find_statements(lines: Sequence[str], *, closed: bool = True) -> list[Statement]:
-    r"""The statements of the top level in a text, without what is no Python between them.
+    r"""Find the statements of the top level in a text, and leave out what is no Python.
 
     A statement that Python refuses is left out as a whole. Of one that the end of the text cuts
     off, what there is of it is taken.
@@ -125,7 +125,7 @@ def find_statements(lines: Sequence[str], *, closed: bool = True) -> list[Statem
 
 
 def source_of(node: ast.stmt, lines: Sequence[bytes]) -> str:
-    """The text of a statement at the left margin, with its decorators; offsets count bytes."""
+    """Give the text of a statement at the left margin, with its decorators; offsets count bytes."""
     decorators = getattr(node, "decorator_list", [])
     first = min(part.lineno for part in [node, *decorators]) - 1
     last = (node.end_lineno or node.lineno) - 1
@@ -137,7 +137,7 @@ def source_of(node: ast.stmt, lines: Sequence[bytes]) -> str:
 
 
 def is_readable(line: str) -> bool:
-    """Whether a program can hold the line at all."""
+    """Tell whether a program can hold the line at all."""
     try:
         return b"\0" not in line.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -145,7 +145,7 @@ def is_readable(line: str) -> bool:
 
 
 def names_read(source: str, without: Set[str] = BUILTINS) -> list[str]:
-    r"""Names that a program, such as a problem's tests, needs from elsewhere, sorted.
+    r"""List the names that a program, such as a problem's tests, needs from elsewhere, sorted.
 
     Args:
         source: The program.

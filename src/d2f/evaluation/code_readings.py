@@ -19,7 +19,7 @@ _STRING_START = re.compile(r"(?:^\s*|[=(\[,:]\s*|\breturn\s+)[rRbBuUfF]{0,2}(?P<
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Lines that belong together.
+    """Lines of an answer that belong together.
 
     Example:
         >>> [block.lines for block in split_blocks(["So:", "```py", "x = 1", "```"])]
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def is_python(self) -> bool:
-        """Whether its fence names Python."""
+        """Tell whether its fence names Python."""
         return self.language is not None and _PYTHON.match(self.language) is not None
 
 
@@ -118,7 +118,7 @@ def _opening(line: str) -> _Fence | None:
 
 
 def _closing(line: str, fence: _Fence) -> str | None:
-    """What stands before a fence's end in its line; None if the line does not end it."""
+    """Give the text before a fence's end in its line; None if the line does not end it."""
     bare = line.strip()
     if len(bare) >= len(fence.mark) and not bare.strip(fence.mark[0]):
         return ""
@@ -190,7 +190,7 @@ Reading = tuple[Piece, ...]
 
 
 def readings(lines: Sequence[str], prompt: str, search: Search) -> Iterator[Reading]:
-    """What of an answer may be its code, the most literal first, and none twice.
+    """List the readings of an answer as code, the most literal first, and none twice.
 
     Args:
         lines: The answer.
@@ -218,7 +218,7 @@ def _all_readings(lines: Sequence[str], prompt: str, search: Search) -> Iterator
 
 
 def _choices(blocks: Sequence[Block]) -> Iterator[Reading]:
-    """The blocks that may be the program: Python's, those of no language, all, and the text."""
+    """List the blocks that may be the program: Python's, those of no language, all, the text."""
     fenced = [block for block in blocks if block.language is not None]
     named = [block for block in fenced if block.is_python]
     bare = [block for block in fenced if block.is_python or not block.language]
@@ -230,7 +230,7 @@ def _choices(blocks: Sequence[Block]) -> Iterator[Reading]:
 
 
 def _moved_bodies(pieces: Reading, indent: int, search: Search) -> Iterator[Reading]:
-    """With the body of the prompt's function at the place that it has lost."""
+    """Put the body of the prompt's function back to where it belongs."""
     bodies = [number for number, piece in enumerate(pieces) if _has_strays(piece, search)]
     number = bodies[-1] if bodies else 0
     changes = [_first_moved_left, _first_moved, moved]
@@ -265,7 +265,7 @@ def _tabs_as_spaces(piece: Piece) -> Piece:
 
 
 def _first_moved_left(piece: Piece, indent: int) -> Piece:
-    """With the first line at the margin: some tokenizers begin an answer with a space."""
+    """Move the first line to the margin: some tokenizers begin an answer with a space."""
     lines = list(piece.lines)
     if piece.first is not None:
         lines[piece.first] = lines[piece.first].lstrip()
@@ -273,7 +273,7 @@ def _first_moved_left(piece: Piece, indent: int) -> Piece:
 
 
 def moved(piece: Piece, indent: int) -> Piece:
-    """A body that begins where the prompt's function has it."""
+    """Move a piece so that it begins at an indentation."""
     more = indent - piece.indent
     if more >= 0:
         lines = tuple(" " * more + line if line.strip() else line for line in piece.lines)
@@ -283,7 +283,7 @@ def moved(piece: Piece, indent: int) -> Piece:
 
 
 def _first_moved(piece: Piece, indent: int) -> Piece:
-    """A body whose first line alone has lost its indentation."""
+    """Indent the first line, which alone has lost its indentation."""
     lines = list(piece.lines)
     if piece.first is not None:
         lines[piece.first] = " " * indent + lines[piece.first].lstrip()
@@ -291,7 +291,7 @@ def _first_moved(piece: Piece, indent: int) -> Piece:
 
 
 def _body_indent(prompt: str) -> int:
-    """Where the body of the prompt's last function stands."""
+    """Give the indentation of the body of the prompt's last function."""
     for statement in reversed(find_statements(split_lines(prompt))):
         if statement.is_function:
             return int(statement.node.body[0].col_offset)  # type: ignore[attr-defined]

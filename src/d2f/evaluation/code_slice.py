@@ -1,4 +1,4 @@
-"""The statements that some names need, out of those that an answer holds.
+"""Select the statements of an answer that some names need.
 
 Everything that Python would execute is kept, in its order, but for what nobody needs: checks,
 examples, what reads input or prints, a `main` and its call. So a statement stays if it gives a
@@ -15,7 +15,7 @@ _LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
 
 
 def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) -> list[Statement]:
-    """What `wanted` needs, in order.
+    """Select the statements that the wanted names need, in order.
 
     Args:
         statements: All of them.
@@ -72,7 +72,7 @@ def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) ->
 
 
 def missing_names(kept: Sequence[Statement], wanted: Iterable[str]) -> set[str]:
-    """Names that the statements and their callers use, and nobody gives a value."""
+    """List the names that the statements and their callers use, and that have no value."""
     if any("*" in statement.source and statement.is_import for statement in kept):
         return set()
     bound = {name for statement in kept for name in statement.binds | statement.stores}
@@ -80,7 +80,7 @@ def missing_names(kept: Sequence[Statement], wanted: Iterable[str]) -> set[str]:
 
 
 def undefined_names(kept: Sequence[Statement], wanted: Iterable[str]) -> set[str]:
-    """Those of the wanted names that have no value, or a function's that is not written yet."""
+    """List the wanted names that have no value, or name a function that is not written yet."""
     last = {name: statement for statement in kept for name in statement.binds}
     return {n for n in wanted if n not in last or last[n].is_stub or last[n].unfinished}
 
@@ -92,7 +92,7 @@ def _is_always_needed(statement: Statement, modules: set[str]) -> bool:
 
 
 def _without_stubs(statements: Sequence[Statement]) -> list[Statement]:
-    """Without the functions that end unfinished or do nothing where there was a whole one."""
+    """Drop functions that end unfinished or do nothing where a whole one came before."""
     written: set[str] = set()
     kept = []
     for statement in statements:
@@ -106,7 +106,7 @@ def _without_stubs(statements: Sequence[Statement]) -> list[Statement]:
 
 
 class _Effects:
-    """What statements change of other statements' variables when they run."""
+    """The changes that statements make to other statements' variables when they run."""
 
     def __init__(self, statements: Sequence[Statement], wanted: set[str]) -> None:
         self._variables = {n for s in statements if not s.is_definition for n in s.binds}
@@ -123,7 +123,7 @@ class _Effects:
                     self._definitions.setdefault(name, []).append(statement)
 
     def of(self, statement: Statement) -> frozenset[str]:
-        """Names whose objects it may change, by itself or by the functions that it uses."""
+        """List names whose objects a statement may change, itself or by functions that it uses."""
         if statement.is_definition:  # its decorators may make it known to others
             found = set(statement.registers_at - self._imported)
             waiting, changeable = self._called(statement.runs), self._variables | self._classes
@@ -142,5 +142,5 @@ class _Effects:
         return frozenset(found | others)
 
     def _called(self, names: Iterable[str]) -> set[Statement]:
-        """The definitions of some names."""
+        """Find the definitions of some names."""
         return {statement for name in names for statement in self._definitions.get(name, ())}

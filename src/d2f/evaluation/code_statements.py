@@ -237,7 +237,7 @@ class Statement:
 
 
 def reached(names: Set[str], links: Mapping[str, Set[str]]) -> set[str]:
-    """The names, and all that they lead to.
+    """Collect names and all that they lead to.
 
     Example:
         >>> sorted(reached({"a"}, {"a": {"b"}, "b": {"a", "c"}, "d": {"e"}}))

@@ -21,7 +21,7 @@ class Reporter:
 
 
 class Terminal(Reporter):
-    """A bar for each row on stderr; where stderr is no terminal, a line every ten seconds."""
+    """Draws a bar for each row on stderr, or prints a line every ten seconds without a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console

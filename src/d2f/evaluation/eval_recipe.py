@@ -49,7 +49,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """`[score]`: how right the answers are."""
+    """`[score]`: how many problems are judged, and in which batches."""
 
     num_problems: int | None = None
     """The first so many problems of the task; none: all."""
@@ -64,7 +64,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSettings:
-    """`[speed]`: how fast they come, all rows side by side."""
+    """`[speed]`: how many problems are timed, all rows side by side."""
 
     num_problems: int = 100
     """The first so many problems of the task."""
@@ -218,23 +218,23 @@ class EvalRecipe:
             raise ConfigError(f"two rows have the name '{twice}'; each row has a folder of its own")
 
     def score_problems(self, row: RowSettings) -> int | None:
-        """How many problems score a row; None: all."""
+        """Give the number of problems that score a row; None: all."""
         assert self.score is not None
         return self.score.num_problems if row.num_problems is None else row.num_problems
 
     def speed_problems(self, row: RowSettings) -> int:
-        """How many problems measure a row's speed."""
+        """Give the number of problems that measure a row's speed."""
         assert self.speed is not None
         return row.speed_problems or self.speed.num_problems
 
     def speed_batch_size(self, row: RowSettings) -> int:
-        """How many of them are answered together."""
+        """Give the number of problems that are answered together when speed is measured."""
         assert self.speed is not None
         return row.speed_batch_size or self.speed.batch_size
 
     @property
     def num_examples(self) -> int | None:
-        """How many problems the task must give; None: all."""
+        """Give the number of problems that the task must have; None: all."""
         counts: list[int | None] = []
         if self.score is not None:
             counts += [self.score_problems(row) for row in self.rows if row.score]
@@ -244,7 +244,7 @@ class EvalRecipe:
         return max(known, default=1) if len(known) == len(counts) else None
 
     def limited(self, num_problems: int) -> EvalRecipe:
-        """The same on at most so many problems."""
+        """Limit the recipe to so many problems."""
 
         def least(count: int | None) -> int:
             return num_problems if count is None else min(count, num_problems)
@@ -266,7 +266,7 @@ class EvalRecipe:
         )
 
     def selected(self, names: Sequence[str]) -> EvalRecipe:
-        """The same with these rows only; with all where none is named.
+        """Limit the recipe to the named rows; none named: all.
 
         Raises:
             ConfigError: There is no such row.
@@ -321,5 +321,5 @@ def load_eval_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvalRec
 
 
 def to_table(recipe: EvalRecipe) -> dict[str, Any]:
-    """The settings as plain JSON values, defaults included."""
+    """Give the settings as plain JSON values, defaults included."""
     return json.loads(json.dumps(asdict(recipe)))

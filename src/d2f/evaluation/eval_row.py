@@ -94,7 +94,7 @@ class EvalRow:
         return there if wanted is None else wanted
 
     def _chosen_ends(self, recipe: EvalRecipe) -> tuple[int, ...]:
-        """Tokens that end an answer."""
+        """Choose the tokens that end an answer."""
         own, entry = self.settings, recipe.models[self.settings.model]
         return choose_ends(
             entry.eos if own.eos is None else own.eos,
@@ -104,7 +104,7 @@ class EvalRow:
         )
 
     def _beginning(self, recipe: EvalRecipe) -> Tokenizer:
-        """The tokenizer, with prompts that begin as the recipe says."""
+        """Give the tokenizer whose prompts begin as the recipe says."""
         name, tokenizer = self.settings.model, self.loaded.tokenizer
         self.add_bos = recipe.models[name].add_bos
         if self.add_bos is None:
@@ -155,7 +155,7 @@ class EvalRow:
         )
 
     def request(self, index: int) -> Request:
-        """What is asked of the engine.
+        """Make the request of a problem.
 
         Raises:
             RequestError: The problem cannot be put into tokens.
@@ -166,12 +166,12 @@ class EvalRow:
         return self._request(prompt, index)
 
     def num_prompt_tokens(self, index: int) -> int:
-        """Tokens of a prompt; 0 if it cannot be put into tokens."""
+        """Count the tokens of a prompt; 0 if it cannot be put into tokens."""
         prompt = self._prompts[index]
         return 0 if isinstance(prompt, RequestError) else len(prompt)
 
     def prompt_sha256(self, index: int) -> str:
-        """Of a prompt's token ids as a JSON list; of its text where there are none."""
+        """Hash a prompt's token ids as a JSON list; its text where there are none."""
         prompt = self._prompts[index]
         text = self.examples[index].prompt
         if not isinstance(prompt, RequestError):
@@ -179,14 +179,14 @@ class EvalRow:
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
     def gold_sha256(self, index: int) -> str:
-        """Of the right answer, and of what else the task judges by."""
+        """Hash the right answer, and what else the task judges by."""
         example = self.examples[index]
         text = repr((example.response, example.source))
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
     @property
     def longest(self) -> int:
-        """Positions of the longest prompt that the model can serve, and its answer."""
+        """Count the positions of the longest prompt that the model can serve, and of its answer."""
         most = self.loaded.model.spec.max_positions
         lengths = (
             self.num_prompt_tokens(index) + self.max_new_tokens
@@ -195,7 +195,7 @@ class EvalRow:
         return max((length for length in lengths if length <= most), default=most)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What is judged: the answer up to its first stop string, special tokens left out.
+        """Give the text that is judged: up to the first stop string, without special tokens.
 
         Example:
             "7 apples." of "7 apples. Question: …" where " Question:" is one.
@@ -215,7 +215,7 @@ class EvalRow:
         return [self._verdicts[key] for key in keys]
 
     def describe(self) -> dict[str, Any]:
-        """How the row answers, for result files."""
+        """Describe for result files how the row answers."""
         settings = self.settings
         return {
             "model": dict(self.loaded.description),

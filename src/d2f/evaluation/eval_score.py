@@ -27,12 +27,12 @@ _PENDING_SECONDS = 5.0
 
 
 def counts_tails(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all tell what was decoded in all; those of an older version do not."""
+    """Tell whether all records count all decoded tokens; those of an older version do not."""
     return all(record.get(DECODED) is not None for record in records)
 
 
 def known_problems(row: EvalRow, folder: RowFolder) -> dict[int, Record]:
-    """What an earlier run has scored of this row's problems.
+    """Read what an earlier run has scored of this row's problems.
 
     Raises:
         ConfigError: It put another prompt, or judged by another right answer.
@@ -141,7 +141,7 @@ def make_records(row: EvalRow, answered: Sequence[Answer], seconds: float) -> li
 
 
 def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
-    """The score of a row, from its records in the order of the problems.
+    """Summarise the score of a row from its records in the order of the problems.
 
     Problems without an answer count as wrong, and not for speed.
     """
@@ -172,7 +172,7 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
 
 
 class _Report:
-    """The running result of a row."""
+    """Reports the running result of a row."""
 
     def __init__(self, name: str, total: int, reporter: Reporter) -> None:
         self._name, self._total, self._reporter = name, total, reporter

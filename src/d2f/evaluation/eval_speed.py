@@ -54,7 +54,7 @@ class SpeedGroup:
 
     @property
     def done(self) -> bool:
-        """Whether earlier runs have measured all of it."""
+        """Tell whether earlier runs have measured all rounds."""
         names = {racer.row.name for racer in self._racers}
         for racer in self._racers:
             known = racer.folder.settings("speed") or {}
@@ -101,7 +101,7 @@ class SpeedGroup:
         }
 
     def _known_rounds(self, indices: Mapping[str, Sequence[int]]) -> int:
-        """The first so many rounds are there of all rows."""
+        """Count the first rounds that all rows have."""
         counts = []
         for racer in self._racers:
             if racer.folder.settings("speed") != self._described(racer, indices):
@@ -113,7 +113,7 @@ class SpeedGroup:
         return min(counts, default=0)
 
     def _warm_up(self, engines: Engines) -> dict[str, list[int]]:
-        """The problems of each row that can be answered, after it has answered them all.
+        """Let each row answer its problems, and list those that it can answer.
 
         A problem that one row cannot answer is left out of all that can answer others.
         """
@@ -136,7 +136,7 @@ class SpeedGroup:
         }
 
     def _round(self, engines: Engines, indices: Mapping[str, Sequence[int]]) -> list[list[Record]]:
-        """The lines of each row."""
+        """Run one round, and give the lines of each row."""
         lines: dict[str, list[Record]] = {racer.row.name: [] for racer in self._racers}
         if self._batch_size == 1:
             for index in sorted({index for some in indices.values() for index in some}):
@@ -155,7 +155,7 @@ class SpeedGroup:
 
 
 def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]:
-    """Lines of problems that are answered together; what is not theirs alone is shared out."""
+    """Time problems that are answered together; each gets an equal share of the run's seconds."""
     if not indices:
         return []
     run = timed_run(engine, [row.request(index) for index in indices])
@@ -185,7 +185,7 @@ def _judge(row: EvalRow, lines: Sequence[Record]) -> None:
 
 
 def whole_rounds(lines: Sequence[Record], indices: Sequence[int]) -> set[int]:
-    """Rounds in which all of these problems were timed."""
+    """Find the rounds in which all of these problems were timed."""
     found: dict[int, set[int]] = {}
     for line in lines:
         found.setdefault(line["round"], set()).add(line["index"])
@@ -197,7 +197,7 @@ def _total(lines: Sequence[Record], name: str) -> float:
 
 
 def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | None:
-    """The speed of a row, from its lines; None of none."""
+    """Summarise the speed of a row from its lines; None if there are none."""
     rounds: dict[int, list[Record]] = {}
     for line in lines:
         rounds.setdefault(line["round"], []).append(line)
@@ -232,7 +232,7 @@ def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | Non
 
 
 def _with_tail(rounds: Sequence[Sequence[Record]]) -> Record:
-    """What depends on which tokens are counted, if all that were decoded are."""
+    """Give the metrics that depend on which tokens count, with all decoded tokens counted."""
     counts = [[Counts.of(line, DECODED) for line in some] for some in rounds]
     metrics = answer_metrics([count for some in counts for count in some])
     speeds = spread([answer_metrics(some)["tokens_per_second"] for some in counts])

@@ -1,4 +1,4 @@
-"""lm-eval's benchmarks as tasks: the official prompts, stop strings, filters and metrics."""
+"""Load lm-eval's benchmarks as tasks, with the official prompts, stops, filters and metrics."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class HarnessTask:
 
     @property
     def name(self) -> str:
-        """As lm-eval names it."""
+        """Name of the task in lm-eval."""
         return self._name
 
     @property

@@ -30,12 +30,12 @@ from d2f.evaluation.task import Verdict
 
 
 def stop_strings(task: Any) -> tuple[str, ...]:
-    """Where lm-eval cuts the answers to a task."""
+    """Give the strings at which lm-eval cuts the answers to a task."""
     return tuple(task.config.generation_kwargs["until"])
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    r"""What stands before the first of the stop strings.
+    r"""Cut a text at the first of the stop strings.
 
     Example:
         >>> cut("    return 1\ndef g():", ["\ndef", "\nclass"])
@@ -45,7 +45,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def filtered_answers(task: Any, doc: Any, text: str) -> dict[str, Any]:
-    """What each of the task's filters takes out of a text, by the filter's name."""
+    """Apply each of the task's filters to a text; the findings by the filter's name."""
     from lm_eval.api.instance import Instance
 
     instance = Instance(
@@ -57,7 +57,7 @@ def filtered_answers(task: Any, doc: Any, text: str) -> dict[str, Any]:
 
 
 def official_scores(task: Any, doc: Any, text: str) -> dict[str, float]:
-    """The task's metrics of one text, named `metric,filter` as lm-eval prints them.
+    """Compute the task's metrics of one text, named `metric,filter` as lm-eval prints them.
 
     Example:
         `{"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}`
@@ -70,7 +70,7 @@ def official_scores(task: Any, doc: Any, text: str) -> dict[str, float]:
 
 
 def first_metric(metrics: Mapping[str, float]) -> float:
-    """The metric that decides whether an answer is correct."""
+    """Give the metric that decides whether an answer is correct."""
     return next(iter(metrics.values()))
 
 
@@ -162,7 +162,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The reply, or `{"error": …}` where there is none in time."""
+        """Ask for a reply; `{"error": …}` where there is none in time."""
         if self._process is None:
             self._start()
         process = self._process
@@ -254,7 +254,7 @@ class CodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int]
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """The share of candidates that pass; 0 for those that have not run yet."""
+        """Give the share of candidates that pass; those that have not run yet count 0."""
         programs = [
             f"{candidate}\n{tests}"
             for tests, candidates in zip(references, predictions, strict=True)

@@ -1,4 +1,4 @@
-"""A process of its own that marks answers to MATH problems with lm-eval's scorer.
+"""Mark answers to MATH problems with lm-eval's scorer, in a process of its own.
 
 That scorer parses and simplifies whatever formula a model wrote: it may run for ever, eat memory
 or end the process, and its own time limit works in a process's first thread only. Run as a program;

@@ -16,7 +16,7 @@ MUTED = "#8d99ae"
 
 
 def new_figure(width: float, height: float, *, without: str) -> Any:
-    """An empty figure of matplotlib, sizes in inches.
+    """Make an empty figure of matplotlib, sizes in inches.
 
     Args:
         width: From left to right.

@@ -25,7 +25,7 @@ _MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class QuickScore:
-    """Problems, and how they are put to a model.
+    """Problems, and the settings by which a model answers them.
 
     Example:
         >>> from d2f.shipped import shipped_model
@@ -51,7 +51,7 @@ class QuickScore:
     batch_size: int = 16
 
     def prompts(self) -> list[list[int]]:
-        """The prompts in tokens.
+        """Encode the prompts.
 
         Raises:
             RequestError: The chat template refuses one.

@@ -27,7 +27,7 @@ _NOMINAL_BF16 = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """The two roofs that a step is held against."""
+    """The two rates that a step is measured against: of memory and of products."""
 
     copy_bytes_per_second: float
     """Of a copy on the device, bytes read plus bytes written; the best of several sizes."""
@@ -42,7 +42,7 @@ class Rates:
 
 
 def measure_rates(device: str, dtype: str) -> Rates:
-    """Measure both on `device`: a second on a GPU, some on a CPU.
+    """Measure both rates on `device`; it takes a second on a GPU, some on a CPU.
 
     Example:
         `measure_rates("cuda", "bfloat16").copy_bytes_per_second` is 3.0e12 on an H100.
@@ -83,7 +83,7 @@ def _matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: str, count: int) -> list[float]:
-    """Seconds of each of `count` runs, after three that do not count."""
+    """Time each of `count` runs, after three that do not count."""
     for _ in range(3):
         work()
     if not device.startswith("cuda"):

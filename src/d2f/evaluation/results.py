@@ -1,4 +1,4 @@
-"""The files of one row's results, which an interrupted run goes on with.
+"""Keep the files of one row's results, which an interrupted run goes on with.
 
 `problems.jsonl` has a line for each scored problem and `speed.jsonl` one for each problem and
 round, appended as they come; `settings.json` says how they came about, so that a later run can tell
@@ -45,7 +45,7 @@ Record = dict[str, Any]
 
 
 class RowFolder:
-    """Where a row's results lie.
+    """The folder of a row's results.
 
     Args:
         path: The folder; it is made. It belongs to this process until the object is gone.
@@ -91,7 +91,7 @@ class RowFolder:
     # ------------------------------------------------------------------------------- settings
 
     def settings(self, part: str) -> Record | None:
-        """How the results came about: `answers`, `score`, `speed` or `environment`.
+        """Read the settings of a part: `answers`, `score`, `speed` or `environment`.
 
         Raises:
             ConfigError: The file is broken.
@@ -99,11 +99,11 @@ class RowFolder:
         return self._read("settings.json").get(part)
 
     def note_settings(self, part: str, settings: Mapping[str, Any]) -> None:
-        """Say how the results of a part come about, before the first of them."""
+        """Note the settings of a part, before the first of its results."""
         write_json(self.path / "settings.json", self._read("settings.json") | {part: settings})
 
     def require_same(self, part: str, settings: Mapping[str, Any]) -> None:
-        """Refuse to add to results that came about otherwise.
+        """Refuse to add to results of other settings.
 
         Raises:
             ConfigError: They did; names what differs.
@@ -122,14 +122,14 @@ class RowFolder:
     # -------------------------------------------------------------------------------- records
 
     def problems(self) -> dict[int, Record]:
-        """Scored problems by index."""
+        """Read the scored problems by index."""
         found: dict[int, Record] = {}
         for record in read_lines(self.path / "problems.jsonl", _NEEDED):
             found.setdefault(record["index"], record)
         return found
 
     def mend_problems(self) -> dict[int, Record]:
-        """Scored problems by index; a line that a crash cut short is taken out of the file."""
+        """Read the scored problems, and take lines that a crash cut short out of the file."""
         found = self.problems()
         write_lines(self.path / "problems.jsonl", found.values())
         return found
@@ -139,7 +139,7 @@ class RowFolder:
         append_lines(self.path / "problems.jsonl", records)
 
     def speed(self) -> list[Record]:
-        """Timed problems of all rounds."""
+        """Read the timed problems of all rounds."""
         return read_lines(self.path / "speed.jsonl", _SPEED_NEEDED)
 
     def keep_speed(self, records: Iterable[Record]) -> None:
@@ -171,7 +171,7 @@ class RowFolder:
 
 
 def differences(known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """In words, what settings are other than those read from a file; nothing where none is.
+    """Say which settings differ from those read from a file; empty where none does.
 
     Example:
         >>> differences({"seed": 0, "stop": []}, {"seed": 1, "stop": ()})
@@ -199,7 +199,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_lines(path: Path, needed: Iterable[str]) -> list[Record]:
-    """The whole lines of a JSONL file that have the needed keys; a torn one is left out."""
+    """Read the whole lines of a JSONL file that have the needed keys; leave out a torn one."""
     if not path.exists():
         return []
     found = []
@@ -242,7 +242,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same in JSON's own types: lists for tuples, null for what is no finite number.
+    """Convert a value to JSON's own types: tuples to lists, what is no finite number to null.
 
     Example:
         >>> plain({"a": (1, float("nan"))})

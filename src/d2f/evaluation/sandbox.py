@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Run programs that a model wrote where they can do no harm.
 
 Each program runs in a process of its own, in a clean interpreter with the standard library and
 nothing else, an empty environment, an empty folder and no input; what it prints is thrown away.
@@ -37,7 +37,7 @@ _MIN_MEMORY_MIB, _MAX_MEMORY_MIB = 64, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use.
+    """The limits of one program.
 
     Raises:
         ConfigError: A limit under which no program can run.
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What became of one program.
+    """The result of one program.
 
     Example:
         >>> Execution(passed=False, reason="AssertionError at line 3", seconds=0.01).passed
@@ -120,7 +120,7 @@ def run_programs(
 
 @functools.cache
 def sandbox_kind() -> str:
-    """How programs are confined here: "seccomp" by the kernel, "audit" by the interpreter.
+    """Tell how programs are confined here: "seccomp" by the kernel, "audit" by the interpreter.
 
     Raises:
         D2FError: This system has no sandbox (Windows), or it cannot be started.

@@ -19,7 +19,7 @@ from d2f.evaluation.rates import Rates
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """One row of `d2f bench step`."""
+    """The measured cost of one step: a row of `d2f bench step`."""
 
     strategy: str
     backend: str
@@ -184,7 +184,7 @@ def measure_engine(engine: Engine, requests: Sequence[Request]) -> dict[str, Any
 
 
 def idle_shares(steps: Sequence[StepTime]) -> dict[str, Any]:
-    """The gaps between decode-only steps, and how long these take from end to end.
+    """Measure the gaps between decode-only steps, and the time of these steps from end to end.
 
     Raises:
         ConfigError: There are no two decode-only steps in a row.

@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge says of one answer."""
+    """The judge's verdict on one answer."""
 
     correct: bool
     answer: str | None = None
@@ -51,14 +51,14 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """As a recipe names it."""
+        """Name of the task in recipes."""
 
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer."""
 
     def examples(self) -> Sequence[Example]:
-        """All problems, always in the same order."""
+        """Give all problems, always in the same order."""
 
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers; an answer that does anything at all gets a verdict, never an error."""

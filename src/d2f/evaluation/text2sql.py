@@ -1,4 +1,4 @@
-"""People's questions to be answered in SQL, as tasks: Advising and WikiSQL.
+"""Load people's questions to be answered in SQL as tasks: Advising and WikiSQL.
 
 Two queries are equal when their written forms are: white space, upper and lower case outside
 quotes, and the order of conditions that AND joins do not count; all else does.
@@ -50,7 +50,7 @@ No other word does: values without quotes hold commas and words like these, `17,
 
 
 def sql_form(sql: str) -> tuple[str, ...]:
-    """The tokens of a query, those outside quotes in small letters, with AND's conditions sorted.
+    """Split a query into tokens, in small letters outside quotes, with AND's conditions sorted.
 
     It takes any text, also what is no SQL. A quote opens a string only at the start of a word, and
     only if it is closed; two quotes in a string are one that is escaped.
@@ -67,7 +67,7 @@ def sql_form(sql: str) -> tuple[str, ...]:
 
 
 def first_difference(wanted: Sequence[str], found: Sequence[str]) -> str:
-    """Where two forms part for the first time, in words.
+    """Say at which token two forms differ first.
 
     Example:
         >>> first_difference(sql_form("SELECT a FROM t"), sql_form("SELECT b FROM t"))
@@ -84,7 +84,7 @@ def first_difference(wanted: Sequence[str], found: Sequence[str]) -> str:
 
 
 def _nested(tokens: Sequence[str]) -> list[Item]:
-    """Tokens as a tree; brackets that are not closed, or too deep, stay plain tokens."""
+    """Nest tokens by brackets; those that are not closed, or too deep, stay plain tokens."""
     levels: list[list[Item]] = [[]]
     for token in tokens:
         if token in _OPENS and len(levels) <= _DEEPEST:
@@ -103,7 +103,7 @@ def _nested(tokens: Sequence[str]) -> list[Item]:
 
 
 def _sorted_level(items: Sequence[Item], opened: str | None = None) -> list[Item]:
-    """The same with the conditions of each run of ANDs sorted, here and within.
+    """Sort the conditions of each run of ANDs, here and within brackets.
 
     `opened`: what the items stand behind if they begin with a condition.
     """
@@ -135,7 +135,7 @@ def _sorted_condition(items: Sequence[Item]) -> list[Item]:
 
 
 def _split(items: Sequence[Item], word: str) -> list[list[Item]]:
-    """Parts between a word, but for the AND that belongs to a BETWEEN."""
+    """Split items at a word, but for the AND that belongs to a BETWEEN."""
     parts: list[list[Item]] = [[]]
     between = False
     for item in items:

@@ -16,7 +16,7 @@ THRESHOLDS = ("activate_threshold", "confidence_threshold", "add_threshold")
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What is joined by a line: one method at several settings, or a single point."""
+    """One method at several settings, whose points a line joins, or a single point."""
 
     name: str
     method: str
@@ -25,7 +25,7 @@ class Curve:
 
 
 def score_curves(comparison: Comparison) -> list[Curve]:
-    """D2F over thresholds, vanilla over steps, and each other method as a point.
+    """List the curves: D2F over thresholds, vanilla over steps, other methods as points.
 
     Example:
         `[curve.name for curve in score_curves(comparison)]`
@@ -58,12 +58,12 @@ def score_curves(comparison: Comparison) -> list[Curve]:
 
 
 def _num_steps(row: Row) -> Any:
-    """By default a token a step."""
+    """Give the number of steps, by default one for each token."""
     return row.setting("num_steps") or row.room[0]
 
 
 def parallelism(row: Row) -> float | None:
-    """Tokens per forward on the problems of the score."""
+    """Give the tokens per forward on the problems of the score."""
     return row.number("tokens_per_forward", "score", "speed")
 
 
@@ -108,7 +108,7 @@ def thresholds_of(row: Row) -> tuple[float, ...]:
 
 
 def threshold_curve(comparison: Comparison) -> list[Row]:
-    """The rows of one add threshold with the most levels of the others, strictest first.
+    """Choose the add threshold with the most levels of the others; its rows, strictest first.
 
     Such rows vary the activate and confidence thresholds together at one add threshold.
     """

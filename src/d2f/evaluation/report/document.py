@@ -23,7 +23,7 @@ end of an answer too, as in the paper's tables of Dream. Speeds without prompts 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is told of the results."""
+    """The tables of a report, and the results that they are made of."""
 
     results: Results
     sections: Sequence[tuple[str, Sequence[Table]]]
@@ -104,14 +104,14 @@ def write_report(
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
 def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
-    """The page as text."""
+    """Make the text of the page."""
     results = report.results
     parts = [f"# Results: {_titles(results.comparisons)}"]
     parts += [f"**Warning:** {warning}" for warning in results.warnings]
@@ -131,7 +131,7 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
 
 
 def _titles(comparisons: Sequence[Comparison]) -> str:
-    """Families and test sets that have methods side by side; all where none has."""
+    """Name the families and test sets that have methods side by side; all where none has."""
     shown = [c for c in comparisons if c.of("methods")] or comparisons
     test_sets: dict[str, list[str]] = {}
     for comparison in shown:
@@ -142,7 +142,7 @@ def _titles(comparisons: Sequence[Comparison]) -> str:
 
 
 def _footer(results: Results, command: str) -> list[str]:
-    """Where the numbers come from, and how to make them again."""
+    """Tell where the numbers come from, and how to make them again."""
     places = []
     for row in results.rows:
         known = row.environment

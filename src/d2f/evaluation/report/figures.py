@@ -48,7 +48,7 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """What one picture shows of each comparison."""
+    """One picture, which shows each comparison on axes of its own."""
 
     name: str
     """Of the file, without its ending."""
@@ -155,7 +155,7 @@ def draw_bars(axis: Any, comparison: Comparison, beside: Beside | None = None) -
 
 
 def _bar_axis(axis: Any, shortest: float, longest: float) -> None:
-    """Room for the numbers at the bars' ends; logarithmic where the shortest would not be seen."""
+    """Leave room for the numbers; use a logarithm where the shortest bar would not be seen."""
     if longest < _LOG_FROM * shortest:
         axis.set_xlim(0, 1.35 * longest)
         return
@@ -259,7 +259,7 @@ def finish(axis: Any, drawn: bool) -> None:
 
 
 def plain_ticks(axis: Any, per_decade: Sequence[int] = (1, 2, 5)) -> None:
-    """Of a logarithmic axis: plain numbers at some places of each decade."""
+    """Write plain numbers at some places of each decade of a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(base=10, subs=per_decade))
@@ -268,7 +268,7 @@ def plain_ticks(axis: Any, per_decade: Sequence[int] = (1, 2, 5)) -> None:
 
 
 def _score_axis(axis: Any, comparison: Comparison) -> None:
-    """Percent; where scores come close to 100, stretched there, or all that counts is one line."""
+    """Scale scores in percent; where they come close to 100, stretch the axis there."""
     scores = [
         row.score for c in score_curves(comparison) for row in c.rows if row.score is not None
     ]

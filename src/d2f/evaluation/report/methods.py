@@ -156,7 +156,7 @@ def _label_order(row: Row) -> list[tuple[str, float, str]]:
 
 
 def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
-    """All that is told of a row, by the keys of the columns."""
+    """Make the line of a row, by the keys of the columns."""
     autoregressive = comparison.find("autoregressive")
     vanilla = comparison.find("vanilla")
     teacher = comparison.find("vanilla", "vanilla-eos-stop")
@@ -185,7 +185,7 @@ def _lead(row: Row, other: Row | None) -> Difference | None:
 
 
 def base_line(row: Row, vanilla: Row | None) -> dict[str, Any]:
-    """Speed, latency, length and score of a row, and the first two against vanilla's."""
+    """Give speed, latency, length and score of a row, and the first two against vanilla's."""
     seconds = median(row.seconds_per_problem)
     base = median(vanilla.seconds_per_problem) if vanilla else None
     return {
@@ -204,21 +204,21 @@ def base_line(row: Row, vanilla: Row | None) -> dict[str, Any]:
 
 
 def speed_ratio(row: Row | None, other: Row | None) -> float | None:
-    """Median tokens/s of one over the other's."""
+    """Divide the median tokens/s of two rows."""
     if row is None or other is None:
         return None
     return ratio(median(row.tokens_per_second), median(other.tokens_per_second))
 
 
 def score_text(row: Row) -> str | None:
-    """Score, standard error and number of problems."""
+    """Write score, standard error and number of problems."""
     if row.score is None:
         return None
     return f"{row.score:.1f} ± {row.standard_error or 0:.1f} ({row.num_scored})"
 
 
 def settings_text(row: Row) -> str:
-    """Strategy, policy and options in one line."""
+    """Write strategy, policy and options in one line."""
     summary = row.summary
     parts: list[str] = [str(summary["strategy"])] if summary.get("strategy") else []
     found: dict[str, Any] = {**(summary.get("policy") or {}), **(summary.get("options") or {})}
@@ -237,7 +237,7 @@ def _grid_text(grid: Mapping[str, Any] | None) -> str | None:
 
 
 def _made_of(row: Row, base: Row | None) -> str | None:
-    """Tokens/s are tokens/forward × forwards/s, so their ratios multiply too."""
+    """Take the ratio of tokens/s apart: tokens/forward × forwards/s."""
     if base is None:
         return None
     tokens = ratio(row.number("tokens_per_forward"), base.number("tokens_per_forward"))

@@ -72,7 +72,7 @@ def _read(path: Path) -> Row:
 
 
 def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
-    """The first thing that the report could not work with."""
+    """Name the first entry that the report could not work with; None if there is none."""
     for key in _NAMES:
         if not isinstance(summary.get(key), str):
             return f"'{key}' is no text"
@@ -122,7 +122,7 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
 
 
 def _is_number_or_none(value: object) -> bool:
-    """None is what result files have for nan."""
+    """Tell whether a value is a number, or None, which result files have for nan."""
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
@@ -141,7 +141,7 @@ def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 
 def _not_measured_yet(row: Row) -> list[str]:
-    """Parts that the recipe wants of the row and the summary lacks."""
+    """List the parts that the recipe wants of the row and the summary lacks."""
     recipe = row.summary.get("recipe") or {}
     rows = [entry for entry in recipe.get("rows") or () if isinstance(entry, dict)]
     settings = next((entry for entry in rows if entry.get("name") == row.name), {})
@@ -155,7 +155,7 @@ def _not_measured_yet(row: Row) -> list[str]:
 
 
 def _compare(rows: Sequence[Row]) -> list[Comparison]:
-    """Families and test sets; each machine by itself where it repeats what another measured."""
+    """Group rows by family and test set, and by machine where machines measured the same rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.summary["family"], row.summary["test_set"]), []).append(row)

@@ -35,7 +35,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the row, and of its folder."""
+        """Name of the row, and of its folder."""
         return str(self.summary["row"])
 
     @property
@@ -45,18 +45,18 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What tables call it; tells what was simulated."""
+        """Name of the row in tables, which says if something was simulated."""
         label = str(self.summary.get("label") or self.method)
         return f"{label} (simulated)" if self.simulated else label
 
     @property
     def simulated(self) -> str | None:
-        """What was not real, in words."""
+        """Tells in words what was not real, as random weights; None if all was."""
         return self.summary.get("simulated") or None
 
     @property
     def environment(self) -> Mapping[str, Any]:
-        """Where it was measured."""
+        """The machine, the versions and the commit of the measurement."""
         return self.summary.get("environment") or {}
 
     @property
@@ -81,7 +81,7 @@ class Row:
 
     @cached_property
     def decode_tokens_per_second(self) -> Spread | None:
-        """The same without prompts."""
+        """Tokens / time of the steps without a prompt."""
         return self._spread("decode_tokens_per_second")
 
     @property
@@ -96,13 +96,13 @@ class Row:
 
     @property
     def score(self) -> float | None:
-        """In percent."""
+        """Share of right answers, in percent."""
         found = self.number("score", "score")
         return None if found is None else 100 * found
 
     @property
     def standard_error(self) -> float | None:
-        """Of the score, in points."""
+        """Standard error of the score, in points."""
         found = self.number("standard_error", "score")
         return None if found is None else 100 * found
 
@@ -112,7 +112,7 @@ class Row:
         return int(self.number("num_problems", "score") or 0)
 
     def number(self, key: str, *parts: str) -> float | None:
-        """A number of the summary's speed, or else of its score; `parts` set another order."""
+        """Read a number of the summary's speed, or else of its score; `parts` set another order."""
         for part in parts or ("speed", "score"):
             value = (self.summary.get(part) or {}).get(key)
             if isinstance(value, int | float):
@@ -120,7 +120,7 @@ class Row:
         return None
 
     def setting(self, key: str) -> Any:
-        """A label of the experiment, or else of the policy or the strategy's options."""
+        """Read a label of the experiment, or else a field of the policy or of the options."""
         for part in ("labels", "policy", "options"):
             value = (self.summary.get(part) or {}).get(key)
             if value is not None:
@@ -144,7 +144,7 @@ class Row:
 
     @property
     def counts_tail(self) -> bool:
-        """Its results tell speeds by all decoded tokens too, not by those of answers alone."""
+        """Whether its results give speeds with all decoded tokens counted, too."""
         parts = [self.summary.get(part) for part in ("score", "speed")]
         return all(part.get("with_tail") for part in parts if part is not None)
 
@@ -158,7 +158,7 @@ class Row:
         return None
 
     def with_tail(self) -> Row:
-        """The same, with all decoded tokens counted; what the results do not tell is missing."""
+        """Count all decoded tokens; what the results do not tell is missing."""
         summary = dict(self.summary)
         for part in ("score", "speed"):
             known = summary.get(part)
@@ -178,7 +178,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All rows of one family on one test set; what stands in one table."""
+    """All rows of one model family on one test set, which stand in one table."""
 
     family: str
     test_set: str
@@ -190,22 +190,22 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """For headings."""
+        """Title for headings."""
         where = f" ({self.machine})" if self.machine else ""
         return f"{self.family} on {self.test_set}{where}{', tails counted' * self.counts_tail}"
 
     @property
     def task(self) -> str:
-        """As recipes name it."""
+        """Name of the task in recipes."""
         return str(self.rows[0].summary.get("task", ""))
 
     def of(self, experiment: str) -> list[Row]:
-        """Rows of an experiment, in the paper's order of methods."""
+        """Give the rows of an experiment, in the order of `METHODS`."""
         found = [row for row in self.rows if row.summary["experiment"] == experiment]
         return sorted(found, key=_order)
 
     def find(self, *methods: str, experiment: str = "methods") -> Row | None:
-        """The row of the first of these methods that there is.
+        """Find the row of the first of these methods that has one.
 
         What an experiment does not measure anew is taken from `methods`.
         """
@@ -226,11 +226,11 @@ class Results:
 
     @property
     def rows(self) -> list[Row]:
-        """Of all comparisons."""
+        """The rows of all comparisons."""
         return [row for comparison in self.comparisons for row in comparison.rows]
 
     def with_tail(self) -> Results:
-        """The same, with all decoded tokens counted, as the paper counts those of Dream.
+        """Count all decoded tokens, as the paper does for Dream.
 
         Example:
             `build_report(load_results([Path("results/dream")]).with_tail())`
@@ -265,7 +265,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(one: Row, other: Row) -> Difference | None:
-    """Score of `one` minus score of `other` on the problems both answered, in points.
+    """Take the score of `other` from that of `one` on their common problems, in points.
 
     Rows may have answered different numbers of problems: the first ones count, if the files of
     problems show them to be the same. Without these files both need the same number. Where no

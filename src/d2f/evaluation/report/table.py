@@ -12,12 +12,12 @@ NOTHING = "–"
 
 
 def text(value: object) -> str:
-    """Words as they are."""
+    """Write words as they are."""
     return str(value)
 
 
 def significant(value: float) -> str:
-    """Three digits, or all before the point.
+    """Write three digits, or all before the point.
 
     Example:
         >>> [significant(x) for x in (1234.5, 52.49, 7.2, 0.8, 0)]
@@ -34,12 +34,12 @@ def significant(value: float) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio."""
+    """Write a ratio."""
     return f"{significant(value)}x"
 
 
 def spread(value: Spread) -> str:
-    """A median, and the lowest and the highest run.
+    """Write a median, and the lowest and the highest run.
 
     Example:
         >>> spread(Spread(52.5, 51.0, 53.25))
@@ -50,17 +50,17 @@ def spread(value: Spread) -> str:
 
 
 def points(value: float) -> str:
-    """A score in percent."""
+    """Write a score in percent."""
     return f"{value:.1f}"
 
 
 def gap(value: float) -> str:
-    """A difference of scores, in points."""
+    """Write a difference of scores, in points."""
     return f"{value:+.1f}"
 
 
 def interval(value: Difference) -> str:
-    """A difference and the ends of its 95% interval.
+    """Write a difference and the ends of its 95% interval.
 
     Example:
         >>> interval(Difference(0.5, -0.25, 1.25, 1000))
@@ -70,7 +70,7 @@ def interval(value: Difference) -> str:
 
 
 def paired(value: Difference) -> str:
-    """The same, and the number of pairs."""
+    """Write a difference, its 95% interval and the number of pairs."""
     return f"{interval(value)} ({value.num_pairs})"
 
 
@@ -84,7 +84,7 @@ class Column:
     is_number: bool = True
 
     def show(self, line: Mapping[str, Any]) -> str:
-        """The cell of a line."""
+        """Write the cell of a line."""
         value = line.get(self.key)
         return NOTHING if value is None else self.form(value)
 
@@ -112,7 +112,7 @@ class Table:
     """Sentences below it."""
 
     def markdown(self) -> str:
-        """Padded, so that it can be read without a browser."""
+        """Write the table in Markdown, padded so that it can be read without a browser."""
         cells = [[column.header for column in self.columns]]
         cells += [[column.show(line) for column in self.columns] for line in self.lines]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
@@ -132,7 +132,7 @@ class Table:
         return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
     def to_dict(self) -> dict[str, Any]:
-        """For the JSON file: the numbers unrounded."""
+        """Give the table for the JSON file, with unrounded numbers."""
         keys = [column.key for column in self.columns]
         return {
             "name": self.name,
@@ -144,7 +144,7 @@ class Table:
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
-    """One over the other, where both are there.
+    """Divide one by the other, where both are there.
 
     Example:
         >>> ratio(6, 4), ratio(6, None), ratio(6, 0)
@@ -154,17 +154,17 @@ def ratio(one: float | None, other: float | None) -> float | None:
 
 
 def minus(one: float | None, other: float | None) -> float | None:
-    """One less the other, where both are there."""
+    """Take the other from the one, where both are there."""
     return None if one is None or other is None else one - other
 
 
 def median(value: Spread | None) -> float | None:
-    """Of a spread that may be missing."""
+    """Give the median of a spread that may be missing."""
     return value.median if value else None
 
 
 def conditions(rows: Sequence[Row]) -> list[str]:
-    """A warning for each condition in which rows differ that stand in one table."""
+    """Warn of each condition in which rows of one table differ."""
     warnings = []
     for name, value_of in _CONDITIONS.items():
         found: dict[str, list[str]] = {}
@@ -177,19 +177,19 @@ def conditions(rows: Sequence[Row]) -> list[str]:
 
 
 def simulated(rows: Sequence[Row]) -> list[str]:
-    """What was not real in rows of a table."""
+    """Tell what was not real in rows of a table."""
     return [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
 
 
 def cleaned_up(rows: Sequence[Row]) -> list[str]:
-    """Whether programs were found in answers otherwise than by default."""
+    """Tell if programs were found in answers as the paper's authors do it."""
     if rows and all(_clean_up(row) == "paper" for row in rows):
         return ["Programs were taken out of answers as the paper's authors do it."]
     return []
 
 
 def beyond_eos(rows: Sequence[Row]) -> list[str]:
-    """Which rows compute positions after the end of the answer, where not all do."""
+    """Name the rows that compute positions after the end of the answer, where not all do."""
     names = [row.label for row in rows if row.summary.get("early_stop") is False]
     if not names or len(names) == len(rows):
         return []
@@ -197,7 +197,7 @@ def beyond_eos(rows: Sequence[Row]) -> list[str]:
 
 
 def commit(environment: Mapping[str, Any]) -> str:
-    """The commit that made a result, and whether the tree was as committed."""
+    """Name the commit that made a result, and tell whether the tree had changes."""
     name = str(environment.get("git_commit") or "unknown")[:12]
     return f"{name} with changes" if environment.get("git_dirty") else name
 
