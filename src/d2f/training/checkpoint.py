@@ -23,21 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import CheckpointError, TrainingError
+from d2f.errors import CheckpointError, TrainingError, counted
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
 from d2f.models.transformer import Transformer
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table, with_defaults
-from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
 from d2f.training.model_card import CardFacts, model_card
-from d2f.training.optimizer import save_shards
-from d2f.training.processes import Processes
+from d2f.training.optimizer import load_shards, load_whole, save_shards
+from d2f.training.processes import DistributedModel, Processes
 
 STATE_FILE = "training_state.pt"
 RECIPE_FILE = "recipe.json"
@@ -57,47 +56,51 @@ _TOKENIZER_FILES = (
 
 
 def save_checkpoint(
-    model: Transformer, config: TrainConfig, state: dict[str, Any], *, step: int
-) -> Path:
-    """Write `checkpoint-<step>`, then remove all but the newest ones.
-
-    A folder of that name appears only when it is complete.
-    """
-    folder = checkpoint_folder(config, step)
-    with replaced_folder(folder, ["*"]) as new:
-        _write_checkpoint(model, config, state, new)
-    _remove_old(config)
-    return folder
-
-
-def save_sharded_checkpoint(
     distributed: DistributedModel,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
-    state: dict[str, Any],
-    *,
-    step: int,
+    progress: Mapping[str, Any],
     processes: Processes,
 ) -> Path:
-    """The same for an optimizer whose state is in shards; all processes must come here.
+    """Write `checkpoint-<step>`, then remove all but the newest ones; all processes must come here.
 
-    Each process writes its shards to a folder that all of them can write to, the main process the
-    weights as published; it renames the folder when all is there.
+    A folder of that name appears only when it is complete. If the optimizer's state is in shards,
+    each process writes its own to a folder that all of them can write to, and the main process
+    renames the folder.
+
+    Args:
+        distributed: The model that is trained.
+        optimizer: Its optimizer.
+        config: The recipe.
+        progress: The `step` and the `seconds` of training, which `load_state` gives back.
+        processes: Those that train together.
 
     Raises:
         TrainingError, CheckpointError: Something could not be written. The checkpoints from before
             are as they were.
     """
-    folder = checkpoint_folder(config, step)
+    folder = checkpoint_folder(config, progress["step"])
+    sharded = distributed.shards_optimizer
+    rng = {"cpu": torch.get_rng_state()}
+    if processes.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(processes.device)
+    state: dict[str, Any] = {**progress, "rng": rng}
+    if processes.world_size > 1:
+        state["process_rng"] = processes.share(rng)
+    if not sharded:
+        state["optimizer"] = optimizer.state_dict()
     with ExitStack() as stack:
         # Leaves without renaming where an error of any process ends the block.
         opened = processes.on_main(lambda: stack.enter_context(replaced_folder(folder, ["*"])))
-        new = processes.from_main(opened)
-        assert new is not None
-        require_shared(new, processes)
-        save_shards(distributed.model, optimizer, new, processes)
-        with distributed.whole(torch.device("cpu")) as model:
-            processes.on_main(lambda: _write_checkpoint(_present(model), config, state, new))
+        if not sharded:
+            processes.on_main(lambda: _write_checkpoint(distributed.model, config, state, opened))
+        else:
+            new = processes.from_main(opened)
+            assert new is not None
+            require_shared(new, processes)
+            save_shards(distributed.model, optimizer, new, processes)
+            with distributed.whole(torch.device("cpu")) as model:
+                processes.on_main(lambda: _write_checkpoint(model, config, state, new))
         processes.on_main(stack.close)
     processes.on_main(lambda: _remove_old(config))
     return folder
@@ -116,19 +119,15 @@ def require_shared(path: Path, processes: Processes) -> None:
         )
 
 
-def _present(model: Transformer | None) -> Transformer:
-    assert model is not None
-    return model
-
-
 def checkpoint_folder(config: TrainConfig, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return Path(config.output) / f"checkpoint-{step:08d}"
 
 
 def _write_checkpoint(
-    model: Transformer, config: TrainConfig, state: dict[str, Any], folder: Path
+    model: Transformer | None, config: TrainConfig, state: dict[str, Any], folder: Path | None
 ) -> None:
+    assert model is not None and folder is not None  # on the main process
     _save_weights(model, config, folder)
     try:
         torch.save(state, folder / STATE_FILE)
@@ -234,9 +233,55 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / STATE_FILE
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {**state, "step": state["step"], "seconds": state["seconds"]}
     except Exception as error:  # torch raises errors of many kinds for a broken file
         raise TrainingError(f"cannot resume from {file}: {error}") from None
+
+
+def restore_optimizer(
+    distributed: DistributedModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    processes: Processes,
+) -> None:
+    """Give an optimizer the state of a checkpoint; all processes must come here.
+
+    Raises:
+        TrainingError: It is the state of another model, or a part of it is missing.
+    """
+    if state["step"] == 0:
+        return  # whatever state was written was made up to be written
+    model = distributed.model
+    if "optimizer" not in state:
+        load_shards(model, optimizer, checkpoint_folder(config, state["step"]), processes)
+        return
+    try:
+        load_whole(model, optimizer, state["optimizer"], shard=distributed.shards_optimizer)
+    except (KeyError, ValueError) as error:
+        raise TrainingError(f"the checkpoint does not fit this recipe: {error}") from None
+
+
+def restore_random(
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    processes: Processes,
+    note: Callable[[str], object],
+) -> None:
+    """Set this process's random state to that of a checkpoint, if the checkpoint has one of it."""
+    states = state.get("process_rng", [state["rng"]])
+    if len(states) != processes.world_size and config.lora is not None:
+        note(
+            f"the checkpoint is of {counted(len(states), 'process')} and goes on with "
+            f"{processes.world_size}: dropout will differ"
+        )
+    if processes.rank >= len(states):
+        return
+    rng: Mapping[str, Tensor] = states[processes.rank]
+    torch.set_rng_state(rng["cpu"])
+    if processes.device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], processes.device)
 
 
 def save_final(

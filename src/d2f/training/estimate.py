@@ -1,4 +1,4 @@
-"""What a run will need, from its recipe and the sizes of its model alone: memory and operations.
+"""Estimates of a run's memory, operations and samples, from its recipe and its model's sizes.
 
 Counted per process (GPU). Shapes: D hidden size, Q query dims (heads times head size), K key/value
 dims, F intermediate size, V vocabulary; s and a are the bytes of a number in the residual stream
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from d2f.errors import D2FError, counted
 from d2f.models.checkpoint import as_diffusion
 from d2f.models.lora import LoraLinear, attach_adapter
 from d2f.models.spec import ModelSpec
-from d2f.models.transformer import Layer, Transformer
+from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
 from d2f.training.assemble import find_tokenizer
 from d2f.training.chunked_loss import LOGIT_BYTES
@@ -64,17 +64,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
     def to_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """Give the numbers and their sum, for JSON."""
         return {**vars(self), "total": self.total}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will need."""
+    """Sizes of a run, the memory of each of its processes, and its operations."""
 
     num_parameters: int
     num_trained: int
@@ -95,18 +95,18 @@ class Estimate:
     """The same with activation checkpointing the other way."""
 
     def seconds(self, steps: int, peak: float, share: float) -> float:
-        """Time of so many updates on GPUs of a peak rate, of which they reach a share."""
+        """Seconds of so many updates on GPUs that reach a share of their peak rate (FLOP/s)."""
         return steps * self.computed_per_update / (peak * share * self.processes)
 
 
 def estimate(
     config: TrainConfig, spec: ModelSpec, *, processes: int = 1, compiled: bool = False
 ) -> Estimate:
-    """What a run of a recipe will need.
+    """Estimate the memory and the operations of a recipe.
 
     Args:
         config: The recipe.
-        spec: Of `model.init` or `model.config`.
+        spec: The spec of `model.init` or `model.config`.
         processes: GPUs, one process each.
         compiled: The layers are, as they are on a GPU with `compile`.
 
@@ -131,7 +131,7 @@ def estimate(
     flops = _flops(config, model, config.batch_size * length)
     recomputed = flops["student"] if config.activation_checkpointing else 0
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memories = {
+    memory = {
         recompute: _memory(
             config, model, micro, accumulated, processes, recompute=recompute, compiled=compiled
         )
@@ -147,8 +147,8 @@ def estimate(
         processes=processes,
         flops_per_update=sum(flops.values()),
         computed_per_update=sum(flops.values()) + recomputed,
-        memory=memories[config.activation_checkpointing],
-        other_memory=memories[not config.activation_checkpointing],
+        memory=memory[config.activation_checkpointing],
+        other_memory=memory[not config.activation_checkpointing],
     )
 
 
@@ -179,11 +179,8 @@ def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[
         teacher_pairs=pairs,
         student_pairs=pairs // 2 if config.stage == "autoregressive" else pairs,
     )
-    found = step_flops(model, None, work).to_dict()
-    del found["total"]
-    if not config.has_teacher:
-        found["teacher"] = 0
-    return found
+    found = asdict(step_flops(model, None, work))
+    return found if config.has_teacher else found | {"teacher": 0}
 
 
 def _memory(
@@ -239,7 +236,7 @@ def _layer_weights(model: Transformer) -> int:
 
 
 def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: bool = False) -> int:
-    """Bytes that a layer keeps of a token for the backward pass (the module's docstring says what).
+    """Count the bytes that a layer keeps of a token for the backward pass; see the module.
 
     Args:
         model: Its trained parameters require gradients; may be on the meta device.
@@ -249,16 +246,14 @@ def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: b
     """
     spec = model.spec
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    layer = model.layers[0]
-    assert isinstance(layer, Layer)
-    trained = layer.attention_norm.weight.requires_grad
+    trained = model.norm.weight.requires_grad
     saves = compiled and not trained
     streams = (3 if saves else 2) * spec.hidden_size
     numbers = 2 * query + 2 * kv + (2 if saves else 3) * spec.intermediate_size
     if trained:
         streams += 4 * spec.hidden_size
         numbers += spec.intermediate_size + (query if query != kv else 0)
-    for module in layer.modules():
+    for module in model.layers[0].modules():
         if isinstance(module, LoraLinear):
             base: nn.Linear = module.base
             copies = (2 if module.config.dropout else 1) - saves
@@ -268,15 +263,13 @@ def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: b
 
 @dataclass(frozen=True, kw_only=True)
 class DataPlan:
-    """How many samples a run has."""
+    """Numbers of a run's samples and of the sequences of an epoch; None: not known yet."""
 
     num_samples: int | None
-    """None: not known without reading them."""
     num_rows: int | None = None
-    """Sequences of an epoch: as many, or with `padding = "packed"` the rows that hold them; None:
-    not known without reading them."""
+    """As many sequences as samples, or with `padding = "packed"` the rows that hold them."""
     note: str
-    """How that is known, or why it is not."""
+    """The source of the numbers, or the reason why there are none."""
 
 
 def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
@@ -305,13 +298,12 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
 
 
 def _without_held_out(count: int, config: TrainConfig, note: str, share: float | None) -> DataPlan:
-    """The plan, where `share` says how many rows there are for each sample (None: not known)."""
-    held_out = (config.evaluate.held_out or 0) if config.evaluate else 0
-    if held_out >= count:
+    """Leave out what is evaluated on; a sample takes `share` of a row (None: not known)."""
+    left = count - ((config.evaluate.held_out or 0) if config.evaluate else 0)
+    if left <= 0:
         return _unknown(
-            f"evaluate.held_out {held_out} leaves nothing of {counted(count, 'sample')}"
+            f"evaluate.held_out {count - left} leaves nothing of {counted(count, 'sample')}"
         )
-    left = count - held_out
     rows = None if share is None else math.ceil(left * share)
     return DataPlan(num_samples=left, num_rows=rows, note=note)
 

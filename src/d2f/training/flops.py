@@ -38,7 +38,7 @@ _READERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step is about, as far as its operations depend on it."""
+    """The sizes of a step on which its operations depend."""
 
     num_tokens: int
     """Positions that the models read, of all sequences."""
@@ -52,22 +52,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """Operations of a step."""
+    """Operations of a step: the forward passes of both models, and the student's backward pass."""
 
     teacher: int
-    """Forward of the teacher."""
     student: int
-    """Forward of the student."""
     backward: int
-    """Backward of the student."""
 
     @property
     def total(self) -> int:
-        """All three."""
+        """The sum of the three."""
         return self.teacher + self.student + self.backward
 
     def to_dict(self) -> dict[str, int]:
-        """For a result file."""
+        """Give the numbers and their sum, for a result file."""
         return {**asdict(self), "total": self.total}
 
 
@@ -108,8 +105,8 @@ def step_flops(student: Transformer, teacher: Transformer | None, work: Work) ->
 
     Args:
         student: Its parameters that require gradients are the trained ones.
-        teacher: None: the student with its adapter off.
-        work: What the step is about.
+        teacher: The other model that teaches; None: the student with its adapter off.
+        work: Sizes of the step.
 
     Example:
         LLaDA-8B with a frozen base takes about 6 * 7.5e9 operations per token, 2 for each of the
@@ -127,8 +124,9 @@ def _count(model: Transformer, work: Work, num_pairs: int, *, adapters: bool) ->
     # Whether the gradient of what the next modules read is needed.
     flows = _trained(model.embed)
     for layer in model.layers:
+        parts = {name.rpartition(".")[2]: part for name, part in layer.named_modules()}
         for names in _READERS:
-            modules = [layer.get_submodule(name) for name in names]
+            modules = [parts[name] for name in names]
             for module in modules:
                 ahead, back = _projection(module, flows, adapters=adapters)
                 forward += ahead

@@ -1,9 +1,9 @@
-"""The README.md of a trained model or adapter: what the run knows, and nothing else."""
+"""The README.md of a trained model or adapter, with what the run knows and nothing else."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,63 +31,62 @@ class CardFacts:
     data: Mapping[str, Any]
     """Counts of the samples, as training_summary.json has them."""
     loss: float | None = None
-    """Of the last line of the log."""
+    """The loss of the last line of the log."""
     evaluation: Mapping[str, Any] | None = None
-    """The line of the evaluation of this model, or of the run's best."""
+    """The line of the evaluation of this model."""
     task: str | None = None
-    """What was evaluated."""
+    """The benchmark, or the samples, that the evaluation was made on."""
 
 
 def model_card(
     config: TrainConfig, spec: ModelSpec, policy: DecodingPolicy | None, facts: CardFacts
 ) -> str:
-    """The card, with the front matter that the hub reads. It names no folder of this machine.
+    """Write the card, with the front matter that the hub reads. It names no folder of this machine.
 
     Args:
         config: The recipe.
-        spec: Of the trained model.
-        policy: That the model carries.
+        spec: The spec of the trained model.
+        policy: The decoding policy that the model carries.
         facts: What came of the run.
     """
+    base = _base(config)
     blocks = [
-        _front_matter(config, spec),
+        _front_matter(config, spec, base),
         f"# {_kind(config, spec)}, {_STAGES[config.stage]}",
-        _origin(config),
+        _origin(config, base),
         "## How to load it",
-        _loading(config, spec),
+        *(_loading_adapter if config.lora else _loading_model)(config, spec, base or "BASE_MODEL"),
         "## Training",
         _training(config, facts),
     ]
     if facts.evaluation is not None:
-        blocks += ["## Evaluation", _evaluation(facts)]
+        blocks += ["## Evaluation", _evaluation(facts.evaluation, facts.task)]
     if policy is not None:
         blocks += ["## Decoding policy", _json(policy.to_dict())]
-    recipe = {
-        name: value for name, value in _recipe(config).items() if value is not None and value != {}
-    }
-    blocks += ["## Recipe", _json(recipe)]
+    blocks += ["## Recipe", _json(_recipe(config))]
     return "\n\n".join(blocks) + "\n"
 
 
-def _front_matter(config: TrainConfig, spec: ModelSpec) -> str:
-    lines = ["---"]
-    if _base(config):
-        lines.append(f"base_model: {_base(config)}")
-        lines.append(f"base_model_relation: {'finetune' if config.lora is None else 'adapter'}")
-    if config.lora is not None and config.model.adapter_dtype != "int8":
-        lines.append("library_name: peft")
-    elif spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
-        lines.append("library_name: transformers")
-    else:
-        lines.append("library_name: d2f")
+def _front_matter(config: TrainConfig, spec: ModelSpec, base: str | None) -> str:
+    adapter = config.lora is not None
+    library = "transformers" if spec.architecture.name in _KNOWN_TO_TRANSFORMERS else "d2f"
+    if adapter and config.model.adapter_dtype != "int8":
+        library = "peft"
     tags = ["d2f", spec.architecture.name.lower(), config.stage]
-    if not spec.architecture.causal:
-        tags.append("diffusion")
-    if config.lora is not None:
-        tags.append("lora")
-    # A tag twice is refused by the hub.
-    lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
-    return "\n".join(lines)
+    tags += [] if spec.architecture.causal else ["diffusion"]
+    tags += ["lora"] if adapter else []
+    relation = f"base_model_relation: {'adapter' if adapter else 'finetune'}"
+    return "\n".join(
+        [
+            "---",
+            *((f"base_model: {base}", relation) if base else ()),
+            f"library_name: {library}",
+            "tags:",
+            # A tag twice is refused by the hub.
+            *(f"- {tag}" for tag in dict.fromkeys(tags)),
+            "---",
+        ]
+    )
 
 
 def _base(config: TrainConfig) -> str | None:
@@ -103,15 +102,14 @@ def _base(config: TrainConfig) -> str | None:
 
 def _kind(config: TrainConfig, spec: ModelSpec) -> str:
     size = f"{spec.num_parameters / 1e6:,.1f}M parameters"
-    if config.lora is not None:
-        name = spec.read_from or spec.architecture.name
-        read = ", read as a diffusion model" if spec.read_from else ""
-        return f"LoRA adapter (r = {config.lora.r}) for a {name} of {size}{read}"
-    return f"{spec.architecture.name} of {size}"
+    if config.lora is None:
+        return f"{spec.architecture.name} of {size}"
+    name = spec.read_from or spec.architecture.name
+    read = ", read as a diffusion model" if spec.read_from else ""
+    return f"LoRA adapter (r = {config.lora.r}) for a {name} of {size}{read}"
 
 
-def _origin(config: TrainConfig) -> str:
-    base = _base(config)
+def _origin(config: TrainConfig, base: str | None) -> str:
     if base:
         return f"Trained from `{base}`."
     if config.model.init is None:
@@ -121,103 +119,98 @@ def _origin(config: TrainConfig) -> str:
     return "Trained from weights in a local folder, which this card does not know by a public name."
 
 
-def _loading(config: TrainConfig, spec: ModelSpec) -> str:
-    base = _base(config) or "BASE_MODEL"
-    if config.lora is None:
-        text = _code("bash", "d2f generate --model THIS_FOLDER 'a prompt'")
-        if spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
-            text += "\n\n" + _code(
-                "python",
-                "from transformers import AutoModelForCausalLM\n\n"
-                'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-            )
-        return text
-    return _code("bash", f"d2f generate --model {base} --adapter THIS_FOLDER 'a prompt'") + (
-        "\n\n" + _python(config, spec, base)
-    )
+def _loading_model(config: TrainConfig, spec: ModelSpec, base: str) -> Iterable[str]:
+    yield _code("bash", "d2f generate --model THIS_FOLDER 'a prompt'")
+    if spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
+        yield _code(
+            "python",
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        )
 
 
-def _python(config: TrainConfig, spec: ModelSpec, base: str) -> str:
-    """How an adapter is loaded in Python, by PEFT where PEFT can read it."""
-    ours = _code("python", f'import d2f\n\nmodel = d2f.load_model("{base}", adapter="THIS_FOLDER")')
+def _loading_adapter(config: TrainConfig, spec: ModelSpec, base: str) -> Iterable[str]:
+    """Blocks that say how an adapter is loaded, by PEFT, too, where PEFT can read it."""
+    yield _code("bash", f"d2f generate --model {base} --adapter THIS_FOLDER 'a prompt'")
+    yield _code("python", f'import d2f\n\nmodel = d2f.load_model("{base}", adapter="THIS_FOLDER")')
     if spec.read_from is not None:
-        ours += (
-            f"\n\nThe base model is the autoregressive checkpoint as it is published; the adapter "
+        yield (
+            f"The base model is the autoregressive checkpoint as it is published; the adapter "
             f"makes it a diffusion model with the mask token {spec.mask_token_id}. Another base, "
             "such as another fine-tune of the same shape, is refused; the same one in other "
             "precisions is not."
         )
     if config.model.adapter_dtype == "int8":
-        return ours + (
-            "\n\nThe adapter is stored in 8 bits, which PEFT does not read. To write it in PEFT's "
+        yield (
+            "The adapter is stored in 8 bits, which PEFT does not read. To write it in PEFT's "
             "format, load it with `merge_adapter=False` and call `d2f.models.lora.save_adapter("
             f'model, FOLDER, base_model="{base}", dtype="float32")`.'
         )
-    if spec.read_from is not None:
-        return ours + "\n\nThe files are in PEFT's format; decoding as trained needs d2f."
-    if spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
-        code = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+    elif spec.read_from is not None:
+        yield "The files are in PEFT's format; decoding as trained needs d2f."
+    else:
+        known = spec.architecture.name in _KNOWN_TO_TRANSFORMERS
+        loader, more = (
+            ("AutoModelForCausalLM", "") if known else ("AutoModel", ", trust_remote_code=True")
         )
-        return f"{ours}\n\nThe adapter is in PEFT's format:\n\n{_code('python', code)}"
-    code = (
-        "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
-        f'base = AutoModel.from_pretrained("{base}", trust_remote_code=True)\n'
-        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
-    )
-    return (
-        f"{ours}\n\nThe adapter is in PEFT's format (the base model's own code may "
-        f"be needed there; decoding as trained needs d2f):\n\n{_code('python', code)}"
-    )
+        yield "The adapter is in PEFT's format" + (
+            ":"
+            if known
+            else " (the base model's own code may be needed there; decoding as trained needs d2f):"
+        )
+        yield _code(
+            "python",
+            f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+            f'base = {loader}.from_pretrained("{base}"{more})\n'
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        )
 
 
 def _training(config: TrainConfig, facts: CardFacts) -> str:
     data = facts.data
-    rows = [
-        ("stage", config.stage),
-        ("steps", f"{facts.steps:,}"),
-        ("sequences of an update", f"{config.batch_size:,}"),
-        ("tokens of a sequence", f"{config.data.sequence_length:,}"),
-        ("peak learning rate", f"{config.optimizer.lr:g}"),
-        ("seed", str(config.seed)),
-        ("samples trained on", f"{data['used']:,}" if "used" in data else None),
-        ("samples dropped as over-long", f"{data['dropped']:,}" if "dropped" in data else None),
-        ("samples truncated", f"{data['truncated']:,}" if "truncated" in data else None),
-        ("samples held out", f"{data['held_out']:,}" if data.get("held_out") else None),
-        ("bad rows left out", f"{data['bad_rows']:,}" if data.get("bad_rows") else None),
-        ("last loss of the log", f"{facts.loss:.6g}" if facts.loss is not None else None),
-    ]
-    return _table(rows)
+
+    def number(name: str, *, even_none: bool = True) -> str | None:
+        return f"{data[name]:,}" if data.get(name) or (name in data and even_none) else None
+
+    return _table(
+        {
+            "stage": config.stage,
+            "steps": f"{facts.steps:,}",
+            "sequences of an update": f"{config.batch_size:,}",
+            "tokens of a sequence": f"{config.data.sequence_length:,}",
+            "peak learning rate": f"{config.optimizer.lr:g}",
+            "seed": str(config.seed),
+            "samples trained on": number("used"),
+            "samples dropped as over-long": number("dropped"),
+            "samples truncated": number("truncated"),
+            "samples held out": number("held_out", even_none=False),
+            "bad rows left out": number("bad_rows", even_none=False),
+            "last loss of the log": None if facts.loss is None else f"{facts.loss:.6g}",
+        }
+    )
 
 
-def _evaluation(facts: CardFacts) -> str:
-    record = facts.evaluation or {}
-    rate = record.get("tokens_per_forward")
-    rows = [
-        ("problems", f"{record.get('num_problems', '')} of {facts.task}"),
-        ("step", str(record["step"])),
-        ("score", f"{record['score']:.1%}"),
-        (
-            "standard error",
-            f"{record['standard_error']:.1%}" if "standard_error" in record else None,
-        ),
-        ("tokens per forward", f"{rate:.2f}" if rate is not None else None),
-        (
-            "mean tokens of an answer",
-            str(record["mean_tokens"]) if "mean_tokens" in record else None,
-        ),
-    ]
-    return _table(rows)
+def _evaluation(record: Mapping[str, Any], task: str | None) -> str:
+    rate, error = record.get("tokens_per_forward"), record.get("standard_error")
+    length = record.get("mean_tokens")
+    return _table(
+        {
+            "problems": f"{record.get('num_problems', '')} of {task}",
+            "step": str(record["step"]),
+            "score": f"{record['score']:.1%}",
+            "standard error": None if error is None else f"{error:.1%}",
+            "tokens per forward": None if rate is None else f"{rate:.2f}",
+            "mean tokens of an answer": None if length is None else str(length),
+        }
+    )
 
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
     """The settings that made the model, without folders."""
     table = to_table(config)
-    del table["output"]
-    table["data"] = {k: v for k, v in table["data"].items() if k not in ("cache", "num_workers")}
-    return {name: _without_folders(value) for name, value in table.items()}
+    del table["output"], table["data"]["cache"], table["data"]["num_workers"]
+    kept = {name: value for name, value in table.items() if value is not None and value != {}}
+    return {name: _without_folders(value) for name, value in kept.items()}
 
 
 def _without_folders(value: Any) -> Any:
@@ -233,9 +226,9 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _table(rows: list[tuple[str, str | None]]) -> str:
-    lines = ["| | |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows if value is not None])
+def _table(rows: Mapping[str, str | None]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
 def _json(value: Mapping[str, Any]) -> str:

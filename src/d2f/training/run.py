@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from d2f.training.trainer import Sampler, Trainer
 MakeSampler = Callable[[TrainConfig, Tokenizer], Sampler]
 MakeEvaluator = Callable[[TrainConfig, Tokenizer], Callable[[Sequence[HeldOut]], Evaluator]]
 """Called before the model is loaded, and what it gives with the samples that were held out."""
+# A launcher passes on the Ctrl-C that its processes got from the terminal, too.
+_LAUNCHER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +147,8 @@ def _train(
         state=load_state(checkpoint) if checkpoint else None,
         processes=processes,
     )
-    finished = trainer.run()
+    with _signals(trainer, reporter):
+        finished = trainer.run()
     if finished:
         last = trainer.evaluations.last if trainer.evaluations else None
         with saving(Path(config.output)), trainer.distributed.whole(torch.device("cpu")) as whole:
@@ -194,3 +200,32 @@ def _num_trained(model: Transformer) -> int:
 def _size(model: Transformer) -> str:
     trained = _num_trained(model)
     return f"{model.spec.num_parameters / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained"
+
+
+@contextmanager
+def _signals(trainer: Trainer, reporter: Reporter) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop the run after the step; a second Ctrl-C stops it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    asked = 0.0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        if not asked:
+            asked = time.monotonic()
+            trainer.stop()
+            reporter.note("stopping after this step; once more Ctrl-C to stop at once")
+            if trainer.processes.world_size == 1:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        elif number == signal.SIGINT and time.monotonic() - asked > _LAUNCHER_SECONDS:
+            raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.diffusion.corruption import corrupt
+from d2f.diffusion.corruption import NoisedBatch, corrupt
 from d2f.diffusion.layout import PADDING_BLOCK, BlockLayout
 from d2f.training.config import TrainConfig
 from d2f.training.data import Batch
@@ -205,22 +205,12 @@ def _scattered_inputs(
 ) -> StepInputs:
     length = batch.ids_BL.shape[1]
     end_B = _noise_end(batch, noise)
-    noised = corrupt(
-        batch.ids_BL,
-        BlockLayout(prompt_length=batch.prompt_length_B, block_size=length),
-        t_B1,
-        mask_token_id=mask_token_id,
-        generator=generator,
-        lengths_B=end_B,
-    )
+    whole = BlockLayout(prompt_length=batch.prompt_length_B, block_size=length)
+    noised = _corrupted(batch, noise, whole, t_B1, mask_token_id, generator)
     position_L = torch.arange(length)
     response_BL = (position_L >= batch.prompt_length_B[:, None]) & (position_L < end_B[:, None])
-    return StepInputs(
-        ids_BL=noised.ids_BL,
-        target_BL=batch.ids_BL,
-        weight_BL=diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL),
-        block_BL=_padded_blocks(batch, noise),
-    )
+    weight_BL = diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL)
+    return _noised_inputs(batch, noise, noised, weight_BL)
 
 
 def frontier_inputs(
@@ -241,22 +231,11 @@ def frontier_inputs(
     t_B1 = _strata(torch.rand((), generator=generator), size)[:, None]
     ratio_BN = torch.where(block_N < first_B[:, None], 0.0, 1.0)
     ratio_BN = torch.where(block_N == first_B[:, None], t_B1, ratio_BN)
-    noised = corrupt(
-        batch.ids_BL,
-        layout,
-        ratio_BN,
-        mask_token_id=mask_token_id,
-        generator=generator,
-        lengths_B=_noise_end(batch, noise),
-    )
-    block_BL = layout.block_numbers(length)
-    counted_BL = noised.masked_BL & (block_BL <= first_B[:, None] + FRONTIER_BLOCKS)
-    return StepInputs(
-        ids_BL=noised.ids_BL,
-        target_BL=batch.ids_BL,
-        weight_BL=counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size,
-        block_BL=_padded_blocks(batch, noise),
-    )
+    noised = _corrupted(batch, noise, layout, ratio_BN, mask_token_id, generator)
+    near_BL = layout.block_numbers(length) <= first_B[:, None] + FRONTIER_BLOCKS
+    counted_BL = noised.masked_BL & near_BL
+    weight_BL = counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size
+    return _noised_inputs(batch, noise, noised, weight_BL)
 
 
 def d2f_inputs(
@@ -267,35 +246,49 @@ def d2f_inputs(
     generator: torch.Generator,
 ) -> StepInputs:
     """Mask ratios that belong to blocks (paper, section 3.2), for student and teacher alike."""
-    end_B = _noise_end(batch, noise)
-    layout = _blocks(batch, noise)
-    num_blocks_B = -(-(end_B - batch.prompt_length_B) // noise.block_size)
-    noised = corrupt(
-        batch.ids_BL,
-        layout,
-        noise.schedule().sample(num_blocks_B, generator),
-        mask_token_id=mask_token_id,
-        generator=generator,
-        lengths_B=end_B,
-    )
+    num_blocks_B = -(-(_noise_end(batch, noise) - batch.prompt_length_B) // noise.block_size)
+    ratio_BN = noise.schedule().sample(num_blocks_B, generator)
+    noised = _corrupted(batch, noise, _blocks(batch, noise), ratio_BN, mask_token_id, generator)
     weight_BL = distillation_weights(
         noised.masked_BL, noised.ratio_BL, objective.weighting, objective.normalization
     )
+    return _noised_inputs(batch, noise, noised, weight_BL)
+
+
+def _corrupted(
+    batch: Batch,
+    noise: NoiseConfig,
+    layout: BlockLayout,
+    ratio: Tensor,
+    mask_token_id: int,
+    generator: torch.Generator,
+) -> NoisedBatch:
+    """Mask responses up to where noise ends, each block at its ratio."""
+    return corrupt(
+        batch.ids_BL,
+        layout,
+        ratio,
+        mask_token_id=mask_token_id,
+        generator=generator,
+        lengths_B=_noise_end(batch, noise),
+    )
+
+
+def _noised_inputs(
+    batch: Batch, noise: NoiseConfig, noised: NoisedBatch, weight_BL: Tensor
+) -> StepInputs:
+    """The inputs of a noisy batch; block numbers are those of padding past the sequences' ends."""
+    block_BL = _blocks(batch, noise).block_numbers(batch.ids_BL.shape[1])
     return StepInputs(
         ids_BL=noised.ids_BL,
         target_BL=batch.ids_BL,
         weight_BL=weight_BL,
-        block_BL=_padded_blocks(batch, noise),
+        block_BL=_hidden_past_end(batch, block_BL),
     )
 
 
 def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
     return BlockLayout(prompt_length=batch.prompt_length_B, block_size=noise.block_size)
-
-
-def _padded_blocks(batch: Batch, noise: NoiseConfig) -> Tensor:
-    """Block numbers (B, L), with that of padding past the sequences' ends."""
-    return _hidden_past_end(batch, _blocks(batch, noise).block_numbers(batch.ids_BL.shape[1]))
 
 
 def _hidden_past_end(batch: Batch, block_BL: Tensor) -> Tensor:

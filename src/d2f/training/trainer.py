@@ -10,7 +10,6 @@ of them do the same at the same step. The main process writes.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,32 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from d2f.errors import D2FError, TrainingError, counted
+from d2f.errors import D2FError, TrainingError
 from d2f.models.transformer import Transformer
 from d2f.training.checkpoint import (
-    checkpoint_folder,
     require_shared,
+    restore_optimizer,
+    restore_random,
     save_checkpoint,
-    save_sharded_checkpoint,
     saving,
 )
 from d2f.training.confidence import measure_confidence
 from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset, derive_seed, generator
-from d2f.training.distributed_model import DistributedModel
 from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
 from d2f.training.model_card import CardFacts
 from d2f.training.optimizer import (
     GuardedUpdate,
     build_optimizer,
     learning_rate,
-    load_shards,
-    load_whole,
 )
 from d2f.training.packing import pack_samples
-from d2f.training.processes import Processes
+from d2f.training.processes import DistributedModel, Processes
 from d2f.training.run_log import LogWindow, Reporter, RunLog
 from d2f.training.stage_loss import Observer, StageLoss
 from d2f.training.step_inputs import StepInputs, make_inputs
@@ -58,9 +53,6 @@ Sampler = Callable[[Transformer], Sequence[Mapping[str, Any]]]
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 """The phases of a step in their order; "data" is the batch, its noise, and the copy to the device.
 Each micro-batch goes through all but the last one."""
-
-# A launcher passes on the Ctrl-C that its processes got from the terminal, too.
-_LAUNCHER_SECONDS = 3.0
 
 
 class Trainer:
@@ -144,7 +136,10 @@ class Trainer:
         self._state = state
         self._stop = threading.Event()
         if state is not None:
-            self._restore(state)
+            self.step, self.seconds = state["step"], state["seconds"]
+            restore_optimizer(
+                self.distributed, self.update.optimizer, config, state, self.processes
+            )
         self._evaluated = self.step
         """Step of the last evaluation, or where the run goes on from."""
         self._window = LogWindow(self.step, self.seconds)
@@ -205,11 +200,11 @@ class Trainer:
         self.student.train()
         devices = [self.device] if self.device.type == "cuda" else []
         # The caller's random state is none of our business.
-        with torch.random.fork_rng(devices), self._signals():
+        with torch.random.fork_rng(devices):
             # Processes drop different things, as they have different samples.
             torch.manual_seed(derive_seed(self.config.seed, "dropout", self.processes.rank))
             if self._state is not None:
-                self._restore_rng(self._state)
+                restore_random(self._state, self.config, self.processes, self._reporter.note)
             try:
                 return self._loop()
             finally:
@@ -384,85 +379,13 @@ class Trainer:
         )
 
     def _save(self, step: int) -> Path:
-        with saving(Path(self.config.output)):
-            return self._write_checkpoint(step)
-
-    def _write_checkpoint(self, step: int) -> Path:
         self._wait()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"step": step, "seconds": self.seconds, "rng": rng}
-        if self.processes.world_size > 1:
-            state["process_rng"] = self.processes.share(rng)
-        optimizer = self.update.optimizer
-        if self.distributed.shards_optimizer:
-            return save_sharded_checkpoint(
-                self.distributed, optimizer, self.config, state, step=step,
-                processes=self.processes,
-            )  # fmt: skip
-        state["optimizer"] = optimizer.state_dict()
-        self.processes.on_main(lambda: save_checkpoint(self.student, self.config, state, step=step))
-        return checkpoint_folder(self.config, step)
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        optimizer = self.update.optimizer
-        try:
-            self.step, self.seconds = state["step"], state["seconds"]
-            if self.step == 0:
-                return  # whatever state was written was made up to be written
-            if "optimizer" in state:
-                shard = self.distributed.shards_optimizer
-                load_whole(self.student, optimizer, state["optimizer"], shard=shard)
-        except (KeyError, ValueError) as error:
-            raise TrainingError(f"the checkpoint does not fit this recipe: {error}") from None
-        if "optimizer" not in state:
-            folder = checkpoint_folder(self.config, self.step)
-            load_shards(self.student, optimizer, folder, self.processes)
-
-    def _restore_rng(self, state: Mapping[str, Any]) -> None:
-        states = state.get("process_rng", [state["rng"]])
-        if len(states) != self.processes.world_size and self.config.lora is not None:
-            self._reporter.note(
-                f"the checkpoint is of {counted(len(states), 'process')} and goes on with "
-                f"{self.processes.world_size}: dropout will differ"
+        progress = {"step": step, "seconds": self.seconds}
+        with saving(Path(self.config.output)):
+            return save_checkpoint(
+                self.distributed, self.update.optimizer, self.config, progress, self.processes
             )
-        if self.processes.rank >= len(states):
-            return
-        rng: Mapping[str, Tensor] = states[self.processes.rank]
-        torch.set_rng_state(rng["cpu"])
-        if self.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM stop the run after the step; a second Ctrl-C is the usual one."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-        asked = 0.0
-
-        def stop(number: int, frame: object) -> None:
-            nonlocal asked
-            if not self._stop.is_set():
-                asked = time.monotonic()
-                self.stop()
-                self._reporter.note("stopping after this step; once more Ctrl-C to stop at once")
-                if self.processes.world_size == 1:
-                    signal.signal(signal.SIGINT, signal.default_int_handler)
-            elif number == signal.SIGINT and time.monotonic() - asked > _LAUNCHER_SECONDS:
-                raise KeyboardInterrupt
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.training.tiny_run import make_config, make_trainer
+from tests.unit.training.tiny_run import WatchedLoss, make_config, make_trainer
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import CheckpointError, TrainingError
@@ -188,14 +188,11 @@ def terminate(trainer: Trainer) -> None:
 
 
 def poison(trainer: Trainer) -> None:
-    loss = trainer.loss
-
-    def poisoned(inputs):
+    def poisoned(loss, inputs):
         value, loss_BL = loss(inputs)
         return value * float("nan"), loss_BL
 
-    poisoned.selects = True
-    trainer.loss = poisoned
+    WatchedLoss(trainer, poisoned)
 
 
 def refused(message: str, run: Callable[[], object]) -> None:
@@ -289,14 +286,12 @@ def unmasked(files: Path, processes: Processes) -> None:
     noise = replace(config.noise, low=0.01, high=0.02)
     trainer = make_trainer(replace(config, noise=noise, micro_batch_size=1), processes=processes)
     counts: list[int] = []
-    loss = trainer.loss
 
-    def counted(inputs):
+    def counted(loss, inputs):
         counts.append(len(inputs.selected_M))
         return loss(inputs)
 
-    counted.selects = True
-    trainer.loss = counted
+    WatchedLoss(trainer, counted)
     assert trainer.run()
     of_both = zip(*processes.share(counts), strict=True)
     assert any(bool(one) != bool(other) for one, other in of_both)

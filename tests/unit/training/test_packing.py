@@ -18,9 +18,9 @@ from tests.unit.training.test_padding import (
 from tests.unit.training.tiny_run import (
     FAMILY,
     Notes,
+    WatchedLoss,
     make_config,
     make_trainer,
-    watch_losses,
     write_files,
 )
 
@@ -226,7 +226,7 @@ def test_rows_follow_from_the_seed():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path, monkeypatch):
+def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path):
     weights, records = [], []
     for size in (4, 2):
         config = make_config(tmp_path / str(size), stage, batch_size=4, micro_batch_size=size)
@@ -243,9 +243,8 @@ def test_runs_pack_and_micro_batches_change_nothing(stage, tmp_path, monkeypatch
             assert (inputs.position_BL == 0).sum() > 2 * size
             return loss(inputs)
 
-        with monkeypatch.context() as patched:
-            watch_losses(patched, watched)
-            assert trainer.run()
+        WatchedLoss(trainer, watched)
+        assert trainer.run()
         weights.append(list(trainer.student.parameters()))
         records.append(trainer.last_record)
         counts = trainer.data_counts()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.training.tiny_run import FAMILY, NOISE, make_config, make_trainer, watch_losses
+from tests.unit.training.tiny_run import FAMILY, NOISE, WatchedLoss, make_config, make_trainer
 
 from d2f.diffusion.layout import PADDING_BLOCK
 from d2f.errors import ConfigError
@@ -144,18 +144,18 @@ def test_noise_and_autoregressive_losses_are_those_of_full_length(tmp_path):
             )
 
 
-def test_a_run_takes_short_micro_batches(tmp_path, monkeypatch):
+def test_a_run_takes_short_micro_batches(tmp_path):
     weights, lengths = [], []
 
     def watched(loss, inputs):
         lengths.append(inputs.ids_BL.shape[1])
         return loss(inputs)
 
-    watch_losses(monkeypatch, watched)
     for size in (8, 2):
         config = padded_config(tmp_path / str(size), "d2f", block_size=4)
         lora = LoraConfig(r=4, alpha=8)
         trainer = make_trainer(replace(config, micro_batch_size=size, lora=lora, steps=2))
+        WatchedLoss(trainer, watched)
         assert trainer.run()
         weights.append(adapter_parameters(trainer.student))
     # The samples have about 20 tokens.

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.training.tiny_run import make_config, make_trainer, watch_losses
+from tests.unit.training.tiny_run import WatchedLoss, make_config, make_trainer
 
 from d2f.errors import TrainingError
 from d2f.models.checkpoint import load_model
@@ -81,7 +81,7 @@ def test_micro_batches_make_the_same_run(stage_config, tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, log_every, monkeypatch):
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, log_every):
     config = make_config(tmp_path, "d2f", log_every=log_every)
     trainer = make_trainer(config)
     seen = {}
@@ -91,7 +91,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, log_every, monkeypa
         value, loss_BL = loss(inputs)
         return value * (float("nan") if trainer.step == 2 else 1.0), loss_BL
 
-    watch_losses(monkeypatch, poisoned)
+    WatchedLoss(trainer, poisoned)
     with pytest.raises(TrainingError, match=r"not finite at step 3.*checkpoint-00000002"):
         trainer.run()
     assert_equal(weights(trainer.student), seen[2])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
 from d2f.training.run_log import Reporter
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
-from d2f.training.stage_loss import StageLoss
+from d2f.training.step_inputs import StepInputs
 from d2f.training.token_cache import Encoded
 from d2f.training.trainer import Trainer
 
@@ -84,12 +83,18 @@ def write_files(folder: Path) -> Path:
     return folder
 
 
-def watch_losses(monkeypatch: Any, watched: Callable[..., Any]) -> None:
-    """Let `watched(loss, inputs)` stand in for each call of `loss(inputs)`."""
-    call = StageLoss.__call__
-    monkeypatch.setattr(
-        StageLoss, "__call__", lambda loss, inputs: watched(partial(call, loss), inputs)
-    )
+class WatchedLoss:
+    """Stands in for a trainer's loss: each `loss(inputs)` becomes `watched(loss, inputs)`."""
+
+    def __init__(self, trainer: Trainer, watched: Callable[..., Any]) -> None:
+        self._loss, self._watched = trainer.loss, watched
+        trainer.loss = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def __call__(self, inputs: StepInputs) -> Any:
+        return self._watched(self._loss, inputs)
 
 
 class Notes(Reporter):
