@@ -1,4 +1,4 @@
-"""`d2f bench train`: what a step of the distillation costs."""
+"""`d2f bench train`: time, operations and memory of a step of the distillation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REPORTED = (1, 10, 50, 100)
 """Steps on the repeated batch whose loss is shown, and the last."""
 
 _MOST_TRIED = 32
-"""Where `--micro-batch max` ends: a GPU has enough to do long before, and each try compiles."""
+"""Largest size that `--micro-batch max` tries: each try compiles, and smaller ones fill a GPU."""
 
 
 def train_command(

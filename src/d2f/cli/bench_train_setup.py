@@ -1,4 +1,4 @@
-"""What `d2f bench train` measures: models, recipe, device."""
+"""The models, recipe and device that `d2f bench train` measures."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class TrainSetup:
 
     @property
     def default_micro_batch(self) -> str:
-        """What is measured if nothing is asked for."""
+        """The sizes that are measured without `--micro-batch`."""
         return _SHIPPED["micro_batch"] if self._shipped else "1,4"
 
     @property
     def device(self) -> str:
-        """Where this process computes."""
+        """The device of this process."""
         return str(self.processes.device)
 
     @property
@@ -216,7 +216,7 @@ class TrainSetup:
             )
 
     def describe(self, student: Transformer) -> dict[str, Any]:
-        """What is measured, for a result file."""
+        """Describe the measured model, for a result file."""
         from d2f.shipped import shipped_model
 
         name = self.shape or source_label(self.model or str(shipped_model("student")))

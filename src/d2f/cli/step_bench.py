@@ -261,7 +261,7 @@ class StepBench:
 
     @torch.no_grad()
     def floor(self) -> float:
-        """What the repeated batch's loss would be if the student said what its teacher says.
+        """Give the repeated batch's loss of a student that predicts what its teacher predicts.
 
         0 for the divergences; of soft_cross_entropy the teacher's entropy.
         """

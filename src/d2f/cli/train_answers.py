@@ -1,4 +1,4 @@
-"""Make what answers prompts and scores the model while `d2f train` runs."""
+"""The answers that `d2f train` asks of the model: samples, and problems for a score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", 
 
 
 def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
-    """Make what answers a few prompts with the model: held-out problems, or the first rows."""
+    """Make a function that answers a few prompts: held-out problems, or the first rows."""
     from d2f.engine.generate import generate_ids
     from d2f.training.sources import encode_prompt, read_held_out
 
@@ -56,7 +56,7 @@ def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
 def make_evaluator(
     config: TrainConfig, tokenizer: Tokenizer
 ) -> Callable[[Sequence[HeldOut]], Evaluator]:
-    """Make what scores the model on a benchmark, or on the samples that were held out.
+    """Make a function that scores the model on a benchmark, or on samples held out.
 
     Raises:
         ConfigError: The recipe asks for a task or a strategy that there is not, or the task's data

@@ -1,4 +1,4 @@
-"""`d2f train --dry-run`: what a run will need, without weights and without training."""
+"""`d2f train --dry-run`: the needs of a run, found without weights and without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is assembled from: its tokenizer, its models, its data."""
+"""The parts that a run is assembled from: its tokenizer, its models, its data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from d2f.training.tokenizer import train_tokenizer
 
 
 def tokenizer_folder(config: TrainConfig) -> Path:
-    """Folder of the run's tokenizer, trained now if the recipe asks for it.
+    """Find the folder of the run's tokenizer, which is trained now if the recipe asks for it.
 
     Raises:
         CheckpointError: The folder or hub id holds none.
@@ -54,7 +54,7 @@ def tokenizer_folder(config: TrainConfig) -> Path:
 
 
 def find_tokenizer(config: TrainConfig) -> Path | None:
-    """Folder of the run's tokenizer; None where it is to be trained yet.
+    """Find the folder of the run's tokenizer; None where it is still to be trained.
 
     Raises:
         CheckpointError: There is no such folder or hub id.
@@ -72,7 +72,7 @@ def _own_tokenizer(config: TrainConfig) -> Path:
 
 
 def initial_spec(config: TrainConfig) -> ModelSpec:
-    """The spec of the weights that the run starts from, which need not be there.
+    """Read the spec of the weights that the run starts from; the weights are not needed.
 
     Raises:
         ConfigError: `[model.config]` has an unknown entry.
@@ -94,9 +94,9 @@ def initial_spec(config: TrainConfig) -> ModelSpec:
 def load_models(
     config: TrainConfig, tokenizer: Tokenizer, device: torch.device, checkpoint: Path | None
 ) -> tuple[Transformer, Transformer | None]:
-    """The model to train, from its start or a checkpoint, and a teacher of its own if needed.
+    """Load the model to train, from its start or a checkpoint, and a teacher that is another one.
 
-    Without one, the teacher is the model with its adapter off, or the stage has none.
+    Without another one, the teacher is the model with its adapter off, or the stage has none.
 
     Raises:
         ConfigError: Architecture, tokenizer and recipe do not fit.
@@ -128,7 +128,7 @@ def load_models(
 def _teacher(
     config: TrainConfig, tokenizer: Tokenizer, device: torch.device, model: Transformer | None
 ) -> Transformer:
-    """A teacher of its own; `model` is the start of the run, if it is in memory."""
+    """Load the other model that teaches; `model` is the start of the run, if it is in memory."""
     settings = config.model
     if settings.teacher != "init":
         return load_model(

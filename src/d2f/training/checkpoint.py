@@ -120,7 +120,7 @@ def require_shared(path: Path, processes: Processes) -> None:
 
 
 def checkpoint_folder(config: TrainConfig, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Name the folder of a step's checkpoint."""
     return Path(config.output) / f"checkpoint-{step:08d}"
 
 
@@ -142,7 +142,7 @@ def _write_checkpoint(
 
 @contextmanager
 def saving(output: Path) -> Iterator[None]:
-    """Around a save of a run: if it fails, the error says what is left and how to go on.
+    """Add to the error of a save that fails what is left, and how to go on.
 
     Raises:
         TrainingError: The block could not write.

@@ -36,7 +36,7 @@ _HEAD_ROWS = 8192
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TeacherStates:
-    """What a teacher says at the counted positions, before its head is applied."""
+    """A teacher's hidden states at the counted positions, and its head."""
 
     hidden_ME: Tensor
     """Aligned hidden states; no gradient flows into them."""

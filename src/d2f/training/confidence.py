@@ -16,16 +16,16 @@ from d2f.training.step_inputs import StepInputs
 
 MOST_POSITIONS = 256
 MOST_SEQUENCES = 16
-"""Enough for so many positions; the pass is one that training does not need."""
+"""The most that one measurement reads, as training itself does not need the pass."""
 _ROWS = 64
-"""Logits of so many positions are made at once."""
+"""Positions whose logits are made at once."""
 _LEAST = 16
-"""Positions where another token is right; fewer say nothing."""
+"""Fewest positions where another token is right; fewer say nothing."""
 
 
 @torch.no_grad()
 def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
-    """How sure the student is of what it predicts, and the teacher, where the stage has one.
+    """Measure how sure the student, and the teacher if there is one, are of their predictions.
 
     One forward pass of each over the first `MOST_SEQUENCES` sequences of the given part of a batch,
     without dropout; no gradient and no random number is touched. Positions are at most
@@ -66,7 +66,7 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
 
 
 def mean_confidence(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several processes measured, each on samples of its own, as one.
+    """Join what several processes measured, each on its own samples, to one measurement.
 
     Example:
         >>> mean_confidence([{"confidence": 0.5}, {"confidence": 0.25, "one_token": None}, {}])

@@ -96,7 +96,7 @@ class TrainConfig:
     sample: SampleConfig | None = None
     evaluate: EvaluateConfig | None = None
     trackers: tuple[str, ...] = ()
-    """Where else the log goes: "tensorboard", "wandb" or another tracker of accelerate."""
+    """Names of accelerate's trackers that get the log as well: "tensorboard", "wandb", …"""
     policy: DecodingPolicy | None = None
     """`[policy]`: the decoding policy that the final model carries."""
 
@@ -139,13 +139,13 @@ class TrainConfig:
 
     @property
     def own_teacher(self) -> bool:
-        """Whether there is a teacher of other weights than the student's without its adapter."""
+        """Whether the teacher is another model than the student with its adapter off."""
         model = self.model
         other = self.lora is None or model.teacher != "init" or model.init_adapter is not None
         return self.has_teacher and other
 
     def micro_batches(self, processes: int = 1) -> tuple[int, int]:
-        """Sequences of a micro-batch, and how many of those each process has for an update.
+        """Give the sequences of a micro-batch, and each process's micro-batches of an update.
 
         Raises:
             ConfigError: The batch cannot be divided among the processes.
@@ -224,7 +224,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def with_defaults(table: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_table` gave once, with the settings that have come since; unknown ones stay."""
+    """Add today's settings, at their defaults, to a table that `to_table` once gave."""
     try:
         return to_table(from_table(TrainConfig, _renewed(table), "recipe.json"))
     except ConfigError:
@@ -232,7 +232,7 @@ def with_defaults(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renewed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe in today's words: columns had names of their own in version 0.1."""
+    """Rename the settings of an older recipe: columns had other names in version 0.1."""
     data = table.get("data")
     if not isinstance(data, Mapping):
         return dict(table)
@@ -251,5 +251,5 @@ def _renewed(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_table(config: TrainConfig) -> dict[str, Any]:
-    """The settings as plain JSON values, defaults included, as checkpoints record them."""
+    """Give the settings as plain JSON values, defaults included, as checkpoints record them."""
     return json.loads(json.dumps(asdict(config)))

@@ -19,7 +19,7 @@ from d2f.training.token_cache import Encoded
 
 
 def derive_seed(seed: int, part: str, number: int = 0) -> int:
-    """A seed for one part of a run, unrelated to that of any other part.
+    """Give the seed of one part of a run, unrelated to that of any other part.
 
     Example:
         >>> derive_seed(0, "noise", 1) == derive_seed(0, "noise", 2)
@@ -41,12 +41,12 @@ class Batch:
     ids_BL: Tensor
     prompt_length_B: Tensor
     end_B: Tensor
-    """Where the answer ends: one past its first EOS, or the sequence's end if it was cut."""
+    """End of the answer: one past its first EOS, or the sequence's end if it was cut."""
     length_B: Tensor
-    """Where the sequence ends; what follows is padding, which no other position sees."""
+    """End of the sequence; what follows is padding, which no other position sees."""
 
     def part(self, start: int, end: int) -> Batch:
-        """Some of its sequences."""
+        """Give some of the sequences."""
         return Batch(**{name: value[start:end] for name, value in vars(self).items()})
 
 
@@ -118,17 +118,17 @@ class TokenDataset:
         return len(self._start_E)
 
     def sample(self, row: int) -> tuple[list[int], list[int]]:
-        """Token ids of a sample: its prompt, and its response without EOS."""
+        """Give a sample's token ids: its prompt, and its response without EOS."""
         start, prompt = int(self._start_E[row]), int(self._prompt_E[row])
         ids = self._tokens_T[start : start + int(self._length_E[row])].tolist()
         return ids[:prompt], ids[prompt:]
 
     def extents(self) -> tuple[Tensor, Tensor]:
-        """Of each sample the tokens of its prompt, and where its answer ends, its EOS included."""
+        """Give of each sample (E,) the prompt's length, and the answer's end, its EOS included."""
         return self._prompt_E.long(), (self._length_E + 1).clamp_max(self.sequence_length)
 
     def text(self) -> str:
-        """What became of the rows, in one line."""
+        """Tell in one line what became of the rows."""
         held_out = f"{self.num_held_out:,} held out, " if self.num_held_out else ""
         return (
             f"{counted(len(self), 'sample', ',')} of "
@@ -150,7 +150,7 @@ class TokenDataset:
         return float(self._length_E.double().mean())
 
     def counts(self) -> dict[str, Any]:
-        """What became of the rows, as training_summary.json has it.
+        """Count what became of the rows, for training_summary.json.
 
         `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
         kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
@@ -188,7 +188,7 @@ class TokenDataset:
 
 
 class SampleOrder:
-    """Which samples make up each batch: a new permutation in every epoch, a function of the seed.
+    """The samples of each batch: a new permutation in every epoch, a function of the seed.
 
     Batches follow each other without gaps, across the ends of epochs.
 

@@ -86,11 +86,11 @@ class Estimate:
     """Micro-batches of a process for an update."""
     processes: int
     flops_per_update: int
-    """That an update must do, on all GPUs together, as model FLOPs utilisation counts them."""
+    """Operations of an update on all GPUs together, as model FLOPs utilisation counts them."""
     computed_per_update: int
-    """With what activation checkpointing computes twice."""
+    """The same, with those that activation checkpointing repeats."""
     memory: Memory
-    """As the recipe says."""
+    """Memory of a process under the recipe."""
     other_memory: Memory
     """The same with activation checkpointing the other way."""
 

@@ -140,7 +140,7 @@ class Evaluations:
         self._reporter.evaluation(record | {"best_step": self.best["step"] if self.best else step})
 
     def take(self) -> dict[str, Any]:
-        """What the next line of the log says: the evaluation since the last one, if any."""
+        """Give the evaluation since the last line of the log, if any, for the next line."""
         record, self._unlogged = self._unlogged, None
         if record is None:
             return {}

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step must do, for the model FLOPs utilisation.
+"""Floating-point operations that a training step must do, for the model FLOPs utilisation.
 
 Multiplications and additions of matrix products are counted, 2 for each pair: forward of the
 teacher, forward and backward of the student. Gradients of frozen weights, which nobody computes,

@@ -1,4 +1,4 @@
-"""What training minimises: asymmetric distillation and the losses of the two stages before it.
+"""The losses of training: asymmetric distillation, and those of the two stages before it.
 
 Shapes: B sequences, L positions, M selected positions, V vocabulary, N blocks.
 

@@ -1,4 +1,4 @@
-"""Several short samples in one row (`data.padding = "packed"`): which ones, and where in it.
+"""Rows of several short samples (`data.padding = "packed"`).
 
 Shapes: E samples of a run, S samples of a batch, B rows of a batch, L positions of a row.
 
@@ -24,14 +24,14 @@ from d2f.training.step_inputs import StepInputs, sample_ends
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowPlaces:
-    """Which samples the rows of a batch hold, row after row, and where."""
+    """The samples that the rows of a batch hold, row after row, and their places."""
 
     sample_S: Tensor
     """Numbers of the samples."""
     row_S: Tensor
     """The row of the batch that each is in; those of a row follow each other."""
     start_S: Tensor
-    """Where in the row each begins."""
+    """The position in the row at which each sample begins."""
     size: tuple[int, int]
     """B and L."""
     longest: int
@@ -113,18 +113,18 @@ class RowPacking:
         """Share of the rows' positions that samples take."""
 
     def counts(self) -> dict[str, Any]:
-        """For training_summary.json."""
+        """Give the numbers of training_summary.json."""
         return {"packed_rows": self.num_rows, "filled": round(self.filled, 4)}
 
     def text(self) -> str:
-        """How the samples are packed, in one line."""
+        """Tell in one line how the samples are packed."""
         return (
             f"packed into {counted(self.num_rows, 'row', ',')} of "
             f"{counted(self.row_length, 'token', ',')}, {self.filled:.1%} filled"
         )
 
     def places(self, rows_B: Tensor) -> RowPlaces:
-        """The samples of some rows, as a batch."""
+        """Give the samples of some rows, as a batch."""
         count_B = self._count_R[rows_B]
         before_B = count_B.cumsum(0) - count_B
         row_S = torch.arange(len(rows_B)).repeat_interleave(count_B)

@@ -29,7 +29,7 @@ class BadRow(Exception):
 
 @dataclass(kw_only=True)
 class BadRows:
-    """How many rows were bad, why, and which came first.
+    """The numbers of bad rows by reason, and the first of them.
 
     Example:
         >>> bad = BadRows()
@@ -82,7 +82,7 @@ class BadRows:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> BadRows:
-        """What `to_table` wrote."""
+        """Read a table that `to_table` wrote."""
         return cls(counts=dict(table["counts"]), first=dict(table["first"]))
 
 
@@ -108,7 +108,7 @@ _KINDS = {
 
 
 class Pair(NamedTuple):
-    """What a sample is made of."""
+    """A prompt and its response, of which a sample is made."""
 
     prompt: Prompt
     response: str
@@ -240,7 +240,11 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Reserved:
-    """What a model's mask and end tokens are written as."""
+    """The texts of a model's mask and end tokens, which no text of a data set may hold.
+
+    A tokenizer cannot tell `<|endoftext|>` that somebody wrote from the token itself, so the model
+    would be taught to end, or to write masks, in the midst of an answer.
+    """
 
     masks: tuple[str, ...]
     ends: tuple[str, ...]
@@ -248,7 +252,7 @@ class Reserved:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, spec: ModelSpec | None = None, suffix: str = "") -> Reserved:
-        """Those of a tokenizer, of the model that it belongs to, and of a recipe's suffix.
+        """Find the texts of a tokenizer, of the model that it belongs to, and of a recipe's suffix.
 
         Example:
             >>> from tempfile import mkdtemp
@@ -281,7 +285,7 @@ class Reserved:
 
 
 def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
-    """What those of these tokens are written as that are kept whole wherever they stand."""
+    """The texts of those tokens that a tokenizer keeps whole wherever they stand."""
     added = tokenizer.added_tokens
     texts = {added[i] for i in ids if i is not None and i in added}
     # Some tokenizers add spaces and ends of lines to their vocabulary.

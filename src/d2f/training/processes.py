@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, what all of them agree on, and the model they share.
+"""The processes of a run, what all of them agree on, and the model that they share.
 
 `torchrun` and `accelerate launch` start several and say so in the environment. A single process
 imports nothing of theirs. Two groups carry the messages of several: gradients go over the device's
@@ -51,11 +51,11 @@ class Processes:
     rank = 0
     """This process's number among all."""
     world_size = 1
-    """How many there are."""
+    """Number of the processes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        """Where this process computes."""
+        """The device of this process."""
 
     @staticmethod
     def current(device: str | torch.device | None = None) -> Processes:
@@ -84,26 +84,26 @@ class Processes:
         return None
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over all processes, in place, of a tensor on the device."""
+        """Sum a tensor on the device over all processes, in place."""
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true for any of them."""
+        """Tell whether the flag is set on any process."""
         return flag
 
     def share(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """Give the values of all processes, by rank."""
         return [value]
 
     def from_main(self, value: T) -> T:
-        """The main process's value."""
+        """Give the main process's value."""
         return value
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Do it on the main process while the others wait; what goes wrong there is raised by all.
+        """Do some work on the main process while the others wait; all raise an error of the work.
 
         Returns:
             The result on the main process, None elsewhere.
@@ -276,7 +276,7 @@ class _Group(Processes):
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """Whether it is what a process meets when another one, or the way to it, has failed."""
+    """Whether an error is what a process meets when another process, or the network, has failed."""
     if not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
@@ -296,7 +296,7 @@ class DistributedModel:
     def __init__(self, model: Transformer, processes: Processes, sharding: str) -> None:
         self.model = model
         self.forward: nn.Module = model
-        """What to call for hidden states, so that gradients are summed over the processes."""
+        """The module to call for hidden states, so that gradients are summed over the processes."""
         self._processes = processes
         self.is_sharded = sharding == "full" and processes.world_size > 1
         """Whether each process holds a part of the (frozen) weights only."""

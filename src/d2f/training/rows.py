@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from d2f.training.sections import DataConfig
 
 Row = tuple[str, object]
-"""Where it stands, as `file:line`, and what stands there; a `BadRow` if it cannot be read."""
+"""The place of a row, as `file:line`, and its content; a `BadRow` if it cannot be read."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json")
 _SPLITS = {
@@ -44,7 +44,7 @@ class Part(Protocol):
 
 
 def open_parts(config: DataConfig) -> list[Part]:
-    """What `data.paths` names, in that order; the files of a folder by name.
+    """Find the data that `data.paths` names, in that order; the files of a folder by name.
 
     Raises:
         TrainingError: Nothing is there, it cannot be read, or it lacks a mapped column.
@@ -92,7 +92,7 @@ class ParquetPart:
 
     path: Path
     columns: tuple[str, ...] | None = None
-    """Those that are read; None: all."""
+    """The columns that are read; None: all."""
 
     def identity(self) -> list[Any]:
         """Path, size and time of change."""

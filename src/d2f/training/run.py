@@ -1,4 +1,4 @@
-"""From a recipe to a finished model: assemble what a run needs, train, write the result."""
+"""A run, from its recipe to the finished model: assemble its parts, train, write the result."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from d2f.training.trainer import Sampler, Trainer
 
 MakeSampler = Callable[[TrainConfig, Tokenizer], Sampler]
 MakeEvaluator = Callable[[TrainConfig, Tokenizer], Callable[[Sequence[HeldOut]], Evaluator]]
-"""Called before the model is loaded, and what it gives with the samples that were held out."""
+"""Is called before the model is loaded; its result is called with the samples held out."""
 # A launcher passes on the Ctrl-C that its processes got from the terminal, too.
 _LAUNCHER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """What came out of a run; also written as training_summary.json."""
+    """The outcome of a run; also written as training_summary.json."""
 
     finished: bool
     """False: stopped before its end; the newest checkpoint continues it."""
@@ -60,7 +60,7 @@ class TrainingSummary:
     best: dict[str, Any] | None
     """The best evaluation, with the folder of that model."""
     warnings: list[str]
-    """What was said of the student's confidence."""
+    """Warnings that the student's confidence collapses."""
     num_parameters: int
     num_trained_parameters: int
     data: dict[str, Any]

@@ -46,7 +46,7 @@ class Reporter:
 
 
 class RunLog:
-    """Where the lines of a run go: log.jsonl, samples.jsonl, the reporter, the trackers.
+    """The log of a run, which goes to log.jsonl, samples.jsonl, a reporter and trackers.
 
     Only the main process has one. A resumed run goes on with the files.
 
@@ -62,7 +62,7 @@ class RunLog:
     def __init__(self, config: TrainConfig, reporter: Reporter, *, after_step: int = 0) -> None:
         self._reporter = reporter
         self.warnings: list[str] = []
-        """What the rule of `CollapseRule` had to say."""
+        """Warnings of the `CollapseRule`."""
         names = ("log.jsonl", "samples.jsonl")
         self._lines, self._samples = (
             JsonLog(Path(config.output) / name, after_step=after_step) for name in names
@@ -138,12 +138,12 @@ class JsonLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log."""
+    """Read the lines of a log."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _step(line: str) -> float:
-    """The step of a log line; of one that a crash cut short, none that is kept."""
+    """The step of a log line; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -155,21 +155,21 @@ class LogWindow:
 
     def __init__(self, step: int, seconds: float) -> None:
         self.timed_from = (step, seconds)
-        """Where the clock of the window started."""
+        """Step and seconds at which the clock of the window started."""
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
         self._lr = 0.0
         self._blocks: list[tuple[Tensor, Tensor]] = []
         self.confidence: dict[str, Any] | None = None
-        """What `measure_confidence` gave."""
+        """The result of `measure_confidence`."""
 
     def add(self, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """Take a step: its loss, the norm of its gradient, its learning rate."""
+        """Add a step: its loss, the norm of its gradient, its learning rate."""
         self._losses.append(loss)
         self._norm, self._lr = norm, lr
 
     def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
-        """Take the losses of a micro-batch's positions, for the mean of each block."""
+        """Add the losses of a micro-batch's positions, for the mean of each block."""
         if num_blocks:
             counted_BL = inputs.weight_BL > 0
             block_BL = inputs.block_in_sample_BL
@@ -178,7 +178,7 @@ class LogWindow:
     def record(
         self, step: int, tokens_per_step: int, seconds: float, processes: Processes
     ) -> dict[str, Any]:
-        """The line: mean loss over the window; block losses, norm and rate of its last step."""
+        """Give the line: mean loss of the window; block losses, norm and rate of its last step."""
         assert self._norm is not None
         steps, elapsed = step - self.timed_from[0], seconds - self.timed_from[1]
         record: dict[str, Any] = {
@@ -242,7 +242,7 @@ class CollapseRule:
         self._told: set[str] = set()
 
     def add(self, record: Mapping[str, Any]) -> list[str]:
-        """Take the next line; the warnings that it gives rise to."""
+        """Take the next line, and give the warnings that it causes."""
         if record.get("confidence") is None or record["step"] <= self._after:
             return []
         self._lines.append(record)

@@ -1,4 +1,4 @@
-"""The tables of a training recipe: model, data, noise, objective, optimizer, evaluation, …."""
+"""The tables of a training recipe: model, tokenizer, data, noise, objective, optimizer and more."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANSWERS = ("number", "exact")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """`[model]`: what is trained, and who teaches it."""
+    """`[model]`: the weights that are trained, and their teacher."""
 
     init: str | None = None
     """Folder, hub id or GGUF file of the weights to start from; none: new weights after `config`.
@@ -37,25 +37,23 @@ class ModelConfig:
     """LoRA adapter on `init`, folder or hub id, to start from. With [lora] it is what is trained
     on; without, it is merged into the weights."""
     base_name: str | None = None
-    """What others know `init` by, as a hub id; in the model card and the adapter's config. None:
-    `init` itself."""
+    """The hub id of `init`, for the model card and the adapter's config. None: `init` itself."""
     config: Mapping[str, Any] | None = None
-    """Architecture of new weights: the entries of a published config.json."""
+    """The architecture of new weights, as the entries of a published config.json."""
     mask_token_id: int | None = None
     """Mask token for weights that name none; none: the tokenizer's."""
     teacher: str = "init"
-    """Stage d2f. "init": the weights the run starts from (the model with its adapter off, or a
-    frozen copy where all weights are trained); else a folder or hub id."""
+    """Stage d2f: a folder or hub id; or "init", the weights that the run starts from (the model
+    with its adapter off, or a frozen copy where all weights are trained)."""
     teacher_adapter: str | None = None
     """LoRA adapter on `teacher`: folder or hub id."""
     dtype: str = "float32"
-    """Type of the weights in memory; bfloat16 only for frozen weights below an adapter."""
+    """Type of the weights in memory; bfloat16 is for frozen weights below an adapter."""
     output_dtype: str | None = None
     """Type of the weights in `final/`: float32, bfloat16 or, of an adapter, int8. None: bfloat16,
     and float32 of an adapter."""
     max_new_tokens: int | None = None
-    """Length of an answer that `final/` recommends; none: that of `init`, if it is a model of the
-    same kind."""
+    """Longest answer that `final/` recommends; none: that of `init`, if of the same kind."""
     max_shard_mib: int | None = None
     """Largest weight file in MiB; none: one file."""
 
@@ -79,18 +77,18 @@ class ModelConfig:
 
     @property
     def weights_dtype(self) -> str:
-        """Type of all weights in `final/`, where they are trained."""
+        """Type of the weights in `final/` where all of them are trained."""
         return self.output_dtype or "bfloat16"
 
     @property
     def adapter_dtype(self) -> str:
-        """Type of the adapter in `final/`, where one is trained."""
+        """Type of the adapter in `final/` where one is trained."""
         return self.output_dtype or "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """`[tokenizer]`: where the tokenizer comes from; without this table, from `model.init`."""
+    """`[tokenizer]`: the source of the tokenizer; without this table, `model.init`."""
 
     path: str | None = None
     """Folder, hub id or GGUF file."""
@@ -108,19 +106,19 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnConfig:
-    """`[data.columns]`: which columns of a row hold what."""
+    """`[data.columns]`: the columns of a row that hold prompt and response."""
 
     prompt: str = "prompt"
     """Text of the user's message."""
     response: str = "response"
     """Text of the answer."""
     messages: str | None = None
-    """Instead of prompt and response, a list of messages: the last one, the assistant's, is the
-    response, all before it are the prompt."""
+    """Instead of both, a list of messages: the last one, the assistant's, is the response, and all
+    before it are the prompt."""
     role: str = "role"
-    """Where a message says who speaks; ShareGPT's word is "from"."""
+    """Key of a message's speaker; ShareGPT's is "from"."""
     content: str = "content"
-    """Where a message has its text; ShareGPT's word is "value"."""
+    """Key of a message's text; ShareGPT's is "value"."""
     roles: Mapping[str, str] = field(default_factory=lambda: {"human": "user", "gpt": "assistant"})
     """Names of speakers in the data, and the chat template's names for them."""
     system: str | None = None
@@ -140,7 +138,7 @@ class ColumnConfig:
         return self.messages is not None or self.system is not None
 
     def used(self, *, response: bool = True) -> tuple[str, ...]:
-        """The columns that a row must have, or must have to be answered: without the response."""
+        """List the columns that a row must have; without the response, to be answered only."""
         texts = (self.messages,) if self.messages else (self.prompt, self.response)
         texts = texts if response else texts[:1]
         return (*texts, self.system) if self.system else texts
@@ -151,8 +149,8 @@ class DataConfig:
     """`[data]`: pairs of prompt and response, and how they become sequences."""
 
     kind: str
-    """problems, functions: the built-in generators; dataset: whatever `paths` names; jsonl: files
-    with one JSON object a line, whatever they are called; hub: data sets of the hub."""
+    """problems, functions: the built-in generators; dataset: files, folders and hub data sets;
+    jsonl: files with one JSON object a line, whatever they are called; hub: hub data sets."""
     sequence_length: int
     """Tokens of every sequence. Each starts at position 0; what follows the response is EOS."""
     num_problems: int | None = None
@@ -160,9 +158,9 @@ class DataConfig:
     seed: int = 0
     """Seed of the generator."""
     problems: ProblemConfig = field(default_factory=ProblemConfig)
-    """What word problems are like (kind problems)."""
+    """Settings of the word problems (kind problems)."""
     functions: FunctionConfig = field(default_factory=FunctionConfig)
-    """What functions to write are like (kind functions)."""
+    """Settings of the functions to write (kind functions)."""
     paths: tuple[str, ...] = ()
     """Files (.jsonl, .json, .parquet), patterns such as "data/*.parquet", folders, or ids of hub
     data sets; used one after the other, and shuffled together."""
@@ -173,17 +171,15 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub data sets."""
     columns: ColumnConfig = field(default_factory=ColumnConfig)
-    """Which columns hold prompt and response."""
     bad_rows: str = "report"
-    """Rows that cannot be used (a column missing, empty or no text, broken JSON or Unicode):
-    report, leave them out and say how many and which; refuse, end with an error at the first."""
+    """report leaves bad rows out (a column missing, empty or no text, broken JSON or Unicode) and
+    says how many and which; refuse ends with an error at the first."""
     cache: bool | str = True
-    """Keep the token ids of read data on disk: in this folder; true: in $D2F_CACHE, or else
-    ~/.cache/d2f. What is generated is not kept."""
+    """Folder that keeps the token ids of data that were read; true: $D2F_CACHE, or ~/.cache/d2f."""
     chat_template: bool | None = None
     """Put prompts through the tokenizer's chat template; none: if it has one."""
     response_suffix: str = ""
-    """Text put behind each response, before EOS: the end-of-turn token of LLaDA, say."""
+    """Text put behind each response, before EOS, such as LLaDA's end-of-turn token."""
     max_prompt_length: int | None = None
     """Longest prompt in tokens; none: as long as one token of the response has room."""
     long_prompt: str = "drop"
@@ -195,13 +191,12 @@ class DataConfig:
     padding: str = "full"
     """full: every sequence has `sequence_length` tokens. longest: the samples of a batch are sorted
     by length, and each micro-batch is cut to its longest, rounded up to one of eight lengths. A
-    sample then ends where its noise ends (in stage autoregressive, with its first EOS), and sees
-    nothing behind. Each of the lengths is compiled for. packed: as many whole samples as fit stand
-    in one row of `sequence_length`; each ends as with longest, starts at position 0, and sees
-    nothing of its neighbours. `batch_size` and `micro_batch_size` then count rows."""
+    sample ends where its noise ends (in stage autoregressive, with its first EOS), and sees nothing
+    behind. packed: as many whole samples as fit stand in one row of `sequence_length`; each ends as
+    with longest, starts at position 0, and sees nothing of its neighbours. `batch_size` and
+    `micro_batch_size` then count rows."""
     num_workers: int | None = None
-    """Processes that generate and encode problems; none: as many as there are cores, for large
-    sets. The data do not depend on it."""
+    """Processes that generate and encode problems; none: one, or for large sets one per core."""
 
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, DATA_KINDS)
@@ -232,30 +227,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """`[noise]`: how much is masked (stages masked-diffusion and d2f)."""
+    """`[noise]`: the mask ratios of the stages masked-diffusion and d2f."""
 
     kind: str
-    """masked-diffusion: "uniform", one rate per sample, stratified over the batch. d2f: a
-    `MaskRatioSchedule`: "monotone", "original" or "random"."""
+    """masked-diffusion: "uniform", one rate per sample, stratified over the batch. d2f: "monotone",
+    "original" or "random", a `MaskRatioSchedule` over the blocks."""
     low: float
     """Smallest mask ratio."""
     high: float
     """Largest mask ratio."""
     block_size: int
-    """Positions of a block; in stage masked-diffusion only the log's loss per block and
-    `train_on_eos_blocks` know blocks."""
+    """Positions of a block. Stage masked-diffusion has blocks in the log's loss per block and for
+    `train_on_eos_blocks` only."""
     frontier_share: float = 0.0
-    """masked-diffusion: share of the samples of a batch that are noised as decoding in blocks sees
-    them: all before a random block is visible, all behind it masked. See `frontier_inputs`."""
+    """masked-diffusion: share of a batch's samples in which all before a random block is visible
+    and all behind it masked, as in decoding block by block. See `frontier_inputs`."""
     random_end: bool = False
-    """masked-diffusion: each sequence ends anywhere behind its answer instead of at
-    `sequence_length`. Without it the model learns where the end is, and answers worse when it is
-    decoded with another length; the padding behind the end costs a mask in attention."""
+    """masked-diffusion: sequences end anywhere behind their answers, not all at `sequence_length`.
+    Without it the model learns that length, and answers worse when decoded with another one."""
     train_on_eos_blocks: bool = True
-    """Blocks of nothing but EOS are masked and count in the loss. False: they stay visible EOS."""
+    """Mask blocks of nothing but EOS and count them in the loss. False: they stay visible EOS."""
     train_past_eos: bool = True
-    """False, with `train_on_eos_blocks` false too: of the block with the first EOS, the EOS behind
-    it stay visible as well, so that nothing but the response and its first EOS is trained on."""
+    """False, with `train_on_eos_blocks` false too: nothing but the response and its first EOS is
+    trained on; the EOS behind in the same block stay visible as well."""
 
     def __post_init__(self) -> None:
         at_least("noise.block_size", self.block_size, 1)
@@ -280,7 +274,7 @@ class NoiseConfig:
             self.schedule()
 
     def schedule(self) -> MaskRatioSchedule:
-        """The schedule of mask ratios per block."""
+        """Make the schedule of mask ratios per block."""
         return MaskRatioSchedule(kind=self.kind, low=self.low, high=self.high)
 
 
@@ -293,9 +287,8 @@ class ObjectiveConfig:
     weighting: str = "inverse_ratio"
     """inverse_ratio or none."""
     normalization: str = "batch"
-    """batch: one mean over the masked positions of all sequences of an update, so that sequences
-    with more of them weigh more; sequence: the mean of each sequence's mean, the authors'. The
-    result is the same over micro-batches and processes."""
+    """batch: one mean over the masked positions of all sequences of an update, so that a sequence
+    with more of them weighs more; sequence: the mean of the sequences' means, as the authors'."""
 
     def __post_init__(self) -> None:
         check_names(self.objective, self.weighting, self.normalization)
@@ -354,8 +347,7 @@ class SampleConfig:
 class EvaluateConfig:
     """`[evaluate]`: a score during training, on problems that are not trained on.
 
-    Each evaluation is a line of evaluations.jsonl, and the model with the best one is kept in
-    `best/`. The training is the same with it and without it.
+    The model with the best score is kept in `best/`. The training is the same without this table.
     """
 
     every: int
@@ -363,22 +355,22 @@ class EvaluateConfig:
     task: str | None = None
     """A benchmark that `d2f eval` knows: word-problems, functions, gsm8k, …."""
     held_out: int | None = None
-    """Instead of a task, so many samples of the run's own data, chosen by `seed`. Neither they nor
-    samples with the same prompt are trained on."""
+    """Instead of a task, so many samples of the run's own data, which are then not trained on, nor
+    are others with the same prompts."""
     answer: str = "number"
-    """held_out: right is the same last number in the text ("number"), or the same text but for
-    white space ("exact")."""
+    """held_out: a right answer has the same last number ("number"), or the same text but for white
+    space ("exact")."""
     num_problems: int = 100
     """task: the first so many problems."""
     split: str | None = None
-    """task: "validation" or "test"; none: validation where such problems are never training data
-    (the built-in problems, gsm8k-variants, advising, wikisql), else test."""
+    """task: "validation" or "test"; none: validation for the built-in problems, gsm8k-variants,
+    advising and wikisql, else test."""
     data: str | None = None
     """task: folder of the benchmark's files; none: from the hub."""
     seed: int = 0
-    """Of the built-in problems, or of the choice of samples."""
+    """Seed of the built-in problems, or of the choice of samples."""
     strategy: str | None = None
-    """How the model answers; none: as the stage's samples are (autoregressive, vanilla with two
+    """Strategy that answers; none: that of the stage's samples (autoregressive, vanilla with two
     tokens a step, pipelined)."""
     batch_size: int = 16
     """Problems answered at once."""

@@ -1,4 +1,4 @@
-"""Where pairs of prompt and response come from: generators, files, data sets of the hub.
+"""Pairs of prompt and response of a recipe's data, and their token ids.
 
 Free of torch, since the worker processes that encode problems import it.
 """
@@ -40,7 +40,7 @@ Style = tuple[str, bool | None]
 """Suffix of responses, and whether prompts go through the chat template."""
 Knobs = ProblemConfig | FunctionConfig
 Task = tuple[int, int, int, Knobs]
-"""Seed, first problem, number of problems, and what they are like, which says the generator too."""
+"""Seed, first problem, number of problems, and the settings, whose type names the generator."""
 CHUNK = 2_000
 """Problems that one task generates; a fixed number, so that workers do not change the data."""
 _POOL_FROM = 20_000
@@ -50,7 +50,7 @@ _LEFT_OUT = {"system": "a system message", "history": "what was said before the 
 def read_pairs(
     config: DataConfig, limit: int | None = None, bad_rows: BadRows | None = None
 ) -> Iterator[Pair]:
-    """The pairs of a run's data, at most `limit` of them; bad rows are left out and counted.
+    """Read the pairs of a run's data, at most `limit`; bad rows are left out and counted.
 
     Raises:
         TrainingError: Data cannot be read or lack a column, or a row is bad and `data.bad_rows` is
@@ -71,7 +71,7 @@ def read_pairs(
 
 
 def read_held_out(config: DataConfig, count: int) -> list[Pair]:
-    """Pairs to look at while training: problems of the test split, or the first rows of files.
+    """Read pairs to look at while training: problems of the test split, or the first rows.
 
     Raises:
         TrainingError: As `read_pairs`.
@@ -162,7 +162,7 @@ def encode_pairs(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
-    """Token ids of a prompt, up to where the response begins.
+    """Encode a prompt, up to where the response begins.
 
     Args:
         tokenizer: The run's.
@@ -322,7 +322,7 @@ def _cache_key(
 
 
 def _knobs(config: DataConfig) -> Knobs | None:
-    """What generated problems are like; None for data that are read."""
+    """The generator's settings; None for data that are read."""
     if config.kind == "functions":
         return config.functions
     return config.problems if config.kind == "problems" else None

@@ -1,4 +1,4 @@
-"""The loss of a part of a batch: forward passes of teacher and student, and what compares them.
+"""The loss of a micro-batch: forward passes of teacher and student, and their comparison.
 
 Shapes: B sequences, L positions, T positions of all sequences, M selected positions, D and E
 hidden sizes of student and teacher, V vocabulary.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ from d2f.training.objective import position_loss
 from d2f.training.step_inputs import NUM_LENGTHS, StepInputs
 
 Seen = dict[str, Any]
-"""Who sees whom, and from where: what a model's `forward` is told besides the tokens. Block numbers
-or what `tiled_mask` made of them (neither: all see all), and positions, where they are not 0, 1, …
-"""
+"""Arguments of a model's `forward` besides the tokens: block numbers, or the mask that `tiled_mask`
+made of them (neither: all see all), and positions, where they are not 0, 1, …."""
 
 Observer = Callable[[str], object]
 """Is called with the name of each phase of a training step when the phase has ended."""
@@ -35,12 +35,12 @@ Blocks = tuple[Tensor | None, Tensor | None]
 None where that is the row's."""
 
 GRAPHS_PER_LENGTH = 4
-"""What a layer may be compiled as: the teacher's, the student's, and that of the student's first,
+"""Graphs that a layer may be compiled to: the teacher's, the student's, the student's first one,
 whose input needs no gradient below an adapter; and one to spare for a teacher of its own."""
 
 
 class StageLoss:
-    """The loss of a part of a batch: `loss(inputs)` gives (scalar, loss_BL without gradient).
+    """The loss of a micro-batch: `loss(inputs)` gives (scalar, loss_BL without gradient).
 
     Stage d2f runs the teacher first, under full attention and without gradients: another model,
     or, if `teacher` is None, the student with its adapter off. The student then reads the same
@@ -49,10 +49,10 @@ class StageLoss:
     Args:
         config: The recipe.
         student: The model to be trained.
-        teacher: Stage d2f: another model.
+        teacher: Another model that teaches; None: the student with its adapter off, or nobody.
         compiled: Compile what pays; attention then runs in tiles. For GPUs.
-        forward: What to call for the student's hidden states, where an engine wraps it.
-        alone: No other process trains along, whose engine would have hooks in the models.
+        forward: The module that gives the student's hidden states, where DDP wraps the student.
+        alone: No other process trains along; with several, hooks in the models cut their graphs.
         observer: Is told of the end of "teacher", "student" and "loss". A loss that is compiled
             together with the student belongs to "student".
     """
@@ -114,56 +114,56 @@ class StageLoss:
         return not self._whole
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """The weighted sum, and the loss of each position (0 where it was not computed)."""
+        """Give the weighted sum, and the loss of each position (0 where it was not computed)."""
         loss, loss_BL = self._compiled_loss(inputs) if self._whole else self._chunked_loss(inputs)
         self._ended("loss")
         return loss, loss_BL
 
+    def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Give aligned hidden states (M, D) at some positions of the flattened batch, and the head.
+
+        Those of the student stand under "", those of the teacher, where the objective has one,
+        under "teacher_". Nothing is compiled, so that this may be called now and then.
+        """
+        compute = partial(self._compute_states, plain=True)
+        found = {}
+        if self._objective != "cross_entropy":
+            states_TE = self._ask_teacher(compute, inputs, tiled=False)
+            head_VE = (self.teacher or self.student).head_weight_VD
+            found["teacher_"] = (states_TE.index_select(0, rows_M), head_VE)
+        seen = self._seen(inputs, self._student_blocks(inputs), tiled=False)
+        states_TD = compute(self.student, inputs.ids_BL, seen)
+        return {"": (states_TD.index_select(0, rows_M), self.student.head_weight_VD), **found}
+
+    def _ask_teacher(
+        self, compute: Callable[..., Tensor], inputs: StepInputs, *, tiled: bool
+    ) -> Tensor:
+        """Call `compute(teacher, ids_BL, seen)` under full attention and without gradients."""
+        view = nullcontext() if self.teacher is not None else adapter_disabled(self.student)
+        with torch.no_grad(), view:
+            seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=tiled)
+            return compute(self.teacher or self.student, inputs.ids_BL, seen)
+
     def _compiled_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         target = inputs.target_BL.flatten()
         if self._objective != "cross_entropy":
-            with torch.no_grad(), self._teacher_view():
-                seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
-                target = self._logits(self.teacher or self.student, inputs.ids_BL, seen)
+            target = self._ask_teacher(self._logits, inputs, tiled=self._tiled)
             self._ended("teacher")
         seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
         result = self._student_loss(inputs.ids_BL, target, inputs.weight_BL, seen)
         self._ended("student")
         return result
 
-    def hidden_states(self, inputs: StepInputs, rows_M: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Aligned hidden states (M, D) at some positions of the flattened batch, and the head.
-
-        Those of the student under "", those of the teacher, where the objective has one, under
-        "teacher_". Without the compiler, so that it may be called now and then.
-        """
-        states = {}
-        if self._objective != "cross_entropy":
-            teacher = self.teacher or self.student
-            with self._teacher_view():
-                states_TE = self._plain_states(teacher, inputs, self._teacher_blocks(inputs))
-            states["teacher_"] = (states_TE.index_select(0, rows_M), teacher.head_weight_VD)
-        states_TD = self._plain_states(self.student, inputs, self._student_blocks(inputs))
-        return {
-            "": (states_TD.index_select(0, rows_M), self.student.head_weight_VD),
-            **states,
-        }
-
-    def _teacher_view(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.teacher is not None else adapter_disabled(self.student)
-
     def _chunked_loss(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         rows_M = inputs.selected_M
         target: Tensor | TeacherStates = _selected(inputs.target_BL.flatten(), rows_M)
         if self._objective != "cross_entropy":
-            teacher = self.teacher or self.student
-            with torch.no_grad(), self._teacher_view():
-                seen = self._seen(inputs, self._teacher_blocks(inputs), tiled=self._tiled)
-                states_TE = self._compute_states(teacher, inputs.ids_BL, seen)
-            self._ended("teacher")
+            states_TE = self._ask_teacher(self._compute_states, inputs, tiled=self._tiled)
             target = TeacherStates(
-                hidden_ME=_selected(states_TE, rows_M), head_VE=teacher.head_weight_VD
+                hidden_ME=_selected(states_TE, rows_M),
+                head_VE=(self.teacher or self.student).head_weight_VD,
             )
+            self._ended("teacher")
         seen = self._seen(inputs, self._student_blocks(inputs), tiled=self._tiled)
         states_TD = self._compute_states(self.student, inputs.ids_BL, seen)
         self._ended("student")
@@ -183,13 +183,13 @@ class StageLoss:
     def _whole_loss(
         self, ids_BL: Tensor, target: Tensor, weight_BL: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor]:
-        """The same from logits of all positions."""
+        """Compute the loss from the logits of all positions."""
         logits_TV = self._compute_logits(self.student, ids_BL, seen)
         loss_BL = position_loss(logits_TV, target, self._objective).view(weight_BL.shape)
         return (weight_BL * loss_BL).sum(), loss_BL.detach()
 
     def _seen(self, inputs: StepInputs, blocks: Blocks, *, tiled: bool) -> Seen:
-        """What a model is told; made before what is compiled is entered."""
+        """Give the arguments of a model's `forward` besides the tokens; never compiled."""
         seen: Seen = {}
         if inputs.position_BL is not None:
             seen["positions_BL"] = inputs.position_BL
@@ -204,7 +204,7 @@ class StageLoss:
         return seen
 
     def _student_blocks(self, inputs: StepInputs) -> Blocks:
-        """What the student sees."""
+        """Block numbers of the student's view."""
         if self._distils:
             return inputs.block_BL, inputs.first_BL
         if not self._causal:
@@ -217,7 +217,7 @@ class StageLoss:
         return blocks_BL, (blocks_BL - inputs.position_BL).to(torch.int32)
 
     def _teacher_blocks(self, inputs: StepInputs) -> Blocks:
-        """The same under full attention, which hides padding and other samples only."""
+        """Block numbers of the teacher's view, which hides padding and other samples only."""
         if inputs.first_BL is not None:
             return inputs.first_BL, inputs.first_BL
         if not self._padded:
@@ -225,19 +225,15 @@ class StageLoss:
         padding_BL = inputs.block_BL == PADDING_BLOCK
         return torch.where(padding_BL, PADDING_BLOCK, 0).to(torch.int32), None
 
-    def _compute_states(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
-        """Aligned hidden states (T, D) of the flattened batch."""
+    def _compute_states(
+        self, model: Transformer, ids_BL: Tensor, seen: Seen, *, plain: bool = False
+    ) -> Tensor:
+        """Aligned hidden states (T, D) of the flattened batch; `plain`: without the compiler."""
+        how = {} if plain else {"recompute": self._recompute, "compiled": self._by_layer}
         with self._products(ids_BL.device):
             forward = self._forward if model is self.student else model
-            states_BLD = forward(ids_BL, recompute=self._recompute, compiled=self._by_layer, **seen)
+            states_BLD = forward(ids_BL, **how, **seen)
             return model.align(states_BLD, seen.get("positions_BL")).flatten(0, 1)
-
-    def _plain_states(self, model: Transformer, inputs: StepInputs, blocks: Blocks) -> Tensor:
-        """The same without the compiler and without tiles."""
-        seen = self._seen(inputs, blocks, tiled=False)
-        with self._products(inputs.ids_BL.device):
-            forward = self._forward if model is self.student else model
-            return model.align(forward(inputs.ids_BL, **seen), inputs.position_BL).flatten(0, 1)
 
     def _compute_logits(self, model: Transformer, ids_BL: Tensor, seen: Seen) -> Tensor:
         """Aligned logits (T, V) of the flattened batch, fp32."""

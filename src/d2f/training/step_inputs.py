@@ -1,4 +1,4 @@
-"""From a clean batch to what a step reads: noise and weights per position, for each stage.
+"""The inputs of a training step: noise and weights per position of a clean batch, by stage.
 
 Shapes: B sequences, L positions, N blocks, M selected positions.
 """
@@ -28,7 +28,7 @@ FRONTIER_BLOCKS = 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepInputs:
-    """What the forward passes and the loss of a batch, or of a part of one, need."""
+    """The tensors that the forward passes and the loss of a batch, or of a micro-batch, read."""
 
     ids_BL: Tensor
     """Tokens that the models read: the noisy sequence, or the clean one in autoregression."""
@@ -75,7 +75,7 @@ class StepInputs:
         return self.block_BL if self.first_BL is None else self.block_BL - self.first_BL
 
     def _columns(self) -> dict[str, Tensor]:
-        """What there is of each position."""
+        """The tensors that have a value per position, by name."""
         return {
             name: value
             for name, value in vars(self).items()
@@ -83,7 +83,7 @@ class StepInputs:
         }
 
     def _cut(self, block_BL: Tensor) -> int:
-        """Where these sequences may be cut."""
+        """The length to which these sequences may be cut."""
         if self.length_multiple is None:
             return block_BL.shape[1]
         longest = int((block_BL != PADDING_BLOCK).sum(dim=1).max())
@@ -124,7 +124,7 @@ def make_inputs(
 
 
 def length_multiple(sequence_length: int) -> int:
-    """What the lengths of micro-batches are multiples of with `data.padding = "longest"`.
+    """Give the number whose multiples the micro-batches' lengths are, for padding "longest".
 
     A multiple of 64, for the sake of matrix products, and so large that there are at most
     `NUM_LENGTHS` of them up to `sequence_length`, which is one itself.
@@ -149,7 +149,7 @@ def _stage_inputs(
 
 
 def autoregressive_inputs(batch: Batch) -> StepInputs:
-    """The response and its first EOS count; the padding behind does not."""
+    """Make inputs in which the response and its first EOS count, and the padding does not."""
     position_L = torch.arange(batch.ids_BL.shape[1])
     # Nothing precedes position 0, so without a prompt its token cannot be predicted.
     first_B1 = batch.prompt_length_B.clamp_min(1)[:, None]
@@ -165,7 +165,7 @@ def autoregressive_inputs(batch: Batch) -> StepInputs:
 def masked_diffusion_inputs(
     batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
 ) -> StepInputs:
-    """One mask rate t per sequence, uniform in [low, high] and stratified over the batch.
+    """Draw one mask rate t per sequence, uniform in [low, high] and stratified over the batch.
 
     The rates lie one in each of as many equal strata, which leaves the distribution of each as it
     is and takes most of the variance out of the batch's loss. With `noise.frontier_share`, the
@@ -216,7 +216,7 @@ def _scattered_inputs(
 def frontier_inputs(
     batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
 ) -> StepInputs:
-    """Noise as a sampler that decodes block by block meets it.
+    """Mask sequences as a sampler that decodes block by block meets them.
 
     Blocks before a random one are visible, that one is masked at a uniform rate, all behind it are
     masked whole. Scattered noise all but never shows such a sequence. The loss is the mean over
@@ -245,7 +245,7 @@ def d2f_inputs(
     mask_token_id: int,
     generator: torch.Generator,
 ) -> StepInputs:
-    """Mask ratios that belong to blocks (paper, section 3.2), for student and teacher alike."""
+    """Mask each block at a ratio of its own (paper, section 3.2), alike for both models."""
     num_blocks_B = -(-(_noise_end(batch, noise) - batch.prompt_length_B) // noise.block_size)
     ratio_BN = noise.schedule().sample(num_blocks_B, generator)
     noised = _corrupted(batch, noise, _blocks(batch, noise), ratio_BN, mask_token_id, generator)
@@ -303,7 +303,7 @@ def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
 def sample_ends(
     prompt_B: Tensor, end_B: Tensor, length_B: Tensor, noise: NoiseConfig | None
 ) -> Tensor:
-    """Where noise ends (B,): with the sequence, the block with the first EOS, or that EOS.
+    """Give the ends of noise (B,): the sequence's, the block's with the first EOS, or that EOS.
 
     Args:
         prompt_B: Tokens of the prompts.

@@ -32,7 +32,7 @@ class Encoded:
     bad_rows: BadRows = field(default_factory=BadRows)
     """Rows that gave no sample."""
     cache_file: str | None = field(default=None, compare=False)
-    """Where `tokens` are mapped from."""
+    """The file that `tokens` are mapped from."""
 
     def add(self, prompt_ids: list[int], response_ids: list[int]) -> None:
         """Append a sample."""

@@ -101,7 +101,7 @@ class Trainer:
         self._share = range(
             self.processes.rank, count * self.processes.world_size, self.processes.world_size
         )
-        """Which of a batch's micro-batches this process takes."""
+        """Numbers of the micro-batches of a batch that this process takes."""
         self.distributed = DistributedModel(student, self.processes, config.sharding)
         if teacher is not None:
             DistributedModel(teacher, self.processes, config.sharding)
@@ -163,16 +163,16 @@ class Trainer:
 
     @property
     def warnings(self) -> list[str]:
-        """What the log has warned of, on the main process."""
+        """Warnings of the log, on the main process."""
         return self._log.warnings if self._log is not None else []
 
     def data_counts(self) -> dict[str, Any]:
-        """What became of the data's rows, and how the samples are packed, where they are."""
+        """Count what became of the data's rows, and the packed rows where there are some."""
         packed = self._packing.counts() if self._packing is not None else {}
         return self._dataset.counts() | packed
 
     def facts(self, evaluation: Mapping[str, Any] | None) -> CardFacts:
-        """What the card of the model tells of the run so far; `evaluation` is the model's."""
+        """Give what a model card tells of the run so far; `evaluation` is that of the model."""
         settings = self.config.evaluate
         return CardFacts(
             steps=self.step,
@@ -199,7 +199,7 @@ class Trainer:
             require_shared(Path(self.config.output) / "log.jsonl", self.processes)
         self.student.train()
         devices = [self.device] if self.device.type == "cuda" else []
-        # The caller's random state is none of our business.
+        # The caller's random state stays as it is.
         with torch.random.fork_rng(devices):
             # Processes drop different things, as they have different samples.
             torch.manual_seed(derive_seed(self.config.seed, "dropout", self.processes.rank))
