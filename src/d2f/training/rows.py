@@ -100,23 +100,14 @@ class ParquetPart:
 
     def rows(self) -> Iterator[Row]:
         """Objects with these columns."""
-        parquet = _library("pyarrow.parquet", "Parquet files")
-        number = 0
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                names = file.schema_arrow.names
-                columns = names if self.columns is None else list(self.columns)
-                _check_columns(str(self.path), columns, names)
-                for batch in file.iter_batches(_BATCH, columns=columns):
-                    for row in _batch_rows(batch):
-                        number += 1
-                        yield f"{self.path}:{number}", row
-        except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
-            behind = f" behind row {number}" if number else ""
-            raise TrainingError(
-                f"cannot read data {self.path}{behind}: {_reason(error)}; is it a whole Parquet "
-                "file?"
-            ) from None
+        yield from _numbered(str(self.path), self._batches(), "; is it a whole Parquet file?")
+
+    def _batches(self) -> Iterator[Any]:
+        with _library("pyarrow.parquet", "Parquet files").ParquetFile(self.path) as file:
+            names = file.schema_arrow.names
+            columns = names if self.columns is None else list(self.columns)
+            _check_columns(str(self.path), columns, names)
+            yield from file.iter_batches(_BATCH, columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +123,7 @@ class TablePart:
 
     def rows(self) -> Iterator[Row]:
         """Objects with the mapped columns."""
-        number = 0
-        try:
-            for batch in self.table.with_format("arrow").iter(_BATCH):
-                for row in _batch_rows(batch):
-                    number += 1
-                    yield f"{self.name}:{number}", row
-        except (OSError, ValueError) as error:
-            raise TrainingError(
-                f"cannot read data {self.name} behind row {number}: {_reason(error)}"
-            ) from None
+        yield from _numbered(self.name, self.table.with_format("arrow").iter(_BATCH))
 
 
 def _open(name: str, config: DataConfig) -> list[Part]:
@@ -245,6 +227,19 @@ def _check_columns(where: str, wanted: Sequence[str], names: list[str]) -> None:
     for column in wanted:
         if column not in names:
             raise TrainingError(f"{where}: {missing_column(column, names)}")
+
+
+def _numbered(name: str, batches: Iterator[Any], hint: str = "") -> Iterator[Row]:
+    """The rows of Arrow batches with their places; `hint` is put behind errors."""
+    number = 0
+    try:
+        for batch in batches:
+            for row in _batch_rows(batch):
+                number += 1
+                yield f"{name}:{number}", row
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
+        behind = f" behind row {number}" if number else ""
+        raise TrainingError(f"cannot read data {name}{behind}: {_reason(error)}{hint}") from None
 
 
 def _batch_rows(batch: Any) -> Iterator[object]:
