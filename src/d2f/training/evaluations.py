@@ -111,16 +111,12 @@ class Evaluations:
     def run(self, model: Transformer, step: int) -> None:
         """Score the model, and keep it if it is the best.
 
-        It is left as it was, random state included. What fails is told and not raised: hours of
-        training must not end because problems cannot be scored.
+        What fails is told and not raised: hours of training must not end because problems cannot be
+        scored.
         """
         self.last = None
-        devices = [model.device] if model.device.type == "cuda" else []
-        training = model.training
-        model.eval()
         try:
-            with torch.random.fork_rng(devices), torch.no_grad():
-                record = {"step": step, **self._evaluator(model)}
+            record = {"step": step, **self._evaluator(model)}
             self._log.write([record])
             if is_better(record, self.best):
                 self._save_best(model, record)
@@ -132,10 +128,6 @@ class Evaluations:
                 "training goes on"
             )
             return
-        finally:
-            model.train(training)
-            if devices:
-                torch.cuda.empty_cache()  # the engine's cache, which the next step may need
         self.last = self._unlogged = record
         self._reporter.evaluation(record | {"best_step": self.best["step"] if self.best else step})
 

@@ -322,12 +322,22 @@ class Trainer:
 
     @contextmanager
     def _whole_model(self) -> Iterator[Transformer | None]:
-        """The model for inference: on the main process with all its weights, None on others."""
-        self.student.eval()
+        """The model for inference: on the main process with all its weights, None on others.
+
+        What is done with it changes no random state.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
         dtype = getattr(torch, self.config.model.weights_dtype)
-        with self.distributed.whole(self.device, dtype) as model:
+        self.student.eval()
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            self.distributed.whole(self.device, dtype) as model,
+        ):
             yield model
         self.student.train()
+        if devices:
+            torch.cuda.empty_cache()  # the engine's cache, which the next step may need
 
     def _evaluate_if_due(self) -> float:
         """Score the model if it is time; the seconds that it took."""
@@ -356,10 +366,8 @@ class Trainer:
 
     def _sample(self, sampler: Sampler, model: Transformer) -> bool:
         """Write some answers; False if they could not be given."""
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), torch.no_grad():
-                answers = [{"step": self.step, **answer} for answer in sampler(model)]
+            answers = [{"step": self.step, **answer} for answer in sampler(model)]
         except D2FError as error:
             # Hours of training must not end because an example cannot be answered.
             self._reporter.note(f"no sample answers from here on: {error}")
