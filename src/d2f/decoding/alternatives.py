@@ -1,6 +1,6 @@
 """Alternatives of a token: the most probable tokens at its position, which it was chosen from.
 
-Shapes: M positions, A alternatives, V vocabulary.
+Shapes: M positions, A alternatives, V vocabulary, D hidden size.
 
 On the device an alternative is one number, its token above the bits of its probability, so that it
 travels with the other whole numbers that a step reports.
@@ -8,13 +8,19 @@ travels with the other whole numbers that a step reports.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.ops.sampling import Sampling, most_probable
+from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
+from d2f.ops.sampling import Choice, Sampling, most_probable
+
+HEAD_ROWS = 512
+"""Most positions whose logits exist at once."""
 
 MOST_ALTERNATIVES = 20
 """As many as OpenAI's protocol knows."""
@@ -32,6 +38,41 @@ def find_alternatives(
     )
     # Probabilities are not negative, so that their bits are not either.
     return (token_MA << 32) | probability_MA.view(torch.int32).long()
+
+
+def choose_with_alternatives(
+    aligned_MD: Tensor,
+    model: Transformer,
+    backend: Backend,
+    *,
+    mask_token_id: int | None,
+    count: int,
+    sampling: Callable[[slice], Sampling | None],
+    confidence_M: Tensor | None,
+    needed_M: Tensor | None,
+) -> tuple[Choice, Tensor]:
+    """Tokens for positions with their probability and rank, and their alternatives (M, count).
+
+    `sampling` says how a part of the positions is sampled; the rest is as `choose_tokens` takes it.
+    """
+    parts, others = [], [aligned_MD.new_empty(0, count, dtype=torch.long)]
+    for at in range(0, len(aligned_MD), HEAD_ROWS):
+        part = slice(at, at + HEAD_ROWS)
+        sampled = sampling(part)
+        logits_MV = backend.linear_fp32(aligned_MD[part], model.head_weight_VD)
+        if count:
+            others.append(find_alternatives(logits_MV, count, mask_token_id, sampled))
+        parts.append(
+            backend.choose_tokens(
+                logits_MV,
+                mask_token_id=mask_token_id,
+                confidence_M=None if confidence_M is None else confidence_M[part],
+                sampling=sampled,
+                needed_M=None if needed_M is None else needed_M[part],
+            )
+        )
+    choice = parts[0] if len(parts) == 1 else Choice(*map(torch.cat, zip(*parts, strict=True)))
+    return choice, torch.cat(others)
 
 
 def read_alternatives(numbers_MA: np.ndarray) -> list[Alternatives]:

@@ -57,15 +57,8 @@ class AutoregressiveDecoder(PagedDecoder):
 
     def blocks(self, row: HostRow) -> list[BlockView]:
         """The decoded tokens as one block."""
-        decoded = tuple(decoded_prefix(row.tokens))
-        return [
-            BlockView(
-                state=BlockState.CACHED,
-                token_ids=decoded,
-                probabilities=tuple(row.probabilities[: len(decoded)]),
-                alternatives=tuple(row.alternatives[: len(decoded)]),
-            )
-        ]
+        decoded = slice(len(decoded_prefix(row.tokens)))
+        return [row.block(BlockState.CACHED, decoded)]
 
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
         """Compute what is not cached, append one token."""

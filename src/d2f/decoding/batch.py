@@ -158,18 +158,6 @@ def decoded_prefix(tokens: Iterable[int | None]) -> list[int]:
     return cast("list[int]", known)
 
 
-def known_prefix(probabilities: Sequence[float | None], length: int) -> list[float]:
-    """The probabilities of the first `length` tokens, all of which are decoded.
-
-    Example:
-        >>> known_prefix([0.5, 0.25, None], 2)
-        [0.5, 0.25]
-    """
-    known = [probability for probability in probabilities[:length] if probability is not None]
-    assert len(known) == length, "a decoded token has a probability"
-    return known
-
-
 def cut_at_eos(token_ids: list[int], eos_token_ids: tuple[int, ...]) -> tuple[list[int], str]:
     """The tokens up to and including the first EOS, and the finish reason.
 
@@ -191,47 +179,60 @@ def count_decoded(tokens: Iterable[int | None], eos_token_ids: tuple[int, ...]) 
     return sum(token is not None and token not in eos_token_ids for token in tokens)
 
 
-def result_of(
-    response: Iterable[int | None],
-    probabilities: Sequence[float | None],
-    eos_token_ids: tuple[int, ...],
-    *,
-    finite: bool,
-    num_forwards: int,
-    num_query_tokens: int,
-    alternatives: Sequence[Alternatives] = (),
-) -> GenerationResult:
-    """What a response comes to that stands whole, None where not decoded; up to its first gap.
+@dataclass(kw_only=True, eq=False)
+class Decoded:
+    """A response, or a block of it, as far as it is decoded."""
 
-    Raises:
-        RequestError: It was decoded from logits that are not finite.
+    tokens: list[int | None] = field(default_factory=list)
+    """None where not decoded."""
+    probabilities: list[float | None] = field(default_factory=list)
+    """With which each token was accepted, None where not decoded."""
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
 
-    Example:
-        >>> result = result_of(
-        ...     [5, 9, None],
-        ...     [0.8, 0.7, None],
-        ...     (9,),
-        ...     finite=True,
-        ...     num_forwards=2,
-        ...     num_query_tokens=8,
-        ... )
-        >>> result.token_ids, result.probabilities
-        ([5, 9], [0.8, 0.7])
-    """
-    if not finite:
-        raise RequestError(
-            "the model's logits are not finite, so there is no answer; its weights may be broken, "
-            "or the temperature too close to 0"
+    def block(self, state: BlockState, place: slice = slice(None)) -> BlockView:
+        """A part of it as a block that somebody watches."""
+        return BlockView(
+            state=state,
+            token_ids=tuple(self.tokens[place]),
+            probabilities=tuple(self.probabilities[place]),
+            alternatives=tuple(self.alternatives[place]),
         )
-    tokens = list(response)
-    token_ids, reason = cut_at_eos(decoded_prefix(tokens), eos_token_ids)
-    return GenerationResult(
-        token_ids=token_ids,
-        probabilities=known_prefix(probabilities, len(token_ids)),
-        num_forwards=num_forwards,
-        num_prefill_forwards=0,
-        num_query_tokens=num_query_tokens,
-        finish_reason=reason,
-        num_decoded_tokens=count_decoded(tokens, eos_token_ids),
-        alternatives=list(alternatives[: len(token_ids)]),
-    )
+
+    def result(
+        self,
+        eos_token_ids: tuple[int, ...],
+        *,
+        finite: bool,
+        num_forwards: int,
+        num_query_tokens: int,
+    ) -> GenerationResult:
+        """What a whole response comes to, up to its first gap or EOS.
+
+        Raises:
+            RequestError: It was decoded from logits that are not finite.
+
+        Example:
+            >>> decoded = Decoded(tokens=[5, 9, None], probabilities=[0.8, 0.7, None])
+            >>> result = decoded.result((9,), finite=True, num_forwards=2, num_query_tokens=8)
+            >>> result.token_ids, result.probabilities
+            ([5, 9], [0.8, 0.7])
+        """
+        if not finite:
+            raise RequestError(
+                "the model's logits are not finite, so there is no answer; its weights may be "
+                "broken, or the temperature too close to 0"
+            )
+        token_ids, reason = cut_at_eos(decoded_prefix(self.tokens), eos_token_ids)
+        known = self.probabilities[: len(token_ids)]
+        assert None not in known, "a decoded token has a probability"
+        return GenerationResult(
+            token_ids=token_ids,
+            probabilities=cast("list[float]", known),
+            num_forwards=num_forwards,
+            num_prefill_forwards=0,
+            num_query_tokens=num_query_tokens,
+            finish_reason=reason,
+            num_decoded_tokens=count_decoded(self.tokens, eos_token_ids),
+            alternatives=self.alternatives[: len(token_ids)],
+        )

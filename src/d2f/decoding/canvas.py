@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
-from d2f.decoding.batch import Sequences
-from d2f.decoding.paged import HEAD_ROWS
+from d2f.decoding.alternatives import Alternatives, choose_with_alternatives, read_alternatives
+from d2f.decoding.batch import Decoded, Sequences
 from d2f.decoding.workspace import Workspace
 from d2f.models.cache import PagedCache, ScratchCache
 from d2f.models.transformer import Transformer
@@ -279,28 +278,18 @@ class Canvas:
         # Kernels read numbers that lie side by side.
         seed_M = seed_BK.flatten().contiguous()
         step_M = self.buffers.step_1.expand_as(position_M).contiguous()
-        needed_M = block.candidate_BK.flatten()
-        parts, others = [], [seed_M.new_empty(0, self.num_alternatives)]
-        for at in range(0, len(aligned_MD), HEAD_ROWS):
-            part = slice(at, at + HEAD_ROWS)
-            seed, mask, count = seed_M[part], self.mask_token_id, self.num_alternatives
-            logits_MV = self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD)
-            sampling = self.sequences.sampling(seed, position_M[part], step_M[part])
-            if count:
-                others.append(find_alternatives(logits_MV, count, mask, sampling))
-            parts.append(
-                self.backend.choose_tokens(
-                    logits_MV,
-                    mask_token_id=mask,
-                    confidence_M=None if confidence is None else torch.full_like(seed, confidence),
-                    sampling=sampling,
-                    needed_M=needed_M[part],
-                )
-            )
-        choice = parts[0]
-        if len(parts) > 1:
-            choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
-        return choice, torch.cat(others)
+        return choose_with_alternatives(
+            aligned_MD,
+            self.model,
+            self.backend,
+            mask_token_id=self.mask_token_id,
+            count=self.num_alternatives,
+            sampling=lambda part: self.sequences.sampling(
+                seed_M[part], position_M[part], step_M[part]
+            ),
+            confidence_M=None if confidence is None else torch.full_like(seed_M, confidence),
+            needed_M=block.candidate_BK.flatten(),
+        )
 
     def take(self, block: Block, choice: Choice, alternatives_MA: Tensor, kept_BK: Tensor) -> None:
         """Write the tokens that are kept, and the report; the forward is over."""
@@ -361,11 +350,16 @@ class Canvas:
         """The alternatives of the responses as numbers, as another canvas takes them."""
         return self._read(self.buffers.alternatives_TA)
 
-    def alternatives(self, row: int) -> list[Alternatives]:
-        """Those of a response's tokens, empty where not decoded; none where none are asked for."""
-        if self.num_alternatives == 0:
-            return []
-        return read_alternatives(np.array(self.alternative_numbers()[row]))
+    def decoded(self, row: int) -> Decoded:
+        """A response as far as it is decoded."""
+        alternatives: list[Alternatives] = []
+        if self.num_alternatives:
+            alternatives = read_alternatives(np.array(self.alternative_numbers()[row]))
+        return Decoded(
+            tokens=list(self.responses()[row]),
+            probabilities=list(self.probabilities()[row]),
+            alternatives=alternatives,
+        )
 
     def _read(self, values_T: Tensor) -> list[list]:
         """A buffer's values at the responses' places, on the host."""

@@ -29,9 +29,9 @@ from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alte
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
+    Decoded,
     GenerationResult,
     Sequences,
-    result_of,
 )
 from d2f.decoding.strategies import RefreshOptions
 from d2f.decoding.transfer import keep_best
@@ -243,21 +243,19 @@ class DLLMCacheBatch:
             offset_W = torch.where(offset_W > 0, offset_W - 1, last_1)
         return hidden_LD[offset_W]
 
-    def _response(self) -> list[int | None]:
-        """None where not decoded."""
-        ids = self.state.ids_L[: self.limit].tolist()
-        return [None if token == self.mask_token_id else token for token in ids]
-
-    def _probabilities(self, response: Sequence[int | None]) -> list[float | None]:
-        """Those of its tokens."""
-        known = self.state.probability_R.tolist()
-        return [None if token is None else p for token, p in zip(response, known, strict=True)]
-
-    def _alternatives(self) -> list[Alternatives]:
-        """Those of the response's tokens, if they are asked for."""
-        if self.num_alternatives == 0:
-            return []
-        return read_alternatives(self.state.alternatives_RA.cpu().numpy())
+    def _decoded(self) -> Decoded:
+        ids, known = self.state.ids_L[: self.limit].tolist(), self.state.probability_R.tolist()
+        tokens = [None if token == self.mask_token_id else token for token in ids]
+        alternatives: list[Alternatives] = []
+        if self.num_alternatives:
+            alternatives = read_alternatives(self.state.alternatives_RA.cpu().numpy())
+        return Decoded(
+            tokens=tokens,
+            probabilities=[
+                None if token is None else p for token, p in zip(tokens, known, strict=True)
+            ],
+            alternatives=alternatives,
+        )
 
     def finished(self) -> list[bool]:
         """Whether the sequence is done."""
@@ -267,30 +265,18 @@ class DLLMCacheBatch:
         """The response, if it is asked for."""
         if not rows:
             return []
-        response = self._response()
         return [
-            result_of(
-                response,
-                self._probabilities(response),
+            self._decoded().result(
                 self.sequences.eos_token_ids,
                 finite=bool(self.state.finite),
                 num_forwards=self.steps,
                 num_query_tokens=self.num_query_tokens,
-                alternatives=self._alternatives(),
             )
         ]
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        response = self._response()
-        return [
-            BlockView(
-                state=BlockState.FULLY_ACTIVE,
-                token_ids=tuple(response),
-                probabilities=tuple(self._probabilities(response)),
-                alternatives=tuple(self._alternatives()),
-            )
-        ]
+        return [self._decoded().block(BlockState.FULLY_ACTIVE)]
 
     def forwards(self, row: int) -> int:
         """Model calls so far that refined the sequence."""

@@ -23,7 +23,6 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    result_of,
 )
 from d2f.decoding.canvas import Block, Canvas
 from d2f.decoding.strategies import FastOptions
@@ -160,33 +159,22 @@ class FastBatch:
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The response, up to the first mask."""
-        result = result_of(
-            self.canvas.responses()[0],
-            self.canvas.probabilities()[0],
+        result = self.canvas.decoded(0).result(
             self.sequences.eos_token_ids,
             finite=self.canvas.report()[2][0],
             num_forwards=self.num_forwards,
             num_query_tokens=self.num_query_tokens,
-            alternatives=self.canvas.alternatives(0),
         )
         return [result for _ in rows]
 
     def view(self, row: int) -> list[BlockView]:
         """The blocks up to the one that is decoded."""
-        response, probabilities = self.canvas.responses()[row], self.canvas.probabilities()[row]
-        alternatives = self.canvas.alternatives(row)
-        views = []
+        decoded, views = self.canvas.decoded(row), []
         for start in range(0, min(self.gap + 1, self.limit), self.block_length):
-            block = slice(start, start + self.block_length)
-            active = None in response[block]
-            views.append(
-                BlockView(
-                    state=BlockState.FULLY_ACTIVE if active else BlockState.COMPLETE,
-                    token_ids=tuple(response[block]),
-                    probabilities=tuple(probabilities[block]),
-                    alternatives=tuple(alternatives[block]),
-                )
-            )
+            place = slice(start, start + self.block_length)
+            active = None in decoded.tokens[place]
+            state = BlockState.FULLY_ACTIVE if active else BlockState.COMPLETE
+            views.append(decoded.block(state, place))
         return views
 
     def forwards(self, row: int) -> int:

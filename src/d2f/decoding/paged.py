@@ -19,7 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
+from d2f.decoding.alternatives import (
+    Alternatives,
+    choose_with_alternatives,
+    read_alternatives,
+)
 from d2f.decoding.batch import BlockView
 from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
 from d2f.models.cache import PagedCache
@@ -27,9 +31,6 @@ from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
 from d2f.ops.packed import Packing
 from d2f.ops.sampling import Choice, Sampling
-
-HEAD_ROWS = 512
-"""Most positions whose logits exist at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,39 +180,33 @@ class PagedDecoder(ABC):
         needed_M: Tensor | None,
     ) -> tuple[Choice, Tensor]:
         """Tokens for the candidates, with their probability and rank; and alternatives (M, A)."""
-        mask = None if self.model.spec.architecture.causal else self.model.spec.mask_token_id
-        parts, others = [], [row_M.new_empty(0, shape.num_alternatives)]
-        for at in range(0, len(aligned_MD), HEAD_ROWS):
-            part = slice(at, at + HEAD_ROWS)
-            sampling = None
-            if shape.sampled:
-                row = row_M[part]
-                sampling = Sampling(
-                    temperature_M=rows.reals.temperature[row].float(),
-                    top_k_M=rows.facts.top_k[row],
-                    top_p_M=rows.reals.top_p[row].float(),
-                    seed_M=rows.facts.seed[row],
-                    position_M=position_M[part],
-                    step_M=rows.state.forwards[row],
-                    truncated=shape.truncated,
-                    min_p_M=rows.reals.min_p[row].float(),
-                )
-            logits_MV = self.backend.linear_fp32(aligned_MD[part], self.model.head_weight_VD)
-            if shape.num_alternatives:
-                others.append(find_alternatives(logits_MV, shape.num_alternatives, mask, sampling))
-            parts.append(
-                self.backend.choose_tokens(
-                    logits_MV,
-                    mask_token_id=mask,
-                    confidence_M=rows.facts.confidence[row_M[part]] if shape.ranked else None,
-                    sampling=sampling,
-                    needed_M=None if needed_M is None else needed_M[part],
-                )
+
+        def sampling(part: slice) -> Sampling | None:
+            if not shape.sampled:
+                return None
+            row, facts, reals = row_M[part], rows.facts, rows.reals
+            return Sampling(
+                temperature_M=reals.temperature[row].float(),
+                top_k_M=facts.top_k[row],
+                top_p_M=reals.top_p[row].float(),
+                seed_M=facts.seed[row],
+                position_M=position_M[part],
+                step_M=rows.state.forwards[row],
+                truncated=shape.truncated,
+                min_p_M=reals.min_p[row].float(),
             )
-        choice = parts[0]
-        if len(parts) > 1:
-            choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
-        return choice, torch.cat(others)
+
+        spec = self.model.spec
+        return choose_with_alternatives(
+            aligned_MD,
+            self.model,
+            self.backend,
+            mask_token_id=None if spec.architecture.causal else spec.mask_token_id,
+            count=shape.num_alternatives,
+            sampling=sampling,
+            confidence_M=rows.facts.confidence[row_M] if shape.ranked else None,
+            needed_M=needed_M,
+        )
 
 
 def make_record(

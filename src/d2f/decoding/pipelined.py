@@ -64,23 +64,15 @@ class PipelinedDecoder(PagedDecoder):
         views = []
         for index in range(state.opened):
             place = slice(index * size, (index + 1) * size)
-            token_ids = tuple(row.tokens[place])
             if index < cached:
                 block_state = BlockState.CACHED
             elif index < state.complete:
                 block_state = BlockState.COMPLETE
-            elif fully[index] or None not in token_ids:
+            elif fully[index] or None not in row.tokens[place]:
                 block_state = BlockState.FULLY_ACTIVE
             else:
                 block_state = BlockState.SEMI_ACTIVE
-            views.append(
-                BlockView(
-                    state=block_state,
-                    token_ids=token_ids,
-                    probabilities=tuple(row.probabilities[place]),
-                    alternatives=tuple(row.alternatives[place]),
-                )
-            )
+            views.append(row.block(block_state, place))
         return views
 
     def confidence(self, probability_BNK: Tensor, rank_BNK: Tensor) -> Tensor:

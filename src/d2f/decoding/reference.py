@@ -8,7 +8,7 @@ the choice of a token, its probability and rank.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alte
 from d2f.decoding.batch import (
     BlockState,
     BlockView,
+    Decoded,
     GenerationResult,
     Sequences,
-    result_of,
 )
 from d2f.decoding.strategies import Options
 from d2f.decoding.workspace import Workspace
@@ -28,16 +28,11 @@ from d2f.models.transformer import Transformer
 from d2f.ops.sampling import choose_tokens
 
 
-@dataclass
-class Block:
+@dataclass(kw_only=True, eq=False)
+class Block(Decoded):
     """One block of the response."""
 
-    tokens: list[int | None]
     state: BlockState = BlockState.SEMI_ACTIVE
-    probabilities: list[float | None] = field(init=False)
-    """With which each token was accepted."""
-    alternatives: list[Alternatives] = field(init=False)
-    """Of each token, if they are asked for."""
 
     def __post_init__(self) -> None:
         self.probabilities = [None] * len(self.tokens)
@@ -80,15 +75,7 @@ class ReferenceBatch:
 
     def view(self, row: int) -> list[BlockView]:
         """The open blocks of a sequence as they stand."""
-        return [
-            BlockView(
-                state=block.state,
-                token_ids=tuple(block.tokens),
-                probabilities=tuple(block.probabilities),
-                alternatives=tuple(block.alternatives),
-            )
-            for block in self.rows[row].blocks
-        ]
+        return [block.block(block.state) for block in self.rows[row].blocks]
 
     def forwards(self, row: int) -> int:
         """Model calls so far that refined a sequence."""
@@ -228,14 +215,15 @@ class ReferenceSequence:
 
     def result(self) -> GenerationResult:
         """The finished response; refused if the logits were not finite."""
-        return result_of(
-            (token for block in self.blocks for token in block.tokens),
-            [probability for block in self.blocks for probability in block.probabilities],
+        told = self.sequences.num_alternatives > 0
+        whole = Decoded(
+            tokens=[token for block in self.blocks for token in block.tokens],
+            probabilities=[one for block in self.blocks for one in block.probabilities],
+            alternatives=[one for block in self.blocks for one in block.alternatives if told],
+        )
+        return whole.result(
             self.sequences.eos_token_ids,
             finite=self.finite,
             num_forwards=self.num_forwards,
             num_query_tokens=self.num_query_tokens,
-            alternatives=[found for block in self.blocks for found in block.alternatives]
-            if self.sequences.num_alternatives
-            else (),
         )

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives
+from d2f.decoding.batch import Decoded
 from d2f.decoding.strategies import Options
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.models.transformer import Transformer
@@ -112,18 +112,12 @@ class RowRequest:
 
 
 @dataclass(kw_only=True, eq=False)
-class HostRow:
+class HostRow(Decoded):
     """A sequence as the host knows it, which may be one step behind the device."""
 
     asked: RowRequest
     state: RowState[int] = NEW_ROW
     """As last reported; of a row that has run nothing yet, where it began."""
-    tokens: list[int | None] = field(default_factory=list)
-    """The response, None where not decoded."""
-    probabilities: list[float | None] = field(default_factory=list)
-    """With which each token was accepted, None where not decoded."""
-    alternatives: list[Alternatives] = field(default_factory=list)
-    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

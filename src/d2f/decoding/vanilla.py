@@ -22,7 +22,6 @@ from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     Sequences,
-    result_of,
 )
 from d2f.decoding.canvas import Canvas
 from d2f.decoding.strategies import VanillaOptions
@@ -215,31 +214,20 @@ class VanillaBatch:
 
     def results(self, rows: list[int]) -> list[GenerationResult]:
         """The responses of sequences, up to the first mask."""
-        responses, finite = self.canvas.responses(), self.canvas.report()[2]
-        probabilities = self.canvas.probabilities()
+        finite = self.canvas.report()[2]
         return [
-            result_of(
-                responses[row],
-                probabilities[row],
+            self.canvas.decoded(row).result(
                 self.sequences.eos_token_ids,
                 finite=finite[row],
                 num_forwards=self.steps[row],
                 num_query_tokens=self.steps[row] * self.canvas.counts[row],
-                alternatives=self.canvas.alternatives(row),
             )
             for row in rows
         ]
 
     def view(self, row: int) -> list[BlockView]:
         """The whole response as one block that stays active to the end."""
-        return [
-            BlockView(
-                state=BlockState.FULLY_ACTIVE,
-                token_ids=tuple(self.canvas.responses()[row]),
-                probabilities=tuple(self.canvas.probabilities()[row]),
-                alternatives=tuple(self.canvas.alternatives(row)),
-            )
-        ]
+        return [self.canvas.decoded(row).block(BlockState.FULLY_ACTIVE)]
 
     def forwards(self, row: int) -> int:
         """Model calls so far that refined a sequence."""

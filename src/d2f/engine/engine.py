@@ -473,7 +473,7 @@ def _result(task: Task) -> GenerationResult | None:
     """Of a finished task; None if it failed, at the latest here."""
     if task.error is None:
         try:
-            return task.result()
+            return task.final()
         except RequestError as error:
             task.error = error
     return None

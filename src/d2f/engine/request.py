@@ -16,7 +16,6 @@ from d2f.decoding.batch import (
     GenerationResult,
     cut_at_eos,
     decoded_prefix,
-    result_of,
 )
 from d2f.decoding.paged import RowRecord
 from d2f.decoding.rows import HostRow, RowRequest
@@ -366,20 +365,17 @@ class Task(HostRow):
         with _decoding():
             return self.stops.num_tokens(token_ids)
 
-    def result(self) -> GenerationResult:
+    def final(self) -> GenerationResult:
         """The finished response, up to the first EOS or the token that completes a stop string.
 
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
         return self.cut_at_stop(
-            result_of(
-                self.tokens,
-                self.probabilities,
+            self.result(
                 self.eos_token_ids,
                 finite=True,
                 num_forwards=self.state.forwards,
                 num_query_tokens=self.state.queries,
-                alternatives=self.alternatives,
             )
         )
