@@ -10,10 +10,10 @@ from d2f.cli.decoding_options import (
     check_choices,
     check_fit,
     chosen_policy,
-    default_strategy,
     load_answerer,
 )
 from d2f.cli.usage import UsageError
+from d2f.decoding.strategies import default_strategy
 
 if TYPE_CHECKING:
     from d2f.engine.request import Request
@@ -71,7 +71,7 @@ class Asked:
             replace_eos=self.replace_eos,
         )
         self._check_template(tokenizer)
-        strategy = self.strategy or default_strategy(model.spec, self.changed)
+        strategy = self.strategy or default_strategy(model.spec, policy=bool(self.changed))
         policy = chosen_policy(model.spec, strategy, self.changed)
         request = replace(self.request, strategy=strategy, policy=policy)
         return model, tokenizer, self.limited(request, model.spec)

@@ -27,12 +27,12 @@ from d2f.cli.decoding_options import (
     check_choices,
     check_fit,
     chosen_policy,
-    default_strategy,
     given,
     load_answerer,
     with_decoding_options,
 )
 from d2f.cli.usage import usage
+from d2f.decoding.strategies import default_strategy
 from d2f.errors import D2FError, RequestError, counted, unknown_name
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def chat_command(
     )
     from d2f.cli.chat_session import ChatSession
 
-    strategy = strategy or default_strategy(loaded.spec, changed)
+    strategy = strategy or default_strategy(loaded.spec, policy=bool(changed))
     chosen_policy(loaded.spec, strategy, changed)
     check_fit(loaded.spec, replace(asked, strategy=strategy))
     with usage():

@@ -232,13 +232,6 @@ def load_answerer(
     return loaded, tokenizer
 
 
-def default_strategy(spec: ModelSpec, changed: dict[str, Any] | None = None) -> str:
-    """What a model is decoded with unless somebody says otherwise; `changed` is of the policy."""
-    from d2f.engine.policy import default_strategy as rule
-
-    return rule(spec, policy=bool(changed))
-
-
 def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
     """The model's policy with the fields that were given as options.
 

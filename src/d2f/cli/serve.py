@@ -15,10 +15,10 @@ from d2f.cli.decoding_options import (
     DEFAULT_MODEL,
     EosOption,
     ReplaceEosOption,
-    default_strategy,
     load_answerer,
 )
 from d2f.cli.usage import UsageError, usage
+from d2f.decoding.strategies import default_strategy
 from d2f.errors import ConfigError
 from d2f.shipped import PREFIX
 

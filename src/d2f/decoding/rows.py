@@ -154,41 +154,16 @@ class Rows:
         torch.where(runs_B, torch.stack([*state]), self.state_FB, out=self.state_FB)
 
     # As packing names what it reads of the rows.
-
-    @property
-    def prompt_B(self) -> Tensor:
-        """Tokens of the prompt."""
-        return self.facts.prompt
-
-    @property
-    def size_B(self) -> Tensor:
-        """Block size."""
-        return self.facts.size
-
-    @property
-    def start_B(self) -> Tensor:
-        """First position that the next forward computes."""
-        return self.state.start
-
-    @property
-    def end_B(self) -> Tensor:
-        """First position that it does not compute."""
-        return self.state.end
-
-    @property
-    def done_B(self) -> Tensor:
-        """1 where there is nothing to do, or no sequence."""
-        return self.state.done
+    prompt_B = property(lambda rows: rows.facts.prompt)
+    size_B = property(lambda rows: rows.facts.size)
+    start_B = property(lambda rows: rows.state.start)
+    end_B = property(lambda rows: rows.state.end)
+    done_B = property(lambda rows: rows.state.done)
 
 
 _NUM_FACTS = len(RowFacts._fields)
-_VACANT = (
-    # Padding is reckoned with the last row's block size, and that row may be vacant.
-    *RowFacts(
-        prompt=0, bound=0, size=1, total=0, max_live=0, early_stop=0, confidence=0, top_k=0, seed=0
-    ),
-    *NEW_ROW._replace(done=1),
-)
+# Padding is reckoned with the last row's block size, and that row may be vacant.
+_VACANT = (*RowFacts(*[0] * _NUM_FACTS)._replace(size=1), *NEW_ROW._replace(done=1))
 """Facts and state of a row without a sequence."""
 
 

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from d2f.errors import ConfigError, RequestError, unknown_name
+from d2f.errors import ConfigError, RequestError, counted, unknown_name
 
 if TYPE_CHECKING:
     from d2f.models.spec import Architecture, ModelSpec
 
 ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
+BLOCK_LENGTH = 32
+"""Of all strategies whose options have one, if none is given."""
 MOST_STEPS = 2**16
 """More steps, far more than any response has tokens, would only take memory."""
 _WORDS = {int: "a whole number", float: "a number", str: "a name"}
@@ -57,6 +59,16 @@ def _check_blocks(num_steps: int | None, block_length: int | None) -> None:
         raise ConfigError(f"num_steps is {num_steps}; it must be at most {MOST_STEPS}")
     if block_length is not None and block_length < 1:
         raise ConfigError(f"block_length is {block_length}; it must be at least 1")
+
+
+def _check_steps(max_new_tokens: int, num_steps: int | None, block_length: int | None) -> None:
+    block_length = block_length or BLOCK_LENGTH
+    least = -(-max_new_tokens // block_length)
+    if num_steps is not None and num_steps < least:
+        raise ConfigError(
+            f"num_steps is {num_steps}; {counted(max_new_tokens, 'token')} in blocks of "
+            f"{block_length} need at least {least}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +122,8 @@ class VanillaOptions(Options):
 
     def check_length(self, max_new_tokens: int) -> None:
         """Refuse fewer steps than blocks."""
-        from d2f.decoding.vanilla import transfer_plan
-
         if self.sampler == "low_confidence":
-            transfer_plan(max_new_tokens, num_steps=self.num_steps, block_length=self.block_length)
+            _check_steps(max_new_tokens, self.num_steps, self.block_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +138,7 @@ class FastOptions(Options):
         True
     """
 
-    block_length: int = _option("tokens of a block", 32)
+    block_length: int = _option("tokens of a block", BLOCK_LENGTH)
     threshold: float | None = _option("keep tokens of this probability. Default: 0.9")
     factor: float | None = _option("keep as many as this factor allows")
 
@@ -156,7 +166,7 @@ class RefreshOptions(Options):
     """
 
     num_steps: int | None = _option("forwards in all; None: one for each token")
-    block_length: int = _option("tokens of a block", 32)
+    block_length: int = _option("tokens of a block", BLOCK_LENGTH)
     prompt_interval: int = _option("forwards between refreshes of the prompt", 50)
     response_interval: int = _option("forwards between refreshes of the response", 7)
     refresh_share: float = _option("share of the response computed in between", 0.25)
@@ -184,9 +194,7 @@ class RefreshOptions(Options):
 
     def check_length(self, max_new_tokens: int) -> None:
         """Refuse fewer steps than blocks."""
-        from d2f.decoding.vanilla import transfer_plan
-
-        transfer_plan(max_new_tokens, num_steps=self.num_steps, block_length=self.block_length)
+        _check_steps(max_new_tokens, self.num_steps, self.block_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,20 +412,3 @@ def default_strategy(spec: ModelSpec, *, policy: bool = False) -> str:
     if spec.architecture.causal:
         return "autoregressive"
     return "pipelined" if spec.distilled or policy else "vanilla"
-
-
-def useful_strategies(spec: ModelSpec) -> list[str]:
-    """The strategies that make sense on a model; the slow reference is for comparisons only.
-
-    Example:
-        >>> from d2f.testing import tiny_spec
-        >>> useful_strategies(tiny_spec("qwen2"))
-        ['autoregressive']
-        >>> useful_strategies(tiny_spec("llada"))[:2]
-        ['pipelined', 'serial']
-    """
-    return [
-        strategy.name
-        for strategy in STRATEGIES.values()
-        if strategy.causal == spec.architecture.causal and strategy.name != "reference"
-    ]

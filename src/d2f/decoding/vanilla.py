@@ -24,15 +24,13 @@ from d2f.decoding.batch import (
     Sequences,
 )
 from d2f.decoding.canvas import Canvas
-from d2f.decoding.strategies import VanillaOptions
+from d2f.decoding.strategies import BLOCK_LENGTH, VanillaOptions
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
-from d2f.errors import ConfigError, counted
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import MARGIN, NEG_ENTROPY, uniform_noise
 
 _RANKED_BY = {"topk_margin": MARGIN, "entropy": NEG_ENTROPY}
-BLOCK_LENGTH = 32
 EPS = 1e-3
 Step = tuple[int, int, float]
 """First position of the block, its end, and how many tokens are kept (`origin`: with which
@@ -46,9 +44,6 @@ def vanilla_plan(max_new_tokens: int, options: VanillaOptions) -> list[Step]:
         max_new_tokens: Length of the response.
         options: Of `low_confidence` a block length of None is 32; of the others an eps of None is
             0.001. The eps is the time at which their last step ends.
-
-    Raises:
-        ConfigError: Fewer steps than blocks.
 
     Example:
         >>> vanilla_plan(5, VanillaOptions(num_steps=3, block_length=4))
@@ -73,10 +68,8 @@ def transfer_plan(
     """Per step of LLaDA's sampler: the block's first position, its end, and how many are kept.
 
     Steps are shared out evenly over the blocks, and a block's tokens over its steps, the first
-    ones taking the remainder. `num_steps` None: one token a step. `block_length` None: 32.
-
-    Raises:
-        ConfigError: Fewer steps than blocks.
+    ones taking the remainder. `num_steps` None: one token a step. There must be no fewer steps
+    than blocks.
 
     Example:
         >>> transfer_plan(5, num_steps=3, block_length=4)
@@ -87,12 +80,6 @@ def transfer_plan(
         (start, min(start + block_length, max_new_tokens))
         for start in range(0, max_new_tokens, block_length)
     ]
-    if num_steps is not None and num_steps < len(spans):
-        raise ConfigError(
-            f"num_steps is {num_steps}; {counted(max_new_tokens, 'token')} in blocks of "
-            f"{block_length} "
-            f"need at least {len(spans)}"
-        )
     plan = []
     for index, (start, end) in enumerate(spans):
         size = end - start

@@ -8,7 +8,6 @@ from typing import Any
 from d2f.decoding.strategies import STRATEGIES, find_strategy
 from d2f.decoding.strategies import default_strategy as default_strategy
 from d2f.decoding.strategies import unheeded as unheeded
-from d2f.decoding.strategies import useful_strategies as useful_strategies
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError
 from d2f.models.spec import ModelSpec
@@ -63,3 +62,20 @@ def default_limit(spec: ModelSpec, prompt_length: int = 0) -> int:
     """
     wanted = spec.recommended_max_new_tokens or 256
     return max(min(wanted, spec.max_positions - prompt_length), 1)
+
+
+def useful_strategies(spec: ModelSpec) -> list[str]:
+    """The strategies that make sense on a model; the slow reference is for comparisons only.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> useful_strategies(tiny_spec("qwen2"))
+        ['autoregressive']
+        >>> useful_strategies(tiny_spec("llada"))[:2]
+        ['pipelined', 'serial']
+    """
+    return [
+        strategy.name
+        for strategy in STRATEGIES.values()
+        if strategy.causal == spec.architecture.causal and strategy.name != "reference"
+    ]
