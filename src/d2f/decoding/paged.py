@@ -90,8 +90,8 @@ class RowRecord:
 class PagedDecoder(ABC):
     """A strategy on the paged cache; stateless, all state is in the rows and the cache.
 
-    `step` runs on the device. What the host has to know of the strategy, which plans steps before
-    it has the last one's results, are the methods that take a `HostRow`.
+    `step` runs on the device. The host plans a step before it has the results of the last one; the
+    methods that take a `HostRow` or a `RowRequest` tell it what it needs to know for that.
 
     Args:
         model: The model, `pack`ed.

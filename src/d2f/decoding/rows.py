@@ -122,16 +122,13 @@ class HostRow(Decoded):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """The first B rows of the storage; facts, state and reals are tensors (B,)."""
+    """The first B rows of the storage; facts and state are int64 (B,), reals float64 (B,)."""
 
     facts: RowFacts[Tensor]
-    """int64."""
     state: RowState[Tensor]
-    """int64."""
     state_FB: Tensor
-    """The same numbers as one tensor."""
+    """The state as one tensor."""
     reals: RowReals[Tensor]
-    """float64."""
     tokens_BNK: Tensor
     """The response; the mask token where not decoded, and where no position is."""
     order_BNK: Tensor
@@ -179,10 +176,9 @@ class RowSizes:
     @classmethod
     def of(cls, asked: RowRequest) -> RowSizes:
         """What one sequence needs."""
-        size = min(asked.policy.block_size, asked.max_new_tokens)
         return cls(
             num_blocks=-(-asked.max_new_tokens // asked.policy.block_size),
-            block_size=size,
+            block_size=min(asked.policy.block_size, asked.max_new_tokens),
             prompt_length=max(len(asked.prompt), 1),
             num_eos=max(len(asked.eos_token_ids), 1),
         )
@@ -330,10 +326,9 @@ class RowStorage:
         others.fully_BN[row, : len(fully)] = self.upload(fully, torch.bool)
         others.order_BNK[row] = self._order(size, asked.max_new_tokens)
         others.length_BN[row] = (others.order_BNK[row] < UNBOUNDED).sum(-1).clamp_min(1)
-        others.tokens_BNK[row] = mask = self.mask_token_id
+        others.tokens_BNK[row] = self.mask_token_id
         if state.forwards:
-            known = [mask if token is None else token for token in sequence.tokens]
-            others.tokens_BNK[row] = self.upload(self._grid(known, size))
+            others.tokens_BNK[row] = self.upload(self._grid(sequence.tokens, size))
 
     def _order(self, size: int, length: int) -> Tensor:
         """Places of a response of blocks of `size`: (N, K)."""
@@ -342,10 +337,11 @@ class RowStorage:
         place_NK = first_N1 + offset_K
         return torch.where((offset_K < size) & (place_NK < length), place_NK, UNBOUNDED)
 
-    def _grid(self, values: Sequence[int], size: int) -> list[list[int]]:
+    def _grid(self, tokens: Sequence[int | None], size: int) -> list[list[int]]:
         """Tokens of the response laid out as blocks of the storage, masks in what is left."""
         sizes, mask = self.sizes, self.mask_token_id
-        blocks = [[*values[at : at + size]] for at in range(0, len(values), size)]
+        values = [mask if token is None else token for token in tokens]
+        blocks = [values[at : at + size] for at in range(0, len(values), size)]
         blocks += [[]] * (sizes.num_blocks - len(blocks))
         return [block + [mask] * (sizes.block_size - len(block)) for block in blocks]
 

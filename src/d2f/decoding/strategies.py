@@ -94,13 +94,11 @@ class VanillaOptions(Options):
     def __post_init__(self) -> None:
         if self.algorithm is not None and self.algorithm not in ALGORITHMS:
             raise ConfigError(unknown_name("algorithm", self.algorithm, ALGORITHMS))
-        has_blocks = self.sampler == "low_confidence"
-        useless = "eps" if has_blocks else "block_length"
-        if getattr(self, useless) is not None:
-            raise ConfigError(
-                f"{useless} is {getattr(self, useless)}; it is without effect on algorithm "
-                f"{self.sampler}"
-            )
+        useless = "eps" if self.sampler == "low_confidence" else "block_length"
+        value = getattr(self, useless)
+        if value is not None:
+            words = f"without effect on algorithm {self.sampler}"
+            raise ConfigError(f"{useless} is {value}; it is {words}")
         _check_blocks(self.num_steps, self.block_length)
         if self.eps is not None and not 0 < self.eps < 1:
             raise ConfigError(f"eps is {self.eps}; it must lie between 0 and 1")
@@ -146,10 +144,8 @@ class FastOptions(Options):
         _check_blocks(None, self.block_length)
         threshold, factor = self.threshold, self.factor
         if threshold is not None and factor is not None:
-            raise ConfigError(
-                f"threshold is {threshold} and factor is {factor}; they are two rules, give one of "
-                "them"
-            )
+            both = f"threshold is {threshold} and factor is {factor}"
+            raise ConfigError(f"{both}; they are two rules, give one of them")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1")
         if factor is not None and not 0 < factor < float("inf"):
@@ -174,11 +170,11 @@ class RefreshOptions(Options):
     def __post_init__(self) -> None:
         _check_blocks(self.num_steps, self.block_length)
         for name in ("prompt_interval", "response_interval"):
-            if getattr(self, name) < 1:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be a whole number of at least 1")
-        if not 0 <= self.refresh_share <= 1:
-            share = self.refresh_share
+        share = self.refresh_share
+        if not 0 <= share <= 1:
             raise ConfigError(f"refresh_share is {share}; it must be a number from 0 to 1")
 
     def num_tokens(self, response_length: int) -> int:
@@ -285,18 +281,17 @@ _SHARES = ("add_threshold", "activate_threshold")
 _TOKENS = ("confidence_threshold", "confidence")
 
 
-def _fast(name: str, batch: str) -> Strategy:
-    return Strategy(name=name, decoder=f"fast_dllm:{batch}", options=FastOptions, max_rows=1)
+_PIPELINE = (*_WINDOW, *_SHARES, *_TOKENS)
+
+
+def _alone(name: str, decoder: str, options: type[Options]) -> Strategy:
+    return Strategy(name=name, decoder=decoder, options=options, max_rows=1)
 
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy(
-            name="pipelined",
-            decoder="pipelined:PipelinedDecoder",
-            heeds=(*_WINDOW, *_SHARES, *_TOKENS),
-        ),
+        Strategy(name="pipelined", decoder="pipelined:PipelinedDecoder", heeds=_PIPELINE),
         # One block after the other.
         Strategy(
             name="serial",
@@ -314,21 +309,12 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy(
             name="autoregressive", decoder="autoregressive:AutoregressiveDecoder", causal=True
         ),
-        _fast("parallel", "FastBatch"),
-        _fast("prefix-cache", "PrefixCacheBatch"),
-        _fast("dual-cache", "DualCacheBatch"),
-        Strategy(
-            name="dllm-cache",
-            decoder="dllm_cache:DLLMCacheBatch",
-            options=RefreshOptions,
-            max_rows=1,
-        ),
+        _alone("parallel", "fast_dllm:FastBatch", FastOptions),
+        _alone("prefix-cache", "fast_dllm:PrefixCacheBatch", FastOptions),
+        _alone("dual-cache", "fast_dllm:DualCacheBatch", FastOptions),
+        _alone("dllm-cache", "dllm_cache:DLLMCacheBatch", RefreshOptions),
         Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
-        Strategy(
-            name="reference",
-            decoder="reference:ReferenceBatch",
-            heeds=(*_WINDOW, *_SHARES, *_TOKENS),
-        ),
+        Strategy(name="reference", decoder="reference:ReferenceBatch", heeds=_PIPELINE),
     )
 }
 
@@ -366,13 +352,12 @@ def check_strategy(
     architecture = spec.architecture
     if record.causal != architecture.causal:
         fit = ", ".join(one.name for one in STRATEGIES.values() if one.causal != record.causal)
-        if record.causal:
-            raise RequestError(
-                f"a {architecture.name} model is not autoregressive; decode it with one of {fit}"
-            )
-        raise RequestError(
-            f"a {architecture.name} model is autoregressive; decode it with strategy {fit}"
+        words = (
+            "not autoregressive; decode it with one of"
+            if record.causal
+            else ("autoregressive; decode it with strategy")
         )
+        raise RequestError(f"a {architecture.name} model is {words} {fit}")
     if record.causal and prompt_length == 0:
         raise RequestError("the prompt is empty; autoregression needs a token to start from")
     if not record.causal and spec.mask_token_id is None:

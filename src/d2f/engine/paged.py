@@ -72,6 +72,7 @@ class PagedLane:
         model, cache = decoder.model, decoder.cache
         self._page_size = cache.page_size
         self.pool, self.prompts = pool, prompts
+        self._key = type(decoder)
         longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
         self._max_end = -(-longest // cache.page_size) * cache.page_size
         self._least_sizes = RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1)
@@ -147,6 +148,7 @@ class PagedLane:
         It does so even if the device is broken.
         """
         task.finished = True
+        self.pool.wanted_by.pop(self._key, None)
         if task in self.waiting:
             self.waiting.remove(task)
         if task.row is not None:
@@ -219,6 +221,9 @@ class PagedLane:
         while self.waiting and len(self.running) < self._max_rows:
             task = self.waiting[0]
             prompt = task.asked.prompt
+            if any(number < task.number for number in self.pool.wanted_by.values()):
+                # Older ones of other lanes come first.
+                break
             if task.num_in_flight or any(
                 other.fresh_prompt and prompt == other.asked.prompt for other in joined
             ):
@@ -229,14 +234,16 @@ class PagedLane:
             count = state.end - state.start
             if joined and (count > budget or self._steps_alone > 0):
                 break
-            if not self._has_room(task, state.end, cached):
-                if cached is None or self.running:
-                    break
+            has_room = self._has_room(task, state.end, cached)
+            if not has_room and cached is not None and not self.running:
                 # It is alone here, and the cached prompt may be in its way.
                 cached = None
                 self.prompts.clear()
-                if not self._has_room(task, state.end, cached):
-                    break
+                has_room = self._has_room(task, state.end, cached)
+            if not has_room:
+                self.pool.wanted_by[self._key] = task.number
+                break
+            self.pool.wanted_by.pop(self._key, None)
             self._place(task, cached)
             joined.append(task)
             budget -= count

@@ -40,6 +40,8 @@ class PagePool:
         """Of the pages of prompts that are kept for later: how many such prompts hold each."""
         self._num_idle = 0
         """Pages that only such prompts hold."""
+        self.wanted_by: dict[object, int] = {}
+        """Of each lane whose first waiting request found too few pages, that request's number."""
 
     @property
     def num_free(self) -> int:

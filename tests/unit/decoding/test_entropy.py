@@ -130,6 +130,23 @@ def test_it_decodes_as_the_oracle_alone_and_beside_others(name, overlap):
     check_idle(engine)
 
 
+def test_whoever_waits_for_pages_is_not_overtaken_by_another_lane():
+    engine = make_engine(cached_model("llada"), 8, max_batch_size=5)
+    policy = DecodingPolicy(block_size=8, confidence_threshold=1.0)
+    small = Request(prompt_ids=[1, 2], max_new_tokens=14, policy=policy, eos_token_id=())
+    large = Request(
+        prompt_ids=[3] * 9, max_new_tokens=23, policy=policy, eos_token_id=(), strategy="entropy"
+    )
+    first = engine.add(replace(small, strategy="pipelined"))
+    engine.step()
+    second, done = engine.add(large), []
+    while second not in done:
+        engine.add(small)
+        done += [output.request_id for output in engine.step()]
+        assert len(done) < 3
+    assert done == [first, second]
+
+
 def test_the_threshold_is_what_makes_the_difference():
     model, counts = tiny_model("llada"), []
     for threshold in (0, 100):
