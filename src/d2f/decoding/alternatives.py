@@ -59,7 +59,7 @@ def choose_with_alternatives(
     for at in range(0, len(aligned_MD), HEAD_ROWS):
         part = slice(at, at + HEAD_ROWS)
         sampled = sampling(part)
-        logits_MV = backend.linear_fp32(aligned_MD[part], model.head_weight_VD)
+        logits_MV = model.head(aligned_MD[part], backend)
         if count:
             others.append(find_alternatives(logits_MV, count, mask_token_id, sampled))
         parts.append(

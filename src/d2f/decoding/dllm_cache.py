@@ -211,9 +211,7 @@ class DLLMCacheBatch:
         offset_W = offset_W + start.clamp_max(self.limit - self.width)
         old_W = ids_R[offset_W]
         candidate_W = (old_W == mask) & (offset_W >= start) & (offset_W < end)
-        logits_WV = self.backend.linear_fp32(
-            self._aligned(hidden_LD, offset_W), self.model.head_weight_VD
-        )
+        logits_WV = self.model.head(self._aligned(hidden_LD, offset_W), self.backend)
         sampling = self.sequences.sampling(
             state.seed_1.expand_as(offset_W).contiguous(),
             state.positions_L[offset_W],

@@ -84,7 +84,7 @@ class SteadyStep:
         self.max_positions = max(max_positions or model.spec.max_positions, kv_length + window)
         operations = select_backend(backend, model.device)
         self.backend = operations.name
-        model.pack()
+        model.join_weights()
         pages = -(-(kv_length + window) // page_size)
         cache = PagedCache(
             model.spec,
@@ -120,9 +120,7 @@ class SteadyStep:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that the step reads: all but the table of embeddings."""
-        model = self.model
-        layers = sum(p.nbytes for p in model.layers.parameters())
-        return layers + model.norm.weight.nbytes + model.head_weight_VD.nbytes
+        return self.model.step_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -134,8 +132,7 @@ class SteadyStep:
     @property
     def product_flops(self) -> int:
         """Floating-point operations of the products with weights, head included."""
-        weights = sum(p.numel() for p in self.model.layers.parameters() if p.ndim == 2)
-        return 2 * self.num_tokens * (weights + self.model.head_weight_VD.numel())
+        return 2 * self.num_tokens * self.model.step_products
 
     @property
     def attention_flops(self) -> int:

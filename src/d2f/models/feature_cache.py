@@ -111,7 +111,7 @@ class FeatureCache:
 
     Example:
         >>> from d2f.testing import tiny_spec
-        >>> FeatureCache(tiny_spec("Dream"), num_slots=64).layer(1, 40).mlp_LD.shape
+        >>> FeatureCache(tiny_spec("Dream"), num_slots=64).features(1, 40).mlp_LD.shape
         torch.Size([40, 32])
     """
 
@@ -135,10 +135,14 @@ class FeatureCache:
         )
         self._pages_1P = torch.arange(num_pages, device=device, dtype=torch.int32)[None]
 
-    def layer(self, index: int, length: int) -> LayerFeatures:
+    def layer(self, index: int) -> Tensor:
+        """Keys and values of one layer: (2, S, K, H)."""
+        return self.kv_N2SKH[index]
+
+    def features(self, index: int, length: int) -> LayerFeatures:
         """The features of a layer for a sequence of `length` slots."""
         attention_LD, mlp_LD = self.outputs_N2SD[index, :, :length].unbind()
-        return LayerFeatures(kv_2SKH=self.kv_N2SKH[index], attention_LD=attention_LD, mlp_LD=mlp_LD)
+        return LayerFeatures(kv_2SKH=self.layer(index), attention_LD=attention_LD, mlp_LD=mlp_LD)
 
     def queries(self, num_queries: int, count_1: Tensor, length: int) -> PackedTokens:
         """As many queries that see the first `count_1` of `length` slots.

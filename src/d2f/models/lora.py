@@ -20,6 +20,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.base_fingerprint import Fingerprint, take_fingerprint
+from d2f.models.linear import Linear
 from d2f.models.lora_config import LoraConfig, written_config
 from d2f.models.lora_declaration import (
     ADAPTER_DTYPES,
@@ -52,6 +53,7 @@ from d2f.models.storage import (
     write_json,
 )
 from d2f.models.transformer import Transformer
+from d2f.ops.backend import Backend
 
 _OWNED = (
     f"{FLOAT_STEM}*.safetensors", f"{INT8_STEM}*.safetensors", CONFIG_FILE, DECLARATION_FILE,
@@ -68,13 +70,13 @@ class LoraLinear(nn.Module):
 
     Example:
         >>> a_RI, b_OR = torch.ones(2, 4), torch.ones(6, 2)
-        >>> layer = LoraLinear(nn.Linear(4, 6), a_RI, b_OR, LoraConfig(), 1.0)
+        >>> layer = LoraLinear(Linear(4, 6), a_RI, b_OR, LoraConfig(), 1.0)
         >>> layer(torch.ones(1, 4)).shape
         torch.Size([1, 6])
     """
 
     def __init__(
-        self, base: nn.Linear, a_RI: Tensor, b_OR: Tensor, config: LoraConfig, scale: float
+        self, base: Linear, a_RI: Tensor, b_OR: Tensor, config: LoraConfig, scale: float
     ) -> None:
         super().__init__()
         self.base = base
@@ -85,9 +87,9 @@ class LoraLinear(nn.Module):
         # A plain attribute: torch.compile guards on it and keeps one graph for either value.
         self.enabled = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend | None = None) -> Tensor:
         """The projection of x (…, I), with the update unless it is switched off: (…, O)."""
-        out = self.base(x)
+        out = self.base(x, backend)
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.config.dropout, self.training)
@@ -137,7 +139,7 @@ def attach_adapter(model: Transformer, config: LoraConfig, generator: torch.Gene
     model.spec = replace(model.spec, adapter_base=found)
     for published, ours in targets.items():
         base = model.get_submodule(ours)
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, Linear)
         rank = config.rank(published)
         bound = 1 / math.sqrt(base.in_features)
         a_RI = (torch.rand(rank, base.in_features, generator=generator) * 2 - 1) * bound
@@ -192,7 +194,7 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
     new = {}
     for published, ours in found.targets.items():
         base = model.get_submodule(ours)
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, Linear)
         a_RI, b_OR = found.read(published, base.weight.device)
         new[ours] = LoraLinear(base, a_RI, b_OR, found.config, found.config.scale(published))
     for ours, module in new.items():

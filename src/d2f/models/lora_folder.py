@@ -211,7 +211,7 @@ def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         layer = Transformer(replace(spec, num_layers=1)).layers[0]
     return {
-        name: (module.out_features, module.in_features)
+        name.rsplit(".", 1)[-1]: (module.out_features, module.in_features)
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }

@@ -33,7 +33,7 @@ def sequence(prompt, limit, *, eos=(), **settings):
 
 
 def start(model, sequences, workspace=None, **options):
-    model.pack()
+    model.join_weights()
     # Padded, as where steps are captured.
     workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
     return DLLMCacheBatch(model, sequences, workspace, RefreshOptions(**options))
@@ -122,9 +122,9 @@ class SlowTwin:
             return []
         likeness = []
         for p in range(len(self.prompt), len(self.ids)):
-            new = layer.v_proj(layer.attention_norm(x[p]))
+            new = layer.qkv.v_proj(layer.attention_norm(x[p]))
             old = own["v"][p].flatten()
-            own["v"][p] = new.view(-1, layer.head_dim)
+            own["v"][p] = new.view(-1, layer.qkv.head_dim)
             likeness.append((min(float(new @ old / new.norm() / old.norm()), 1 - 1e-6), p))
         chosen = sorted(p for _, p in sorted(likeness)[:count])
         self.chosen.append(chosen)
@@ -134,19 +134,18 @@ class SlowTwin:
         queries = {}
         for p in positions:
             h = layer.attention_norm(x[p])
-            heads = (projection(h).view(-1, layer.head_dim)
-                     for projection in (layer.q_proj, layer.k_proj, layer.v_proj))  # fmt: skip
-            q, k, own["v"][p] = heads
+            q, k, own["v"][p] = layer.qkv.heads(h)
             queries[p], own["k"][p] = self.rotate(q, p), self.rotate(k, p)
         keys, values = torch.stack(own["k"]), torch.stack(own["v"])
         for p, q in queries.items():
             outs = []
             for head, query in enumerate(q):
                 shared = head * keys.shape[1] // len(q)
-                weight = (keys[:, shared] @ query / math.sqrt(layer.head_dim)).softmax(0)
+                weight = (keys[:, shared] @ query / math.sqrt(layer.qkv.head_dim)).softmax(0)
                 outs.append(weight @ values[:, shared])
             own["attention"][p] = layer.o_proj(torch.cat(outs))
-            own["mlp"][p] = layer.mlp(x[p] + own["attention"][p])
+            h = layer.mlp_norm(x[p] + own["attention"][p])
+            own["mlp"][p] = layer.down_proj(layer.gate_up(h))
 
     def forward(self, step):
         prompt, response = (step % interval == 0 for interval in self.intervals)

@@ -11,7 +11,7 @@ from tests.unit.decoding.unpaged import run, sequences, start, summary
 from d2f import generate_ids
 from d2f.decoding.workspace import Workspace
 from d2f.ops.attention import attention
-from d2f.ops.rope import rope_frequencies, rope_tables
+from d2f.ops.rope import apply_rope, rope_frequencies, rope_tables
 from d2f.testing import tiny_model
 
 FAST = settings(
@@ -49,9 +49,10 @@ class Oracle:
         rope = rope_tables(torch.arange(start, stop)[None], frequency, torch.float32)
         x = model.embed(torch.tensor([self.ids[start:stop]]))
         for layer, (keys, values) in zip(model.layers, self.caches, strict=True):
-            q, keys[:, start:stop], values[:, start:stop] = layer.project(x, rope)
-            x = x + layer.o_proj(attention(q, keys, values, None))
-            x = x + layer.mlp(x)
+            q, k, values[:, start:stop] = layer.qkv.heads(layer.attention_norm(x))
+            keys[:, start:stop] = apply_rope(k, *rope)
+            x = x + layer.o_proj(attention(apply_rope(q, *rope), keys, values, None))
+            x = x + layer.down_proj(layer.gate_up(layer.mlp_norm(x)))
         self.hidden[start:stop] = model.norm(x)[0]
         self.forwards += 1
         self.queries += stop - start

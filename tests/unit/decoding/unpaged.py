@@ -20,7 +20,7 @@ def sequences(prompts, limits, eos=(), **settings):
 
 
 def start(model, strategy, batch, workspace=None, **options):
-    model.pack()
+    model.join_weights()
     workspace = workspace or Workspace(torch.device("cpu"))
     record = STRATEGIES[strategy]
     read = record.read_options(options).for_model(model.spec.architecture)

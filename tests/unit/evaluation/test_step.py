@@ -62,7 +62,7 @@ def test_random_weights_follow_from_the_seed():
     assert one.embed.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert one.layers[0].o_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert bool((one.norm.weight == 1).all())
-    assert bool((one.layers[0].q_proj.bias == 0).all())
+    assert bool((one.layers[0].qkv.q_proj.bias == 0).all())
 
 
 @pytest.mark.parametrize(("name", "twin_name"), [("llada", "llama"), ("Dream", "qwen2")])
@@ -70,12 +70,12 @@ def test_a_twin_shares_all_weights_also_packed(name, twin_name):
     model = tiny_model(name)
     twin = autoregressive_twin(model)
     assert twin.spec.architecture.name == twin_name
-    model.pack()
-    twin.pack()
+    model.join_weights()
+    twin.join_weights()
     theirs = dict(twin.named_parameters())
     for key, parameter in model.named_parameters():
         assert theirs[key].data_ptr() == parameter.data_ptr(), key
-    qkv = [each.layers[0].__dict__["_qkv"].weight_ED.data_ptr() for each in (model, twin)]
+    qkv = [each.layers[0].qkv.joined.weight_ED.data_ptr() for each in (model, twin)]
     assert qkv[0] == qkv[1]
     assert autoregressive_twin(twin) is twin
 

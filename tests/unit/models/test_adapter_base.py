@@ -363,7 +363,7 @@ def test_going_on_needs_the_same_rank_scale_and_targets():
             use_config(adapted("llama"), replace(ALL, **change))
     model = adapted("llama")
     use_config(model, replace(ALL, dropout=0.5))
-    assert model.layers[0].q_proj.config.dropout == 0.5
+    assert model.layers[0].qkv.q_proj.config.dropout == 0.5
 
 
 @pytest.mark.parametrize("name", ["mask_token_id", "distilled"])

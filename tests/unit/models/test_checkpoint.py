@@ -373,7 +373,7 @@ def test_fresh_weights_follow_the_seed():
     one, same, other = (build_model(tiny_spec("llada"), seed=s) for s in (1, 1, 2))
     assert torch.equal(one.embed.weight, same.embed.weight)
     assert not torch.equal(one.embed.weight, other.embed.weight)
-    assert one.layers[0].o_proj.weight.std() < 0.75 * one.layers[0].q_proj.weight.std()
+    assert one.layers[0].o_proj.weight.std() < 0.75 * one.layers[0].qkv.q_proj.weight.std()
     assert torch.equal(one.norm.weight, torch.ones(32))
     assert build_model(tiny_spec("Dream"), dtype="bfloat16").dtype == torch.bfloat16
 

@@ -45,7 +45,7 @@ def draw_ids(seed):
 @torch.inference_mode()
 def refreshed(model, ids, cache, refresh, *, padding_id=0, backend=TORCH):
     """Hidden states in the order of the positions."""
-    model.pack()
+    model.join_weights()
     padding = torch.full((PADDING,), padding_id)
     positions = [*range(PROMPT, PROMPT + RESPONSE), *range(PROMPT), *[0] * PADDING]
     hidden = model.forward_refresh(
@@ -118,7 +118,7 @@ def test_what_is_not_computed_stays_in_the_residual(model):
     with torch.inference_mode():
         x = model.embed(new)
         for index in range(model.spec.num_layers):
-            features = cache.layer(index, LENGTH)
+            features = cache.features(index, LENGTH)
             for added in (features.attention_LD, features.mlp_LD):
                 x = x + torch.cat([added[RESPONSE : RESPONSE + PROMPT], added[:RESPONSE]])
         expected = model.norm(x)

@@ -108,15 +108,15 @@ def test_kept_apart_equals_merged_equals_reloaded(tmp_path, model_type, config):
 def test_merging_in_bf16_rounds_once():
     model = tiny_model("llada").to(torch.bfloat16)
     tiny_adapter(model)
-    layer = model.layers[0].q_proj
+    layer = model.layers[0].qkv.q_proj
     exact = layer.base.weight.double() + layer.scale * layer.lora_B.double() @ layer.lora_A.double()
     kept = layer.base.weight
     merge_adapter(model)
-    assert model.layers[0].q_proj.weight.dtype == torch.bfloat16
+    assert model.layers[0].qkv.q_proj.weight.dtype == torch.bfloat16
     torch.testing.assert_close(
-        model.layers[0].q_proj.weight.double(), exact.bfloat16().double(), atol=0, rtol=2**-8
+        model.layers[0].qkv.q_proj.weight.double(), exact.bfloat16().double(), atol=0, rtol=2**-8
     )
-    assert model.layers[0].q_proj.weight is not kept
+    assert model.layers[0].qkv.q_proj.weight is not kept
 
 
 def test_switching_off_nests_and_is_undone_by_errors():

@@ -11,8 +11,8 @@ from tests.unit.training.test_stage_loss import make_batch
 from tests.unit.training.tiny_run import FAMILY, make_config, make_trainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from d2f.models.layer import Layer
 from d2f.models.lora import LoraConfig, adapter_parameters, attach_adapter
-from d2f.models.transformer import Layer
 from d2f.testing import tiny_model
 from d2f.testing.tiny import MASK_TOKEN_ID
 from d2f.training.stage_loss import StageLoss
@@ -118,7 +118,7 @@ def test_no_gradient_of_a_frozen_weight_is_ever_made(tmp_path):
         },
         selected_M=torch.arange(8),
     )
-    frozen = min(layer.q_proj.base.weight.numel() for layer in model.layers)
+    frozen = min(layer.qkv.q_proj.base.weight.numel() for layer in model.layers)
     with LiveMemory() as memory:
         loss(part)[0].backward()
     assert memory.largest < frozen
@@ -129,7 +129,7 @@ def test_no_gradient_of_a_frozen_weight_is_ever_made(tmp_path):
 def test_an_adapter_keeps_no_wide_copy_of_what_it_reads(dropout):
     model = tiny_model("llada", n_layers=1).to(torch.bfloat16)
     attach_adapter(model, LoraConfig(r=2, alpha=2, dropout=dropout), torch.Generator())
-    projection = model.layers[0].q_proj.train()
+    projection = model.layers[0].qkv.q_proj.train()
     x = torch.zeros(1, 512, 32, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), LiveMemory() as memory:
         out = projection(x)
@@ -150,8 +150,8 @@ def test_layers_are_compiled_as_one(head_dim, recompute, backend, tmp_path, monk
     """Tiles (of heads of 16), an adapter with dropout off, two lengths: on the CPU, not fused."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(Layer.compute, backend=counter, dynamic=False)
-    monkeypatch.setattr("d2f.models.transformer._compiled_compute", lambda: compiled)
+    compiled = torch.compile(Layer.whole, backend=counter, dynamic=False)
+    monkeypatch.setattr("d2f.models.layer._compiled_whole", lambda: compiled)
     # Only the check refuses gradients on the CPU; the operation has them.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     config = make_config(tmp_path, "d2f", activation_checkpointing=recompute)
