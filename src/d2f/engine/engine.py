@@ -146,7 +146,7 @@ class Engine:
         decoder = strategy.decoder_class
         key = decoder if issubclass(decoder, PagedDecoder) else UnpagedLane
         if key not in self._lanes:
-            self.model.join_weights()
+            self.model.prepare_steps()
             paged = key is not UnpagedLane
             self._lanes[key] = self._paged_lane(decoder) if paged else self._unpaged_lane()
         return self._lanes[key]

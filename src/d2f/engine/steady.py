@@ -84,7 +84,7 @@ class SteadyStep:
         self.max_positions = max(max_positions or model.spec.max_positions, kv_length + window)
         operations = select_backend(backend, model.device)
         self.backend = operations.name
-        model.join_weights()
+        model.prepare_steps()
         pages = -(-(kv_length + window) // page_size)
         cache = PagedCache(
             model.spec,

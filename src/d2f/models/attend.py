@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2f.models.feature_cache import FeatureCache, LayerFeatures, Refresh
-from d2f.models.layer import Layer
+from d2f.models.layer import Layer, StepLayer
 from d2f.ops.attention import AttentionMask, attention
 from d2f.ops.backend import Backend
 from d2f.ops.rope import apply_rope
@@ -95,7 +95,7 @@ class Paged:
         self.backend, self.rope, self.slots_T = backend, rope, slots_T
         self.cache, self.plan, self.v_TE = cache, plan, v_TE
 
-    def __call__(self, layer: Layer, h_TD: Tensor) -> Tensor:
+    def __call__(self, layer: StepLayer, h_TD: Tensor) -> Tensor:
         """What the tokens gather: (T, N * H)."""
         backend, kv_2SKH = self.backend, self.cache.layer(layer.index)
         qkv_TE = layer.qkv(h_TD, backend, self.v_TE)
@@ -104,8 +104,10 @@ class Paged:
         )
         return backend.paged_attention(q_TNH, kv_2SKH, self.plan)
 
-    def step(self, layer: Layer, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run a layer; see `Layer.compute`."""
+    def step(
+        self, layer: StepLayer, x_TD: Tensor, residual_TD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a layer; see `LayerProgram.compute`."""
         return layer.compute(x_TD, residual_TD, self)
 
 
@@ -127,9 +129,9 @@ class Refreshed:
         self.refresh, self.plan = refresh, plan
 
     def step(
-        self, layer: Layer, out_LD: Tensor, residual_LD: Tensor | None
+        self, layer: StepLayer, out_LD: Tensor, residual_LD: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run a layer where it is to be run; gives what `Layer.compute` gives, for all tokens."""
+        """Run a layer on the tokens to refresh; gives `LayerProgram.compute`'s results for all."""
         length = len(out_LD)
         features = self.cache.features(layer.index, length)
         h_LD, x_LD = layer.attention_norm.add(out_LD, residual_LD, self.backend)
@@ -137,7 +139,9 @@ class Refreshed:
             self._compute(layer, h_LD, x_LD, features)
         return features.mlp_LD, x_LD + features.attention_LD
 
-    def _compute(self, layer: Layer, h_LD: Tensor, x_LD: Tensor, features: LayerFeatures) -> None:
+    def _compute(
+        self, layer: StepLayer, h_LD: Tensor, x_LD: Tensor, features: LayerFeatures
+    ) -> None:
         """Bring a layer's features up to date with its input x and its normalised form h."""
         span = self.refresh.span(len(h_LD))
         slots_T = torch.arange(span.start, span.stop, device=h_LD.device)
@@ -145,7 +149,7 @@ class Refreshed:
         v_TE = None
         if self.refresh.chooses:
             values_LKH = features.kv_2SKH[1, span]
-            v_LE = layer.qkv.v_proj(h_TD, self.backend)
+            v_LE = layer.qkv.value(h_TD, self.backend)
             slots_T = self.refresh.choose(v_LE, values_LKH.flatten(1))
             values_LKH.copy_(v_LE.view_as(values_LKH))
             h_TD, x_TD, *rope, v_TE = (

@@ -2,15 +2,17 @@
 
 Shapes: T tokens (whole sequences have B and L instead), D hidden size.
 
-Training, decoding over pages and partial refresh run the same algebra. They differ in the attention
-(`d2f.models.attend`), which a layer is given, and in what its linear parts do with a backend.
+Training, decoding over pages and partial refresh run the same program. They differ in the attention
+(`d2f.models.attend`), which the program is given, and in its parts: modules that compute whole
+sequences with gradients, or what these give for decoding steps.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ class Attention(Protocol):
     def backend(self) -> Backend | None:
         """The operations of a decoding step; None: plain torch with gradients."""
 
-    def __call__(self, layer: Layer, h_TD: Tensor) -> Tensor:
+    def __call__(self, layer: Any, h_TD: Tensor) -> Tensor:
         """What the tokens gather with a layer's heads from normalised inputs: (T, N * H)."""
 
 
@@ -36,33 +38,41 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm that adds to the residual stream first."""
 
     def add(
-        self, x_TD: Tensor, residual_TD: Tensor | None, backend: Backend | None
+        self, x_BLD: Tensor, residual_BLD: Tensor | None, backend: Backend | None
+    ) -> tuple[Tensor, Tensor]:
+        """The normalised sum and the sum, (B, L, D) each; `residual_BLD` None: x is the sum."""
+        assert self.eps is not None
+        return add_rms_norm(x_BLD, residual_BLD, self.weight, self.eps)
+
+    def for_steps(self) -> StepNorm:
+        """The same of a step's tokens."""
+        assert self.eps is not None
+        return StepNorm(weight_D=self.weight, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StepNorm:
+    """RMSNorm in a step."""
+
+    weight_D: Tensor
+    eps: float
+
+    def add(
+        self, x_TD: Tensor, residual_TD: Tensor | None, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         """The normalised sum and the sum, (T, D) each; `residual_TD` None: x is the sum."""
-        operation = add_rms_norm if backend is None else backend.add_rms_norm
-        assert self.eps is not None
-        return operation(x_TD, residual_TD, self.weight, self.eps)
+        return backend.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
 
 
-class Layer(nn.Module):
-    """One pre-norm block.
+class LayerProgram:
+    """The algebra of a layer, on parts that are modules or were made for steps."""
 
-    Args:
-        spec: The model's sizes.
-        index: Number of the layer, by which caches know it.
-    """
-
-    def __init__(self, spec: ModelSpec, index: int) -> None:
-        super().__init__()
-        self.index = index
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.qkv = QKV(spec)
-        self.o_proj: nn.Module = Linear(
-            spec.num_heads * spec.head_dim, spec.hidden_size, bias=False
-        )
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.gate_up = GateUp(spec)
-        self.down_proj: nn.Module = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+    attention_norm: Any
+    qkv: Any
+    o_proj: Any
+    mlp_norm: Any
+    gate_up: Any
+    down_proj: Any
 
     def compute(
         self, x_TD: Tensor, residual_TD: Tensor | None, attend: Attention
@@ -93,6 +103,24 @@ class Layer(nn.Module):
         h_TD, x_TD = self.mlp_norm.add(attention_TD, x_TD, backend)
         return attention_TD, self.down_proj(self.gate_up(h_TD, backend), backend), x_TD
 
+
+class Layer(LayerProgram, nn.Module):
+    """One pre-norm block, with the weights of its parts.
+
+    Args:
+        spec: The model's sizes.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        query = spec.num_heads * spec.head_dim
+        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.qkv = QKV(spec)
+        self.o_proj = Linear(query, spec.hidden_size, bias=False)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.gate_up = GateUp(spec)
+        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
     def forward(self, x_BLD: Tensor, attend: Attention, *, compiled: bool = False) -> Tensor:
         """The layer's output for whole sequences, residuals included: (B, L, D)."""
         # Around this stand the hooks of engines that gather a layer's weights; a graph has none.
@@ -104,10 +132,23 @@ class Layer(nn.Module):
         out_BLD, residual_BLD = self.compute(x_BLD, None, attend)
         return residual_BLD + out_BLD
 
-    def join(self) -> None:
-        """Lay out the projections that read the same input as one matrix, where that can be."""
-        self.qkv.join()
-        self.gate_up.join()
+
+class StepLayer(LayerProgram):
+    """A layer in a decoding step; it shares the layer's weights.
+
+    Args:
+        layer: Whose parts to make ready.
+        index: Its number, by which caches know it.
+    """
+
+    def __init__(self, layer: Layer, index: int) -> None:
+        self.index = index
+        self.attention_norm = layer.attention_norm.for_steps()
+        self.qkv = layer.qkv.for_steps()
+        self.o_proj = layer.o_proj.for_steps()
+        self.mlp_norm = layer.mlp_norm.for_steps()
+        self.gate_up = layer.gate_up.for_steps()
+        self.down_proj = layer.down_proj.for_steps()
 
 
 @functools.cache

@@ -3,16 +3,17 @@
 Shapes: T tokens (whole sequences have B and L instead), D inputs, E outputs, F intermediate size,
 M selected positions, V vocabulary, H head size.
 
-Every part is called with the input and a backend. Without a backend it computes whole sequences in
-plain torch, with gradients. With one it computes the tokens of a decoding step, which is bound by
-reading weights: projections of the same input are then one product, since three small products take
-longer than one large one.
+The modules hold the weights and compute whole sequences in plain torch, with gradients. What a
+module gives `for_steps` computes the tokens of a decoding step with the operations of a backend. It
+is a plain object, as the attributes of modules cost more than a small model's products; and since a
+step is bound by reading weights, projections of the same input are one product there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,22 @@ from torch import Tensor, nn
 from d2f.models.spec import ModelSpec
 from d2f.ops.backend import Backend
 from d2f.ops.linear import linear_fp32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StepLinear:
+    """A projection in a step, or several of one input with their outputs side by side."""
+
+    weight_ED: Tensor
+    bias_E: Tensor | None
+
+    def __call__(self, x_TD: Tensor, backend: Backend) -> Tensor:
+        """The product: (T, E)."""
+        return backend.linear(x_TD, self.weight_ED, self.bias_E)
+
+    def gated(self, x_TD: Tensor, backend: Backend) -> Tensor:
+        """`silu(gate) * up`, where the two projections are a gate and what it scales: (T, F)."""
+        return backend.gated_linear(x_TD, self.weight_ED)
 
 
 class Linear(nn.Linear):
@@ -32,29 +49,15 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x_TD: Tensor, backend: Backend | None = None) -> Tensor:
-        """The product: (T, E)."""
-        if backend is None:
-            return F.linear(x_TD, self.weight, self.bias)
-        return backend.linear(x_TD, self.weight, self.bias)
+        """The product: (T, E). A backend is for `StepLinear` alone."""
+        return F.linear(x_TD, self.weight, self.bias)
+
+    def for_steps(self) -> StepLinear:
+        """The projection of a step's tokens; it shares the weights."""
+        return StepLinear(weight_ED=self.weight, bias_E=self.bias)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JoinedLinear:
-    """Several projections of one input as one matrix."""
-
-    weight_ED: Tensor
-    bias_E: Tensor | None
-
-    def product(self, x_TD: Tensor, backend: Backend) -> Tensor:
-        """The outputs of all projections side by side: (T, E)."""
-        return backend.linear(x_TD, self.weight_ED, self.bias_E)
-
-    def gated(self, x_TD: Tensor, backend: Backend) -> Tensor:
-        """`silu(gate) * up`, where the two projections are a gate and what it scales: (T, F)."""
-        return backend.gated_linear(x_TD, self.weight_ED)
-
-
-def join(projections: Sequence[nn.Module]) -> JoinedLinear | None:
+def join(projections: Sequence[nn.Module]) -> StepLinear | None:
     """Lay the weights of several projections out as one matrix, of which theirs become views.
 
     So no weight is kept twice, and each projection goes on working by itself.
@@ -76,7 +79,7 @@ def join(projections: Sequence[nn.Module]) -> JoinedLinear | None:
     if biases and len(biases) < len(parts):
         return None
     weight_ED = _joined([part.weight for part in parts])
-    return JoinedLinear(weight_ED=weight_ED, bias_E=_joined(biases) if biases else None)
+    return StepLinear(weight_ED=weight_ED, bias_E=_joined(biases) if biases else None)
 
 
 @torch.no_grad()
@@ -111,11 +114,6 @@ class QKV(nn.Module):
         self.q_proj: nn.Module = Linear(width, query, bias=spec.qkv_bias)
         self.k_proj: nn.Module = Linear(width, kv, bias=spec.qkv_bias)
         self.v_proj: nn.Module = Linear(width, kv, bias=spec.qkv_bias)
-        self.joined: JoinedLinear | None = None
-
-    def join(self) -> None:
-        """Lay the weights out for decoding steps."""
-        self.joined = join([self.q_proj, self.k_proj, self.v_proj])
 
     def heads(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, not rotated: (B, L, heads, H) each."""
@@ -125,15 +123,29 @@ class QKV(nn.Module):
         )
         return q, k, v
 
-    def forward(self, h_TD: Tensor, backend: Backend, v_TE: Tensor | None = None) -> Tensor:
-        """Queries, keys and values of a step's tokens side by side, not rotated: (T, E).
+    def for_steps(self) -> StepQKV:
+        """The projections of a step's tokens."""
+        return StepQKV(self)
 
-        `v_TE` are the values where they are known already.
+
+class StepQKV:
+    """The projections to queries, keys and values in a step, joined where that can be."""
+
+    def __init__(self, qkv: QKV) -> None:
+        parts: list[Any] = [qkv.q_proj, qkv.k_proj, qkv.v_proj]
+        self.num_heads = qkv.num_heads
+        self._joined = join(parts)
+        self._query, self._key, self.value = (part.for_steps() for part in parts)
+
+    def __call__(self, h_TD: Tensor, backend: Backend, v_TE: Tensor | None = None) -> Tensor:
+        """Queries, keys and values side by side, not rotated: (T, E).
+
+        `v_TE` are the values where they are known already, from `value`.
         """
-        if v_TE is None and self.joined is not None:
-            return self.joined.product(h_TD, backend)
-        q_TE, k_TE = self.q_proj(h_TD, backend), self.k_proj(h_TD, backend)
-        v_TE = self.v_proj(h_TD, backend) if v_TE is None else v_TE
+        if v_TE is None and self._joined is not None:
+            return self._joined(h_TD, backend)
+        q_TE, k_TE = self._query(h_TD, backend), self._key(h_TD, backend)
+        v_TE = self.value(h_TD, backend) if v_TE is None else v_TE
         return torch.cat([q_TE, k_TE, v_TE], dim=-1)
 
 
@@ -145,20 +157,29 @@ class GateUp(nn.Module):
         sizes = spec.hidden_size, spec.intermediate_size
         self.gate_proj: nn.Module = Linear(*sizes, bias=False)
         self.up_proj: nn.Module = Linear(*sizes, bias=False)
-        self.joined: JoinedLinear | None = None
 
-    def join(self) -> None:
-        """Lay the weights out for decoding steps."""
-        self.joined = join([self.gate_proj, self.up_proj])
+    def forward(self, h_BLD: Tensor, backend: Backend | None = None) -> Tensor:
+        """What the down projection reads: (B, L, F). A backend is for `StepGateUp` alone."""
+        return F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD)
 
-    def forward(self, h_TD: Tensor, backend: Backend | None = None) -> Tensor:
+    def for_steps(self) -> StepGateUp:
+        """The same of a step's tokens."""
+        return StepGateUp(self)
+
+
+class StepGateUp:
+    """The first half of the feed-forward network in a step, joined where that can be."""
+
+    def __init__(self, gate_up: GateUp) -> None:
+        parts: list[Any] = [gate_up.gate_proj, gate_up.up_proj]
+        self._joined = join(parts)
+        self._parts = [part.for_steps() for part in parts]
+
+    def __call__(self, h_TD: Tensor, backend: Backend) -> Tensor:
         """What the down projection reads: (T, F)."""
-        if backend is None:
-            return F.silu(self.gate_proj(h_TD)) * self.up_proj(h_TD)
-        if self.joined is not None:
-            return self.joined.gated(h_TD, backend)
-        parts = [self.gate_proj(h_TD, backend), self.up_proj(h_TD, backend)]
-        return backend.swiglu(torch.cat(parts, dim=-1))
+        if self._joined is not None:
+            return self._joined.gated(h_TD, backend)
+        return backend.swiglu(torch.cat([part(h_TD, backend) for part in self._parts], dim=-1))
 
 
 class Embedding(nn.Embedding):

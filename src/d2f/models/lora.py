@@ -89,7 +89,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor, backend: Backend | None = None) -> Tensor:
         """The projection of x (…, I), with the update unless it is switched off: (…, O)."""
-        out = self.base(x, backend)
+        out = self.base(x)
         if not self.enabled:
             return out
         dropped = F.dropout(x, self.config.dropout, self.training)
@@ -97,6 +97,10 @@ class LoraLinear(nn.Module):
             dropped = dropped.to(self.lora_A.dtype)
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
         return out + update.to(out.dtype)
+
+    def for_steps(self) -> LoraLinear:
+        """Itself: beside an adapter, a projection is joined with no other one."""
+        return self
 
 
 def _adapted(model: Transformer) -> dict[str, LoraLinear]:

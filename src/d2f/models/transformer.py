@@ -6,7 +6,8 @@ V vocabulary, H head dimension.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from d2f.errors import ConfigError
 from d2f.models.attend import Dense, Paged, Refreshed, Tables, Tiled
 from d2f.models.cache import PagedCache
 from d2f.models.feature_cache import FeatureCache, Refresh
-from d2f.models.layer import Layer, RMSNorm
+from d2f.models.layer import Layer, RMSNorm, StepLayer
 from d2f.models.linear import Embedding, Head
 from d2f.models.spec import ModelSpec
 from d2f.ops.attention import AttentionMask
@@ -49,10 +50,11 @@ class Transformer(nn.Module):
         # nn.Embedding would import torch's compiler, which takes two seconds.
         table_VD = torch.empty(spec.vocab_size, spec.hidden_size)
         self.embed = Embedding.from_pretrained(table_VD, freeze=False)
-        self.layers = nn.ModuleList(Layer(spec, index) for index in range(spec.num_layers))
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.lm_head = None if spec.tie_embeddings else Head(spec)
         self._frequency_H: Tensor | None = None
+        self._step_layers: list[StepLayer] = []
 
     @property
     def device(self) -> torch.device:
@@ -104,15 +106,15 @@ class Transformer(nn.Module):
                 x_BLD = layer(x_BLD, attend, compiled=compiled)
         return self.norm(x_BLD)
 
-    def join_weights(self) -> None:
-        """Lay out the weights for steps; the parameters become views of the joined ones.
+    def prepare_steps(self) -> None:
+        """Make the layers ready for steps; some parameters become views of joined ones.
 
-        To be called before `forward_packed` and `forward_refresh` if these are to be fast, and
-        again when weights were replaced or moved to another device or type.
+        To be called before `forward_packed` and `forward_refresh`, and again when weights were
+        replaced or moved to another device or type.
         """
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            layer.join()
+        # Plain objects, not modules: they hold the same weights, not more of them.
+        layers = cast(Iterable[Layer], self.layers)
+        self._step_layers = [StepLayer(layer, i) for i, layer in enumerate(layers)]
 
     def forward_packed(
         self, ids_T: Tensor, packed: PackedTokens, cache: PagedCache, backend: Backend
@@ -123,7 +125,7 @@ class Transformer(nn.Module):
             ids_T: Token ids.
             packed: Where each token belongs and what it sees.
             cache: Keys and values of earlier forwards; those of these tokens are written.
-            backend: The operations to use.
+            backend: The operations to use. `prepare_steps` must have been called.
         """
         spec = self.spec
         plan = backend.plan_attention(packed, spec.num_heads, spec.num_kv_heads)
@@ -150,7 +152,7 @@ class Transformer(nn.Module):
             count_1: How many of the slots are no padding.
             cache: The features of earlier forwards; those computed here are written.
             refresh: Which tokens are computed; all of them in the first forward of a sequence.
-            backend: The operations to use.
+            backend: The operations to use. `prepare_steps` must have been called.
         """
         spec, length = self.spec, len(ids_L)
         queries = cache.queries(refresh.num_queries(length), count_1, length)
@@ -160,12 +162,13 @@ class Transformer(nn.Module):
 
     def _run(self, ids_T: Tensor, attend: Paged | Refreshed) -> Tensor:
         """Final hidden states (T, D) of a step."""
+        assert self._step_layers, "prepare_steps must be called first"
         x_TD: Tensor = self.embed(ids_T)
         residual_TD: Tensor | None = None
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
+        for layer in self._step_layers:
             x_TD, residual_TD = attend.step(layer, x_TD, residual_TD)
-        return self.norm.add(x_TD, residual_TD, attend.backend)[0]
+        normalise = attend.backend.add_rms_norm
+        return normalise(x_TD, residual_TD, self.norm.weight, self.spec.norm_eps)[0]
 
     def align(self, hidden_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
         """The hidden state that predicts the token at each position of a sequence: (B, L, D).

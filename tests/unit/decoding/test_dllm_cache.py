@@ -33,7 +33,7 @@ def sequence(prompt, limit, *, eos=(), **settings):
 
 
 def start(model, sequences, workspace=None, **options):
-    model.join_weights()
+    model.prepare_steps()
     # Padded, as where steps are captured.
     workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
     return DLLMCacheBatch(model, sequences, workspace, RefreshOptions(**options))

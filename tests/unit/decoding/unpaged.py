@@ -20,7 +20,7 @@ def sequences(prompts, limits, eos=(), **settings):
 
 
 def start(model, strategy, batch, workspace=None, **options):
-    model.join_weights()
+    model.prepare_steps()
     workspace = workspace or Workspace(torch.device("cpu"))
     record = STRATEGIES[strategy]
     read = record.read_options(options).for_model(model.spec.architecture)

@@ -70,12 +70,12 @@ def test_a_twin_shares_all_weights_also_packed(name, twin_name):
     model = tiny_model(name)
     twin = autoregressive_twin(model)
     assert twin.spec.architecture.name == twin_name
-    model.join_weights()
-    twin.join_weights()
+    model.prepare_steps()
+    twin.prepare_steps()
     theirs = dict(twin.named_parameters())
     for key, parameter in model.named_parameters():
         assert theirs[key].data_ptr() == parameter.data_ptr(), key
-    qkv = [each.layers[0].qkv.joined.weight_ED.data_ptr() for each in (model, twin)]
+    qkv = [each._step_layers[0].qkv._joined.weight_ED.data_ptr() for each in (model, twin)]
     assert qkv[0] == qkv[1]
     assert autoregressive_twin(twin) is twin
 

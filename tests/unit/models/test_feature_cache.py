@@ -45,7 +45,7 @@ def draw_ids(seed):
 @torch.inference_mode()
 def refreshed(model, ids, cache, refresh, *, padding_id=0, backend=TORCH):
     """Hidden states in the order of the positions."""
-    model.join_weights()
+    model.prepare_steps()
     padding = torch.full((PADDING,), padding_id)
     positions = [*range(PROMPT, PROMPT + RESPONSE), *range(PROMPT), *[0] * PADDING]
     hidden = model.forward_refresh(

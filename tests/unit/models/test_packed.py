@@ -33,7 +33,7 @@ class Cached:
     """Rows of packed forwards: their pages, and which positions are next."""
 
     def __init__(self, model, prompts, page_size, num_pages, order=None):
-        model.join_weights()
+        model.prepare_steps()
         self.model, self.prompts, self.page_size = model, prompts, page_size
         self.cache = PagedCache(model.spec, num_pages=num_pages, page_size=page_size)
         pages = torch.arange(1, num_pages, dtype=torch.int32)
