@@ -17,7 +17,8 @@ from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknow
 from d2f.gguf.folder import linked_gguf
 from d2f.hub import resolve_folder
 from d2f.models.ends import find_ends
-from d2f.models.families import config_from_spec, read_as_diffusion, spec_from_config
+from d2f.models.families import config_from_spec, spec_from_config
+from d2f.models.families.dream import read_as_diffusion
 from d2f.models.lora import has_adapter, load_adapter, with_adapter
 from d2f.models.lora_base import other_base
 from d2f.models.lora_declaration import is_adapter

@@ -12,7 +12,7 @@ from typing import Any
 
 from d2f.errors import CheckpointError, counted, unknown_name
 from d2f.models.base_fingerprint import Fingerprint
-from d2f.models.families import read_as_diffusion
+from d2f.models.families.dream import read_as_diffusion
 from d2f.models.spec import ModelSpec
 from d2f.models.storage import read_json
 

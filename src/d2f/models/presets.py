@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from d2f.errors import ConfigError, unknown_name
 from d2f.models.checkpoint import resolve_device, resolve_dtype
-from d2f.models.families import DREAM, LLADA, LLAMA, QWEN2
+from d2f.models.families import FAMILIES, autoregressive
 from d2f.models.names import published_modules
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 
 _INIT_STD = 0.02
-_LARGE: dict[str, Any] = {"num_heads": 32, "num_layers": 32, "hidden_size": 4096, "head_dim": 128}
-_QWEN: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_layers": 28,
-    "num_heads": 28,
-    "num_kv_heads": 4,
-    "head_dim": 128,
-    "rope_theta": 1e6,
-    "norm_eps": 1e-6,
-    "max_positions": 131072,
-    "qkv_bias": True,
-    "eos_token_ids": (151643,),
-    "pad_token_id": 151643,
-}
-PRESETS: dict[str, ModelSpec] = {
-    "llada-8b": ModelSpec(
-        architecture=LLADA,
-        vocab_size=126464,
-        intermediate_size=12288,
-        num_kv_heads=32,
-        rope_theta=5e5,
-        norm_eps=1e-5,
-        max_positions=4096,
-        mask_token_id=126336,
-        eos_token_ids=(126081,),
-        bos_token_id=126080,
-        pad_token_id=126081,
-        **_LARGE,
-    ),
-    "dream-7b": ModelSpec(architecture=DREAM, mask_token_id=151666, **_QWEN),
-    "llama-3-8b": ModelSpec(
-        architecture=LLAMA,
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_kv_heads=8,
-        rope_theta=5e5,
-        norm_eps=1e-5,
-        max_positions=8192,
-        eos_token_ids=(128001,),
-        bos_token_id=128000,
-        **_LARGE,
-    ),
-    "qwen2.5-7b": ModelSpec(architecture=QWEN2, **_QWEN),
-}
-"""Sizes and token ids as published."""
+PRESETS = {name: spec for family in FAMILIES.values() for name, spec in family.presets.items()}
+"""Sizes and token ids as published, by the names of shapes."""
 
 
 def preset_spec(name: str, *, num_layers: int | None = None) -> ModelSpec:
@@ -139,7 +93,7 @@ def autoregressive_twin(model: Transformer) -> Transformer:
         twin = Transformer(
             replace(
                 spec,
-                architecture=QWEN2 if spec.qkv_bias else LLAMA,
+                architecture=autoregressive(spec),
                 mask_token_id=None,
                 recommended_policy=None,
             )

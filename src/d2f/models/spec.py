@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,16 @@ class Architecture:
     """Attention is causal: an autoregressive model."""
     rope_full_precision: bool
     """Queries and keys are rotated in fp32 whatever the model's dtype (LLaDA)."""
+    qkv_bias: bool | None
+    """Queries, keys and values have biases (Dream, Qwen2); None: the config says."""
     lora_targets: tuple[str, ...]
     """Published names of the four attention projections, which LoRA adapts by default."""
     sampler: str | None
     """Algorithm of `vanilla` by which its authors decode it; None: it is autoregressive."""
     names: Mapping[str, str]
     """Our module name -> published module name; `{i}` stands for the layer."""
+    in_transformers: bool
+    """transformers itself has the class: no code of others is needed to load a model there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +95,26 @@ class ModelSpec:
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values in all layers in bf16; twice that in fp32."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the checkpoints of an architecture are read and written.
+
+    Example:
+        >>> from d2f.models.families import FAMILIES
+        >>> list(FAMILIES["llama"].presets)
+        ['llama-3-8b']
+    """
+
+    architecture: Architecture
+    read: Callable[[Mapping[str, Any], str], ModelSpec]
+    """(config, where): the spec of a config.json to which `defaults` were added; `where` names it
+    in errors."""
+    write: Callable[[ModelSpec], dict[str, Any]]
+    """(spec): the config.json with which the hub's own code reads the model."""
+    defaults: Mapping[str, Any]
+    """What the published class takes for an entry that a config.json lacks. Token ids are not
+    among them: transformers' Llama has some, but what it generates does not end there."""
+    presets: Mapping[str, ModelSpec]
+    """Sizes and token ids of published models, by the names of shapes."""

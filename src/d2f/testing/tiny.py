@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _HEAD_GAIN = 4.0
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
-    """A config.json as published for "llada", "Dream", "llama" or "qwen2", at tiny sizes.
+    """A config.json as published for a family (such as "llada", "Dream", "llama"), at tiny sizes.
 
     Example:
         >>> tiny_config("llada")["d_model"]
@@ -30,47 +31,31 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     """
     if model_type not in FAMILIES:
         raise ConfigError(unknown_name("model_type", model_type, FAMILIES))
-    ids = {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID}
-    common = {
-        "model_type": model_type,
-        "architectures": [FAMILIES[model_type][0].class_name],
-        "vocab_size": VOCAB_SIZE,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-    }
-    if model_type == "llada":
-        return (
-            common
-            | ids
-            | {
-                "mask_token_id": MASK_TOKEN_ID,
-                "d_model": 32,
-                "mlp_hidden_size": 64,
-                "n_layers": 2,
-                "n_heads": 4,
-                "n_kv_heads": 4,
-                "max_sequence_length": 512,
-                "embedding_size": VOCAB_SIZE,
-                "weight_tying": False,
-                "block_type": "llama",
-                "rope_full_precision": True,
-            }
-        )
-    config = (
-        common
-        | ids
-        | {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-        }
+    family = FAMILIES[model_type]
+    published = next(iter(family.presets.values()))
+    spec = replace(
+        published,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        # Heads share keys where those of the published model do.
+        num_kv_heads=4 if published.num_kv_heads == published.num_heads else 2,
+        head_dim=8,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        max_positions=512,
+        tie_embeddings=False,
+        mask_token_id=None if family.architecture.causal else MASK_TOKEN_ID,
+        eos_token_ids=(EOS_TOKEN_ID,),
+        bos_token_id=None,
+        pad_token_id=EOS_TOKEN_ID,
     )
-    return config | ({"mask_token_id": MASK_TOKEN_ID} if model_type == "Dream" else {})
+    # Heads become wider with the model where a test makes it so.
+    return {
+        name: v for name, v in family.write(spec).items() if v is not None and name != "head_dim"
+    }
 
 
 def tiny_spec(model_type: str) -> ModelSpec:

@@ -19,8 +19,6 @@ _STAGES = {
     "masked-diffusion": "trained as a masked diffusion model",
     "d2f": "distilled by discrete diffusion forcing (D2F)",
 }
-# What transformers can load without code of others.
-_KNOWN_TO_TRANSFORMERS = ("llama", "qwen2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ def model_card(
 
 def _front_matter(config: TrainConfig, spec: ModelSpec, base: str | None) -> str:
     adapter = config.lora is not None
-    library = "transformers" if spec.architecture.name in _KNOWN_TO_TRANSFORMERS else "d2f"
+    library = "transformers" if spec.architecture.in_transformers else "d2f"
     if adapter and config.model.adapter_dtype != "int8":
         library = "peft"
     tags = ["d2f", spec.architecture.name.lower(), config.stage]
@@ -121,7 +119,7 @@ def _origin(config: TrainConfig, base: str | None) -> str:
 
 def _loading_model(config: TrainConfig, spec: ModelSpec, base: str) -> Iterable[str]:
     yield _code("bash", "d2f generate --model THIS_FOLDER 'a prompt'")
-    if spec.architecture.name in _KNOWN_TO_TRANSFORMERS:
+    if spec.architecture.in_transformers:
         yield _code(
             "python",
             "from transformers import AutoModelForCausalLM\n\n"
@@ -149,7 +147,7 @@ def _loading_adapter(config: TrainConfig, spec: ModelSpec, base: str) -> Iterabl
     elif spec.read_from is not None:
         yield "The files are in PEFT's format; decoding as trained needs d2f."
     else:
-        known = spec.architecture.name in _KNOWN_TO_TRANSFORMERS
+        known = spec.architecture.in_transformers
         loader, more = (
             ("AutoModelForCausalLM", "") if known else ("AutoModel", ", trust_remote_code=True")
         )

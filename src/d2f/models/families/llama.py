@@ -1,0 +1,60 @@
+"""Llama: autoregressive models without biases."""
+
+from __future__ import annotations
+
+from d2f.models import hugging_face
+from d2f.models.hugging_face import Config
+from d2f.models.spec import Architecture, Family, ModelSpec
+
+ARCHITECTURE = Architecture(
+    name="llama",
+    class_name="LlamaForCausalLM",
+    shifted=True,
+    causal=True,
+    rope_full_precision=False,
+    qkv_bias=False,
+    lora_targets=hugging_face.ATTENTION,
+    sampler=None,
+    names=hugging_face.NAMES,
+    in_transformers=True,
+)
+
+
+def _read(config: Config, where: str) -> ModelSpec:
+    hugging_face.refuse_other(config, {"attention_bias": False, "mlp_bias": False}, where)
+    # transformers' class knows no sliding windows, whatever a config says.
+    return hugging_face.read({**config, "use_sliding_window": False}, ARCHITECTURE, where)
+
+
+FAMILY = Family(
+    architecture=ARCHITECTURE,
+    read=_read,
+    write=hugging_face.write,
+    defaults={
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+    },
+    presets={
+        "llama-3-8b": ModelSpec(
+            architecture=ARCHITECTURE,
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            rope_theta=5e5,
+            norm_eps=1e-5,
+            max_positions=8192,
+            eos_token_ids=(128001,),
+            bos_token_id=128000,
+        ),
+    },
+)
