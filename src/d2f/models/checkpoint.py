@@ -23,9 +23,8 @@ from d2f.models.lora import has_adapter, load_adapter, with_adapter
 from d2f.models.lora_base import other_base
 from d2f.models.lora_declaration import is_adapter
 from d2f.models.lora_folder import adapter_entries, read_adapter
-from d2f.models.names import published_modules, published_parameters
 from d2f.models.quantised import refuse_quantised
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     FLOATS,
     GENERATION_FILE,
@@ -40,7 +39,7 @@ from d2f.models.storage import (
     replaced_folder,
     write_json,
 )
-from d2f.models.transformer import Transformer
+from d2f.models.transformer import Transformer, published_parameters
 
 _DTYPES = {
     "float32": torch.float32,

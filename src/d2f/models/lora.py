@@ -39,8 +39,7 @@ from d2f.models.lora_folder import (
 )
 from d2f.models.lora_int8 import to_int8
 from d2f.models.lora_tensors import MERGE, lora_keys, scale_key
-from d2f.models.names import published_modules, published_parameters
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     GENERATION_FILE,
     POLICY_FILE,
@@ -52,7 +51,7 @@ from d2f.models.storage import (
     some_names,
     write_json,
 )
-from d2f.models.transformer import Transformer
+from d2f.models.transformer import Transformer, published_parameters
 from d2f.ops.backend import Backend
 
 _OWNED = (

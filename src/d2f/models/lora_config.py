@@ -11,8 +11,7 @@ from typing import Any
 
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models.lora_tensors import MERGE
-from d2f.models.names import published_modules
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 
 # What changes the result and is not computed here, with the values that switch it off.
 _REFUSED: dict[str, tuple[Any, ...]] = {

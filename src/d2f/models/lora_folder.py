@@ -25,8 +25,7 @@ from d2f.models.lora_declaration import (
 )
 from d2f.models.lora_int8 import from_int8, num_groups
 from d2f.models.lora_tensors import MERGE, lora_keys, misfit, scale_key, sort_tensors
-from d2f.models.names import published_modules, published_parameters
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     FLOATS,
     StoredTensor,
@@ -35,7 +34,7 @@ from d2f.models.storage import (
     read_json,
     read_tensors,
 )
-from d2f.models.transformer import Transformer
+from d2f.models.transformer import Transformer, published_parameters
 
 FLOAT_STEM, INT8_STEM = "adapter_model", "adapter_int8"
 """Names of the file with the tensors, without `.safetensors`."""

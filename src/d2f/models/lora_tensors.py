@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from d2f.errors import CheckpointError, counted
-from d2f.models.names import published_modules
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import FLOATS, StoredTensor
 
 PREFIX = "base_model.model."

@@ -11,8 +11,7 @@ from torch import nn
 from d2f.errors import ConfigError, unknown_name
 from d2f.models.checkpoint import resolve_device, resolve_dtype
 from d2f.models.families import FAMILIES, autoregressive
-from d2f.models.names import published_modules
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.transformer import Transformer
 
 _INIT_STD = 0.02

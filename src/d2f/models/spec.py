@@ -97,6 +97,24 @@ class ModelSpec:
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
+def published_modules(spec: ModelSpec) -> dict[str, str]:
+    """Published module name -> ours, for every module that holds weights.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> published_modules(tiny_spec("llada"))["model.transformer.blocks.1.attn_out"]
+        'layers.1.o_proj'
+    """
+    modules = {}
+    for ours, published in spec.architecture.names.items():
+        if ours == "lm_head" and spec.tie_embeddings:
+            continue
+        count = spec.num_layers if "{i}" in ours else 1
+        for i in range(count):
+            modules[published.replace("{i}", str(i))] = ours.replace("{i}", str(i))
+    return modules
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How the checkpoints of an architecture are read and written.

@@ -20,7 +20,7 @@ from d2f.models.cache import PagedCache
 from d2f.models.feature_cache import FeatureCache, Refresh
 from d2f.models.layer import Layer, RMSNorm, StepLayer
 from d2f.models.linear import Embedding, Head
-from d2f.models.spec import ModelSpec
+from d2f.models.spec import ModelSpec, published_modules
 from d2f.ops.attention import AttentionMask
 from d2f.ops.backend import Backend
 from d2f.ops.packed import PackedTokens
@@ -269,3 +269,13 @@ class Transformer(nn.Module):
             self._frequency_H = frequency_H = frequency_H.to(self.device)
         full = spec.architecture.rope_full_precision
         return rope_tables(positions_BL, frequency_H, torch.float32 if full else self.dtype)
+
+
+def published_parameters(model: Transformer) -> dict[str, tuple[nn.Module, str]]:
+    """Published tensor name -> the module that holds it and its attribute there."""
+    places = {}
+    for published, ours in published_modules(model.spec).items():
+        module = model.get_submodule(ours)
+        for attribute, _ in module.named_parameters(recurse=False):
+            places[f"{published}.{attribute}"] = (module, attribute)
+    return places

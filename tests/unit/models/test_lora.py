@@ -20,7 +20,7 @@ from d2f.models.lora import (
     merge_adapter,
     save_adapter,
 )
-from d2f.models.names import published_parameters
+from d2f.models.transformer import published_parameters
 from d2f.testing import tiny_adapter, tiny_model, write_adapter, write_checkpoint
 
 IDS = torch.arange(20)[None]
