@@ -35,6 +35,10 @@ class Architecture:
     in_transformers: bool
     """transformers itself has the class: no code of others is needed to load a model there."""
 
+    def fits(self, spec: ModelSpec) -> int:
+        """How many of the parts that layers may have are as in a spec."""
+        return int(self.qkv_bias == spec.qkv_bias)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

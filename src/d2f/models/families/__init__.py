@@ -80,7 +80,7 @@ def autoregressive(spec: ModelSpec) -> Architecture:
         'qwen2'
     """
     causal = (f.architecture for f in FAMILIES.values() if f.architecture.causal)
-    return max(causal, key=lambda architecture: architecture.qkv_bias == spec.qkv_bias)
+    return max(causal, key=lambda architecture: architecture.fits(spec))
 
 
 def _check(spec: ModelSpec, where: str) -> None:
