@@ -20,6 +20,8 @@ NAMES = {
     "layers.{i}.qkv.q_proj": "model.layers.{i}.self_attn.q_proj",
     "layers.{i}.qkv.k_proj": "model.layers.{i}.self_attn.k_proj",
     "layers.{i}.qkv.v_proj": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.qkv.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.qkv.k_norm": "model.layers.{i}.self_attn.k_norm",
     "layers.{i}.o_proj": "model.layers.{i}.self_attn.o_proj",
     "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
     "layers.{i}.gate_up.gate_proj": "model.layers.{i}.mlp.gate_proj",
@@ -29,6 +31,9 @@ NAMES = {
     "lm_head": "lm_head",
 }
 """Our module name -> published module name; `{i}` stands for the layer."""
+_QK_NORM = "qk_norm"
+"""Our own entry, of a diffusion model that was an autoregressive one with normalised heads: no
+published class of diffusion models has these norms and no biases beside them."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Last parts of the published names of the attention's projections."""
 # Where a setting is off, the published code only asks whether it is true, so null is off too.
@@ -116,6 +121,7 @@ def read(config: Config, architecture: Architecture, where: str) -> ModelSpec:
         max_positions=config["max_position_embeddings"],
         rope_scaling=scaling,
         qkv_bias=bool(architecture.qkv_bias),
+        qk_norm=architecture.qk_norm or (not architecture.causal and bool(config.get(_QK_NORM))),
         tie_embeddings=bool(config.get("tie_word_embeddings")),
         **token_ids(config),
     )
@@ -139,16 +145,21 @@ def write_common(spec: ModelSpec) -> dict[str, Any]:
 
 def write(spec: ModelSpec) -> dict[str, Any]:
     """The config.json with which transformers' classes, and `read`, read the model."""
-    return write_common(spec) | {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_positions,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-    }
+    own = {_QK_NORM: True} if spec.qk_norm and not spec.architecture.qk_norm else {}
+    return (
+        write_common(spec)
+        | own
+        | {
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "num_hidden_layers": spec.num_layers,
+            "num_attention_heads": spec.num_heads,
+            "num_key_value_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "max_position_embeddings": spec.max_positions,
+            "tie_word_embeddings": spec.tie_embeddings,
+            "rope_scaling": dict(spec.rope_scaling) if spec.rope_scaling else None,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+        }
+    )

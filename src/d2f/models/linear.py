@@ -109,11 +109,14 @@ class QKV(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width = spec.hidden_size
-        self.num_heads, self.head_dim = spec.num_heads, spec.head_dim
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.head_dim, self.eps = spec.head_dim, spec.norm_eps
         query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj: nn.Module = Linear(width, query, bias=spec.qkv_bias)
         self.k_proj: nn.Module = Linear(width, kv, bias=spec.qkv_bias)
         self.v_proj: nn.Module = Linear(width, kv, bias=spec.qkv_bias)
+        self.q_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
     def heads(self, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of whole sequences, not rotated: (B, L, heads, H) each."""
@@ -121,6 +124,8 @@ class QKV(nn.Module):
             projection(h_BLD).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def for_steps(self) -> StepQKV:
@@ -134,6 +139,11 @@ class StepQKV:
     def __init__(self, qkv: QKV) -> None:
         parts: list[Any] = [qkv.q_proj, qkv.k_proj, qkv.v_proj]
         self.num_heads = qkv.num_heads
+        self._heads = qkv.num_heads, qkv.num_kv_heads, qkv.num_kv_heads
+        self._head_dim = qkv.head_dim
+        self._norms: list[tuple[Tensor, float]] | None = None
+        if qkv.q_norm is not None and qkv.k_norm is not None:
+            self._norms = [(norm.weight, qkv.eps) for norm in (qkv.q_norm, qkv.k_norm)]
         self._joined = join(parts)
         self._query, self._key, self.value = (part.for_steps() for part in parts)
 
@@ -143,10 +153,23 @@ class StepQKV:
         `v_TE` are the values where they are known already, from `value`.
         """
         if v_TE is None and self._joined is not None:
-            return self._joined(h_TD, backend)
-        q_TE, k_TE = self._query(h_TD, backend), self._key(h_TD, backend)
-        v_TE = self.value(h_TD, backend) if v_TE is None else v_TE
-        return torch.cat([q_TE, k_TE, v_TE], dim=-1)
+            qkv_TE = self._joined(h_TD, backend)
+        else:
+            q_TE, k_TE = self._query(h_TD, backend), self._key(h_TD, backend)
+            v_TE = self.value(h_TD, backend) if v_TE is None else v_TE
+            qkv_TE = torch.cat([q_TE, k_TE, v_TE], dim=-1)
+        return qkv_TE if self._norms is None else self._normalised(qkv_TE, backend)
+
+    def _normalised(self, qkv_TE: Tensor, backend: Backend) -> Tensor:
+        """The same with the heads of queries and keys normalised."""
+        assert self._norms is not None
+        sizes = [count * self._head_dim for count in self._heads]
+        q_TE, k_TE, v_TE = qkv_TE.split(sizes, dim=-1)
+        parts = [
+            backend.add_rms_norm(x_TE.reshape(-1, self._head_dim), None, *norm)[0].view_as(x_TE)
+            for x_TE, norm in zip((q_TE, k_TE), self._norms, strict=True)
+        ]
+        return torch.cat([*parts, v_TE], dim=-1)
 
 
 class GateUp(nn.Module):

@@ -26,6 +26,8 @@ class Architecture:
     """Queries and keys are rotated in fp32 whatever the model's dtype (LLaDA)."""
     qkv_bias: bool | None
     """Queries, keys and values have biases (Dream, Qwen2); None: the config says."""
+    qk_norm: bool = False
+    """The heads of queries and keys are normalised before they are rotated (Qwen3)."""
     lora_targets: tuple[str, ...]
     """Published names of the four attention projections, which LoRA adapts by default."""
     sampler: str | None
@@ -36,8 +38,8 @@ class Architecture:
     """transformers itself has the class: no code of others is needed to load a model there."""
 
     def fits(self, spec: ModelSpec) -> int:
-        """How many of the parts that layers may have are as in a spec."""
-        return int(self.qkv_bias == spec.qkv_bias)
+        """How well its layers' parts are those of a spec; norms count more than biases."""
+        return 2 * (self.qk_norm == spec.qk_norm) + (self.qkv_bias == spec.qkv_bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class ModelSpec:
     rope_scaling: Mapping[str, Any] | None = None
     """The llama3 scaling of rotary frequencies; None: unscaled."""
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """The heads of queries and keys are normalised before they are rotated."""
     tie_embeddings: bool = False
     mask_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -91,7 +95,8 @@ class ModelSpec:
         width, kv = self.hidden_size, self.num_kv_heads * self.head_dim
         query = self.num_heads * self.head_dim
         attention = 2 * width * query + 2 * width * kv + self.qkv_bias * (query + 2 * kv)
-        layer = attention + 3 * width * self.intermediate_size + 2 * width
+        norms = 2 * width + self.qk_norm * 2 * self.head_dim
+        layer = attention + 3 * width * self.intermediate_size + norms
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size * width
         return self.num_layers * layer + tables + width
 
@@ -109,9 +114,11 @@ def published_modules(spec: ModelSpec) -> dict[str, str]:
         >>> published_modules(tiny_spec("llada"))["model.transformer.blocks.1.attn_out"]
         'layers.1.o_proj'
     """
+    absent = {"lm_head"} if spec.tie_embeddings else set()
+    absent |= set() if spec.qk_norm else {"layers.{i}.qkv.q_norm", "layers.{i}.qkv.k_norm"}
     modules = {}
     for ours, published in spec.architecture.names.items():
-        if ours == "lm_head" and spec.tie_embeddings:
+        if ours in absent:
             continue
         count = spec.num_layers if "{i}" in ours else 1
         for i in range(count):

@@ -21,7 +21,7 @@ from d2f.testing import tiny_model
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("name", ["llada", "Dream", "qwen2"])
+@pytest.mark.parametrize("name", ["llada", "Dream", "qwen2", "qwen3"])
 def test_kernels_answer_as_the_oracle(name):
     pytest.importorskip("triton")
     cases = [case for case in random_cases(name) if case.result.num_forwards <= 4][:4]

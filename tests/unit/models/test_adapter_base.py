@@ -67,7 +67,7 @@ def edit(file, **changes):
     file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("merge", "dtype"), [(True, "float32"), (False, "bfloat16"), (True, "int8"), (False, "int8")]
 )

@@ -23,7 +23,7 @@ from d2f.testing import (
     write_checkpoint,
 )
 
-TYPES = ["llada", "Dream", "llama", "qwen2"]
+TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
 IDS = torch.arange(20)[None]
 
 
@@ -378,7 +378,7 @@ def test_fresh_weights_follow_the_seed():
     assert build_model(tiny_spec("Dream"), dtype="bfloat16").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "qwen3"])
 def test_autoregressive_weights_as_a_diffusion_model(tmp_path, model_type):
     source = tiny_model(model_type)
     model = as_diffusion(source, mask_token_id=94)

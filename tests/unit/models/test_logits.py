@@ -9,7 +9,7 @@ from d2f.diffusion.layout import BlockLayout
 from d2f.errors import ConfigError
 from d2f.testing import tiny_model
 
-TYPES = ["llada", "Dream", "llama", "qwen2"]
+TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
 DIFFUSION = ["llada", "Dream"]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 

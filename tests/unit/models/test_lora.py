@@ -24,7 +24,7 @@ from d2f.models.transformer import published_parameters
 from d2f.testing import tiny_adapter, tiny_model, write_adapter, write_checkpoint
 
 IDS = torch.arange(20)[None]
-TYPES = ["llada", "Dream", "llama", "qwen2"]
+TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
 
 
 def generator():

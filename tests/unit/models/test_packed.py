@@ -11,7 +11,7 @@ from d2f.ops.backend import select_backend
 from d2f.ops.packed import PackedTokens
 from d2f.testing import tiny_adapter, tiny_model
 
-TYPES = ["llada", "Dream", "llama", "qwen2"]
+TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
 DIFFUSION = ["llada", "Dream"]
 # Processors sum in different orders: one logit of 768 was 1.14e-5 off on a Xeon.
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-5}

@@ -180,7 +180,7 @@ def test_a_sliding_window_is_refused(tmp_path, published):
     assert "use_sliding_window is True, for the layers from 1 on" in our_logits(folder)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_defaults_are_those_of_transformers(model_type):
     """All sizes may be missing too: compared by the spec, as such a model would be large."""
     theirs = transformers.AutoConfig.for_model(model_type)

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 compute what transformers' own models compute, from files that those wrote."""
+"""Autoregressive models compute what transformers' own do, from files that those wrote."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ CASES = {
     "llama-head-dim": ("Llama", {"head_dim": 16}),
     "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen3": (
+        "Qwen3",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen3-head-dim": ("Qwen3", {}),
 }
 
 

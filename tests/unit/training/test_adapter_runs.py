@@ -12,10 +12,13 @@ from tests.unit.training.tiny_run import make_config, write_files
 
 from d2f.cli.inspect_adapter import inspect_adapter
 from d2f.cli.train_answers import make_evaluator, make_sampler
+from d2f.diffusion.policy import DecodingPolicy
+from d2f.engine.generate import generate_ids
 from d2f.engine.policy import default_limit, default_strategy
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig
+from d2f.testing import write_checkpoint, write_tokenizer
 from d2f.training.run import train
 from d2f.training.sections import (
     DataConfig,
@@ -176,3 +179,31 @@ def test_settings_that_make_no_sense(values, part):
 def test_all_weights_are_not_stored_in_8_bits(tmp_path):
     with pytest.raises(ConfigError, match=r"for the adapter of a .lora. table"):
         make_config(tmp_path, "d2f", model=ModelConfig(init="x", output_dtype="int8"))
+
+
+def test_a_family_with_normalised_heads_becomes_a_d2f_model(files):
+    """Qwen3: an adapter, then all weights; the result decodes in blocks as the oracle does."""
+    write_checkpoint(files / "qwen3", "qwen3")
+    write_tokenizer(files / "qwen3")
+    start = {"init": str(files / "qwen3")}
+    adapter = run(files, "masked-diffusion", "teacher", **start)
+    config = config_for(
+        files, "d2f", "full", init_adapter=str(adapter), output_dtype="float32",
+        **start | {"mask_token_id": None},
+    )  # fmt: skip
+    folder = Path(train(replace(config, lora=None), device="cpu").folder)
+    assert json.loads((folder / "config.json").read_text())["qk_norm"] is True
+    model = load_model(folder, device="cpu")
+    assert (model.spec.architecture.name, model.spec.qk_norm) == ("Dream", True)
+    merged, beside = (
+        load_model(files / "qwen3", adapter, "cpu", merge_adapter=merge) for merge in (True, False)
+    )
+    assert not torch.equal(model.norm.weight, merged.norm.weight)
+    policy = DecodingPolicy(block_size=4)
+    for each in (model, merged, beside):
+        for prompt in ([10, 10], [12, 12, 12]):
+            answers = [
+                generate_ids(each, prompt, policy, max_new_tokens=10, strategy=strategy)
+                for strategy in ("pipelined", "reference")
+            ]
+            assert answers[0].token_ids == answers[1].token_ids
