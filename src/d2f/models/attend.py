@@ -6,13 +6,14 @@ heads, K key/value heads, S cache slots, E outputs of a projection.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from d2f.models.cache import PagedCache
 from d2f.models.feature_cache import FeatureCache, LayerFeatures, Refresh
-from d2f.models.layer import Layer, StepLayer
+from d2f.models.layer import Layer, StepLayer, add_norm
 from d2f.ops.attention import AttentionMask, attention
 from d2f.ops.backend import Backend
 from d2f.ops.rope import apply_rope
@@ -64,13 +65,6 @@ class Tiled(Dense):
         return tiled_attention(*self._rotated(layer, h_BLD), self.tiles)
 
 
-class LayerCaches(Protocol):
-    """Keys and values of all layers."""
-
-    def layer(self, index: int) -> Tensor:
-        """Keys and values of one layer: (2, S, K, H)."""
-
-
 class Paged:
     """Attention of a step's tokens over cached keys and values, among which their own are written.
 
@@ -88,7 +82,7 @@ class Paged:
         backend: Backend,
         rope: Tables,
         slots_T: Tensor,
-        cache: LayerCaches,
+        cache: PagedCache | FeatureCache,
         plan: Any,
         v_TE: Tensor | None = None,
     ) -> None:
@@ -134,7 +128,7 @@ class Refreshed:
         """Run a layer on the tokens to refresh; gives `LayerProgram.compute`'s results for all."""
         length = len(out_LD)
         features = self.cache.features(layer.index, length)
-        h_LD, x_LD = layer.attention_norm.add(out_LD, residual_LD, self.backend)
+        h_LD, x_LD = add_norm(layer.attention_norm, out_LD, residual_LD, self.backend)
         if self.refresh.num_queries(length) > 0:
             self._compute(layer, h_LD, x_LD, features)
         return features.mlp_LD, x_LD + features.attention_LD

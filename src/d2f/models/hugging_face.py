@@ -34,8 +34,9 @@ NAMES = {
 _QK_NORM = "qk_norm"
 """Our own entry, of a diffusion model that was an autoregressive one with normalised heads: no
 published class of diffusion models has these norms and no biases beside them."""
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""Last parts of the published names of the attention's projections."""
+DEFAULTS: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+SIZES: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+"""What transformers' classes of autoregressive models take where a config says nothing."""
 # Where a setting is off, the published code only asks whether it is true, so null is off too.
 _OFF = (False, None)
 _ACTIVATIONS = ("silu", "swish")  # two names of one function

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from d2f.models.linear import QKV, GateUp, Linear
+from d2f.models.linear import QKV, GateUp, Linear, StepGateUp, StepQKV
 from d2f.models.spec import ModelSpec
 from d2f.ops.backend import Backend
 from d2f.ops.norm import add_rms_norm
@@ -34,34 +33,12 @@ class Attention(Protocol):
         """What the tokens gather with a layer's heads from normalised inputs: (T, N * H)."""
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm that adds to the residual stream first."""
-
-    def add(
-        self, x_BLD: Tensor, residual_BLD: Tensor | None, backend: Backend | None
-    ) -> tuple[Tensor, Tensor]:
-        """The normalised sum and the sum, (B, L, D) each; `residual_BLD` None: x is the sum."""
-        assert self.eps is not None
-        return add_rms_norm(x_BLD, residual_BLD, self.weight, self.eps)
-
-    def for_steps(self) -> StepNorm:
-        """The same of a step's tokens."""
-        assert self.eps is not None
-        return StepNorm(weight_D=self.weight, eps=self.eps)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class StepNorm:
-    """RMSNorm in a step."""
-
-    weight_D: Tensor
-    eps: float
-
-    def add(
-        self, x_TD: Tensor, residual_TD: Tensor | None, backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        """The normalised sum and the sum, (T, D) each; `residual_TD` None: x is the sum."""
-        return backend.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
+def add_norm(
+    norm: nn.RMSNorm, x_TD: Tensor, residual_TD: Tensor | None, backend: Backend | None
+) -> tuple[Tensor, Tensor]:
+    """Add x to the stream; the normalised sum and the sum, (T, D) each (None: x is the sum)."""
+    operation = add_rms_norm if backend is None else backend.add_rms_norm
+    return operation(x_TD, residual_TD, norm.weight, norm.eps)  # type: ignore[arg-type]
 
 
 class LayerProgram:
@@ -87,7 +64,7 @@ class LayerProgram:
         Returns:
             What this layer puts out last, and the stream without it: (T, D) each.
         """
-        h_TD, x_TD = self.attention_norm.add(x_TD, residual_TD, attend.backend)
+        h_TD, x_TD = add_norm(self.attention_norm, x_TD, residual_TD, attend.backend)
         _, out_TD, residual_TD = self.inner(h_TD, x_TD, attend)
         return out_TD, residual_TD
 
@@ -100,7 +77,7 @@ class LayerProgram:
         """
         backend = attend.backend
         attention_TD = self.o_proj(attend(self, h_TD), backend)
-        h_TD, x_TD = self.mlp_norm.add(attention_TD, x_TD, backend)
+        h_TD, x_TD = add_norm(self.mlp_norm, attention_TD, x_TD, backend)
         return attention_TD, self.down_proj(self.gate_up(h_TD, backend), backend), x_TD
 
 
@@ -114,10 +91,10 @@ class Layer(LayerProgram, nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         query = spec.num_heads * spec.head_dim
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.attention_norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
         self.qkv = QKV(spec)
         self.o_proj = Linear(query, spec.hidden_size, bias=False)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
         self.gate_up = GateUp(spec)
         self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
@@ -143,11 +120,11 @@ class StepLayer(LayerProgram):
 
     def __init__(self, layer: Layer, index: int) -> None:
         self.index = index
-        self.attention_norm = layer.attention_norm.for_steps()
-        self.qkv = layer.qkv.for_steps()
+        self.attention_norm = layer.attention_norm
+        self.qkv = StepQKV(layer.qkv)
         self.o_proj = layer.o_proj.for_steps()
-        self.mlp_norm = layer.mlp_norm.for_steps()
-        self.gate_up = layer.gate_up.for_steps()
+        self.mlp_norm = layer.mlp_norm
+        self.gate_up = StepGateUp(layer.gate_up)
         self.down_proj = layer.down_proj.for_steps()
 
 

@@ -128,10 +128,6 @@ class QKV(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def for_steps(self) -> StepQKV:
-        """The projections of a step's tokens."""
-        return StepQKV(self)
-
 
 class StepQKV:
     """The projections to queries, keys and values in a step, joined where that can be."""
@@ -185,10 +181,6 @@ class GateUp(nn.Module):
         """What the down projection reads: (B, L, F). A backend is for `StepGateUp` alone."""
         return F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD)
 
-    def for_steps(self) -> StepGateUp:
-        """The same of a step's tokens."""
-        return StepGateUp(self)
-
 
 class StepGateUp:
     """The first half of the feed-forward network in a step, joined where that can be."""
@@ -205,25 +197,18 @@ class StepGateUp:
         return backend.swiglu(torch.cat([part(h_TD, backend) for part in self._parts], dim=-1))
 
 
-class Embedding(nn.Embedding):
+class _Table:
+    weight: Tensor
+
+    def score(self, aligned_MD: Tensor, backend: Backend | None = None) -> Tensor:
+        """Logits in fp32: (M, V)."""
+        product = linear_fp32 if backend is None else backend.linear_fp32
+        return product(aligned_MD, self.weight)
+
+
+class Embedding(_Table, nn.Embedding):
     """The table of a vector per token, which is the head's weight too where the two are tied."""
 
-    def score(self, aligned_MD: Tensor, backend: Backend | None = None) -> Tensor:
-        """Logits in fp32: (M, V)."""
-        return _score(aligned_MD, self.weight, backend)
 
-
-class Head(nn.Linear):
+class Head(_Table, nn.Linear):
     """The projection to a logit per token."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec.hidden_size, spec.vocab_size, bias=False)
-
-    def score(self, aligned_MD: Tensor, backend: Backend | None = None) -> Tensor:
-        """Logits in fp32: (M, V)."""
-        return _score(aligned_MD, self.weight, backend)
-
-
-def _score(aligned_MD: Tensor, weight_VD: Tensor, backend: Backend | None) -> Tensor:
-    product = linear_fp32 if backend is None else backend.linear_fp32
-    return product(aligned_MD, weight_VD)

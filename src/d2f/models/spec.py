@@ -22,15 +22,15 @@ class Architecture:
     """The hidden state at position p predicts the token at p + 1 (Dream, Llama, Qwen2)."""
     causal: bool
     """Attention is causal: an autoregressive model."""
-    rope_full_precision: bool
+    rope_full_precision: bool = False
     """Queries and keys are rotated in fp32 whatever the model's dtype (LLaDA)."""
-    qkv_bias: bool | None
+    qkv_bias: bool | None = False
     """Queries, keys and values have biases (Dream, Qwen2); None: the config says."""
     qk_norm: bool = False
     """The heads of queries and keys are normalised before they are rotated (Qwen3)."""
-    lora_targets: tuple[str, ...]
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Published names of the four attention projections, which LoRA adapts by default."""
-    sampler: str | None
+    sampler: str | None = None
     """Algorithm of `vanilla` by which its authors decode it; None: it is autoregressive."""
     names: Mapping[str, str]
     """Our module name -> published module name; `{i}` stands for the layer."""

@@ -18,7 +18,7 @@ from d2f.errors import ConfigError
 from d2f.models.attend import Dense, Paged, Refreshed, Tables, Tiled
 from d2f.models.cache import PagedCache
 from d2f.models.feature_cache import FeatureCache, Refresh
-from d2f.models.layer import Layer, RMSNorm, StepLayer
+from d2f.models.layer import Layer, StepLayer, add_norm
 from d2f.models.linear import Embedding, Head
 from d2f.models.spec import ModelSpec, published_modules
 from d2f.ops.attention import AttentionMask
@@ -51,8 +51,10 @@ class Transformer(nn.Module):
         table_VD = torch.empty(spec.vocab_size, spec.hidden_size)
         self.embed = Embedding.from_pretrained(table_VD, freeze=False)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.lm_head = None if spec.tie_embeddings else Head(spec)
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.lm_head = (
+            None if spec.tie_embeddings else Head(spec.hidden_size, spec.vocab_size, bias=False)
+        )
         self._frequency_H: Tensor | None = None
         self._step_layers: list[StepLayer] = []
 
@@ -167,8 +169,7 @@ class Transformer(nn.Module):
         residual_TD: Tensor | None = None
         for layer in self._step_layers:
             x_TD, residual_TD = attend.step(layer, x_TD, residual_TD)
-        normalise = attend.backend.add_rms_norm
-        return normalise(x_TD, residual_TD, self.norm.weight, self.spec.norm_eps)[0]
+        return add_norm(self.norm, x_TD, residual_TD, attend.backend)[0]
 
     def align(self, hidden_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
         """The hidden state that predicts the token at each position of a sequence: (B, L, D).

@@ -14,9 +14,7 @@ ARCHITECTURE = Architecture(
     class_name="DreamModel",
     shifted=True,
     causal=False,
-    rope_full_precision=False,
     qkv_bias=True,
-    lora_targets=hugging_face.ATTENTION,
     sampler="entropy",
     names=hugging_face.NAMES,
     in_transformers=False,
@@ -26,11 +24,10 @@ FAMILY = Family(
     read=lambda config, where: hugging_face.read(config, ARCHITECTURE, where),
     write=hugging_face.write,
     # Sizes have no default: those of the authors' class are of no model that they published.
-    defaults={
+    defaults=hugging_face.DEFAULTS
+    | {
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
     },
     presets={"dream-7b": replace(QWEN2_7B, architecture=ARCHITECTURE, mask_token_id=151666)},
 )

@@ -11,10 +11,6 @@ ARCHITECTURE = Architecture(
     class_name="LlamaForCausalLM",
     shifted=True,
     causal=True,
-    rope_full_precision=False,
-    qkv_bias=False,
-    lora_targets=hugging_face.ATTENTION,
-    sampler=None,
     names=hugging_face.NAMES,
     in_transformers=True,
 )
@@ -30,15 +26,12 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     read=_read,
     write=hugging_face.write,
-    defaults={
+    defaults=hugging_face.DEFAULTS
+    | hugging_face.SIZES
+    | {
         "vocab_size": 32000,
-        "hidden_size": 4096,
         "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
         "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
     },
     presets={
         "llama-3-8b": ModelSpec(

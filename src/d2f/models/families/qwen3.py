@@ -11,11 +11,7 @@ ARCHITECTURE = Architecture(
     class_name="Qwen3ForCausalLM",
     shifted=True,
     causal=True,
-    rope_full_precision=False,
-    qkv_bias=False,
     qk_norm=True,
-    lora_targets=hugging_face.ATTENTION,
-    sampler=None,
     names=hugging_face.NAMES,
     in_transformers=True,
 )
@@ -30,17 +26,14 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     read=_read,
     write=hugging_face.write,
-    defaults={
+    defaults=hugging_face.DEFAULTS
+    | hugging_face.SIZES
+    | {
         "vocab_size": 151936,
-        "hidden_size": 4096,
         "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "head_dim": 128,
         "max_position_embeddings": 32768,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
     },
     presets={
         "qwen3-8b": ModelSpec(
