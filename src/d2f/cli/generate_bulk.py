@@ -113,8 +113,7 @@ class _Run:
         self.bad_rows = desk.bad_rows
         terminal, start = Terminal(), time.perf_counter()
         try:
-            most = size if size == 1 else 2 * size
-            for finished, _ in Answering(engine, desk.numbers(), desk.request, most=most):
+            for finished, _ in Answering(engine, desk.numbers(), desk.request):
                 written = desk.take(finished)
                 answers.add(written)
                 self._num_tokens += sum(record["num_tokens"] for record in written)

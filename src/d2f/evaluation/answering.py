@@ -51,8 +51,8 @@ class Answering:
         indices: Numbers of the problems, in the order in which they are put; each is asked for
             when there is room for it.
         make_request: The request of a problem; may raise `RequestError`.
-        most: Problems that the engine holds at once; above its batch size others wait in it, so
-            that one joins the moment another is done.
+        most: Problems that the engine holds at once; None: twice its batch, so that one joins the
+            moment another is done, or 1 at a batch of 1.
         retry: Try problems one by one after a step with several of them broke off. Otherwise the
             error is raised.
 
@@ -60,7 +60,7 @@ class Answering:
         >>> from d2f.testing import tiny_model
         >>> engine = Engine(tiny_model("llada"))
         >>> make = lambda index: Request(prompt_ids=[index], max_new_tokens=4)
-        >>> sorted(a.index for done, _ in Answering(engine, [7, 9], make, most=2) for a in done)
+        >>> sorted(a.index for done, _ in Answering(engine, [7, 9], make) for a in done)
         [7, 9]
     """
 
@@ -70,11 +70,12 @@ class Answering:
         indices: Iterable[int],
         make_request: Callable[[int], Request],
         *,
-        most: int,
+        most: int | None = None,
         retry: bool = True,
     ) -> None:
-        self._engine, self._make, self._most = engine, make_request, most
-        self._retry = retry
+        batch = engine.config.max_batch_size
+        self._most = most or (batch if batch == 1 else 2 * batch)
+        self._engine, self._make, self._retry = engine, make_request, retry
         self._waiting = iter(indices)
         self._drained = False
         self._alone: deque[int] = deque()

@@ -131,11 +131,8 @@ class EvalRow:
         return gold_limit(gold, self.loaded.tokenizer, GOLD_BLOCK)
 
     def _prompt(self, example: Example) -> list[int] | RequestError:
-        tokenizer = self._tokenizer
         try:
-            if self.chat and example.messages is not None:
-                return tokenizer.encode_chat(example.messages)
-            return tokenizer.encode_prompt(example.prompt, chat=self.chat)
+            return example.encode(self._tokenizer, self.chat)
         except RequestError as error:
             return error
 

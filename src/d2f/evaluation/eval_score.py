@@ -77,7 +77,6 @@ def score_row(
     report.add(records.values())
     if not todo:
         return False
-    most = batch_size if batch_size == 1 else 2 * batch_size
     # What an engine does once is nobody's: compiling, capturing the first graphs.
     list(Answering(engine, todo[:1], row.request, most=1))
     # Nor is a prompt that this, or another row before, has put to the same engine.
@@ -95,7 +94,7 @@ def score_row(
         spent, last = 0.0, time.monotonic()
 
     try:
-        for finished, seconds in Answering(engine, todo, row.request, most=most):
+        for finished, seconds in Answering(engine, todo, row.request):
             pending += finished
             spent += seconds
             waited = time.monotonic() - last >= _PENDING_SECONDS

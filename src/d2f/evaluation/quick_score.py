@@ -58,13 +58,7 @@ class QuickScore:
         """
         if self.prompt_ids is not None:
             return [list(ids) for ids in self.prompt_ids]
-        return [self._encode(example) for example in self.task.examples()]
-
-    def _encode(self, example: Example) -> list[int]:
-        templated = self.chat is not False and self.tokenizer.chat_template is not None
-        if templated and example.messages is not None:
-            return self.tokenizer.encode_chat(example.messages)
-        return self.tokenizer.encode_prompt(example.prompt, chat=self.chat)
+        return [example.encode(self.tokenizer, self.chat) for example in self.task.examples()]
 
     def of(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Answer all problems and judge the answers.
@@ -91,11 +85,8 @@ class QuickScore:
         )
         answered: list[Answer] = []
         try:
-            most = self.batch_size if self.batch_size == 1 else 2 * self.batch_size
             indices = range(len(prompts))
-            for finished, _ in Answering(
-                engine, indices, lambda i: self._ask(prompts[i]), most=most
-            ):
+            for finished, _ in Answering(engine, indices, lambda i: self._ask(prompts[i])):
                 answered += finished
         finally:
             # An error's traceback keeps the engine, which must not keep the cache.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from d2f.text import Tokenizer
 
 CLEAN_UPS = ("ours", "paper")
 """How a program is found in an answer; "paper" is how the authors of D2F do it."""
@@ -31,6 +34,21 @@ class Example:
     """A right answer in full, where there is one."""
     source: Any = None
     """What the task's judge needs, for the task alone."""
+
+    def encode(self, tokenizer: Tokenizer, chat: bool | None = None) -> list[int]:
+        """Put the problem into tokens.
+
+        Args:
+            tokenizer: Of the model.
+            chat: Whether to use the chat template; None: if there is one.
+
+        Raises:
+            RequestError: The chat template refuses it.
+        """
+        templated = chat is not False and tokenizer.chat_template is not None
+        if templated and self.messages is not None:
+            return tokenizer.encode_chat(self.messages)
+        return tokenizer.encode_prompt(self.prompt, chat=chat)
 
 
 @dataclass(frozen=True, kw_only=True)
