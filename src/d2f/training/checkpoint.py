@@ -284,46 +284,29 @@ def restore_random(
         torch.cuda.set_rng_state(rng["cuda"], processes.device)
 
 
-def save_final(
-    model: Transformer, config: TrainConfig, tokenizer_folder: Path | None, facts: CardFacts
+def save_result(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer_folder: Path | None,
+    facts: CardFacts,
+    *,
+    best: bool = False,
 ) -> Path:
     """Write `final/`: the model or adapter, its tokenizer, its decoding policy, a model card.
 
-    The model is converted to `model.output_dtype` in place, which ends its training.
+    All weights are converted to `model.output_dtype` in place, which ends their training.
+
+    Args:
+        model: The model, whole.
+        config: The recipe.
+        tokenizer_folder: Holds the tokenizer; None: none is copied.
+        facts: What the card tells.
+        best: Write `best/` instead, with the evaluation beside; the model stays as it is.
     """
+    name = BEST_FOLDER if best else "final"
     if not has_adapter(model):
-        model.to(getattr(torch, config.model.weights_dtype))
-    return _save_result(model, config, tokenizer_folder, facts, "final", {})
-
-
-def save_best(
-    model: Transformer,
-    config: TrainConfig,
-    tokenizer_folder: Path | None,
-    facts: CardFacts,
-    record: Mapping[str, Any],
-) -> Path:
-    """Write `best/`, which is like `final/`, with the evaluation; the model stays as it is."""
-    if not has_adapter(model):
-        model = _converted(model, getattr(torch, config.model.weights_dtype))
-    return _save_result(
-        model,
-        config,
-        tokenizer_folder,
-        facts,
-        BEST_FOLDER,
-        {BEST_FILE: {**record, "measure": measure_of(config)}},
-    )
-
-
-def _save_result(
-    model: Transformer,
-    config: TrainConfig,
-    tokenizer_folder: Path | None,
-    facts: CardFacts,
-    name: str,
-    extra: Mapping[str, Mapping[str, Any]],
-) -> Path:
+        dtype = getattr(torch, config.model.weights_dtype)
+        model = _converted(model, dtype) if best else model.to(dtype)
     folder = Path(config.output) / name
     spec = model.spec
     policy = config.policy or spec.recommended_policy
@@ -339,8 +322,9 @@ def _save_result(
         for file in _TOKENIZER_FILES:
             if tokenizer_folder is not None and (tokenizer_folder / file).exists():
                 shutil.copyfile(tokenizer_folder / file, new / file)
-        for file, content in extra.items():
-            write_json(new / file, content)
+        if best:
+            evaluation = {**(facts.evaluation or {}), "measure": measure_of(config)}
+            write_json(new / BEST_FILE, evaluation)
         card = model_card(config, spec, policy, facts)
         (new / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -22,8 +22,7 @@ from d2f.training.checkpoint import (
     list_checkpoints,
     load_state,
     provenance,
-    save_best,
-    save_final,
+    save_result,
     saving,
 )
 from d2f.training.config import TrainConfig, to_table
@@ -140,8 +139,8 @@ def _train(
         teacher=teacher,
         sampler=make_sampler(config, tokenizer) if make_sampler and config.sample else None,
         evaluator=prepare(held_out) if prepare else None,
-        save_best=lambda best, record: save_best(
-            best, config, folder, trainer.facts(record), record
+        save_best=lambda best, record: save_result(
+            best, config, folder, trainer.facts(record), best=True
         ),
         reporter=reporter,
         state=load_state(checkpoint) if checkpoint else None,
@@ -153,7 +152,7 @@ def _train(
         last = trainer.evaluations.last if trainer.evaluations else None
         with saving(Path(config.output)), trainer.distributed.whole(torch.device("cpu")) as whole:
             processes.on_main(
-                lambda: save_final(whole or model, config, folder, trainer.facts(last))
+                lambda: save_result(whole or model, config, folder, trainer.facts(last))
             )
     summary = processes.from_main(processes.on_main(lambda: _summarise(config, trainer, finished)))
     assert summary is not None
