@@ -1,8 +1,8 @@
-"""Users' turns that a model wrote itself: where it begins to write one, and which are fit to ask.
+"""Filter the user turns that a model wrote, for use as prompts of its student's training data.
 
 A turn is dropped for the first of these reasons: it did not come to an end, is empty, too short or
-too long, holds a special token or the template's own system message, is not English, goes round in
-circles, or is nearly the same as one before it.
+too long, contains a special token or the template's own system message, is not English, repeats
+itself, or is nearly the same as an earlier turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SYSTEM = re.compile(
     r"|what can i do for you)\b|^(?:a|answer|assistant|chatbot|response)\b[^\n]{0,20}:",
     re.IGNORECASE | re.MULTILINE,
 )
-"""The default system message said again, and what an assistant says, not a user."""
+"""Beginnings of turns that repeat the system message or speak as an assistant."""
 _COMMON = frozenset(
     """a about am an and any are as at be been but by can could did do does each for from get give
     had has have he help her his how i if in into is it its like make me more my need not of on one
@@ -35,27 +35,29 @@ _COMMON = frozenset(
     want was we were what when where which who why will with would write you your""".split()
 )
 _QUOTES = "\u2018\u2019\u201c\u201d\u2013\u2014\u2026"
-"""Curly quotes and dashes, which English has outside ASCII."""
+"""Curly quotes and dashes: characters outside ASCII that English texts have."""
 _LEAST_WORDS, _MOST_WORDS, _MOST_LETTERS = 3, 100, 700
 _LEAST_COMMON = 0.2
-"""Share of words that every English text has many of."""
+"""Least share of very common English words in a turn."""
 _MOST_OTHER = 0.05
-"""Share of characters outside ASCII."""
+"""Largest share of characters outside ASCII in a turn."""
 _MOST_REPEATED = 0.3
-"""Share of runs of four words that stood before."""
+"""Largest share of runs of four words that occur earlier in the same turn."""
 _LEAST_ZIPPED = 0.3
-"""Size of a long turn when compressed, over its own."""
+"""Least ratio of a long turn's compressed size to its size."""
 _NEAR = 0.6
-"""Of two turns' pairs of words, the share in both that makes them nearly the same."""
+"""Share of common word pairs from which on two turns count as nearly the same."""
 
 
 def opening_of_user_turn(tokenizer: Tokenizer, said: Sequence[Mapping[str, str]] = ()) -> str:
-    """A conversation as the chat template writes it, up to where the user's next words begin.
+    """Render a conversation by the chat template, up to where the user's next message begins.
 
-    `said` are the messages before them.
+    Args:
+        tokenizer: The model's tokenizer.
+        said: The messages so far.
 
     Raises:
-        SystemExit: The tokenizer has no chat template, or the template leaves the user's words out.
+        SystemExit: The tokenizer has no chat template, or the template drops the user's message.
     """
     if tokenizer.chat_template is None:
         raise SystemExit("the model has no chat template, so it knows no user's turn")
@@ -69,7 +71,7 @@ def opening_of_user_turn(tokenizer: Tokenizer, said: Sequence[Mapping[str, str]]
 def filter_turns(
     rows: Sequence[Mapping[str, Any]], column: str = "response"
 ) -> tuple[list[str], dict[str, int]]:
-    """The turns that are fit to be asked, in their order, and how many fell for which reason."""
+    """Return the turns to keep, in order, and the number of dropped ones by reason."""
     dropped: Counter[str] = Counter()
     fit: list[str] = []
     for row in rows:
@@ -84,13 +86,13 @@ def filter_turns(
 
 
 def read_turn(row: Mapping[str, Any], column: str = "response") -> tuple[str, str | None]:
-    """A sampled turn, and the first reason not to ask it; None where there is none."""
+    """Return a sampled turn, and the first reason to drop it; None if there is none."""
     text = str(row.get(column) or "").strip()
     return text, "not ended" if row.get("finish_reason") == "length" else why_unfit(text)
 
 
 def why_unfit(text: str) -> str | None:
-    """The first reason not to ask a turn; None where there is none."""
+    """Return the first reason to drop a turn; None if there is none."""
     words = _words(text)
     if not text:
         return "empty"
@@ -110,7 +112,7 @@ def why_unfit(text: str) -> str | None:
 def split_turns(
     turns: Sequence[str], *, num_held_out: int, seed: int
 ) -> tuple[list[str], list[str]]:
-    """Turns to train on, and those held out: as many as asked for, but at most half."""
+    """Split turns into those to train on and `num_held_out` others, but at most half."""
     count = min(num_held_out, len(turns) // 2)
     chosen = set(random.Random(seed).sample(range(len(turns)), count))
     return (
@@ -128,12 +130,12 @@ def _looks_english(text: str, words: Sequence[str]) -> bool:
     other = sum(ord(letter) > 127 and letter not in _QUOTES for letter in text) / len(text)
     letters = sum(letter.isalpha() or letter.isspace() for letter in text) / len(text)
     if any(letter.isalpha() and letter > "\u024f" for letter in text):
-        return False  # of another alphabet
+        return False  # a letter of another alphabet
     return common >= _LEAST_COMMON and other <= _MOST_OTHER and letters >= 0.7
 
 
 def goes_in_circles(text: str) -> bool:
-    """A text says the same again and again, as small models do when they decode greedily."""
+    """Return whether a text repeats itself, as small models do when they decode greedily."""
     words = _words(text)
     runs = Counter(zip(*(words[i:] for i in range(4)), strict=False))
     repeated = sum(runs.values()) - len(runs)
@@ -146,10 +148,10 @@ def goes_in_circles(text: str) -> bool:
 
 
 def _without_near(turns: Sequence[str]) -> list[str]:
-    """The turns that are not nearly one before them.
+    """Return the turns without those that are nearly the same as an earlier one.
 
-    Two turns of which that share of pairs is common have one in common among the rarest of each,
-    so only turns that share one of these are compared.
+    Two turns that have a share of `_NEAR` of their word pairs in common also share one of their
+    rarest pairs, so only turns that share such a pair are compared.
     """
     pairs_of = [
         frozenset(" ".join(pair) for pair in itertools.pairwise(_words(turn))) for turn in turns

@@ -3,10 +3,10 @@
     python benchmarks/cpu_transformers.py --model FOLDER
     python benchmarks/cpu_transformers.py --model FOLDER --dtype float32 --threads 1 --turns 9
 
-FOLDER holds a Llama or Qwen2 checkpoint. In each turn both answer the same prompt, greedily and
-with as many tokens, the prompt's forward included, in an order that changes from turn to turn. The
-figure is the median ratio of their speeds within a turn: it holds where the machine's speed drifts,
-but it wants a machine that does nothing else, as both use all its cores.
+FOLDER holds a Llama or Qwen2 checkpoint. In each turn both libraries answer the same prompt
+greedily with the same number of tokens, the prompt's forward included; the order changes from turn
+to turn. The result is the median over turns of the ratio of both speeds, so slow drifts of the
+machine's speed cancel. No other program should run meanwhile, since both libraries use all cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEXT = """The river rises in the hills above the town, where it is no wider than
 mill it takes in two streams, turns west through meadows that it floods in most springs, and reaches
 the sea at a harbour that has been too shallow for ships since the storms of the last century.
 """
-"""A prompt is as much of it as it has tokens, again and again if need be."""
+"""Text of the prompts: as many of its tokens as a prompt needs, repeated if need be."""
 Answer = Callable[[list[int], int], list[int]]
 
 
@@ -50,7 +50,7 @@ def our_answer(folder: str, dtype: torch.dtype) -> Answer:
 
 def their_answer(folder: str, dtype: torch.dtype) -> Answer:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    # Both give all tokens that were asked for.
+    # Without an end token both libraries produce exactly the requested number of tokens.
     model.generation_config.eos_token_id = None
 
     def answer(prompt: list[int], length: int) -> list[int]:
@@ -75,7 +75,7 @@ def seconds(answer: Answer, prompt: list[int], length: int) -> tuple[float, list
 
 
 def race(answers: dict[str, Answer], prompt: list[int], length: int, turns: int) -> dict[str, Any]:
-    """Tokens/s of both, and the ratio turn by turn."""
+    """Return the tokens/s of both libraries and the ratio in each turn."""
     rates: dict[str, list[float]] = {name: [] for name in answers}
     tokens: dict[str, list[int]] = {}
     for answer in answers.values():

@@ -1,4 +1,4 @@
-"""Commands that wait for each other's results, side by side on the GPUs of a machine."""
+"""Run commands that need each other's results in parallel on the GPUs of a machine."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Where all commands run."""
+"""The checkout, the working directory of all commands."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One command."""
+    """A command, the file that it makes and the files that it needs."""
 
     name: str
     command: tuple[str, ...]
-    """`d2f` and its arguments, or a script and its."""
+    """`d2f` or a script, and its arguments."""
     makes: Path
-    """Exists once it is done."""
+    """File that exists once the command is done."""
     needs: tuple[Path, ...] = ()
-    """Must exist before it starts."""
+    """Files that must exist before the command starts."""
     prepare: Callable[[], Sequence[str]] = tuple
-    """Called before it starts: writes its recipe, which may depend on what earlier jobs found, and
-    gives further arguments."""
+    """Called before the command starts: writes its recipe, which may depend on the results of
+    earlier jobs, and returns further arguments."""
     cores: int | None = None
-    """Run on so many cores of the processor, and on no GPU."""
+    """Number of CPU cores to run on, without a GPU; None: run on a GPU."""
 
 
 class Crew:
-    """Runs jobs, one on each GPU; a job that fails stops nothing but what needs it.
+    """Runs jobs, one at a time on each GPU; a failed job stops only the jobs that need it.
 
-    The GPUs are the first of those that CUDA_VISIBLE_DEVICES names, if it is set.
+    The GPUs are the first ones of the machine, or of CUDA_VISIBLE_DEVICES if that is set.
     """
 
     def __init__(self, gpus: int, logs: Path) -> None:
@@ -53,10 +53,11 @@ class Crew:
         self.failed: list[str] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs whose needs get met.
+        """Run all jobs for which the needed files exist or are made by other jobs.
 
         Raises:
-            SystemExit: Ctrl-C or SIGTERM came. The jobs were told, and have kept what they have.
+            SystemExit: Ctrl-C or SIGTERM came. It was passed on to the running jobs, which have
+                saved their work.
         """
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -65,7 +66,7 @@ class Crew:
             print(f"{clock()} stopping: {', '.join(job.name for job, *_ in self.running)}")
             raise SystemExit("stopped; go on with the same command") from None
         finally:
-            # Also where an error ends it: nothing runs on that nobody waits for.
+            # Also after an error: no job may go on without this process.
             for _, _, process, _ in self.running:
                 process.terminate()
             for _, _, process, _ in self.running:
@@ -92,7 +93,7 @@ class Crew:
         further = job.prepare()
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         environment["CUDA_VISIBLE_DEVICES"] = self.names[gpu] if self.on_gpu else ""
-        # Processes that each take all cores for their threads slow each other down a hundredfold.
+        # Processes that each start threads on all cores can slow each other down a hundredfold.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.size, 1)))
         if job.cores is not None:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(job.cores)}
@@ -102,7 +103,7 @@ class Crew:
             command = ["taskset", "--cpu-list", f"0-{job.cores - 1}", *command]
         print(f"{clock()} start {job.name} on {gpu}", flush=True)
         with open(self.logs / f"{job.name}.log", "w") as log:
-            # In a session of its own, so that it hears of Ctrl-C once, from `run`.
+            # In a session of its own, so that Ctrl-C reaches the job once, through `run`.
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
                 start_new_session=True,
@@ -127,5 +128,5 @@ class Crew:
 
 
 def clock() -> str:
-    """Time of day."""
+    """Return the time of day."""
     return time.strftime("%H:%M:%S")

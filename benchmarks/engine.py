@@ -3,8 +3,9 @@
     python benchmarks/engine.py --output benchmarks/reports/DATE-engine-GPU
     python benchmarks/engine.py --parts steps --shape dream-7b --output dream
 
-Writes a JSON file for each part and README.md with the verdicts. Made for one GPU with 80 GB, where
-all parts take some minutes; on a CPU, --layers and the other options make it small enough to try.
+The script writes a JSON file for each part and README.md with the verdicts. It is made for one GPU
+with 80 GB, on which all parts take some minutes; --layers and other options make it small enough to
+try on a CPU.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from d2f.models.transformer import Transformer
 from d2f.shipped import shipped_model
 
 LEAST_MARGIN = 1e-5
-"""Answers must equal the oracle's where all that it compares differs by more."""
+"""Answers must equal the oracle's if every comparison that it makes has a larger margin."""
 LONG = 16384
-# strategy, batch size, window, cached positions, whether the engine would serve 16k positions
+# strategy, batch size, window, cached positions, whether the engine is built for 16k positions
 STEPS = (
     ("autoregressive", 1, 1, 1024, False),
     ("pipelined", 1, 64, 1024, False),
@@ -69,7 +70,7 @@ def free_memory() -> None:
 def verdict(
     measure: str, value: float | None, bar: float, aim: float, least: bool = False
 ) -> Verdict:
-    """A row of the table; `least`: more is better."""
+    """Return a row of the table of verdicts; `least`: larger values are better."""
     good = {"bar": False, "aim": False}
     if value is not None:
         good = {
@@ -212,12 +213,12 @@ def measure_bursts(options: argparse.Namespace) -> dict[str, Any]:
         needs = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
         config = EngineConfig(
             max_batch_size=options.requests,
-            # But never less than one of them needs.
+            # But at least as many pages as one request needs.
             kv_cache_bytes=max(sum(needs) // 4, max(needs) + 16) * per_token,
             backend=options.backend,
         )
         engine = Engine(model, config)
-        # The second time, all graphs are there.
+        # In the second run all graphs have been captured.
         run_bursts(engine, requests, burst=options.burst)
         engine.forget_prompts()
         result = run_bursts(engine, requests, burst=options.burst)
@@ -259,7 +260,7 @@ def ask_oracle(model: Transformer, requests: list[Request]) -> list[list[int]]:
 
 
 def oracle_margin(model: Transformer, request: Request) -> float:
-    """The smallest distance to the threshold, or between two best tokens, that it ever met."""
+    """Return the oracle's smallest margin: to a threshold, or between the two best tokens."""
     policy = model.spec.recommended_policy
     assert policy is not None
     least, choose = [1.0], reference.choose_tokens
@@ -290,7 +291,7 @@ PARTS = {
 
 
 def write_readme(to: Path) -> None:
-    """The report of all parts that the folder holds, from this run and earlier ones."""
+    """Write the report of all parts in the folder, of this run and earlier ones."""
     files = {name: to / f"{name}.json" for name in PARTS}
     reports = {name: json.loads(f.read_text()) for name, f in files.items() if f.exists()}
     environment = next(iter(reports.values()))["environment"]
@@ -322,7 +323,7 @@ def write_readme(to: Path) -> None:
     if "bursts" in reports:
         lines += ["", "## Bursts", "", "| | float32 | bfloat16 |", "| --- | --- | --- |"]
         both = [reports["bursts"][dtype] for dtype in ("float32", "bfloat16")]
-        # An empty list of errors says what the number of the finished says.
+        # An empty list of errors is left out: the number of finished requests tells the same.
         for key in (key for key in both[0] if both[0][key] != []):
             values = [r.get(key, "–") for r in both]
             shown = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
@@ -425,7 +426,7 @@ def main() -> None:
     options.dtype = options.dtype or fastest_dtype(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(device=options.device, dtype=options.dtype)
-    # Where the report lies says nothing about how it came about.
+    # The command in the report leaves the output folder out.
     without = {"--output", str(options.output), f"--output={options.output}"}
     arguments = " ".join(word for word in sys.argv[1:] if word not in without)
     for name in options.parts:
@@ -436,7 +437,7 @@ def main() -> None:
         say(f"{name}: {seconds:.0f} s")
         report |= {"environment": environment, "arguments": arguments, "seconds": seconds}
         write_json(options.output / f"{name}.json", report)
-        # After each part, so that a run that is cut off leaves what it has.
+        # Written after each part, so that an interrupted run leaves a report.
         write_readme(options.output)
     write_readme(options.output)
     print((options.output / "README.md").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The evidence behind a report: trains what its tables compare, chooses settings, measures.
+"""Produce the evidence of a report: train the models to compare, choose settings, measure.
 
 Everything is done by `d2f train`, `d2f eval` and `paper_report.py`, as a user would run them. The
 recipes that this script writes stay in OUTPUT/recipes, so each number can be made again alone. What
@@ -9,8 +9,8 @@ a GPU of its own.
 
 Parts: `train` (students and control of the ablations, the models of the second family), `grid`
 (settings of each method, on validation problems), `score` and `speed` (the tables, on test
-problems), `report`. The first three run together; nothing shares the host with what is timed but
-other timings, each on a GPU of its own.
+problems), `report`. The first three run together. While speeds are measured, only other
+measurements of speed run on the machine, each on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ UNPAGED = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Problems and the models that solve them."""
+    """A kind of problems and the models trained on them."""
 
     name: str
     task: str
     title: str
     teacher_recipe: str
-    """Of the teacher's last stage."""
+    """Recipe of the teacher's last stage."""
     autoregressive: str
     teacher: str
     student: str
 
     def models(self) -> dict[str, Row]:
-        """As a recipe names them."""
+        """The models under the names that recipes use."""
         names = ("autoregressive", "teacher", "student")
         return {name: {"path": getattr(self, name)} for name in names}
 
 
 class Plan:
-    """What there is to do, from the options."""
+    """The jobs of a run, which follow from its options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -102,7 +102,7 @@ class Plan:
     # ------------------------------------------------------------------------------------ train
 
     def train(self) -> Iterator[Job]:
-        """Models of the second family; teachers of long sequences; nine students; the control."""
+        """Return the trainings: second family, teachers of long sequences, students, control."""
         if "functions" in self.options.families:
             earlier: tuple[Path, ...] = ()
             for stage in ("autoregressive", "teacher", "student"):
@@ -126,7 +126,7 @@ class Plan:
             )
 
     def _long_teacher(self, family: Family) -> Job:
-        """The teacher taught positions up to the 512 of the paper's setting, and then some."""
+        """Return the training that teaches positions up to the paper's 512 and a few more."""
         init = family.teacher.replace("shipped:", f"{SHIPPED}/")
         settings = [
             *(f"model.init={init}", f"steps={self.options.long_steps}", "seed=9", "data.seed=9"),
@@ -157,7 +157,7 @@ class Plan:
     # ------------------------------------------------------------------------------------- grid
 
     def grid(self) -> Iterator[Job]:
-        """One recipe per family and method, on validation problems."""
+        """Return one evaluation per family and method, on validation problems."""
         for family in self.families:
             for method, settings in grids().items():
                 rows = [
@@ -167,7 +167,7 @@ class Plan:
                 table = self._recipe(family, "methods", rows, score=self.options.grid_problems)
                 table |= {"split": "validation", "seed": 7}
                 if method == "dllm-cache":
-                    # One problem at a time, one token a step.
+                    # These settings answer one problem at a time with one token per step.
                     table["score"]["num_problems"] = min(256, self.options.grid_problems)
                 paths = [Path(model["path"]) for model in table["models"].values()]
                 weights = tuple(p / "model.safetensors" for p in paths if "shipped:" not in str(p))
@@ -175,7 +175,7 @@ class Plan:
                 yield self.tables.evaluation(f"grid-{family.name}-{method}", "grid", build, weights)
 
     def chosen(self, family: Family) -> dict[str, Row]:
-        """The best setting of each method by its validation score, with a note of the grid."""
+        """Return each method's best setting by validation score, with a note of its grid."""
         return {
             method: best(
                 [
@@ -190,7 +190,7 @@ class Plan:
     # ---------------------------------------------------------------------------------- measure
 
     def score(self) -> Iterator[Job]:
-        """What the tables say of answers."""
+        """Return the evaluations that count answers."""
         for family in self.families:
             needs = self._grid_files(family)
             for name, build in self._tables(family).items():
@@ -202,7 +202,7 @@ class Plan:
                     )
 
     def speed(self) -> Iterator[Job]:
-        """What they say of time; the answers are there already."""
+        """Return the evaluations that measure speed, after all scores."""
         for family in self.families:
             for name, build in self._tables(family).items():
                 full = f"{family.name}-{name}"
@@ -223,7 +223,7 @@ class Plan:
         return tables
 
     def _trained(self, family: Family, table: str) -> tuple[Path, ...]:
-        """Weights that a table needs beside the family's own."""
+        """Return the trained weights that a table needs beside the family's own."""
         runs = {
             "methods": [f"{family.name}_teacher_long"],
             "control": ["control"],
@@ -362,11 +362,11 @@ URGENCY = (
     *("train-functions", "train-", "grid-", "score-functions-methods", "score-"),
     *("functions-methods", "words-methods", ""),
 )
-"""Beginnings of jobs' names: what others wait for comes first."""
+"""Beginnings of jobs' names, those that other jobs wait for first."""
 
 
 def grids() -> dict[str, list[Row]]:
-    """The settings of each method that are tried."""
+    """Return the settings of each method's grid."""
     lengths = (8, 16, 32, 64)
     policies = [
         {
@@ -408,12 +408,12 @@ def grids() -> dict[str, list[Row]]:
 
 
 def urgency(job: Job) -> int:
-    """The place of a job among those that could start."""
+    """Return the rank of a job among those that could start."""
     return next(place for place, start in enumerate(URGENCY) if job.name.startswith(start))
 
 
 def noise_run(schedule: str, seed: int) -> str:
-    """Name of a student of table 4."""
+    """Return the name of a student of table 4."""
     return f"noise_{schedule}_{seed}".replace("-", "_")
 
 

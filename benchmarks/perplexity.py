@@ -1,9 +1,10 @@
-"""How likely a model finds answers: what students' answers lose against its own.
+"""Compare the perplexity that a model assigns to students' answers with that of its own answers.
 
-Each file is what `d2f generate --input PROMPTS --output FILE` has written, all to the same prompts
-(texts, not conversations); the first holds the model's own answers. Perplexity is exp of the mean
-negative log-likelihood of a token. Its standard error takes answers as the independent samples, and
-that of its ratio to the first file's compares answers to the same prompt.
+Each file is the output of `d2f generate --input PROMPTS --output FILE`, all for the same prompts
+(texts, not conversations); the first file has the model's own answers. Perplexity is exp of the
+mean negative log-likelihood of a token. Its standard error treats answers as independent samples;
+that of the ratio to the first file's perplexity is computed from pairs of answers to the same
+prompt.
 
     python benchmarks/perplexity.py --model MODEL --answers own.jsonl student.jsonl --json FILE
 """
@@ -29,7 +30,7 @@ from d2f.text import Tokenizer
 
 
 def likelihoods(model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]) -> Tensor:
-    """Log-likelihood and number of the tokens of each answer, its end included: (N, 2)."""
+    """Return the log-likelihood and token count of each answer, its end included: (N, 2)."""
     sequences = []
     for row in rows:
         prompt_ids = tokenizer.encode_prompt(row["prompt"])
@@ -39,7 +40,7 @@ def likelihoods(model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[st
         sequences.append((prompt_ids, answer_ids))
     result = torch.zeros(len(rows), 2, dtype=torch.float64)
     for i, (prompt_ids, answer_ids) in enumerate(sequences):
-        # One answer at a time: the logits of a batch would take gigabytes.
+        # Answers are scored one by one, since the logits of a batch would take gigabytes.
         ids_1L = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
         with torch.inference_mode():
             likely_LV = model.logits(ids_1L)[0].log_softmax(-1)
@@ -51,9 +52,9 @@ def likelihoods(model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[st
 
 
 def summary(own: Tensor, other: Tensor, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Perplexity of a file's answers, and its ratio to that of the model's own.
+    """Return the perplexity of a file's answers, and its ratio to that of the model's own.
 
-    `own` and `other` are what `likelihoods` gives for answers to the same prompts.
+    `own` and `other` are results of `likelihoods` for answers to the same prompts.
     """
     mean, share_N = _mean(other)
     own_mean, own_share_N = _mean(own)
@@ -72,21 +73,21 @@ def summary(own: Tensor, other: Tensor, rows: Sequence[dict[str, Any]]) -> dict[
 
 
 def _mean(table: Tensor) -> tuple[float, Tensor]:
-    """Mean loss of a token, and what each answer adds to its difference from the true mean (N,)."""
+    """Return the mean loss of a token, and each answer's contribution to its error (N,)."""
     loss_N, tokens_N = -table[:, 0], table[:, 1]
     mean = (loss_N.sum() / tokens_N.sum()).item()
     return mean, (loss_N - mean * tokens_N) / tokens_N.sum()
 
 
 def _error(share_N: Tensor) -> float:
-    """Standard error of a sum over independent answers."""
+    """Return the standard error of a sum over independent answers."""
     return share_N.std().item() * math.sqrt(len(share_N))
 
 
 def read_answers(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The answers of each file, in one order, to those prompts that all files answer.
+    """Return each file's answers, in one order, to the prompts that all files answer.
 
-    An answer without any text that did not come to an end has no likelihood, and counts as none.
+    An empty answer without an end has no likelihood and counts as missing.
     """
     files = {}
     for path in paths:

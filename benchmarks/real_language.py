@@ -1,11 +1,10 @@
-"""A real language model through the whole path: from a published checkpoint to the report.
+"""Take a real language model the whole way, from a published checkpoint to the report.
 
-SmolLM2-135M-Instruct is fine-tuned on a task, answers the problems that it was trained on, becomes
-a masked diffusion model and D2F students, and all methods of the field are scored and timed beside
-each other. Everything is done by commands that a user could type; the recipes stay in
-OUTPUT/recipes and the logs in OUTPUT/logs. What is finished is skipped when the script runs again,
-and an interrupted training, answering or evaluation goes on where it was. With several GPUs, jobs
-run side by side, each on a GPU of its own.
+SmolLM2-135M-Instruct is fine-tuned on a task, answers the problems that it was trained on, and
+becomes a masked diffusion model and D2F students; then all methods are scored and timed side by
+side. The script calls commands that a user could type; their recipes stay in OUTPUT/recipes and
+their logs in OUTPUT/logs. Finished jobs are skipped when the script runs again, and interrupted
+ones are resumed. With several GPUs, jobs run in parallel, each on a GPU of its own.
 
     python benchmarks/real_language.py --data DATA --output results/real --gpus 2
 
@@ -13,8 +12,7 @@ DATA holds the folders gsm8k/ and text2sql/ with the public files. Tasks: `gsm8k
 `wikisql`, questions to SQL; `chat`, a student that holds a conversation. Parts: `import` (the
 checkpoint and the data), `train` (with the model's own answers), `grid` (settings of each method,
 on problems kept aside), `score`, `speed` (one problem at a time), `cpu` (the same on two cores) and
-`report`. `--time-share 0.5` halves the seconds of training; `--models` leaves out those that are
-not wanted.
+`report`. `--time-share 0.5` halves the seconds of training; `--models` selects the models.
 """
 
 from __future__ import annotations
@@ -39,43 +37,43 @@ RECIPES = ROOT / "recipes" / "smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FAST = ("fast-dllm-parallel", "fast-dllm-prefix", "fast-dllm-dual")
 SLOW = ("vanilla", "vanilla-eos-stop", "dllm-cache", *FAST)
-"""Methods that answer one problem at a time, most of them in a forward per token."""
+"""Methods that answer one problem at a time, most of them with one forward per token."""
 MODELS = ("autoregressive", "teacher", "distilled", "student")
 STUDENTS = ("serial", "pipelined", "distilled")
-"""Methods of which the fastest setting is wanted that scores as autoregression does."""
+"""Methods for which the fastest setting with autoregression's score is chosen."""
 QUICK = ("autoregressive", "serial", "pipelined")
 GRID_PROBLEMS, CPU_PROBLEMS = 24, 12
-"""Problems that a time of a grid, and one on two cores, is taken on."""
+"""Number of problems for the timings of a grid, and for those on two cores."""
 ASKING = (60, ("steps=60", "batch_size=8"))
-"""Most seconds of training a model that writes questions, and settings: some ten passes, as one
-that knows them by heart has no others."""
+"""Most seconds and settings for training a model that writes questions. It makes about ten passes
+over the data: a model that has memorised the questions writes no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Problems of one kind, and what the recipes leave to each."""
+    """A task, with the settings in which its recipes differ from those of other tasks."""
 
     name: str
-    """As `d2f eval` knows it."""
+    """Name in `d2f eval`."""
     title: str
     prompts: str
-    """The command of real_language_data.py that writes its rows."""
+    """Command of real_language_data.py that writes the task's rows."""
     answer: int
     """Most tokens of an answer."""
     seconds: tuple[int, int, int, int]
-    """Of training: autoregressive, teacher, distilled, student."""
+    """Seconds of training: autoregressive, teacher, distilled, student."""
     problems: int
-    """That a score counts: all of the test split."""
+    """Number of problems of the test split, all of which a score counts."""
     kept_aside: int
-    """Problems that settings are chosen on."""
+    """Number of problems on which settings are chosen."""
     longest: int
-    """Tokens of the teacher's sequences: any answer must fit."""
+    """Tokens of the teacher's sequences, which any prompt with its answer must fit."""
     validation: str | None = None
-    """The task that has them; None: this one."""
+    """Task with the problems kept aside; None: this one."""
     further: str | None = None
-    """Another test set, which is scored and not timed."""
+    """A further test set, which is scored and not timed."""
     asks: bool = False
-    """A model writes further questions, since there are few; the answers are the twin's."""
+    """Whether a model writes further questions, since there are few; the twin answers them."""
 
 
 TASKS = (
@@ -114,11 +112,11 @@ TASKS = (
     ),
 )
 CHAT = {"adapter": ("chat", 480), "full": ("chat_full", 300)}
-"""The recipes of both students for chat, and the seconds of training."""
+"""Student for chat -> its recipe and its seconds of training."""
 
 
 class Plan:
-    """What there is to do, from the options."""
+    """The jobs of a run, which follow from its options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         # All commands run in the checkout.
@@ -146,7 +144,7 @@ class Plan:
         return str(self.output / "base") if model.endswith(".gguf") else model
 
     def imports(self) -> Iterator[Job]:
-        """The checkpoint as a folder, and the rows to train on."""
+        """Return the jobs that write the checkpoint as a folder and the rows to train on."""
         if self.base != self.options.model:
             yield Job(
                 name="import",
@@ -163,7 +161,7 @@ class Plan:
     # ------------------------------------------------------------------------------------ train
 
     def train(self) -> Iterator[Job]:
-        """The models of each task, and the answers that most of them learn from."""
+        """Return the trainings of each task, and the generation of answers for most of them."""
         for task in self.tasks:
             rows = self.data / f"{task.name}.train.jsonl"
             needs = (*self._imported, self._made(task.prompts))
@@ -191,7 +189,7 @@ class Plan:
             yield from self._chat()
 
     def _questions(self, task: Task, prompts: Path) -> Iterator[Job]:
-        """A model that asks, what it asks, and all questions as prompts."""
+        """Return the jobs that train a model to ask, sample its questions and collect prompts."""
         rows = self.data / f"{task.name}.questions.jsonl"
         needs = (*self._imported, self._made(task.prompts))
         writer = self._training(task, "autoregressive", self.base, rows, needs, to="asking")
@@ -208,7 +206,7 @@ class Plan:
         )  # fmt: skip
 
     def _chat(self) -> Iterator[Job]:
-        """Users' turns and answers of the model itself, and students of them."""
+        """Return the jobs for chat: the model's own turns and answers, and students of them."""
         free = ("--no-chat", "--temperature", "1", "--top-p", "0.95", "--max-new-tokens", "128")
         limit = ("--max-new-tokens", "640")
         base, data, done = Path(self.base), self.data, self.tables.done
@@ -304,7 +302,7 @@ class Plan:
         )
 
     def _made(self, command: str) -> Path:
-        """Exists when a command of real_language_data.py is done."""
+        """Return the file that exists once a command of real_language_data.py is done."""
         return self.tables.done(f"rows-{command}")
 
     def _weights(self, task: Task, model: str) -> Path:
@@ -366,12 +364,12 @@ class Plan:
     # ------------------------------------------------------------------------------------- grid
 
     def _grids(self) -> dict[str, list[Row]]:
-        """The settings of the methods whose models are wanted."""
+        """Return the grids of the methods whose models are selected."""
         wanted = {method: self._row(method, method, {})["model"] for method in grids()}
         return {m: settings for m, settings in grids().items() if wanted[m] in self.models}
 
     def grid(self) -> Iterator[Job]:
-        """One recipe per task and method, on problems that were kept aside."""
+        """Return one evaluation per task and method, on problems kept aside."""
         for task in self.tasks:
             for method, settings in self._grids().items():
                 rows = [
@@ -392,7 +390,7 @@ class Plan:
         return min(count, most or count)
 
     def chosen(self, task: Task) -> dict[str, Row]:
-        """The setting of each method; of students the fastest that scores as the twin does."""
+        """Return each method's setting; of students the fastest that scores as the twin does."""
         floor = None
         if "autoregressive" in self.models:
             twin = self.tables.grid_summary(task.name, "autoregressive", 0)
@@ -410,13 +408,13 @@ class Plan:
         }
 
     def _gridded(self, task: Task) -> tuple[Path, ...]:
-        """Exist when the settings of a task's methods can be chosen."""
+        """Return the files that exist once the settings of a task's methods can be chosen."""
         return tuple(self.tables.done(f"grid-{task.name}-{m}") for m in self._grids())
 
     # ---------------------------------------------------------------------------------- measure
 
     def score(self) -> Iterator[Job]:
-        """All methods on the test split, and those that are quick on a further test set."""
+        """Return the evaluations on the test split, and of quick methods on a further test set."""
         for task in self.tasks:
             needs = self._gridded(task)
             scores = functools.partial(without_speed, functools.partial(self._methods, task))
@@ -426,14 +424,14 @@ class Plan:
                 yield self.tables.evaluation(task.further, "score", further, needs)
 
     def speed(self) -> Iterator[Job]:
-        """What they say of time; the answers are there already."""
+        """Return the evaluations that measure speed, after all scores."""
         for task in self.tasks:
             needs = (self.tables.done(f"score-{task.name}"), *self._gridded(task))
             build = functools.partial(self._methods, task)
             yield self.tables.evaluation(task.name, "speed", build, needs)
 
     def cpu(self) -> Iterator[Job]:
-        """Speeds on two cores of the processor, as a laptop has them, of what is quick enough."""
+        """Return the measurements of quick methods on two CPU cores, as of a laptop."""
         for task in self.tasks:
             needs = (self.tables.done(f"score-{task.name}"), *self._gridded(task))
             build = functools.partial(self._on_cores, task)
@@ -495,7 +493,7 @@ class Plan:
 
 
 def grids() -> dict[str, list[Row]]:
-    """The settings of each method that are tried."""
+    """Return the settings of each method's grid."""
     levels = (0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
     pipelined = [
         {
@@ -530,16 +528,16 @@ URGENCY = (
     *("import", "rows-", "train-gsm8k-autoregressive", "train-advising-asking"),
     *("answer-", "own-", "train-gsm8k-student", "train-advising", "train-", "grid-", ""),
 )
-"""Beginnings of jobs' names: what others wait for comes first."""
+"""Beginnings of jobs' names, those that other jobs wait for first."""
 
 
 def urgency(job: Job) -> int:
-    """The place of a job among those that could start."""
+    """Return the rank of a job among those that could start."""
     return next(place for place, start in enumerate(URGENCY) if job.name.startswith(start))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

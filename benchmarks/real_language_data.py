@@ -1,4 +1,4 @@
-"""Training data of real language: questions to SQL, GSM8K with new numbers, prompts for chat.
+"""Write training data of real language: questions to SQL, GSM8K with new numbers, chat.
 
     python benchmarks/real_language_data.py sql --data DATA --output OUT
     python benchmarks/real_language_data.py gsm8k --data DATA --output OUT --seed 0
@@ -10,10 +10,11 @@
     python benchmarks/real_language_data.py own --answers ANSWERS … --name NAME --output OUT
 
 DATA is the folder that `d2f eval --data` takes. Each command writes JSON lines with `prompt` and
-`response` (prompts as the benchmarks put them) and a file with counts and seeds. Between the
-commands the model writes: `chat-prompts` and `chat-next` make what it goes on from to write the
-user's turns, the second one after an answer; `sql-questions` takes the questions that a model
-trained on `advising.questions.jsonl` asks; `own` takes its answers. `d2f generate` does all of it:
+`response` (prompts in the form of the benchmarks) and a file with counts and seeds. Some commands
+prepare or read texts that a model writes: `chat-prompts` and `chat-next` write the prompts from
+which it samples a user's first and second turn; `sql-questions` reads questions sampled from a
+model trained on `advising.questions.jsonl`; `own` reads a model's answers. `d2f generate` samples
+them:
 
     d2f generate --model MODEL --input OUT/turn_prompts.jsonl --output TURNS \\
         --no-chat --n 6000 --temperature 1 --top-p 0.95 --max-new-tokens 128
@@ -49,7 +50,7 @@ Counts = dict[str, Any]
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> int:
-    """Write JSON lines, whole or not at all; gives their number."""
+    """Write JSON lines, whole or not at all; return their number."""
     part = file.with_name(f"{file.name}.part")
     count = 0
     with part.open("w", encoding="utf-8") as lines:
@@ -61,7 +62,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> int:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The objects of a file of JSON lines."""
+    """Return the objects of a file of JSON lines."""
     rows: list[Row] = []
     number = 0
     try:
@@ -79,7 +80,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def write_sql(options: argparse.Namespace) -> Counts:
-    """Training and validation rows of both collections."""
+    """Write training and validation rows of both collections."""
     counts: Counts = {}
     for name in TEXT_TO_SQL:
         for split in ("train", "validation"):
@@ -100,11 +101,11 @@ def write_sql(options: argparse.Namespace) -> Counts:
 
 
 ASK = "Ask a question about the course database."
-"""What a model is told that is to write questions of its own."""
+"""Prompt of a model that writes questions."""
 
 
 def write_sql_questions(options: argparse.Namespace) -> Counts:
-    """Prompts of Advising: those to train on, and the questions that a model wrote."""
+    """Write the prompts of Advising: the training questions and those that a model wrote."""
     rows = read_rows(options.asked)
     known, unseen = (
         {
@@ -134,7 +135,7 @@ def write_sql_questions(options: argparse.Namespace) -> Counts:
 
 
 def write_gsm8k(options: argparse.Namespace) -> Counts:
-    """Training rows (originals and variants), the kept-aside problems and the second test set."""
+    """Write training rows (originals, variants), problems kept aside, and the second test set."""
     problems = [
         Variant(question=row["question"], answer=row["answer"])
         for _, row in read_split("gsm8k", "train", options.data)
@@ -177,7 +178,7 @@ def write_gsm8k(options: argparse.Namespace) -> Counts:
 
 
 def _made(seed: int, problem: Variant) -> tuple[Made, int]:
-    """A problem's variants, and how many of them the checker finds fault with."""
+    """Return a problem's variants, and the number of them in which the checker finds faults."""
     made = Collection(problems=(), seed=seed).make(problem)
     original = Variant(question=problem.question, answer=annotate(problem.answer))
     return made, sum(bool(find_faults(original, variant)) for variant in made.training)
@@ -191,7 +192,7 @@ def _grade_school_row(problem: Variant) -> Row:
 
 
 def write_chat_prompts(options: argparse.Namespace) -> Counts:
-    """What the model goes on from to write users' turns: a row to be answered many times."""
+    """Write the prompt from which a model samples users' turns, as one row."""
     from d2f.text import Tokenizer
 
     opening = chat_turns.opening_of_user_turn(Tokenizer.load(options.model))
@@ -203,7 +204,7 @@ def write_chat_prompts(options: argparse.Namespace) -> Counts:
 
 
 def write_chat_turns(options: argparse.Namespace) -> Counts:
-    """The turns that are fit to be asked, in two files: to train on and held out."""
+    """Write the turns that pass the filter, in two files: to train on and held out."""
     rows = read_rows(options.turns)
     kept, dropped = chat_turns.filter_turns(rows, column=options.column)
     train, held_out = chat_turns.split_turns(kept, num_held_out=options.held_out, seed=options.seed)
@@ -217,7 +218,7 @@ def write_chat_turns(options: argparse.Namespace) -> Counts:
 
 
 def write_chat_next(options: argparse.Namespace) -> Counts:
-    """What the model goes on from to write what the user says to its answers."""
+    """Write the prompts from which a model samples the user's reply to each of its answers."""
     from d2f.text import Tokenizer
 
     tokenizer = Tokenizer.load(options.model)
@@ -237,7 +238,7 @@ def write_chat_next(options: argparse.Namespace) -> Counts:
 
 
 def write_chat_next_turns(options: argparse.Namespace) -> Counts:
-    """Conversations that end with a user's second turn which is fit to be asked."""
+    """Write conversations that end with a user's second turn which passes the filter."""
     dropped: Counter[str] = Counter()
     conversations: list[Row] = []
     for row in read_rows(options.turns):
@@ -252,7 +253,7 @@ def write_chat_next_turns(options: argparse.Namespace) -> Counts:
 
 
 def write_own(options: argparse.Namespace) -> Counts:
-    """A model's answers that came to an end, as conversations to train on."""
+    """Write a model's finished answers as training rows."""
     rows = [row for file in options.answers for row in read_rows(file)]
     kept = ended = [row for row in rows if _ended(row)]
     if options.no_circles:
@@ -278,7 +279,7 @@ def _ended(row: Row) -> bool:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 

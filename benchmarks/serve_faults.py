@@ -1,10 +1,10 @@
-"""Do to a `d2f serve` what nobody should, and see what holds.
+"""Test how `d2f serve` stands clients that vanish, broken requests and a stop under load.
 
     python benchmarks/serve_faults.py
 
-Starts a server of its own with the shipped model, kills 200 clients in mid-stream, sends 1,000
-requests that are broken in some way, and ends the server by SIGTERM under load. Takes two minutes;
-exits with 1 if something did not hold.
+The script starts a server with the shipped model, kills 200 clients in mid-stream, sends 1,000
+broken requests, and stops the server by SIGTERM under load. It takes two minutes and exits with 1
+if a check failed.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ NUM_BROKEN = 1000
 NUM_CLIENTS = 24
 MAX_TOKENS = 160
 LONGEST_SECONDS = 3.0
-"""Until a client is killed, at most."""
+"""Most seconds until a client is killed."""
 SETTLE_SECONDS = 20.0
 MOST_STEPS = 2
-"""Until the pages of killed clients are free: the one that runs, and one that the word of the last
-client's end just missed."""
+"""Most steps until the pages of killed clients are free: the running one, and one that had begun
+when the last client's end was noticed."""
 REQUEST_SECONDS = 30.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SECRETS = (b"Traceback", b'File "', b"site-packages", b"src/d2f")
-"""What no answer to a stranger may say."""
+"""Texts that no answer may contain."""
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 0.5, 1e400, -1e400, 10**30, "", "x", "\x00", "\ud800", "a" * 5000,
     [], [[]], [None], [-1], [10**9], [1.5], ["a", 1], [[1], "a"], [True], {}, {"a": {}},
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 Check = tuple[bool, str]
-"""Whether it held, and what."""
+"""Whether a check passed, and its description."""
 
 
 def answers_still_right(target: Target, pool: Sequence[Expected], after: str) -> list[Check]:
@@ -80,7 +80,7 @@ def answers_still_right(target: Target, pool: Sequence[Expected], after: str) ->
 
 
 def post(target: Target, body: Any, path: str = COMPLETIONS, **headers: str) -> bytes:
-    """A request in bytes; a body of bytes goes as it is."""
+    """Return a request in bytes; a body of bytes is sent unchanged."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {
         "Host": urlsplit(target.url).netloc,
@@ -166,7 +166,7 @@ async def settled(target: Target) -> ServerReading:
 
 
 def by_hand(target: Target) -> list[bytes]:
-    """Requests that no generator would think of; each must be refused with a 4xx."""
+    """Send requests written by hand, each of which must be refused with a 4xx."""
     good = {"model": target.model, "prompt": "1+1?", "max_tokens": 2}
     message = {"role": "user", "content": "1+1?"}
     host = urlsplit(target.url).netloc
@@ -214,7 +214,7 @@ def by_hand(target: Target) -> list[bytes]:
 
 
 def mutated(target: Target, draw: random.Random) -> bytes:
-    """A good request with one to three fields that may be anything; by luck it may stay good."""
+    """Return a valid request with one to three random fields; by chance it may stay valid."""
     if draw.random() < 0.5:
         path, body = COMPLETIONS, dict[str, Any](prompt="1+1?")
     else:
@@ -262,7 +262,7 @@ async def send_broken(target: Target) -> list[Check]:
 async def stop_under_load(
     target: Target, pool: Sequence[Expected], server: ServerProcess
 ) -> list[Check]:
-    """SIGTERM while streamed and whole answers are under way."""
+    """Send SIGTERM while streamed and whole answers are in progress."""
     host, port = address(target)
     start = time.perf_counter()
     loads = {

@@ -1,11 +1,12 @@
-"""Score base, teacher and student on held-out problems; search the settings of the last two.
+"""Score the shipped models on held-out problems; search settings of teacher and student.
 
     python benchmarks/shipped_models.py --output results.json
     python benchmarks/shipped_models.py --search --models runs --output search.json
 
-Settings are searched on the validation split, the table is made on the test split, with the policy
+Settings are searched on the validation split. The table is made on the test split, with the policy
 that the student carries. The splits share no problem structure with the training data or with each
-other. Made for a GPU: on two CPU cores the table takes hours, unless --num-problems is small.
+other. The script is made for a GPU; on two CPU cores the table takes hours unless --num-problems is
+small.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Scorer:
 
 
 def search(scorer: Scorer, models: Sequence[str], block_sizes: Sequence[int]) -> dict[str, Any]:
-    """Every setting of a stated grid on the validation problems."""
+    """Score every setting of the grid on the validation problems."""
     rows: list[dict[str, Any]] = []
     if "teacher" in models:
         for length in (8, 16, 32):
@@ -149,7 +150,7 @@ def table(scorer: Scorer, models: Sequence[str], block_length: int) -> dict[str,
         }
     return {
         "vanilla_block_length": block_length,
-        # One digit a problem, so that rows of several runs can be paired.
+        # One digit for each problem, so that rows of several runs can be paired.
         "rows": [
             row.summary() | {"correct": "".join(str(int(right)) for right in row.correct)}
             for row in rows.values()

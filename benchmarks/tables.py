@@ -1,4 +1,4 @@
-"""Recipes of `d2f eval` that a benchmark writes, and the jobs that run them."""
+"""Write recipes of `d2f eval` for a benchmark, and the jobs that run them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Row = dict[str, Any]
 STUDENTS = {"autoregressive": "autoregressive", "serial": "student", "pipelined": "student"}
 """The model that a method decodes with, where that is not the teacher."""
 ALLOWANCE = 0.005
-"""A setting qualifies when it scores at most half a point below its method's best; of those that
-do, the fastest is taken. Where the grid took no times, that is the one of most tokens per forward,
-of equals the one that computes least."""
+"""A setting qualifies if it scores at most half a point below its method's best. Of these settings
+the fastest is taken; if the grid measured no times, the one of most tokens per forward, and of
+equal ones the one that computes least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Where recipes and results go, and what all recipes have in common."""
+    """The folders of recipes and results, and the settings that all recipes share."""
 
     output: Path
     score_batch: int
-    """Problems that are answered together for a score."""
+    """Number of problems that are answered together for a score."""
     speed_problems: int
-    """Problems that are answered one by one for a speed."""
+    """Number of problems that are answered one by one for a speed."""
     eval_args: Sequence[str] = ()
-    """More for `d2f eval`."""
+    """Further arguments of `d2f eval`."""
 
     def row(self, method: str, name: str, setting: Row) -> Row:
         """One method with one setting."""
@@ -57,14 +57,14 @@ class Tables:
         score: int | None = None,
         speed: bool = False,
     ) -> Row:
-        """A recipe: what the task says, the models that the rows name, and what is measured.
+        """Return a recipe as a table.
 
         Args:
             task: The top level of the recipe.
-            models: By name.
-            rows: What `row` makes.
-            score: Problems that a score counts; None: no scores.
-            speed: Measure speeds.
+            models: The models by the names that rows use.
+            rows: Rows made by `row`.
+            score: Number of problems for a score; None: no scores.
+            speed: Whether to measure speeds.
         """
         used = {row["model"] for row in rows}
         table = {
@@ -84,15 +84,15 @@ class Tables:
         return table
 
     def done(self, name: str) -> Path:
-        """Exists when the job of this name is done."""
+        """Return the file that exists once the job with a name is done."""
         return self.output / "done" / name
 
     def folder(self, name: str, part: str) -> Path:
-        """Where an evaluation's results go."""
+        """Return the folder of an evaluation's results."""
         return self.output / ("grid" if part == "grid" else "measure") / name
 
     def grid_summary(self, name: str, method: str, index: int) -> Path:
-        """What a setting of a method came to, in the grid of this name's problems."""
+        """Return the summary of a method's setting in a grid."""
         folder = self.folder(f"grid-{name}-{method}", "grid")
         return folder / f"{method}-{index}" / "summary.json"
 
@@ -104,14 +104,14 @@ class Tables:
         needs: tuple[Path, ...] = (),
         cores: int | None = None,
     ) -> Job:
-        """The job that writes a recipe when its turn comes, and runs it.
+        """Return the job that writes a recipe and then runs it.
 
         Args:
-            name: Of the recipe.
+            name: The name of the recipe.
             part: grid, score or speed; grids have a folder of their own.
-            build: Makes the recipe, from what earlier jobs found.
-            needs: Files that must be there.
-            cores: Measure on so many cores of the processor.
+            build: Makes the recipe when the job starts, from the results of earlier jobs.
+            needs: Files that must exist before the job starts.
+            cores: Number of CPU cores to measure on; None: a GPU.
         """
         path = self.output / "recipes" / f"{name}.toml"
 
@@ -132,7 +132,7 @@ class Tables:
         )
 
     def report(self) -> Job:
-        """The job that writes the report, anew each time."""
+        """Return the job that writes the report; it runs every time."""
         made = self.done("report")
         made.unlink(missing_ok=True)
         command = ("benchmarks/paper_report.py", str(self.output / "measure"))
@@ -140,12 +140,13 @@ class Tables:
 
 
 def best(summaries: Iterable[tuple[Path, Row]], where: str, *, floor: float | None = None) -> Row:
-    """The setting to measure with, and a note of how it was chosen.
+    """Return the setting to measure with, and a note of how it was chosen.
 
     Args:
-        summaries: The summary.json of each setting that was tried, and the setting.
-        where: Which problems they were tried on.
-        floor: A score that is enough, so that more is not paid for with speed; None: the best.
+        summaries: The summary.json of each tried setting, and the setting.
+        where: The problems on which the settings were tried, as the note names them.
+        floor: A score that is enough; faster settings above it win over better ones. None: the
+            best score less `ALLOWANCE` is needed.
     """
     results = [(json.loads(path.read_text()), setting) for path, setting in summaries]
     top = max(result["score"]["score"] for result, _ in results)
@@ -167,12 +168,12 @@ def _swiftness(result: Row) -> tuple[float, ...]:
 
 
 def without_speed(build: Callable[[], Row]) -> Row:
-    """The recipe without what it says of speeds."""
+    """Return the recipe without its settings for speeds."""
     return {key: value for key, value in build().items() if key != "speed"}
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """A recipe's text: plain values first, then its tables."""
+    """Return a recipe's text: plain values first, then its tables."""
     lines = [f"{key} = {_value(v)}" for key, v in table.items() if key not in ("models", "rows")]
     lines = [line for line in lines if line]
     for name, model in table["models"].items():

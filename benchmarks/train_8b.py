@@ -1,16 +1,16 @@
-"""Measure the distillation at 8B against its bars; every measure is a process of its own.
+"""Measure the distillation at 8B against its bars, each measurement in its own process.
 
     python benchmarks/train_8b.py --output benchmarks/reports/DATE-train-GPU
     python benchmarks/train_8b.py --parts parity llada --budget 540 --output OUTPUT
     python benchmarks/train_8b.py --tiny --output /tmp/tiny
 
-Each measure writes a JSON file into OUTPUT; one that is there is not made again, so that a run that
-was cut short goes on with the same command. After each, README.md and train.png are written anew
-from all that is there. With --budget no measure is started that would exceed so many seconds.
-Made for GPUs with 80 GB (a larger one is limited to that where the bar is about 80 GB); two are
-needed for the parts two and full, and are left out where there is one. --tiny runs all of it at toy
-sizes on a CPU. To use a second GPU meanwhile, start the script twice with the same OUTPUT, other
---parts and CUDA_VISIBLE_DEVICES.
+Each measurement writes a JSON file into OUTPUT and is skipped if that file exists, so the same
+command continues an interrupted run. After each measurement README.md and train.png are written
+anew from all files. With --budget no measurement starts that would exceed so many seconds. The
+script is made for GPUs with 80 GB (the memory of a larger one is limited to that where a bar is
+about 80 GB). The parts `two` and `full` need two GPUs and are left out on one. --tiny runs
+everything at toy sizes on a CPU. To use a second GPU at the same time, start the script twice with
+the same OUTPUT and different --parts and CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from train_8b_report import write_report
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"llada": "llada-8b", "dream": "dream-7b"}
 EIGHTY_GB = ("--memory-limit", "78")
-"""GiB that tensors may take, so that what they measure fits into a GPU of 80 GB."""
+"""Limit in GiB for tensors, so that a measured run would fit into a GPU of 80 GB."""
 PARTS = ("parity", "llada", "dream", "repeat", "two", "full", "small")
 D2F = (sys.executable, "-m", "d2f")
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -39,24 +39,24 @@ TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One measure."""
+    """A measurement and its command."""
 
     name: str
-    """Its result is OUTPUT/name.json."""
+    """Name of the measurement, whose result is OUTPUT/name.json."""
     parts: tuple[str, ...]
-    """It is run if one of them is asked for."""
+    """Parts that the measurement belongs to; it runs if one of them is selected."""
     command: tuple[str, ...]
     seconds: int
-    """Estimate on an H100 or H200, compiling included."""
+    """Estimated seconds on an H100 or H200, compiling included."""
     gpus: int = 1
     cpu: bool = True
     """Whether it can run on a CPU."""
     needs: str | None = None
-    """Name of the job whose result it reads."""
+    """Name of the job whose result this one reads."""
 
     @property
     def limit(self) -> int:
-        """Seconds after which it is ended."""
+        """Seconds after which the measurement is ended."""
         return 2 * self.seconds + 60
 
 
@@ -64,7 +64,7 @@ class Job:
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
-    """All measures, the most important first."""
+    """Return all measurements, the most important first."""
     out, tiny = options.output, options.tiny
     parity = (sys.executable, "benchmarks/train_parity.py", "--output", str(out / "parity.json"))
     jobs = [
@@ -110,7 +110,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def importance(job: Job) -> int:
-    """LLaDA before Dream, the largest micro-batches last."""
+    """Return the rank of a job: LLaDA before Dream, the largest micro-batches last."""
     return (job.name != "parity") + job.name.startswith("dream") + 2 * job.name.endswith("max")
 
 
@@ -121,7 +121,7 @@ def train_command(
     *more: str,
     program: tuple[str, ...] = D2F,
 ) -> tuple[str, ...]:
-    """`d2f bench train` of a shape, or of its tiny stand-in."""
+    """Return the command `d2f bench train` for a shape, or for its tiny stand-in."""
     model: tuple[str, ...] = ("--shape", shape)
     if options.tiny:
         model = (
@@ -135,14 +135,14 @@ def train_command(
 
 
 def two_jobs(options: argparse.Namespace) -> list[Job]:
-    """Two GPUs against one, and a full fine-tuning."""
+    """Return the jobs on two GPUs: against one GPU, and a full fine-tuning."""
 
     def job(name: str, part: str, seconds: int, gpus: int, *more: str) -> Job:
         program = D2F if gpus == 1 else (*TWO, "-m", "d2f")
         command = train_command(options, "llada-8b", name, *more, program=program)
         return Job(name=name, parts=(part,), command=command, seconds=seconds, gpus=gpus)
 
-    # What it costs to gather weights does not grow with the micro-batch.
+    # The cost of gathering weights does not grow with the micro-batch.
     sizes = ("--micro-batch", "4,16")
     whole = ("--full", "--sharding", "full", "--micro-batch", "1", "--checkpointing", "yes")
     return [
@@ -154,7 +154,7 @@ def two_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def small_jobs(options: argparse.Namespace) -> list[Job]:
-    """The shipped student's recipe with the loss in chunks, scored beside the shipped one."""
+    """Return the jobs that train a student with the loss in chunks and score it."""
     out, tiny = options.output, options.tiny
     settings = {
         "model.init": '"src/d2f/shipped/teacher"',
@@ -199,7 +199,7 @@ def small_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def run_jobs(jobs: list[Job], options: argparse.Namespace, gpus: int) -> None:
-    """One after the other; one that fails stops nothing but what needs it."""
+    """Run the jobs one after the other; a failed one stops only those that need it."""
     start = time.monotonic()
     for number, job in enumerate(jobs, 1):
         head = f"[{number}/{len(jobs)}] {job.name}"
@@ -217,7 +217,7 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, gpus: int) -> None:
 
 
 def report(output: Path) -> None:
-    """Write README.md and train.png; what is wrong with a result must not stop the next measure."""
+    """Write README.md and train.png; an error here must not stop the next measurement."""
     try:
         write_report(output)
     except Exception as error:
@@ -225,7 +225,7 @@ def report(output: Path) -> None:
 
 
 def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> str | None:
-    """Why a job is not run now."""
+    """Return the reason not to run a job now; None if it runs."""
     if is_done(options.output / f"{job.name}.json"):
         return "there already"
     if job.needs is not None and not is_done(options.output / f"{job.needs}.json"):
@@ -240,7 +240,7 @@ def why_not(job: Job, options: argparse.Namespace, gpus: int, left: float) -> st
 
 
 def is_done(file: Path) -> bool:
-    """Whether a result is there, whole, and not of a measure that was cut short."""
+    """Return whether a result exists and is of a complete measurement."""
     try:
         return json.loads(file.read_text()).get("complete", True)
     except (FileNotFoundError, json.JSONDecodeError):
@@ -248,7 +248,7 @@ def is_done(file: Path) -> bool:
 
 
 def run_job(job: Job, output: Path, seconds: float) -> str:
-    """Run it, its output in a log beside; a word on how it ended."""
+    """Run a job with its output in a log file; return how it ended."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")])
@@ -256,7 +256,7 @@ def run_job(job: Job, output: Path, seconds: float) -> str:
     log = output / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if job.name == "small_train":
-        # What a run cut short has left cannot be told from a whole one in the time that is left.
+        # The folder of an interrupted run would look complete, so it is removed first.
         shutil.rmtree(output / "small", ignore_errors=True)
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -277,7 +277,7 @@ def run_job(job: Job, output: Path, seconds: float) -> str:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Stop a job with all that it has started, and give its memory time to be free."""
+    """Stop a job and its child processes, and wait until its memory is free."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -288,7 +288,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def keep_small(output: Path) -> None:
-    """Where the scoring looks for the model, and the summary as the job's result."""
+    """Link the model to where the scoring expects it, and copy the summary as the result."""
     run = output / "small" / "student"
     models = output / "small" / "models"
     models.mkdir()

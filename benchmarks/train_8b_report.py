@@ -1,4 +1,4 @@
-"""README.md and train.png of what `train_8b.py` measured."""
+"""Write README.md and train.png from the measurements of `train_8b.py`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TRAININGS = (
     "two_one", "two_ddp", "two_fsdp", "full",
 )  # fmt: skip
 FALLEN = 0.5
-"""The loss on the repeated batch counts as fallen at so much of its first value."""
+"""Share of its first value below which the loss on the repeated batch counts as fallen."""
 
 
 def write_report(folder: Path) -> None:
-    """Write README.md and, with matplotlib, train.png, of all results in a folder."""
+    """Write README.md and, if matplotlib is installed, train.png from all results in a folder."""
     results: Results = {}
     for file in sorted(folder.glob("*.json")):
         results[file.stem] = json.loads(file.read_text())
@@ -102,7 +102,7 @@ def row(
     form: str,
     most: bool = False,
 ) -> str:
-    """A row of the table; `most`: less is better."""
+    """Return a row of the table; `most`: smaller values are better."""
 
     def meets(limit: float | None) -> bool:
         return limit is not None and (value <= limit if most else value >= limit)
@@ -129,13 +129,13 @@ def best_row(results: Results, name: str) -> dict[str, Any] | None:
 
 
 def speeds(results: Results, name: str) -> dict[int, float]:
-    """Tokens per second by micro-batch."""
+    """Return tokens per second by micro-batch."""
     rows = results.get(name, {}).get("rows", [])
     return {r["micro_batch"]: r["tokens_per_second"] for r in rows if r["fits"]}
 
 
 def largest_of(results: Results, short: str, recomputes: bool) -> int | None:
-    """What the search has found, or at least what was measured."""
+    """Return the largest micro-batch that the search found, or else the largest measured."""
     found = [*results.get(f"{short}_max", {}).get("largest_micro_batch", [])]
     found += rows_of(results, short)
     sizes = (r["micro_batch"] for r in found if r["checkpointing"] == recomputes)
@@ -143,7 +143,7 @@ def largest_of(results: Results, short: str, recomputes: bool) -> int | None:
 
 
 def score_gap(results: Results) -> tuple[float, float] | None:
-    """Difference of the scores of the same problems, and its standard error."""
+    """Return the difference of both scores on the same problems, and its standard error."""
     if not {"small_score", "small_shipped"} <= results.keys():
         return None
     new, old = (
@@ -160,7 +160,7 @@ def score_gap(results: Results) -> tuple[float, float] | None:
 
 
 def trainings(results: Results) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, report and row of all measured steps."""
+    """Return name, report and row of all measured steps."""
     for name in TRAININGS:
         for found in results.get(name, {}).get("rows", []):
             yield name, results[name], found
@@ -203,7 +203,7 @@ def costs(results: Results) -> Iterator[str]:
 
 
 def is_compiled(report: dict[str, Any]) -> bool:
-    """Whether the models were, which nobody does on a CPU."""
+    """Return whether the models were compiled, as they are on a GPU only."""
     return report["settings"]["compiled"] and report["environment"]["device"].startswith("cuda")
 
 
@@ -304,7 +304,7 @@ def gib(num_bytes: int | None) -> str:
 
 
 def draw(results: Results, file: Path) -> bool:
-    """Bars of the phases per token, and of memory; False without matplotlib or results."""
+    """Draw bars of phases per token and of memory; False without matplotlib or results."""
     found = [(n, report, r) for n, report, r in trainings(results) if r["fits"]]
     if not found:
         return False

@@ -1,10 +1,11 @@
-"""Compare the fast paths of training with the plain ones, where they run: on a GPU, in bf16.
+"""Compare the fast paths of training with the plain ones on a GPU in bf16.
 
     python benchmarks/train_parity.py --output parity.json
 
-Attention in tiles against a dense mask, the chunked loss against that of whole logits, a compiled
-step against one that is not. Both of a pair are held against the same in fp32, so that a row says
-how far each is from the truth. `--tiny` runs it on a CPU, where nothing is compiled.
+It compares attention in tiles with a dense mask, the chunked loss with that of whole logits, and a
+compiled step with a plain one. Both results of a pair are compared with the same computation in
+fp32, so a row tells the error of each. `--tiny` runs the script on a CPU, where nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ TINY_ATTENTION = (("tiny", 4, 2, 16, 70),)
 LOSS = (("llada-8b", 512, 4096, 126464), ("dream-7b", 512, 3584, 152064))
 TINY_LOSS = (("tiny", 20, 16, 96),)
 MOST = 2.0
-"""The fast path may be so many times further from fp32 than the plain one, plus the smallest."""
+"""Largest allowed ratio of the fast path's error to the plain one's (plus the smallest error)."""
 LEAST = 1e-5
 MOST_GAP = 0.02
-"""Most relative difference of the losses of some updates, compiled and not."""
+"""Largest allowed relative difference between compiled and plain losses of some updates."""
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
-    """Norm of the difference / norm of the truth, in fp32."""
+    """Return the norm of the difference over the norm of the truth, in fp32."""
     gap = (found.float() - truth.float()).norm() / truth.float().norm().clamp_min(1e-30)
     return float(gap)
 
 
 def with_gradients(work: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of its product with a fixed random tensor.
+    """Return the output and the gradients of its product with a fixed random tensor.
 
-    On a CPU, where attention in tiles has no backward pass, the output alone.
+    On a CPU the result is the output alone, since attention in tiles has no backward pass there.
     """
     if inputs[0].device.type == "cpu":
         return [work(*inputs)]
@@ -91,7 +92,7 @@ def compare_attention(device: str, dtype: torch.dtype, sizes: Any) -> list[dict[
             heads // kv_heads,
         )
         tiles = tiled_mask(blocks_BL)
-        # As the training compiles it: without dynamic, the second sizes would get another kernel.
+        # Compiled as in training; without `dynamic` the second size would get another kernel.
         tiled = tiled_attention
         if device != "cpu":
             tiled = torch.compile(tiled_attention, dynamic=False)
@@ -156,7 +157,7 @@ def whole(
 
 
 def compare_steps(device: str, tiny: Path | None) -> list[dict[str, Any]]:
-    """The losses of some updates, compiled and not."""
+    """Return the losses of some updates, compiled and plain."""
     rows = []
     for shape in ("llada-8b", "dream-7b"):
         losses = []
@@ -169,7 +170,7 @@ def compare_steps(device: str, tiny: Path | None) -> list[dict[str, Any]]:
             )  # fmt: skip
             with setup.bench(1, False) as bench:
                 losses.append(torch.tensor(bench.repeat(5)))
-        # No truth in fp32 here: weights drawn in another type are other weights.
+        # There is no fp32 truth here: weights drawn in another type are other weights.
         gap = relative(*losses)
         print(f"{f'5 updates of {shape}, 2 layers':45s} compiled - not {gap:.2e}", file=sys.stderr)
         row = {"name": f"5 updates of {shape}, 2 layers", "of": "losses", "difference": gap}

@@ -1,4 +1,4 @@
-"""The command line's way in: `d2f`, and `python -m d2f` where that script is not on the path."""
+"""Entry point of the command line: the script `d2f` and `python -m d2f` both call `main`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, whose modules take a moment to load."""
+    """Run the command line; Ctrl-C while its modules load ends the process with one line."""
     try:
         from d2f.cli.main import main as run
     except KeyboardInterrupt:

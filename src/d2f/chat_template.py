@@ -1,7 +1,7 @@
-"""A conversation as one text: the jinja template of a checkpoint, filled in as transformers 5 does.
+"""Chat templates: turn a conversation into one text, as transformers 5 does.
 
-The template comes from whoever published the checkpoint, so it runs in a sandbox and sees plain
-values alone.
+The jinja template comes from whoever published the checkpoint, so it runs in jinja's sandbox and
+is given only plain values (texts, numbers, lists, tables).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from d2f.errors import CheckpointError, RequestError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# Names that a message's thoughts go by; templates read the first, or in gpt-oss' case the second.
+# Keys under which messages carry reasoning. Templates read the first, that of gpt-oss the second.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template that a folder's files give for chats without tools, if they give one.
+    """Return a folder's chat template for chats without tools; None if it has none.
 
-    Files of templates come before what tokenizer_config.json says; of several the one of the name
-    `default` is meant.
+    Template files win over the entry of tokenizer_config.json. Where there are several templates,
+    the one named `default` is taken.
 
     Raises:
-        CheckpointError: A file cannot be read.
+        CheckpointError: A template file cannot be read.
     """
     files = {"default": folder / "chat_template.jinja"}
     files |= {f.stem: f for f in (folder / "additional_chat_templates").glob("*.jinja")}
@@ -48,10 +48,10 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def check_chat_template(template: str) -> None:
-    """Refuse a template that is no jinja.
+    """Refuse a template that jinja cannot parse.
 
     Raises:
-        CheckpointError: It is broken.
+        CheckpointError: The template is broken.
 
     Example:
         >>> check_chat_template("{% if %}")
@@ -70,16 +70,17 @@ def render_chat(
     *,
     open_answer: bool = True,
 ) -> str:
-    """The text of a conversation, up to where the assistant's next message begins.
+    """Return the text of a conversation, by default up to where the next answer begins.
 
     Args:
-        template: In jinja.
-        messages: At least one; their values are those of JSON.
-        special: Special tokens that the template may name.
-        open_answer: End with what begins the assistant's next message (`add_generation_prompt`).
+        template: The template's source, in jinja.
+        messages: One message or more, each a table of JSON values.
+        special: Special tokens by the names that the template may use, such as `bos_token`.
+        open_answer: Whether the text ends with the header of the assistant's next message
+            (`add_generation_prompt`).
 
     Raises:
-        RequestError: The template refuses the messages or fails on them, or there are none.
+        RequestError: There are no messages, or the template refuses them or fails on them.
         CheckpointError: The template is broken.
 
     Example:
@@ -105,7 +106,7 @@ def render_chat(
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: without what is None, with its thoughts by each name."""
+    """Return a message as templates expect it: no None values, reasoning under each known key."""
     plain = {name: _plain(value) for name, value in message.items() if value is not None}
     thoughts = next((plain[name] for name in _THOUGHTS if name in plain), None)
     if thoughts is None:
@@ -114,7 +115,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value without methods of its own, which the sandbox would not know to be harmless."""
+    """Convert a value to built-in types, since the sandbox cannot judge methods of others."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Mapping):
@@ -129,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Template:
-    """A template made ready once: that takes longer than to fill it in."""
+    """Compile a template, once: compiling takes longer than rendering."""
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -138,12 +139,12 @@ def _compiled(template: str) -> Template:
         raise CheckpointError(
             f"the chat template is broken: {error.message} (line {error.lineno})"
         ) from None
-    except Exception as error:  # of Python, for what jinja made of the template
+    except Exception as error:  # jinja compiles to Python, which can fail in other ways
         raise CheckpointError(f"the chat template is broken: {error}") from None
 
 
 def _environment() -> Any:
-    # Imported here: most uses of ids need no template.
+    # Imported here: most uses of the package need no template.
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -151,14 +152,14 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant wrote, for training; the text stays."""
+        """Accept `{% generation %}`, which marks an assistant's text for training, and keep it."""
 
-        tags = {"generation"}  # noqa: RUF012 - so does the base class
+        tags = {"generation"}  # noqa: RUF012 - the base class does the same
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A block that is called has names of its own: what is set in it ends with it.
+            # A call block has a scope of its own, as in transformers: names set in it end with it.
             return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
         def _text(self, caller: Any) -> Any:
@@ -169,9 +170,9 @@ def _environment() -> Any:
             raise SecurityError(f"the template's namespace has the private name {name!r}")
 
     class Names(Namespace):
-        """`namespace(…)` for names that do not begin with an underscore."""
+        """Provide `namespace(…)`, and refuse names that begin with an underscore."""
 
-        def __init__(*args: Any, **names: Any) -> None:  # so that a name may be `self`
+        def __init__(*args: Any, **names: Any) -> None:  # no `self`: a template may use the name
             own, *pairs = args
             values = dict(*pairs, **names)
             for name in values:

@@ -33,7 +33,7 @@ class CheckpointError(D2FError):
 
 
 class D2FWarning(UserWarning):
-    """Something works, but perhaps not as it was meant; the command line prints it as one line."""
+    """A setting works, but perhaps not as intended; the command line prints one line."""
 
 
 class TrainingError(D2FError):
@@ -41,7 +41,7 @@ class TrainingError(D2FError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Word the refusal of an unknown name, with the nearest known one.
+    """Return the message that refuses an unknown name and suggests the nearest known one.
 
     Example:
         >>> unknown_name("strategy", "pipelind", ["pipelined", "serial"])
@@ -54,12 +54,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def counted(number: float, thing: str, form: str = "") -> str:
-    """Word a number of things.
+    """Return a number with its noun, which is in the plural unless the number is 1.
 
     Args:
-        number: How many.
-        thing: One of them.
-        form: How the number is written, as `format` takes it.
+        number: The number.
+        thing: The noun in the singular.
+        form: Format specification of the number, as `format` takes it.
 
     Example:
         >>> counted(1, "forward"), counted(1200, "token", ","), counted(2, "process")

@@ -1,4 +1,7 @@
-"""Find the folder of a model, an adapter or a tokenizer: local, shipped, of the hub, of a GGUF."""
+"""Find the folder of a model, an adapter or a tokenizer, whatever the name stands for.
+
+The name may be a local path, a hub id, a shipped model (`shipped:student`) or a GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a text has the form of a hub id, `owner/name`."""
+    """Return whether a text has the form of a hub id, `owner/name`."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a home in place of `~`; as it is where no such user is here, as shells do.
+    """Return the path with `~` replaced by the home folder; unchanged if the user is unknown.
 
     Example:
         >>> str(expanded("~no.such.user/model"))
@@ -30,16 +33,16 @@ def expanded(path: str | Path) -> Path:
 
 
 def resolve_folder(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """The local folder that a path, a hub id `owner/name` or a name `shipped:student` stands for.
+    """Return the local folder that a path, a hub id or a name such as `shipped:student` means.
 
-    A GGUF file stands for a folder with the small files that the hub would hold for its model. A
-    folder that exists wins over a hub id of the same name, and over a shipped model. From the
-    hub come configuration, tokenizer and safetensors files (`weights=False`: without the last),
-    never code or pickles.
+    For a GGUF file the result is a folder with the small files that the hub would hold for its
+    model. A folder that exists wins over a hub id of the same name, and over a shipped model. Of a
+    hub repository only configuration, tokenizer and safetensors files are fetched, never code or
+    pickles; with `weights=False` the safetensors files are left out.
 
     Raises:
-        CheckpointError: No such folder, or the hub does not give it (offline, unknown, private);
-            a GGUF file is broken or of a kind that is not supported.
+        CheckpointError: The folder does not exist; the hub does not give it (offline, unknown or
+            private); or a GGUF file is broken or not supported.
 
     Example:
         >>> resolve_folder("/no/such/folder")
@@ -62,12 +65,12 @@ id like owner/name
         raise CheckpointError(
             f"there is no folder '{name}'; give a folder or a hub id like owner/name"
         )
-    # Imported here: it costs a fifth of a second and local folders do not need it.
+    # Imported here: the import takes a fifth of a second, and local folders do not need it.
     from huggingface_hub import snapshot_download
 
     patterns = [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES
     try:
-        # Patterns match across slashes; folders inside a repository hold other formats.
+        # Patterns match across slashes, so subfolders are excluded: they hold other formats.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:  # the client's errors share no base across versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -80,12 +83,12 @@ id like owner/name
 
 
 def _folder_of_file(file: Path) -> Path:
-    """The folder that a file stands for."""
-    # Imported here: other models do not need it.
+    """Return the folder that stands for a GGUF file; refuse any other file."""
+    # Imported here: models in folders do not need it.
     from d2f.gguf.container import is_gguf
     from d2f.gguf.folder import gguf_folder
 
-    if not file.is_file():  # to open a pipe would wait for its writer
+    if not file.is_file():  # opening a pipe would wait for its writer
         raise CheckpointError(f"'{file}' is neither a folder nor a usual file; give one of these")
     if is_gguf(file):
         return gguf_folder(file)

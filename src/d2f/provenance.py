@@ -1,4 +1,4 @@
-"""Which code made a file: versions and the git commit."""
+"""Provenance of a result: the versions and the git commit of the code that made it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _PACKAGE = Path(__file__).parent
 
 
 def describe_code() -> dict[str, Any]:
-    """Versions of d2f, Python and what d2f computes with, and the commit of the source tree.
+    """Return the versions of d2f, Python and the libraries, and the commit of the source tree.
 
-    Outside a git checkout `git_commit` and `git_dirty` are None.
+    `git_commit` and `git_dirty` are None outside a git checkout.
 
     Example:
         >>> describe_code()["d2f"] == __version__
         True
     """
-    # In somebody else's repository (a virtual environment there) the commit would be theirs.
+    # A virtual environment may lie in another project's repository, whose commit is not ours.
     commit = git("rev-parse", "HEAD") if git("ls-files", "__init__.py") else None
     changes = git("status", "--porcelain", "--", str(_PACKAGE)) if commit else None
     return {
@@ -36,7 +36,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str | None:
-    """What git answers in the package's folder; None if it fails or is not there."""
+    """Return git's output in the package's folder; None if git fails or is not installed."""
     command = ["git", "-C", str(_PACKAGE), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

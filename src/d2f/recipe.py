@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The table of a TOML file, with some settings replaced.
+    """Return the table of a TOML file, with some settings replaced.
 
     Args:
-        path: A TOML file; where there is none, the name of a recipe that comes with the package.
-        overrides: As `apply_override` takes them.
+        path: A TOML file or, if no such file exists, the name of a shipped recipe.
+        overrides: Replacements `key=value`, as `apply_override` takes them.
 
     Raises:
-        ConfigError: The file is missing or no TOML, or an override is not of its form.
+        ConfigError: The file is missing or not TOML, or an override is malformed.
 
     Example:
         >>> from tempfile import NamedTemporaryFile
@@ -57,11 +57,16 @@ def _near(path: str | Path) -> str:
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build a config dataclass from a table; `where` starts the message of every error.
+    """Build a config dataclass from a table.
+
+    Args:
+        cls: The dataclass.
+        table: The values; tables in it become nested dataclasses.
+        where: What error messages begin with, such as the name of the file.
 
     Raises:
-        ConfigError: An unknown key (the message names the nearest known one); a missing, wrongly
-            typed or impossible value.
+        ConfigError: A key is unknown (the message names the nearest known one), or a value is
+            missing, has the wrong type or is out of range.
     """
     assert is_dataclass(cls)
     known = {field.name: field for field in fields(cls)}
@@ -112,7 +117,7 @@ def _convert(value: Any, hint: Any, where: str, name: str) -> Any:
 
 
 def _refuse_dates(value: Any, where: str, name: str) -> None:
-    """Of a table with free keys: TOML has dates and times, result files have none."""
+    """Refuse a date or time in a table with free keys: result files, in JSON, have none."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_dates(item, where, f"{name}.{key}")
@@ -149,7 +154,7 @@ def apply_override(table: dict[str, Any], text: str) -> None:
     In a list of tables with names, the name leads to a table: `rows.serial.temperature=1`.
 
     Raises:
-        ConfigError: The text is not of that form, or leads through something that is no table.
+        ConfigError: The text has another form, or a part of the path is not a table.
     """
     key, equals, value_text = text.partition("=")
     if not equals or not key.strip():
@@ -180,6 +185,6 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Raise `ConfigError` for a number that is too small; None passes."""
-    if value is not None and not value >= least:  # nan is refused too
+    """Raise `ConfigError` for a number below `least`; None passes, nan does not."""
+    if value is not None and not value >= least:
         raise ConfigError(f"{name} is {value}; it must be at least {least}")

@@ -1,7 +1,8 @@
-"""Text to token ids and back: the only place in the package where this happens.
+"""The tokenizer: turns text into token ids and back; nothing else in the package does.
 
-Built on `tokenizers` and a sandboxed `jinja2` alone. Nothing of a checkpoint is executed, and the
-import takes a tenth of a second where `transformers` takes several.
+It needs the libraries `tokenizers` and `jinja2` only. No code of a checkpoint is executed (its chat
+template runs in a sandbox), and the import takes a tenth of a second where that of `transformers`
+takes several.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
-    Beginning-of-sequence tokens follow one rule. A prompt, with or without a chat template, starts
-    with exactly one BOS if the template or the text writes it, if tokenizer_config.json says
-    `add_bos_token`, or, where that says nothing, if the tokenizer's own post-processing adds it;
-    otherwise with none. Never with two.
+    One rule decides about the beginning-of-sequence token (BOS). A prompt, with or without a chat
+    template, starts with exactly one BOS in three cases: the template or the text writes one;
+    tokenizer_config.json sets `add_bos_token`; or that file does not mention it and the tokenizer's
+    own post-processing adds one. In all other cases it starts with none.
 
     Example:
         >>> from d2f.testing import write_tokenizer
@@ -52,13 +53,13 @@ class Tokenizer:
         self.pad_token_id = self._id("pad_token")
         self.unk_token_id = self._id("unk_token")
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        # Some files ask for cutting and padding, which is for their trainer to know.
+        # Some files ask for truncation and padding; both are the trainer's decision.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         self._tidies = _tidies(backend, config)
         self.special_tokens = files.hidden
-        """Texts of the tokens that `decode` leaves out unless it is told to show them."""
+        """Texts of the tokens that `decode` leaves out by default."""
         begins = config.get("add_bos_token")
         if begins is None:
             processed = backend.encode("a", add_special_tokens=True).ids
@@ -69,24 +70,25 @@ class Tokenizer:
     def load(cls, path_or_hub_id: str | Path) -> Tokenizer:
         """Load the tokenizer of a model folder, hub id or GGUF file.
 
-        tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream. Tokens
-        that other files add have the ids and flags that transformers 5 gives them.
+        tokenizer.json is read if it exists, else vocab.json and merges.txt (Qwen2 and Dream).
+        Tokens that other files add have the ids and flags that transformers 5 gives them.
 
         Raises:
-            CheckpointError: There is no such folder or no tokenizer in it, or it is broken or of
-                another kind, or a file gives an added token an id that it cannot have.
+            CheckpointError: The folder does not exist or holds no tokenizer; the tokenizer is
+                broken or of an unsupported kind; or a file gives an added token an id that the
+                vocabulary cannot give it.
         """
         folder = resolve_folder(path_or_hub_id, weights=False)
         files = read_tokenizer(folder)
         return cls(files, read_chat_template(folder, files.config))
 
     def with_bos(self, add_bos: bool) -> Tokenizer:
-        """The same tokenizer, whose prompts begin with its BOS, or with none that it adds itself.
+        """Return a copy whose prompts begin with the BOS, or to which no BOS is added.
 
-        A BOS that a chat template writes stays, and there are never two.
+        A BOS that a chat template writes stays, and a prompt never begins with two.
 
         Raises:
-            CheckpointError: A BOS is asked for, and the tokenizer has none.
+            CheckpointError: `add_bos` is true and the tokenizer has no BOS.
 
         Example:
             >>> from d2f.testing import write_tokenizer
@@ -102,18 +104,19 @@ class Tokenizer:
         return changed
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without a BOS or other additions."""
+        """Return the token ids of a text, without BOS and other additions."""
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError):
             raise RequestError("the text is not valid Unicode") from None
 
     def encode_prompt(self, text: str, *, chat: bool | None = None) -> list[int]:
-        """Token ids of a prompt, as one message of the user if the tokenizer has a chat template.
+        """Return the token ids of a prompt, as one user message if there is a chat template.
 
         Args:
             text: The prompt.
-            chat: True demands the template, False leaves it out, None uses it if there is one.
+            chat: True requires the chat template, False does without it, None uses it if the
+                tokenizer has one.
 
         Raises:
             RequestError: `chat` is True and there is no template.
@@ -126,10 +129,11 @@ class Tokenizer:
 
     @functools.cached_property
     def left_out(self) -> tuple[str, ...]:
-        """What the chat template drops from a conversation without a word, found by trying.
+        """Return which parts of a conversation the chat template silently drops.
 
-        Of `system`, a system message, and `history`, all before the user's last message, those
-        that leave the token ids as they are. What a template refuses is not dropped.
+        The parts are `system`, the system message, and `history`, all before the last user message.
+        The template is tried with and without each; a part is dropped if the token ids are the
+        same. A part for which the template raises an error is not listed.
 
         Example:
             >>> from d2f.shipped import shipped_model
@@ -146,17 +150,17 @@ class Tokenizer:
     def _drops(self, given: list[dict[str, str]], question: dict[str, str]) -> bool:
         try:
             return self.encode_chat([*given, question]) == self.encode_chat([question])
-        except RequestError:  # no template, or one that says no
+        except RequestError:  # no template, or the template refuses the messages
             return False
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's next answer begins.
+        """Return the token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
             messages: Mappings with `role` and `content`.
 
         Raises:
-            RequestError: The messages are not of that form, or the template refuses them.
+            RequestError: A message lacks `role` or `content`, or the template refuses the messages.
             CheckpointError: The template is broken.
         """
         if self.chat_template is None:
@@ -167,10 +171,10 @@ class Tokenizer:
         return self._begin(self.encode(render_chat(self.chat_template, messages, self._special)))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Text of a conversation that is over: no answer of the assistant's begins behind it.
+        """Return the text of a whole conversation, without the header of a further answer.
 
         Raises:
-            RequestError: There is no chat template, or it refuses the messages.
+            RequestError: There is no chat template, or the template refuses the messages.
             CheckpointError: The template is broken.
         """
         if self.chat_template is None:
@@ -178,24 +182,24 @@ class Tokenizer:
         return render_chat(self.chat_template, messages, self._special, open_answer=False)
 
     def token_id(self, text: str) -> int | None:
-        """The id of the token that the vocabulary, or an added token, spells like this."""
+        """Return the id of the token (added ones included) with this text; None if none has it."""
         return self._backend.token_to_id(text)
 
     @functools.cached_property
     def added_tokens(self) -> dict[int, str]:
-        """Texts of the tokens that are kept whole wherever they stand in a text, by id."""
+        """Texts of the added tokens by id; encoding never splits them."""
         added = self._backend.get_added_tokens_decoder()
         return {number: token.content for number, token in added.items()}
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids that the tokenizer does not know give nothing."""
+        """Return the text of token ids; ids that the tokenizer does not know add nothing."""
         text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return tidy(text) if self._tidies else text
 
     def decode_after(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text that token ids add behind other text.
+        """Return the text that token ids add when other text stands before them.
 
-        Some tokenizers take the space from a token that a text begins with; here it stays.
+        Some tokenizers remove the space of a text's first token; here that space stays.
 
         Example:
             >>> from tokenizers import Tokenizer as Backend, decoders, models
@@ -213,14 +217,14 @@ class Tokenizer:
         return stream.push(ids) + stream.close()
 
     def fingerprint(self) -> str:
-        """A hash of all that decides which ids a text gets, the chat template included."""
+        """Hash of everything that decides which ids a text gets, the chat template included."""
         parts = [self._backend.to_str(), self.chat_template, dict(self._special), self._begins]
         return hashlib.blake2b(
             json.dumps(parts, sort_keys=True).encode(), digest_size=16
         ).hexdigest()
 
     def stream(self, *, skip_special_tokens: bool = True, follows: bool = False) -> TextStream:
-        """A decoder for ids that arrive bit by bit; `follows`: behind other text."""
+        """Return a decoder for ids that arrive piece by piece; `follows`: other text precedes."""
         return TextStream(
             self._backend.decoder,
             self._token_of(skip_special_tokens),
@@ -238,7 +242,7 @@ class Tokenizer:
         return [bos, *ids[start:]] if start or self._begins else ids
 
     def _token_of(self, skip_special_tokens: bool) -> Callable[[int], str | None]:
-        """What finds the token of an id, None for one that is not shown."""
+        """Return a function from an id to its token; it gives None for tokens not shown."""
 
         def shown(token_id: int) -> str | None:
             token = self._backend.id_to_token(token_id)
@@ -252,8 +256,8 @@ class Tokenizer:
 
 
 def _tidies(backend: _Backend, config: Mapping[str, Any]) -> bool:
-    """Whether decoded texts lose spaces before punctuation, as transformers 5 decides it."""
+    """Return whether decoding removes spaces before punctuation, as transformers 5 decides it."""
     wanted = config.get("clean_up_tokenization_spaces", False)
-    # Made for WordPiece; many a BPE's config asks for it and would lose what it wrote.
+    # Meant for WordPiece. The config of many BPE tokenizers asks for it, which would lose spaces.
     forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     return bool(wanted and (forced or type(backend.model).__name__ != "BPE"))

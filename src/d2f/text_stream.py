@@ -1,9 +1,10 @@
-"""Text of a growing list of tokens: pieces that, joined, are the decoded whole.
+"""Incremental decoding: text pieces of a growing list of tokens, which join to the whole text.
 
-A tokenizer's decoder sees all tokens at once, and what it makes of one may depend on others: the
-first loses its space, bytes become characters together, equal neighbours become one. So each kind
-of decoder has a step here that takes tokens as they come, keeps back what a later token may still
-change, and never looks at a token twice. A decoder without such a step gets all tokens at the end.
+A tokenizer's decoder takes all tokens at once, and the text of one may depend on others: the first
+loses its space, several bytes make one character, equal neighbours become one. So each kind of
+decoder has a step here that takes tokens as they come, holds back text that a later token may still
+change, and never looks at a token twice. A decoder for which no step is written gets all its tokens
+at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _HALF = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Each kind of decoder by what a token's text depends on.
+# Kinds of decoders, grouped by what the text of a token depends on.
 _ON_ITSELF = ("Replace", "Strip")
 _ON_BEING_FIRST = ("Metaspace", "WordPiece")
 _TIDYINGS = (
@@ -29,7 +30,7 @@ _TIDYINGS = (
 
 
 def tidy(text: str) -> str:
-    """A decoded text as `clean_up_tokenization_spaces` wants it: no spaces before punctuation.
+    """Remove spaces before punctuation, as `clean_up_tokenization_spaces` does.
 
     Example:
         >>> tidy("do n't , please !")
@@ -41,17 +42,17 @@ def tidy(text: str) -> str:
 
 
 class TextStream:
-    """Text of token ids that arrive bit by bit, never cut inside a character.
+    """Decodes token ids that arrive piece by piece, and never cuts inside a character.
 
-    All that `push` returned and what `close` returns are together what decoding all ids at once
-    gives. A push costs as much as its ids, however long the text is.
+    The texts that `push` and `close` return join to the text of all ids decoded at once. The cost
+    of a push grows with the ids pushed, not with the text before them.
 
     Args:
-        decoder: The tokenizer's, None where it has none.
-        token: The token of an id, None if it is not shown.
+        decoder: The tokenizer's decoder; None if it has none.
+        token: Gives the token of an id; None for tokens that are not shown.
         tidies: Whether the decoded text goes through `tidy`.
-        follows: Whether other text stands before this one, so that no token here is the first,
-            which some decoders take the space from.
+        follows: Whether other text stands before this one. Then no token here is the first one,
+            whose space some decoders remove.
 
     Example:
         >>> from tokenizers.decoders import Metaspace
@@ -69,17 +70,17 @@ class TextStream:
         follows: bool = False,
     ) -> None:
         self._token = token
-        # Other text is a letter, which goes through the steps and is not given out.
+        # A letter stands for the text before: it passes the steps and is not returned.
         self._before = ["a"] if follows else []
         self._num_before = len(_finished(_steps_of(decoder), self._before))
         self._steps = _steps_of(decoder)
         if tidies:
             self._steps += [_Replaced(*tidying) for tidying in _TIDYINGS]
         self._num_halves = 0
-        """Signs for a broken character at the end of the text so far."""
+        """Replacement characters (U+FFFD) at the end of the text so far."""
 
     def push(self, ids: Iterable[int]) -> str:
-        """Add ids and return the text that is certain now."""
+        """Add ids and return the text that later ids can no longer change."""
         pieces = [token for i in ids if (token := self._token(i)) is not None]
         pieces, self._before = [*self._before, *pieces], []
         for step in self._steps:
@@ -93,7 +94,7 @@ class TextStream:
         return ""
 
     def close(self) -> str:
-        """Return what was withheld; nothing may be pushed any more."""
+        """Return the text held back so far; no ids may be pushed after this."""
         rest = _HALF * self._num_halves + self._without_before(_finished(self._steps, []))
         self._steps, self._num_halves = [], 0
         return rest
@@ -105,7 +106,7 @@ class TextStream:
 
 
 class _Step(Protocol):
-    """Takes the tokens of the step before it, or pieces of their text once that is one."""
+    """A stage of decoding: takes pieces (tokens, later texts) and returns those it is sure of."""
 
     def feed(self, pieces: list[str]) -> list[str]: ...
 
@@ -113,7 +114,7 @@ class _Step(Protocol):
 
 
 def _finished(steps: Iterable[_Step], pieces: list[str]) -> str:
-    """What the steps make of these pieces if no others follow."""
+    """Run the last pieces through the steps, and let each step return what it holds."""
     for step in steps:
         pieces = [*step.feed(pieces), *step.end()]
     return "".join(pieces)
@@ -124,7 +125,7 @@ def _steps_of(decoder: Decoder | None) -> list[_Step]:
         return [_Spaced()]
     kinds = _flat(json.loads(decoder.__getstate__()))
     steps: list[_Step] = []
-    joined = False  # whether the steps so far made one text of the tokens
+    joined = False  # whether the steps so far have joined the tokens to one text
     for number, kind in enumerate(kinds):
         if kind["type"] == "Fuse":
             joined = True
@@ -152,7 +153,7 @@ def _decode_of(*kinds: dict[str, Any]) -> Callable[[Sequence[str]], str]:
 
 
 def _token_step(kind: dict[str, Any]) -> _Step | None:
-    """The step for a kind of decoder that gets the tokens one by one."""
+    """Return the step of a decoder that works on single tokens."""
     match kind["type"]:
         case name if name in _ON_ITSELF:
             return _Each(_decode_of(kind))
@@ -170,7 +171,7 @@ def _token_step(kind: dict[str, Any]) -> _Step | None:
 
 
 def _text_step(kind: dict[str, Any]) -> _Step | None:
-    """The step for a kind of decoder that gets the tokens' text as one."""
+    """Return the step of a decoder that works on the joined text of the tokens."""
     if kind["type"] == "Strip" and kind["stop"] == 0:
         return _StrippedStart(kind["content"], kind["start"])
     if kind["type"] == "Replace" and kind["pattern"].get("String"):
@@ -179,7 +180,7 @@ def _text_step(kind: dict[str, Any]) -> _Step | None:
 
 
 class _Spaced:
-    """What stands for a decoder that is missing: tokens with spaces between them."""
+    """Joins tokens with spaces, as the library does for a tokenizer without a decoder."""
 
     def __init__(self) -> None:
         self._between = ""
@@ -196,7 +197,7 @@ class _Spaced:
 
 
 class _Each:
-    """A token's text depends on the token, and perhaps on whether it is the first."""
+    """Decodes each token by itself; the first one may be treated differently."""
 
     def __init__(
         self, decode: Callable[[Sequence[str]], str], *, first_differs: bool = False
@@ -210,7 +211,7 @@ class _Each:
         for token in pieces:
             texts.append(self._decode([*self._before, token]))
             if self._first_differs:
-                self._before = [""]  # has no text itself
+                self._before = [""]  # this token has no text itself
         return texts
 
     def end(self) -> list[str]:
@@ -218,7 +219,7 @@ class _Each:
 
 
 class _LastDiffers:
-    """A token's text depends on whether it is the last."""
+    """Decodes tokens whose text depends on whether the token is the last one."""
 
     def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
         self._decode = decode
@@ -234,7 +235,7 @@ class _LastDiffers:
 
 
 class _Distinct:
-    """A token that equals the one before it has no text; nor do some others, which are gone."""
+    """Drops tokens that equal the one before them, and tokens without text (CTC's padding)."""
 
     def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
         self._decode = decode
@@ -253,7 +254,7 @@ class _Distinct:
 
 
 class _ByteRuns:
-    """Tokens such as `<0x0A>` are bytes; if a run of them is no text, none of its bytes is."""
+    """Decodes runs of byte tokens such as `<0x0A>`; each byte of an invalid run becomes U+FFFD."""
 
     def __init__(self) -> None:
         self._run = bytearray()
@@ -277,7 +278,7 @@ class _ByteRuns:
 
 
 class _ByteLevel:
-    """Each character of a token stands for a byte; what they mean is one text."""
+    """Decodes byte-level BPE: each character of a token stands for a byte of UTF-8 text."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -290,7 +291,7 @@ class _ByteLevel:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others come from 256 on."""
+    """Return GPT-2's alphabet: printable bytes map to themselves, the others from 256 on."""
     own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {
@@ -304,12 +305,12 @@ _BYTES = _byte_characters()
 def _bytes_of(token: str) -> bytes:
     try:
         return bytes(_BYTES[character] for character in token)
-    except KeyError:  # an added token, which is written as it is
+    except KeyError:  # an added token, whose text stands for itself
         return token.encode()
 
 
 class _StrippedStart:
-    """At most so many of one character are missing at the start of the text."""
+    """Removes up to `most` copies of a character from the start of the text."""
 
     def __init__(self, character: str, most: int) -> None:
         self._character, self._left = character, most
@@ -329,7 +330,7 @@ class _StrippedStart:
 
 
 class _Replaced:
-    """A text with another in place of a pattern; what may begin the pattern is kept back."""
+    """Replaces a pattern; holds back an end of the text that may begin the pattern."""
 
     def __init__(self, pattern: str, content: str) -> None:
         self._pattern, self._content = pattern, content
@@ -348,7 +349,7 @@ class _Replaced:
 
 
 class _Held:
-    """All at the end."""
+    """Holds all tokens back and decodes them at the end."""
 
     def __init__(self, decode: Callable[[Sequence[str]], str], *, joined: bool) -> None:
         self._decode = decode
@@ -360,6 +361,6 @@ class _Held:
         return []
 
     def end(self) -> list[str]:
-        if not self._held:  # the library breaks down where it strips the end of nothing
+        if not self._held:  # the library fails when it strips the end of an empty list
             return []
         return [self._decode(["".join(self._held)] if self._joined else self._held)]

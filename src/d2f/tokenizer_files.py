@@ -1,9 +1,9 @@
-"""The files of a tokenizer: this module reads a folder's as transformers 5 reads them.
+"""Tokenizer files: read those of a folder as transformers 5 reads them.
 
-Tokens that were added to a vocabulary stand in up to five places. Those of tokenizer.json always
-count. Beside them count those of `added_tokens_decoder` in tokenizer_config.json; where that is
-missing, those of added_tokens.json do, and special_tokens_map.json wins over tokenizer_config.json.
-A special token that is named and stands nowhere else gets the next free id.
+Up to five files list tokens that were added to a vocabulary. Those of tokenizer.json always count.
+Those of `added_tokens_decoder` in tokenizer_config.json count too; if that entry is missing, those
+of added_tokens.json do, and special_tokens_map.json wins over tokenizer_config.json. A special
+token that is named and listed nowhere gets the next free id.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _Token: TypeAlias = "str | AddedToken"
-"""A text, or a text with flags."""
+"""A token: its text, or its text with flags."""
 _CONFIG_FILE = "tokenizer_config.json"
 _ADDED_FILE = "added_tokens.json"
 _MAP_FILE = "special_tokens_map.json"
 _NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-# Classes whose vocab.json and merges.txt mean Qwen2's byte-level BPE.
+# Tokenizer classes whose vocab.json and merges.txt hold Qwen2's byte-level BPE.
 _QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_TOKENS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
 _QWEN2_SPLIT = (
@@ -39,25 +39,25 @@ _QWEN2_SPLIT = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
-    """A tokenizer with all its added tokens, and what its files say besides."""
+    """A tokenizer with all its added tokens, and the other facts of its files."""
 
     backend: Backend
     config: Mapping[str, Any]
-    """tokenizer_config.json."""
+    """The content of tokenizer_config.json."""
     special: Mapping[str, str]
-    """Special tokens by name, `eos_token` and the like."""
+    """Special tokens by their names in the files, such as `eos_token`."""
     hidden: frozenset[str]
-    """Tokens that are left out of a text without special tokens."""
+    """Texts of the tokens that decoding without special tokens leaves out."""
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Read the tokenizer of a folder.
 
-    tokenizer.json is read if there; else vocab.json and merges.txt, for Qwen2 and Dream.
+    tokenizer.json is read if it exists, else vocab.json and merges.txt (Qwen2 and Dream).
 
     Raises:
-        CheckpointError: There is none, it is broken or of another kind, or a token would not get
-            the id that the files give it.
+        CheckpointError: The folder holds no tokenizer; the tokenizer is broken or of an unsupported
+            kind; or a token would not get the id that the files give it.
 
     Example:
         >>> from d2f.testing import write_tokenizer
@@ -79,7 +79,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     if backend.padding is not None:
         defaults["pad_token"] = backend.padding["pad_token"]
     named = defaults | named
-    # Tables in tokenizer_config.json do not make a token of added_tokens.json special.
+    # A token of added_tokens.json is special if tokenizer_config.json names it as a text; one
+    # written as a table there does not make it special.
     values = [*(named.get(name) for name in _NAMES), *extra]
     texts = {str(value) for value in values if not isinstance(value, Mapping)}
     listed = _listed_tokens(folder, config, texts)
@@ -99,7 +100,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     added = _tokens_to_add(given, numbered, special, unnamed)
     backend.add_tokens(added)
     if is_qwen2:
-        # The class does this last: whatever files say of these tokens besides, they are special.
+        # transformers' class for Qwen2 does this last: these tokens are special whatever files say.
         again = [AddedToken(str(token), special=True) for token in [*special.values(), *unnamed]]
         backend.add_tokens(again)
         added += again
@@ -113,13 +114,13 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def _special_values(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """What files say of special tokens: by name, and without a name."""
+    """Return the special tokens that the files give, by name, and those without a name."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     first = [name for name in named if name not in _NAMES and isinstance(named[name], str)]
-    before = {name: named.pop(name) for name in first}  # another file does not change these
+    before = {name: named.pop(name) for name in first}  # the map file does not change these
     extra = config.get("extra_special_tokens")
     extra = extra or config.get("additional_special_tokens", extra)
-    if isinstance(extra, Mapping):  # these have names as well
+    if isinstance(extra, Mapping):  # a table gives these tokens names too
         before |= extra
         extra = None
     if not _lists_tokens(config):
@@ -143,7 +144,7 @@ def _special_values(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
 def _listed_tokens(
     folder: Path, config: Mapping[str, Any], special: set[str]
 ) -> dict[int, AddedToken]:
-    """Tokens with the ids that a file beside the vocabulary gives them."""
+    """Return the added tokens by the ids that a file beside the vocabulary gives them."""
     if _lists_tokens(config):
         file, listed = folder / _CONFIG_FILE, config["added_tokens_decoder"]
     else:
@@ -167,7 +168,7 @@ def _tokens_to_add(
     special: Mapping[str, _Token],
     extra: Iterable[_Token],
 ) -> list[AddedToken]:
-    """Tokens with ids in their order, then special ones that a tokenizer has not."""
+    """Return the tokens to add: those with ids in order, then special ones not yet known."""
     tokens: list[_Token] = [token for _, token in sorted(numbered.items())]
     texts = {token.content for token in given.values()} | {str(token) for token in tokens}
     for token in [*special.values(), *extra]:
@@ -188,9 +189,10 @@ def _check_ids(
     *,
     allowed: set[str],
 ) -> None:
-    """Refuse a token with another id than its list says, but for what tokenizer.json itself has.
+    """Refuse an added token whose id in the vocabulary differs from the id that its list gives.
 
-    transformers goes on with the wrong id.
+    Tokens in `allowed`, those of tokenizer.json itself, may differ. transformers would silently
+    use the wrong id.
     """
     for number, token in listed.items():
         got = backend.token_to_id(token.content)
@@ -207,7 +209,7 @@ def _lists_tokens(config: Mapping[str, Any]) -> bool:
 
 
 def _token(value: Any, **more: bool) -> _Token | None:
-    """A special token, which files write as a text or as a table."""
+    """Return the special token that a file writes as a text or as a table; None otherwise."""
     from tokenizers import AddedToken
 
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
@@ -225,7 +227,7 @@ def _flagged(token: str | Mapping[str, Any], **more: bool) -> AddedToken:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; an empty one if there is no file."""
+    """Return the JSON object of a file; an empty one if the file does not exist."""
     if not file.exists():
         return {}
     try:
@@ -260,7 +262,7 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
 
 
 def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
-    """Qwen2's byte-level BPE, without added tokens."""
+    """Build Qwen2's byte-level BPE from vocab.json and merges.txt, without added tokens."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 

@@ -1,4 +1,4 @@
-"""Between a file of prompts and an engine: rows become requests, and results lines."""
+"""Turn rows of a file of prompts into requests, and finished answers into lines of output."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class AnswerDesk:
-    """Makes requests of rows, and lines of answers.
+    """Makes a request for each missing answer, and a line for each finished one.
 
     Args:
-        source: The rows.
-        answers: Those that are there already are not asked for.
-        asked: How prompts are encoded.
-        model: Answers them.
-        tokenizer: The model's.
-        request: What requests have in common.
-        num_samples: Answers of a row.
+        source: The rows with prompts.
+        answers: The file of answers; rows that it already answers get no request.
+        asked: The options of the command, which decide how prompts are encoded.
+        model: The model that answers.
+        tokenizer: The model's tokenizer.
+        request: The settings that all requests share.
+        num_samples: Number of answers for each row.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class AnswerDesk:
         self._spec, self._tokenizer, self._request = model.spec, tokenizer, request
         self._num_samples = num_samples
         self.bad_rows = BadRows()
-        """Rows without a prompt, and those that failed."""
+        """Rows without a prompt, and rows whose request failed."""
         self._open: dict[int, tuple[PromptRow, int, Request]] = {}
-        """Row, sample and request of each answer on its way, by its number."""
+        """Row, sample and request of each answer in progress, by its number."""
         self._failed: set[int] = set()
 
     def numbers(self) -> Iterator[int]:
-        """A number for each answer that is missing; bad rows are counted and have none."""
+        """Yield a number for each missing answer; bad rows are counted and get no number."""
         number = 0
         for row in self._source.prompts(self.bad_rows):
             samples = range(self._num_samples)
@@ -72,7 +72,7 @@ class AnswerDesk:
                 yield number
 
     def request(self, number: int) -> Request:
-        """The request of a number."""
+        """Return the request with a number."""
         return self._open[number][2]
 
     def take(self, finished: Sequence[Answer]) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ class AnswerDesk:
         try:
             request = self._asked.limited(self._request, self._spec, prompt_ids)
         except UsageError as error:
-            # The options fit the model, but not the little that this prompt leaves of it.
+            # The options fit the model, but not the few positions that this prompt leaves.
             raise BadRow(str(error)) from None
         if len(prompt_ids) + request.max_new_tokens > self._spec.max_positions:
             raise BadRow(
@@ -134,7 +134,7 @@ class AnswerDesk:
         return kept_columns(row.row, new, row.messages) | new
 
     def _continued(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
-        """A conversation with the answer at its end, in place of another that it has there."""
+        """Return the conversation with the answer at its end, replacing an assistant's message."""
         columns = self._source.columns
         last = messages[-1][columns.role]
         before = messages[:-1] if columns.roles.get(last, last) == "assistant" else messages
@@ -144,12 +144,12 @@ class AnswerDesk:
 def kept_columns(
     row: Mapping[str, Any], new: Mapping[str, Any], messages: str | None = None
 ) -> dict[str, Any]:
-    """The columns of a row beside those of its answer; one that has such a name gets another.
+    """Return the columns of a row to keep beside those of its answer, renamed if names collide.
 
     Args:
-        row: As it was read.
-        new: What is written of the answer.
-        messages: The column with the conversation; what is only continued is not kept twice.
+        row: The row as it was read.
+        new: The columns of the answer.
+        messages: The column with the conversation. It is not kept if `new` only continues it.
 
     Example:
         >>> kept_columns({"response": "gold", "id": 7}, {"response": "2", "row": 1})

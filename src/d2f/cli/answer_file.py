@@ -1,8 +1,8 @@
-"""The file that answers go to, which an interrupted run goes on with.
+"""The output file of `d2f generate --input`, to which an interrupted run can append later.
 
-Each line is on its way to the disk the moment its answer is finished, in whatever order that is;
-once all are there, the file is put into the order of the input. A second file beside it,
-`NAME.settings`, says how the answers came about.
+A line is written as soon as its answer is finished, whatever its row. When all answers are there,
+the lines are sorted into the order of the input. A second file, `NAME.settings`, records the
+settings that produced the answers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Totals:
     tokens: int = 0
     forwards: int = 0
     cut: int = 0
-    """Answers that ended by length."""
+    """Answers that ended because they reached their limit of tokens."""
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Count a line."""
+        """Add a line to the sums."""
         tokens, forwards = record["num_tokens"], record["num_forwards"]
         self.cut += record["finish_reason"] == "length"
         self.answers += 1
@@ -45,17 +45,17 @@ class Totals:
 
 
 class AnswerFile:
-    """Answers by number of the row and of the sample, a line each.
+    """A file of answers, one line for each row and sample.
 
     Args:
-        path: The file; it is made. It belongs to this process until it is closed.
-        settings: All that answers depend on, of JSON's types.
-        num_samples: Answers of a row.
-        fresh: Forget what is there.
+        path: The file, created if need be and locked by this process until `close`.
+        settings: Everything that the answers depend on, as JSON values.
+        num_samples: Number of answers for each row.
+        fresh: Delete earlier answers.
 
     Raises:
-        ConfigError: The file has answers of other settings, or something else; another process
-            writes there; or it cannot be written.
+        ConfigError: The file has answers of other settings or other content, another process is
+            writing to it, or it cannot be written.
 
     Example:
         >>> import tempfile
@@ -78,10 +78,10 @@ class AnswerFile:
         self._settings, self._num_samples = settings, num_samples
         self.totals = Totals()
         self._done = bytearray()
-        """By key, whether the answer is there."""
+        """1 at the key of each answer that the file has."""
         self._keys, self._offsets = array("q"), array("q")
         self._tidy = True
-        """Whether the lines are in order, and nothing is between them."""
+        """Whether the lines are in the input's order, with no foreign lines among them."""
         self._size = 0
         self._file = self._open()
         try:
@@ -89,25 +89,25 @@ class AnswerFile:
                 self._settings_path.unlink(missing_ok=True)
                 os.ftruncate(self._file, 0)
             self.about = self._agree()
-            """What an earlier run noted about itself; empty if there are no answers of one."""
+            """The facts that an earlier run passed to `begin`; empty for a new file."""
             self._read()
         except BaseException:
             self.close()
             raise
 
     def has(self, row: int, sample: int = 0) -> bool:
-        """Whether an answer is there."""
+        """Return whether the file has an answer."""
         key = self._key(row, sample)
         return key < len(self._done) and bool(self._done[key])
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Say how the answers come about, before the first of them.
+        """Write the file of settings, before the first answer.
 
         Args:
-            about: What else a later run wants to know, of JSON's types.
+            about: Further facts for later runs, as JSON values.
 
         Raises:
-            D2FError: That cannot be written.
+            D2FError: The file of settings cannot be written.
         """
         if self.about:
             return
@@ -117,7 +117,7 @@ class AnswerFile:
             raise D2FError(f"cannot write {self._settings_path}: {error.strerror}") from None
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append answers: whole lines, or none where the disk is full.
+        """Append answers; if the disk is full, append none of them.
 
         Raises:
             D2FError: The file cannot be written.
@@ -126,11 +126,11 @@ class AnswerFile:
         lines = [_line(record) for record in records]
         data = memoryview(b"".join(lines))
         try:
-            # A disk that runs full takes a part first and raises at the next call.
+            # On a disk that becomes full, the first call writes a part and the next one fails.
             while data:
                 data = data[os.write(self._file, data) :]
         except BaseException as error:
-            # Half a line would spoil the next one.
+            # Cut off the part of a line, to which the next line would be joined.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
             if isinstance(error, OSError):
@@ -144,10 +144,10 @@ class AnswerFile:
             self._note(record, len(line))
 
     def finish(self) -> None:
-        """Put the lines into the order of the input, and see to it that they are on the disk.
+        """Sort the lines into the order of the input, and flush them to the disk.
 
         Raises:
-            D2FError: There is no room for that; all answers are in the file still.
+            D2FError: The disk has no room for the sorted file; the unsorted one is unchanged.
         """
         try:
             if not self._tidy:
@@ -161,10 +161,8 @@ class AnswerFile:
             ) from None
 
     def close(self) -> None:
-        """Let other processes write there."""
+        """Close the file, so that other processes may write to it."""
         os.close(self._file)
-
-    # ---------------------------------------------------------------------------------- inside
 
     def _key(self, row: int, sample: int) -> int:
         return row * self._num_samples + sample
@@ -185,7 +183,7 @@ class AnswerFile:
         return file
 
     def _lock(self, file: int) -> None:
-        """Keep other processes out, which would append the same answers again."""
+        """Lock the file against other processes, which would append the same answers."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -197,10 +195,10 @@ class AnswerFile:
                 f"another d2f generate writes to {self.path}; wait for it, or name another --output"
             ) from None
         except OSError:
-            pass  # a file system that knows no locks
+            pass  # the file system has no locks
 
     def _agree(self) -> dict[str, Any]:
-        """What is known of the answers that are there, which came about as new ones will."""
+        """Return the facts about existing answers; refuse answers of other settings."""
         if os.fstat(self._file).st_size == 0:
             return {}
         try:
@@ -217,7 +215,7 @@ class AnswerFile:
         return about
 
     def _read(self) -> None:
-        """Take stock of the file, and cut off a line that a crash left unfinished."""
+        """Count the answers in the file, and cut off an unfinished line that a crash left."""
         with self._real.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
@@ -226,12 +224,12 @@ class AnswerFile:
                 try:
                     self._note(json.loads(line), len(line))
                 except (ValueError, KeyError, TypeError):
-                    # What no run wrote, or only a part of it got to the disk.
+                    # The line was not written by a run, or was damaged by a crash.
                     self._size += len(line)
                     self._tidy = False
 
     def _note(self, record: Mapping[str, Any], length: int) -> None:
-        """Count a line at the end of the file."""
+        """Count a record as the last line of the file."""
         row, sample = record["row"], record.get("sample", 0)
         if self.has(row, sample):
             raise ValueError(f"a second answer to row {row}")
@@ -257,14 +255,14 @@ class AnswerFile:
             shutil.copymode(self._real, part)
             os.replace(part, self._real)
         except BaseException:
-            part.unlink(missing_ok=True)  # it takes room that a full disk needs
+            part.unlink(missing_ok=True)  # a full disk needs its room
             raise
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    """A record as a line of JSON, in letters that people read where they are valid Unicode.
+    """Return a record as a line of JSON; non-ASCII letters are escaped only if not valid Unicode.
 
-    A column that holds nan, as Parquet's may, has null there: JSON has no such number.
+    A nan, which a column of Parquet may hold, becomes null, since JSON has no nan.
     """
     text = _written(record)
     try:

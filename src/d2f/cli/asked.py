@@ -1,4 +1,4 @@
-"""What `d2f generate` is asked for beside prompts: the model, and how it answers."""
+"""The options of `d2f generate` that choose the model and how it answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Options of `d2f generate`, as they were given."""
+    """The options of `d2f generate` as the user gave them, without the prompts."""
 
     model: str | None
     adapter: str | None
@@ -35,32 +35,32 @@ class Asked:
     replace_eos: bool
     strategy: str | None
     changed: dict[str, Any]
-    """Fields of the policy."""
+    """Fields of the decoding policy that options set."""
     max_new_tokens: int | None
     chat: bool | None
     system: str | None
     request: Request
-    """Everything else; its prompt is empty."""
+    """The remaining options, as a request without a prompt."""
 
     def check(self) -> None:
-        """Refuse what no model could be asked for, before one is loaded.
+        """Refuse options that fit no model, before one is loaded.
 
         Raises:
-            UsageError: An unknown name, a bad value, or options that exclude each other.
+            UsageError: A name is unknown, a value is bad, or options exclude each other.
         """
         if self.system is not None and self.chat is False:
             raise UsageError("--system: without effect with --no-chat")
         check_choices(self.request, self.strategy, self.changed)
 
     def load(self, dtype: str | None = None) -> tuple[Transformer, Tokenizer, Request]:
-        """The model, its tokenizer, and the request with what the model decides.
+        """Load the model and its tokenizer; return them and the request with the model's defaults.
 
         Args:
-            dtype: In place of the model's own, where none was asked for.
+            dtype: The dtype to load if the user named none; None: the model's own.
 
         Raises:
-            CheckpointError: There is no such model, or it is broken.
-            UsageError: What was asked for does not fit it.
+            CheckpointError: The model does not exist or is broken.
+            UsageError: The options do not fit the model.
         """
         model, tokenizer = load_answerer(
             self.model,
@@ -77,7 +77,7 @@ class Asked:
         return model, tokenizer, self.limited(request, model.spec)
 
     def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
-        """A request for the answer to a prompt of so many tokens, as long as it may be by default.
+        """Return the request with a prompt and, if the user named none, the default length.
 
         Raises:
             UsageError: The strategy or its options do not fit the model or the length.
@@ -91,12 +91,12 @@ class Asked:
         return replace(request, prompt_ids=prompt_ids)
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, through the chat template if it is used.
+        """Return the token ids of a prompt, rendered by the chat template if it is used.
 
-        A system message of the prompt's own stays the only one.
+        A system message in the prompt wins over that of the options.
 
         Raises:
-            RequestError: The template refuses it, or there is none for several messages.
+            RequestError: The template refuses the prompt, or several messages have no template.
         """
         from d2f.training.sources import encode_prompt
 
@@ -110,7 +110,7 @@ class Asked:
         return encode_prompt(tokenizer, prompt, self.chat)
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on, but for the files of the model."""
+        """Return all options on which answers depend, except for the model's files."""
         request = self.request
         return {
             "strategy": self.strategy,

@@ -1,4 +1,4 @@
-"""`d2f bench`: how fast, and why."""
+"""`d2f bench`: the group of commands that measure speed."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ JsonOption = Annotated[
 
 
 def numbers(text: str) -> list[int]:
-    """A list such as `1,4,16`, each at least 1.
+    """Parse a list such as `1,4,16`; each number must be at least 1.
 
     Raises:
-        typer.BadParameter: It is none.
+        typer.BadParameter: The text is not such a list.
 
     Example:
         >>> numbers("1,4")
@@ -48,7 +48,7 @@ def numbers(text: str) -> list[int]:
 
 
 def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Transformer:
-    """A preset's model of random weights on the device.
+    """Return a model of a preset's sizes with random weights on the device.
 
     Raises:
         UsageError: The shape is unknown.
@@ -61,10 +61,10 @@ def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Tran
 
 
 def check_backend(backend: str, device: str) -> None:
-    """Refuse operations that there are none of, or that the device cannot run.
+    """Refuse a backend that is unknown or that the device cannot run.
 
     Raises:
-        UsageError: Unknown, or not for this device.
+        UsageError: The backend is unknown or not available on this device.
     """
     from d2f.ops.backend import select_backend
 
@@ -73,7 +73,7 @@ def check_backend(backend: str, device: str) -> None:
 
 
 def source_label(source: str) -> str:
-    """What a model is called in results: a shipped one by its name, not by where it is installed.
+    """Return a model's name for results; a shipped model has its name instead of its path.
 
     Example:
         >>> source_label("org/model"), source_label("shipped:student")
@@ -87,7 +87,7 @@ def source_label(source: str) -> str:
 
 
 def describe_model(model: Transformer, name: str, random: bool) -> dict[str, object]:
-    """What was measured, for a result file."""
+    """Return the facts of the measured model for a result file."""
     spec = model.spec
     return {
         "name": name,
@@ -99,10 +99,10 @@ def describe_model(model: Transformer, name: str, random: bool) -> dict[str, obj
 
 
 def check_one_source(shape: str | None, model: str | None) -> None:
-    """Refuse two models at once.
+    """Refuse --shape together with --model.
 
     Raises:
-        UsageError: Both are given.
+        UsageError: Both options are given.
     """
     if shape is not None and model is not None:
         raise UsageError("--shape and --model exclude each other")

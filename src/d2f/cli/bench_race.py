@@ -1,4 +1,4 @@
-"""`d2f bench race`: strategies side by side on the same prompts."""
+"""`d2f bench race`: measure strategies side by side on the same prompts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
 
 STRATEGIES = {"pipelined": "diffusion", "serial": "diffusion", "autoregressive": "autoregressive"}
-"""Each strategy of the race with the model that it decodes."""
+"""Strategy -> kind of the model that it decodes."""
 
 AcceptOption = Annotated[
     int | None,
@@ -54,14 +54,14 @@ class Field:
     """The models of a race, and the problems that they answer."""
 
     models: Mapping[str, Transformer]
-    """By the names in `STRATEGIES`."""
+    """Models by kind, the values of `STRATEGIES`."""
     names: Mapping[str, str]
     entrants: Callable[[int, Mapping[str, Engine]], list[Entrant]]
     """With so many prompts, and the engines of the models."""
     longest: int
-    """Positions of a prompt and its answer, at most."""
+    """Most positions of a prompt and its answer together."""
     limit: int
-    """Most new tokens."""
+    """Most new tokens of an answer."""
     imposed: tuple[int, ...] | None
 
 
@@ -132,8 +132,8 @@ def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple
     """Read how many tokens each forward of a request accepts; None: as the model decides.
 
     Raises:
-        UsageError: They are given twice, for a model that needs none, or not for a shape.
-        ConfigError: The file does not hold them.
+        UsageError: Both options are given, one is given for a real model, or none for a shape.
+        ConfigError: The file of --trace is not a list of whole numbers.
     """
     if accept is not None and trace is not None:
         raise UsageError("--accept and --trace exclude each other")
@@ -181,10 +181,10 @@ def shape_field(
 
     Args:
         model: A diffusion model.
-        shape: Its name.
-        lengths: Of each prompt and each answer.
+        shape: The name of its shape.
+        lengths: Tokens of each prompt and of each answer.
         imposed: Accepted tokens per forward.
-        seed: Of the prompts.
+        seed: Seed of the prompts.
 
     Raises:
         UsageError: The model is autoregressive.
@@ -229,12 +229,12 @@ def problem_field(
     """Prepare the built-in problems for a D2F model and its rival.
 
     Args:
-        pair: Folders or hub ids of the two.
-        limit: Most new tokens; None: what the longest worked answer needs.
-        most: Problems.
-        device: Where the models go.
-        dtype: Of the models.
-        seed: Of the problems.
+        pair: Folders or hub ids of both models.
+        limit: Most new tokens; None: as many as the longest worked answer needs.
+        most: Number of problems.
+        device: Device of the models.
+        dtype: Dtype of the models.
+        seed: Seed of the problems.
     """
     from d2f.engine.request import Request
     from d2f.evaluation.race import Entrant, gold_limit

@@ -77,7 +77,7 @@ def step_command(
         raise UsageError(f"--window {window}: an autoregressive model computes 1 token of a row")
     gaps = None
     if engine_tokens:
-        # First, as its start-up must not find kernels compiled.
+        # Measured first: its start-up time must include compiling the kernels.
         chosen = [sizes[0][0], max(sizes[1]), sizes[2][0]]
         gaps = engine_gaps(loaded, chosen, engine_tokens, page_size, backend)
     rates, rows = measure_grid(loaded, sizes, steps, page_size, backend, dtype)
@@ -118,13 +118,13 @@ def measure_grid(
     """Measure the machine's rates, and the cost of a step at each combination of sizes.
 
     Args:
-        model: A diffusion model, whose autoregressive twin is measured beside, or an
-            autoregressive one.
-        sizes: Batch sizes, windows, key/value lengths.
-        steps: Runs of each.
+        model: An autoregressive model, or a diffusion model; the autoregressive twin of the
+            latter is measured too.
+        sizes: Batch sizes, windows, and numbers of cached positions.
+        steps: Runs of each step.
         page_size: Positions of a page.
-        backend: As in `EngineConfig`.
-        dtype: Of the model.
+        backend: The backend, as in `EngineConfig`.
+        dtype: Dtype of the model.
     """
     from d2f.engine.steady import SteadyStep
     from d2f.evaluation.rates import measure_rates
@@ -146,7 +146,7 @@ def measure_grid(
             kv_length=length,
             page_size=page_size,
             backend=backend,
-            # So that all rows are steps of one engine.
+            # The same for all steps, as it is in one engine.
             max_positions=max(model.spec.max_positions, max(lengths) + max(windows)),
         )
         rows.append(measure_step(step, rates, num_steps=steps))
@@ -156,7 +156,7 @@ def measure_grid(
 def engine_gaps(
     model: Transformer, sizes: list[int], num_tokens: int, page_size: int, backend: str
 ) -> dict[str, Any]:
-    """Let an engine decode one token per request and forward, in a window of constant size."""
+    """Measure an engine that decodes one token per request and forward in a constant window."""
     import random
 
     from d2f.diffusion.policy import DecodingPolicy

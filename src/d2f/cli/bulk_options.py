@@ -1,4 +1,4 @@
-"""The options of `d2f generate` about a file of prompts."""
+"""The options of `d2f generate` for a file of prompts."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ FreshOption = Annotated[
 ANSWER_COLUMNS = (
     "messages", "row", "sample", "seed", "num_tokens", "num_forwards", "finish_reason",
 )  # fmt: skip
-"""What else an answer's line says, under names that its text cannot have."""
+"""Columns of an answer's line beside its text, whose column must have another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bulk:
-    """Which prompts are answered, and where the answers go."""
+    """A file of prompts to answer, and the file for the answers."""
 
     source: PromptFile
     output: Path
@@ -73,11 +73,11 @@ def read_bulk(
     stream: bool,
     as_json: bool,
 ) -> Bulk | None:
-    """The options about a file of prompts; None for one prompt.
+    """Return the options for a file of prompts; None if one prompt is given.
 
     Raises:
-        BadParameter: There is no prompt at all.
-        UsageError: Options exclude each other, or have no effect.
+        BadParameter: Neither a prompt nor a file is given.
+        UsageError: Options exclude each other or have no effect.
     """
     if source is None:
         if prompt is None:
@@ -112,7 +112,7 @@ def _is_link_to(one: Path, other: Path) -> bool:
 
 
 def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
-    # Imported here: they bring torch, which `d2f --help` does without.
+    # Imported here: these modules import torch, and `d2f --help` must start fast.
     from d2f.cli.prompt_file import PromptFile
     from d2f.recipe import from_table
     from d2f.training.sections import ColumnConfig

@@ -1,4 +1,4 @@
-"""`d2f chat`: a conversation in the terminal, each answer appearing as it decodes."""
+"""`d2f chat`: a conversation in the terminal that shows each answer while it is decoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 ONE_BY_ONE = ("autoregressive", "vanilla")
-"""Strategies that decode a token per forward."""
+"""Strategies that decode one token in each forward."""
 ONE_BY_ONE_SECONDS = 0.03
 SlowOption = Annotated[
     float | None,
@@ -135,15 +135,15 @@ def _remembers(history: bool | None, tokenizer: Tokenizer) -> bool:
 
 
 class Leave(Exception):
-    """Somebody wants to go."""
+    """The user ends the conversation."""
 
 
 class LeaveAtOnce(Leave):
-    """… with a second Ctrl-C."""
+    """The user ends the conversation with a second Ctrl-C."""
 
 
 class Interrupts:
-    """Within it Ctrl-C is noted; the second time it leaves at once."""
+    """Context in which the first Ctrl-C is only recorded, and the second raises `LeaveAtOnce`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -156,28 +156,28 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._previous)
 
     def stopped(self) -> bool:
-        """Whether there was one."""
+        """Return whether Ctrl-C was pressed."""
         return self.count > 0
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        # An exception here would come up in the midst of a step; the loop looks after each.
+        # An exception could interrupt a step of the engine; the loop asks `stopped` after each.
         self.count += 1
         if self.count > 1:
             raise LeaveAtOnce
 
 
 class Chat:
-    """Reads lines, obeys commands, and shows answers.
+    """Reads lines, carries out commands, and shows answers.
 
     Args:
         session: The conversation.
-        slow: Seconds that a forward takes at least where it is watched; None: by the strategy.
+        slow: Seconds for which each forward is shown at least; None: decided by the strategy.
     """
 
     def __init__(self, session: ChatSession, slow: float | None) -> None:
         self.session = session
         self.is_live = sys.stdin.isatty() and out.is_terminal and not out.is_dumb_terminal
-        """Somebody sits there; otherwise lines come from a pipe, or answers go to one."""
+        """Whether a person types and reads; else input or output is a pipe or file."""
         self._slow = slow
         self._last = ""
         self._examples: list[str] = []
@@ -192,7 +192,7 @@ class Chat:
         }
 
     def welcome(self) -> None:
-        """Say what one talks with."""
+        """Print the model's facts, and whether it is told the conversation."""
         model = self.session.model
         spec = model.spec
         if self.is_live:
@@ -218,7 +218,7 @@ class Chat:
             _edit_lines()
 
     def run(self) -> bool:
-        """Answer lines until there are none; whether all went well."""
+        """Answer lines until the input ends; return whether all succeeded."""
         well, pressed = True, False
         while True:
             try:
@@ -245,7 +245,7 @@ class Chat:
         return line
 
     def _heed(self, line: str) -> bool:
-        """Do what a line says; whether it went well."""
+        """Carry out a command or answer a message; return whether it succeeded."""
         if not line:
             return True
         try:
@@ -261,7 +261,7 @@ class Chat:
         except (Leave, EOFError):
             raise
         except Exception as error:
-            # Whatever it was, the engine may have been amidst a step.
+            # The exception may have interrupted a step and left the engine in a bad state.
             self.session.renew()
             self._say_error(f"{type(error).__name__}: {error}")
         else:
@@ -323,7 +323,7 @@ class Chat:
         from d2f.cli.live import harmless
 
         text = self.session.tokenizer.decode(token_ids)
-        if out.is_terminal:  # which itself would break lines within words
+        if out.is_terminal:  # `say` breaks lines between words, the terminal within them
             say(out, harmless(text), markup=False, highlight=False, emoji=False)
         else:
             typer.echo(text)
@@ -399,8 +399,8 @@ class Chat:
 
 
 def _edit_lines() -> None:
-    """Let the prompt line be edited, and earlier ones be fetched with the arrow keys."""
+    """Enable editing of the input line, and the arrow keys for earlier lines."""
     try:
-        import readline  # noqa: F401  (importing it is what does it)
+        import readline  # noqa: F401  (the import has this effect)
     except ImportError:
         return

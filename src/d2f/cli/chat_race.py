@@ -1,4 +1,4 @@
-"""One prompt through several strategies of the same model, one after the other."""
+"""The race of `d2f chat`: answer one prompt by several strategies, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WARM_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """How one strategy did."""
+    """The answer of one strategy and its time."""
 
     strategy: str
     result: GenerationResult
@@ -33,15 +33,16 @@ class Finish:
 def run_race(
     engine: Engine, requests: Mapping[str, Request], stopped: Callable[[], bool]
 ) -> Iterator[Finish]:
-    """Answer the requests one at a time, each from a cold prompt, after a short warm-up.
+    """Answer the requests one after the other, each after a warm-up and without a cached prompt.
 
     Args:
-        engine: Decodes them; it has no other requests.
+        engine: The engine, which has no other requests.
         requests: Strategy -> request.
-        stopped: Asked after each forward; True ends the race, with no request left behind.
+        stopped: Called after each forward; if it returns True the race ends and the running
+            request is removed from the engine.
 
     Yields:
-        Each strategy's finish as it comes.
+        The result of each strategy when it is finished.
 
     Raises:
         RequestError: A request cannot be served.
@@ -61,7 +62,7 @@ def run_race(
 def answer(
     engine: Engine, request: Request, stopped: Callable[[], bool]
 ) -> GenerationResult | None:
-    """The answer to a request that nobody watches; None if it was stopped.
+    """Return the answer to a request without showing it; None if it was stopped.
 
     Raises:
         RequestError: The request cannot be served.
@@ -79,7 +80,7 @@ def answer(
 
 
 def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -> None:
-    """A table of speeds and, below it, each different answer with those who gave it."""
+    """Print a table of speeds, and each distinct answer with the strategies that gave it."""
     from d2f.cli.live import harmless
 
     gap = 2 if console.width >= 70 else 1

@@ -1,4 +1,4 @@
-"""A conversation with one model: what was said, and how the next answer is decoded."""
+"""The state of `d2f chat`: the conversation, and the settings for the next answer."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from d2f.text import Tokenizer
 
 @dataclass(kw_only=True)
 class ChatSession:
-    """A model, how it answers, and what was said so far.
+    """A model, the settings of its answers, and the conversation so far.
 
     Raises:
-        ConfigError: It is to remember, and the model has no chat template.
+        ConfigError: `remembers` is true and the model's chat template cannot render a history.
 
     Example:
         >>> from d2f.testing import tiny_model, write_tokenizer
@@ -42,18 +42,18 @@ class ChatSession:
     tokenizer: Tokenizer
     strategy: str
     options: dict[str, Any] = field(default_factory=dict)
-    """What only this strategy takes."""
+    """Options of the strategy."""
     changed: dict[str, Any] = field(default_factory=dict)
     """Fields of the policy that differ from the model's own."""
     max_new_tokens: int | None = None
-    """None: what the model names, else 256, or what the prompt leaves room for."""
+    """None: the length that the model names, else 256, or less if the prompt leaves less room."""
     temperature: float = 0.0
     seed: int = 0
-    """Of the first answer; each further one has the next, so that asking again helps."""
+    """Seed of the first answer; each answer adds 1, so that the same question differs next time."""
     remembers: bool = False
-    """Tell the model what was said before; it needs a chat template that takes that."""
+    """Whether the model is told the conversation so far, which its chat template must support."""
     messages: list[dict[str, str]] = field(default_factory=list)
-    """The conversation, of a session that remembers."""
+    """Messages so far; empty if `remembers` is false."""
     num_answers: int = 0
 
     def __post_init__(self) -> None:
@@ -69,14 +69,14 @@ class ChatSession:
         self.renew()
 
     def renew(self) -> None:
-        """Start with an engine of which nothing is known to be broken."""
+        """Replace the engine by a new one, since an error may have left it in a bad state."""
         self.engine = Engine(self.model, EngineConfig(max_batch_size=1), self.tokenizer)
 
     def request(self, message: str) -> Request:
-        """The next message as the engine takes it, after what was said before.
+        """Return the request for the answer to the user's next message.
 
         Raises:
-            RequestError: The chat template refuses it.
+            RequestError: The chat template refuses the conversation.
         """
         if self.remembers:
             said = [*self.messages, {"role": "user", "content": message}]
@@ -86,7 +86,7 @@ class ChatSession:
         return self._request(prompt_ids, self.strategy, self.options)
 
     def keep(self, message: str, answer: str) -> None:
-        """Remember a message and its answer."""
+        """Append a message and its answer to the conversation."""
         self.num_answers += 1
         if self.remembers:
             self.messages += [
@@ -95,17 +95,17 @@ class ChatSession:
             ]
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Start a new conversation."""
         self.messages.clear()
 
     def change_policy(self, settings: Sequence[str]) -> None:
-        """Change fields of the policy, or none of them.
+        """Change fields of the policy; if one is refused, none changes.
 
         Args:
-            settings: `NAME=VALUE` each; or `reset` alone, for the model's own policy.
+            settings: Texts `NAME=VALUE`; or `reset` alone, for the model's own policy.
 
         Raises:
-            ConfigError: An unknown field, a bad value, or one without effect on the strategy.
+            ConfigError: A field is unknown, has no effect on the strategy or has a bad value.
         """
         if list(settings) == ["reset"]:
             self.changed = {}
@@ -122,11 +122,11 @@ class ChatSession:
 
         Args:
             name: The strategy.
-            settings: Options that only it takes, `NAME=VALUE` each.
+            settings: Options of the strategy, as texts `NAME=VALUE`.
 
         Raises:
-            ConfigError: An unknown strategy or option, or a bad value.
-            RequestError: The model cannot be decoded so.
+            ConfigError: The strategy or an option is unknown, or a value is bad.
+            RequestError: The model cannot be decoded by the strategy.
         """
         options = _parsed(settings)
         check_decoding(name, {}, options)
@@ -134,18 +134,19 @@ class ChatSession:
         self.strategy, self.options = name, options
 
     def policy(self) -> dict[str, Any]:
-        """The fields of the policy that have an effect on the strategy."""
+        """Return the fields of the policy that have an effect on the strategy."""
         values = changed_policy(self.model.spec, self.changed).to_dict()
         useless = unheeded(self.strategy, values)
         return {name: value for name, value in values.items() if name not in useless}
 
     def race_requests(self, message: str) -> dict[str, Request]:
-        """One message as a request of each strategy that the model can be decoded with.
+        """Return a request for one message for each strategy that can decode the model.
 
-        The present strategy keeps its options, all heed the changed policy as far as they can.
+        The current strategy keeps its options, and each strategy gets those changed fields of the
+        policy that have an effect on it.
 
         Raises:
-            RequestError: The present strategy cannot answer it.
+            RequestError: The current strategy cannot answer the message.
         """
         own = self.request(message)
         resolve(own, self.model.spec)
@@ -153,7 +154,7 @@ class ChatSession:
         for name in useful_strategies(self.model.spec):
             options = self.options if name == self.strategy else {}
             request = self._request(own.prompt_ids, name, options)
-            # What one strategy cannot do is no reason to keep the others from it.
+            # A strategy that cannot answer is left out; the others still race.
             with suppress(RequestError, ConfigError):
                 resolve(request, self.model.spec)
                 requests[name] = request

@@ -1,4 +1,4 @@
-"""The class of all commands of `d2f`: it holds what they have in common."""
+"""The base class of all commands of `d2f`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from d2f.cli.usage import UsageError
 
 
 class Command(TyperCommand):
-    """A command that takes no number that is none: `nan` passes all limits, and `inf` most."""
+    """A command that refuses `nan` and `inf`, which pass the limits of options."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it.
+        """Run the command.
 
         Raises:
-            UsageError: A number is not finite.
+            UsageError: The value of an option is not finite.
         """
         for name, value in ctx.params.items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, progress and statistics to stderr."""
+"""Output of the commands: results go to stdout, progress and statistics to stderr."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = Console(stderr=True, highlight=False)
 
 
 def say(console: Console, *words: Any, **style: Any) -> None:
-    """Print prose: on a terminal broken between words, elsewhere not at all."""
+    """Print prose: a terminal gets lines broken between words, a file or pipe unbroken ones."""
     console.print(*words, soft_wrap=not console.is_terminal, **style)
 
 
 def explain_blank(text: str) -> None:
-    """Say on stderr that an answer has no text, where it would look like a failure."""
+    """Say on stderr that an answer has no text, since empty output looks like a failure."""
     if not text.strip():
         log.print("the answer ended without a text", style="dim")
 
@@ -56,10 +56,10 @@ def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[st
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold.
+    """Refuse a file that cannot be written, before the work whose result goes there.
 
     Raises:
-        ConfigError: It cannot; says why.
+        ConfigError: The file cannot be written; the message has the reason.
     """
     part = path.with_name(path.name + ".part")
     try:

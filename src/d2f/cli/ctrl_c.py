@@ -1,4 +1,4 @@
-"""Ctrl-C, heard wherever it comes: one that falls into a library's import is not lost."""
+"""Handling of Ctrl-C, which must not be lost when it comes during a library's import."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _AGAIN_SECONDS = 0.05
 
 
 class CtrlC:
-    """Within it Ctrl-C raises `KeyboardInterrupt`, as usual, and is remembered.
+    """Context in which Ctrl-C raises `KeyboardInterrupt`, as usual, and is recorded in `came`.
 
-    It is raised a little later where it would be swallowed or do harm: while a module is imported,
-    since many a library tries an import and goes on whatever happens; and in a destructor, where
-    Python would print a traceback and go on.
+    In two places the exception would be swallowed and is raised a little later: while a module is
+    imported, since libraries catch every exception of imports that they only try; and in a
+    destructor, where Python prints a traceback and goes on.
 
     Example:
         >>> with CtrlC() as ctrl_c:
@@ -31,7 +31,7 @@ class CtrlC:
 
     def __enter__(self) -> CtrlC:
         self._handler, self._hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
-        # Whoever started us may have it ignored, as nohup does for what runs in the background.
+        # The parent process may have set Ctrl-C to be ignored, as nohup does.
         self._heard = self._handler is signal.default_int_handler
         if self._heard:
             signal.signal(signal.SIGINT, self._note)
@@ -47,7 +47,7 @@ class CtrlC:
         self._ended = True
         if self._heard:
             sys.unraisablehook = self._hook
-            # A second one ends the process at once, without a traceback of what was about to end.
+            # A second Ctrl-C during the exit ends the process at once, without a traceback.
             signal.signal(signal.SIGINT, signal.SIG_DFL if self.came else self._handler)
 
     def _note(self, _number: int, frame: FrameType | None) -> None:
@@ -64,7 +64,7 @@ class CtrlC:
 
     def _again(self) -> None:
         timer = threading.Timer(_AGAIN_SECONDS, self._send)
-        timer.daemon = True  # it must not hold up the end
+        timer.daemon = True  # the process must not wait for the timer when it ends
         timer.start()
 
     def _send(self) -> None:

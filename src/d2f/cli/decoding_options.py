@@ -81,7 +81,7 @@ _POLICY_HELP = {
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: those that are not None.
+    """Return the options that were given, which are those that are not None.
 
     Example:
         >>> given(block_size=8, confidence=None)
@@ -196,13 +196,13 @@ def load_answerer(
     eos: Sequence[str] | None = None,
     replace_eos: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model asked for, the shipped student by default, and its tokenizer.
+    """Load a model, the shipped student by default, and its tokenizer.
 
-    The default dtype of a shipped model is the device's fastest. `eos` and `replace_eos` are the
-    options of these names: the model's spec has the ends that they leave.
+    The default dtype of a shipped model is the device's fastest. The options `eos` and
+    `replace_eos` change the ends of an answer in the model's spec.
 
     Raises:
-        CheckpointError: There is none, or it is broken.
+        CheckpointError: The model does not exist or is broken.
         UsageError: The device or the dtype cannot be used, or `eos` names no token.
     """
     from d2f.cli.device import choose_device, choose_dtype, choose_threads
@@ -233,10 +233,10 @@ def load_answerer(
 
 
 def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
-    """The model's policy with the fields that were given as options.
+    """Return the model's policy with the fields that were given as options.
 
     Raises:
-        UsageError: One of them has no effect on the strategy.
+        UsageError: One of these fields has no effect on the strategy.
     """
     from d2f.engine.policy import changed_policy
 

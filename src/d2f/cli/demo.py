@@ -1,4 +1,4 @@
-"""`d2f demo`: the pipeline live, then the race against autoregression."""
+"""`d2f demo`: show the pipeline live, then race it against autoregression and vanilla."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NUM_LIVE = 3
 DEFAULT_PLOT = Path("d2f-demo.png")
 VANILLA_BLOCK_LENGTH = 32
-"""The teacher was trained on blocks, so LLaDA's sampler suits it."""
+"""Block length of LLaDA's sampler for the teacher, which was trained on blocks."""
 # name, shipped model, strategy, early stop
 ROWS = (
     ("autoregressive", "autoregressive", "autoregressive", True),
@@ -134,7 +134,7 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     slowed = f", slowed down to {SLOWED_SECONDS} s per forward" if out.is_terminal else ""
     say(out, f"[dim]Three long problems told out of order{slowed}; {SIGNS}[/dim]\n")
     engine = Engine(model)
-    # On easy problems most of a block comes at once, and there is little to see.
+    # Easy problems are decoded in so few forwards that there is little to see.
     hard = ProblemConfig(min_steps=6, shuffle_rate=1.0)
     for problem in generate_problems(NUM_LIVE, seed=seed, split="test", config=hard):
         out.print(Text(problem.prompt, style="bold"), soft_wrap=False)

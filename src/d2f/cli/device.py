@@ -1,4 +1,4 @@
-"""Which device and number format to run on."""
+"""Choose the device, the number format and the threads of a command."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from d2f.cli.usage import UsageError, usage
 
 _SMALL = 100_000_000
-"""Parameters of a model whose products are over before threads have paid."""
+"""Parameters of a model below which several threads may be slower than one."""
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for, else the GPU if there is one, else the CPU.
+    """Return the named device; if none is named, the GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: The device is not there.
+        UsageError: The device cannot be used.
     """
     import torch
 
@@ -29,10 +29,10 @@ def choose_device(name: str | None) -> str:
 
 
 def choose_dtype(name: str | None, device: str) -> str:
-    """The number format asked for, else the one in which the device is fastest.
+    """Return the named number format; if none is named, the device's fastest.
 
     Raises:
-        UsageError: There is no such format.
+        UsageError: The format is unknown.
     """
     from d2f.models.checkpoint import resolve_dtype
 
@@ -42,12 +42,12 @@ def choose_dtype(name: str | None, device: str) -> str:
 
 
 def choose_threads(num_parameters: int, device: str) -> None:
-    """Let torch compute a small model with one thread where that is faster on the CPU now.
+    """Let torch compute a small model with one thread if that is faster on the CPU now.
 
-    The threads of a small product wait for each other, and where somebody else uses a core, they
-    wait for that core: with one of two cores busy, one thread is several times faster than two.
-    Measured in some milliseconds, as the dtype is. Who sets OMP_NUM_THREADS or MKL_NUM_THREADS has
-    chosen already, and a large model takes all cores as torch does.
+    The threads of a small product wait for each other. If another process uses a core, they wait
+    for that core: with one of two cores busy, one thread is several times faster than two. The
+    choice is measured in some milliseconds. Nothing changes if OMP_NUM_THREADS or MKL_NUM_THREADS
+    is set, or for a large model, for which torch uses all cores.
     """
     import torch
 
@@ -63,16 +63,17 @@ def choose_threads(num_parameters: int, device: str) -> None:
             start = time.perf_counter()
             for _ in range(8):
                 x_MD @ weight_DE
-            if turn > 0:  # the first time threads are started
+            if turn > 0:  # the first turn includes starting the threads
                 seconds[count] += time.perf_counter() - start
     torch.set_num_threads(min(seconds, key=seconds.__getitem__))
 
 
 def fastest_dtype(device: str) -> str:
-    """`bfloat16` where this machine multiplies faster in it, else `float32`.
+    """Return `bfloat16` if the device multiplies faster in it, else `float32`.
 
-    A CPU with bf16 instructions gains about two times on a window of tokens; one without loses.
-    Measured on a product of the shipped model's size, in some milliseconds.
+    A CPU with bf16 instructions computes a window of tokens about twice as fast in bf16; without
+    them it is slower. The choice is measured on a product of the shipped model's size, in some
+    milliseconds.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`d2f generate`: text from a model."""
+"""`d2f generate`: answer one prompt, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ JsonOption = Annotated[
 
 
 class PromptCommand(Command):
-    """A command whose prompt may begin with a dash, as `-5 + 3?` does."""
+    """A command whose prompt may begin with a dash, such as `-5 + 3?`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Set what is no option apart from options, as `--` would."""
+        """Move words that begin with a dash and are not options behind a `--`."""
         flags = (o for o in self.params if getattr(o, "is_flag", True))
         plain = {name for option in flags for name in (*option.opts, *option.secondary_opts)}
         return super().parse_args(ctx, _prompts_last(args, plain))
 
 
 def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
-    """Words of a command line, those that begin with a dash and are no options behind a `--`.
+    """Return the words of a command line with those behind a `--` that only look like options.
 
     Example:
         >>> _prompts_last(["-5 + 3?", "--seed", "-1", "--json"], {"--json"})
@@ -187,7 +187,7 @@ def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
 
 
 def _read(prompt: str) -> str:
-    # As a shell does with $(…), so that `echo … | d2f generate -` asks what was meant.
+    # As in a shell's $(…), newlines at the end are dropped: `echo … | d2f generate -` adds one.
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not text.strip():
         where = " on stdin" if prompt == "-" else ""
@@ -198,7 +198,7 @@ def _read(prompt: str) -> str:
 def _answer(
     model: Transformer, tokenizer: Tokenizer, request: Request, stream: bool
 ) -> tuple[GenerationResult, str, float]:
-    """The answer, its text, and the seconds it took; a stream's text is printed on the way."""
+    """Return the answer, its text, and its seconds; with `stream`, print the text as it grows."""
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.engine.response_text import ResponseText
 
@@ -222,13 +222,13 @@ def _answer(
 
 
 def _warm_up(engine: Engine, request: Request) -> None:
-    """Let the first forward, which is slow whatever it computes, be one that nobody waits for."""
+    """Run a short request first: the first forward of a process is slow, and is not timed."""
     few = replace(
         request,
         prompt_ids=list(request.prompt_ids[:1]),
         max_new_tokens=min(_WARM_TOKENS, request.max_new_tokens),
         stop=(),
-        options={},  # some are only right for longer answers
+        options={},  # some options are refused for so short an answer
     )
     engine.generate([few])
     engine.forget_prompts()

@@ -1,4 +1,4 @@
-"""`d2f generate --input`: answers to a file of prompts."""
+"""`d2f generate --input`: answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _BATCH_SIZE = {"cpu": 16, "cuda": 128}
 
 
 def answer_file(bulk: Bulk, asked: Asked) -> None:
-    """Answer what an earlier run has not, and say what became of all rows.
+    """Answer the rows that earlier runs have not answered, and print a summary of all rows.
 
     Raises:
         D2FError: No row can be answered, or the files cannot be read or written.
         ConfigError: The output has answers to other prompts or by other settings.
-        UsageError: What was asked for does not fit the model.
+        UsageError: The options do not fit the model.
         KeyboardInterrupt: The run was stopped, by Ctrl-C or SIGTERM.
     """
     if bulk.num_samples > 1 and asked.request.temperature == 0:
@@ -83,18 +83,18 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class _Run:
-    """A run through the prompts, and what it counts."""
+    """A run through the prompts, with its counts."""
 
     def __init__(self, bulk: Bulk, asked: Asked, answers: AnswerFile) -> None:
         self._bulk, self._asked, self._answers = bulk, asked, answers
         self.num_wanted = bulk.source.num_rows * bulk.num_samples
         self._num_before = answers.totals.answers
         self._num_tokens, self._seconds = 0, 0.0
-        """Of this run, not of those before."""
+        """Tokens and seconds of this run, without earlier ones."""
         self.bad_rows = BadRows()
 
     def answer(self, source: str) -> None:
-        """Answer all rows that have no answer yet."""
+        """Answer the rows that have no answer yet."""
         from d2f.engine.engine import Engine, EngineConfig
         from d2f.evaluation.answering import Answering
         from d2f.evaluation.eval_progress import Terminal
@@ -124,17 +124,17 @@ class _Run:
             engine.close()
 
     def _pace(self) -> tuple[int, str]:
-        """How many answers there will be, and how fast they come."""
+        """Return the number of answers expected in all, and a text with speed and time left."""
         done = self._answers.totals.answers
         total = max(self.num_wanted - self.bad_rows.count * self._bulk.num_samples, done)
         text = f"{self._num_tokens / self._seconds:,.0f} tokens/s"
-        if not log.is_terminal:  # where the bar says it
+        if not log.is_terminal:  # a terminal shows a progress bar instead
             left = self._seconds * (total - done) / max(done - self._num_before, 1)
             text += f"  {timedelta(seconds=int(left))} left"
         return total, text
 
     def summary(self) -> dict[str, Any]:
-        """What is in the file, which rows are not, and how fast this run was."""
+        """Return the counts of answers and bad rows, and the speed of this run."""
         totals = self._answers.totals
         return {
             "output": str(self._bulk.output),

@@ -1,4 +1,4 @@
-"""`d2f import`: a GGUF file as a folder of the hub."""
+"""`d2f import`: write the model in a GGUF file as a folder in the hub's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`d2f inspect`: what a checkpoint is, read from its headers without loading a weight."""
+"""`d2f inspect`: report the facts of a checkpoint from its headers, without loading weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
     from d2f.models.storage import StoredTensor
 
-_BRIEF = 4  # lines of an adapter beside its model; what else it says is the model's then
+_BRIEF = 4  # lines about an adapter beside its model, whose own lines have the other facts
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
@@ -59,15 +59,15 @@ def _is_adapter(name: str) -> bool:
 
 
 def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
-    """The facts of a checkpoint and, if given, of an adapter for it, as plain values.
+    """Return the facts of a checkpoint and, if given, of an adapter for it, as plain values.
 
-    From the hub only the small files are fetched; `dtype` and `files` are then None. `gguf_blocks`
-    are tensors, numbers and bytes by block type, None for all but a GGUF file. `tokenizer`
-    is None for a folder without one, which can still decode ids; what is wrong with a broken one
-    is its `error`.
+    Of a hub id only the small files are fetched; `dtype` and `files` are None unless its weights
+    are in the local cache. `gguf_blocks` counts tensors, numbers and bytes by block type and is
+    None unless the model is a GGUF file. `tokenizer` is None for a folder without one, with which
+    ids can still be decoded; its `error` says why a tokenizer cannot be used.
 
     Raises:
-        CheckpointError: The model or the adapter is missing, broken or of another kind.
+        CheckpointError: The model or the adapter is missing, broken or not supported.
 
     Example:
         >>> from d2f.testing import write_checkpoint
@@ -84,7 +84,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
 
     folder = resolve_folder(path, weights=False)
     base = spec = read_spec(folder)
-    # What is given by its path must hold its weights; the folder of a hub id need not yet.
+    # A local path must hold the weights; of a hub id they may not be fetched yet.
     local = expanded(path).exists()
     stored = match_headers(folder, base) if local or any(folder.glob("*.safetensors")) else None
     adapted = None
@@ -142,9 +142,9 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
 def _adapter(name: str, folder: Path, base: ModelSpec) -> dict[str, Any]:
     from d2f.models.lora_folder import read_adapter
 
-    found = read_adapter(folder, base)  # refuses what does not fit
+    found = read_adapter(folder, base)  # refuses an adapter that does not fit
     parts = [published.rsplit(".", 1)[-1] for published in found.targets]
-    # An expression may have been narrowed down to names.
+    # The adapter may name its targets by an expression; these are the modules that it matches.
     return inspect_adapter(name) | {"targets": sorted(set(parts)), "modules": len(parts)}
 
 
@@ -163,15 +163,12 @@ def _memory(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def _numel(tensor: StoredTensor) -> int:
-    return tensor.num_bytes // tensor.dtype.itemsize
-
-
 def _dtypes(stored: dict[str, StoredTensor]) -> str:
-    """The dtypes of the tensors, that of most numbers first."""
+    """Return the dtypes of the tensors, beginning with that of most numbers."""
     count: Counter[str] = Counter()
     for tensor in stored.values():
-        count[str(tensor.dtype).removeprefix("torch.")] += _numel(tensor)
+        numbers = tensor.num_bytes // tensor.dtype.itemsize
+        count[str(tensor.dtype).removeprefix("torch.")] += numbers
     return ", ".join(name for name, _ in count.most_common())
 
 
@@ -184,7 +181,7 @@ def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
 
 
 def render(lines: list[tuple[str, str]]) -> Any:
-    """The lines of a report as a rich table of two columns."""
+    """Return the lines of a report as a rich table of two columns."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

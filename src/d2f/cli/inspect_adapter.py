@@ -1,4 +1,4 @@
-"""What an adapter says of itself, for `d2f inspect`: read from its headers, without its base."""
+"""The part of `d2f inspect` for adapters: facts from an adapter's headers, without its base."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from d2f.errors import counted
 
 
 def inspect_adapter(path: str | Path) -> dict[str, Any]:
-    """The facts of an adapter as plain values.
+    """Return the facts of an adapter as plain values.
 
     Raises:
-        CheckpointError: It is missing, broken or not LoRA.
+        CheckpointError: The adapter is missing, broken or not LoRA.
 
     Example:
         >>> from d2f.testing import write_adapter
@@ -58,7 +58,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts in words; those that belong to the adapter alone come first."""
+    """Return the lines of a report; the lines that do not also belong to a model come first."""
     known = "its weights" if report["checks_base"] else "its name only"
     base = f"{report['base_model'] or 'not named'}, known by {known}"
     mask = report["mask_token_id"]
@@ -86,12 +86,12 @@ def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def pairs(values: dict[str, Any]) -> str:
-    """Names and values in one line, without those that are unset."""
+    """Return names and values in one line, without unset values."""
     return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, []))
 
 
 def human(count: float) -> str:
-    """A number of bytes in the unit that fits."""
+    """Return a number of bytes as a text in a suitable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

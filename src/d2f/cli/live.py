@@ -1,4 +1,4 @@
-"""The pipeline as a person watches it: one panel of blocks, tokens appearing."""
+"""Live view of the pipeline in the terminal: the blocks of an answer while they are decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from d2f.engine.request import Output, Request
 
 SLOWED_SECONDS = 0.25
-"""A forward takes a few milliseconds: too fast to watch."""
+"""Seconds for which a forward is shown; it takes a few milliseconds, too fast to watch."""
 STYLES = {
     "semi-active": "black on bright_yellow",
     "fully active": "black on bright_green",
@@ -28,26 +28,26 @@ STYLES = {
     "cached": "white on grey30",
 }
 SIGNS = "· is not decoded yet, ■ is the end"
-"""What stands for tokens without a text."""
+"""Explanation of the two signs that stand for tokens without a text."""
 _PATIENCE_SECONDS = 0.02
-"""How often somebody who waits looks up."""
-# What a terminal would obey instead of showing it; a model may write anything.
+"""Interval at which waiting asks whether to stop."""
+# Control characters, which a terminal would carry out; a model may write any text.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What came of an answer that somebody watched."""
+    """An answer that was shown while it was decoded."""
 
     output: Output | None
-    """The last that was seen of it, with the result unless it was stopped; None: nothing yet."""
+    """Output of the last step, with the result unless it was stopped; None: no step was done."""
     num_forwards: int
     seconds: float
-    """What decoding took, without the time for showing it."""
+    """Time of decoding, without the time for showing it."""
 
 
 def legend() -> Text:
-    """What the colours mean."""
+    """Return a line that explains the colours of the states."""
     text = Text("blocks: ")
     for state, style in STYLES.items():
         text.append(f" {state} ", style)
@@ -56,7 +56,7 @@ def legend() -> Text:
 
 
 def harmless(text: str) -> str:
-    """A model's text without what would steer the terminal.
+    """Replace control characters in a model's text, which would act on the terminal.
 
     Example:
         >>> harmless("a" + chr(27) + "[2Jb")
@@ -76,17 +76,17 @@ def watch_answer(
 ) -> Watched:
     """Decode a request and show its blocks after each forward.
 
-    In a terminal they stay in their place and are gone at the end; elsewhere each forward gets a
-    line.
+    A terminal shows the blocks in one place, which is cleared at the end; elsewhere each forward
+    prints a line.
 
     Args:
-        console: Where to.
-        engine: Decodes it.
-        request: What to answer.
-        tokenizer: The model's.
-        slow: Seconds that a forward takes at least, in a terminal.
-        stopped: Asked after each forward and while waiting; True ends the answer, and takes its
-            request out of the engine.
+        console: The console that shows the blocks.
+        engine: The engine that decodes the request.
+        request: The request.
+        tokenizer: The model's tokenizer.
+        slow: Seconds for which a terminal shows each forward at least.
+        stopped: Called after each forward and while waiting; if it returns True, decoding ends and
+            the request is removed from the engine.
 
     Raises:
         RequestError: The request cannot be served.
@@ -123,7 +123,7 @@ def _wait_until(end: float, stopped: Callable[[], bool]) -> None:
 
 
 def last_lines(text: Text, console: Console, most: int) -> Text:
-    """As much of the end of a text as fits in a number of lines."""
+    """Return the last lines of a text, at most `most` of them."""
     lines = text.wrap(console, console.width)
     return Text("\n").join(lines[-max(most, 1) :])
 
@@ -131,17 +131,17 @@ def last_lines(text: Text, console: Console, most: int) -> Text:
 def render_blocks(
     blocks: Sequence[BlockView], tokenizer: Tokenizer, *, named: bool = False, apart: bool = False
 ) -> Text:
-    """All blocks of a response in their colours, or, where there are none, with their states.
+    """Return all blocks of a response in the colours of their states.
 
-    Without the states, the text of decoded blocks is that of their tokens decoded as a whole:
-    nothing stands between two blocks but what the tokens say.
+    Unless `named` or `apart` adds something, the text of decoded blocks equals that of all their
+    tokens decoded at once.
 
     Args:
         blocks: The blocks.
-        tokenizer: The model's.
-        named: Write each block's state before it.
-        apart: Begin each block on a line of its own, with a space behind its state. There no
-            state is broken over lines or taken for a part of a word.
+        tokenizer: The model's tokenizer.
+        named: Write each block's state before its text, for output without colours.
+        apart: Begin each block on a new line, with a space behind its state, so that no state is
+            broken over lines or read as part of a word.
     """
     text = Text()
     writer = _Writer(tokenizer)
@@ -159,7 +159,7 @@ def render_blocks(
 
 
 class _Writer:
-    """Text of tokens one after the other, in which a gap does not change what follows it."""
+    """Decodes tokens one after the other; the text behind a gap does not depend on the gap."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""`d2f`: the commands, and how errors reach people."""
+"""The command line `d2f`: its commands, and the messages and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from d2f.errors import D2FError, D2FWarning
 
 
 class _Commands(TyperGroup):
-    """The commands, which leave it to `main` to say that somebody stopped them."""
+    """The group of commands; it passes Ctrl-C on to `main`, which prints a message."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
+        """Run the named command."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
 
 
 class _Stopped(BaseException):
-    """A Ctrl-C that typer, which would end without a word, lets through."""
+    """Stands for Ctrl-C, because typer ends silently on `KeyboardInterrupt`."""
 
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning of ours as one line; others as Python writes them."""
+    """Print a `D2FWarning` as one line, and other warnings as Python does."""
     if not issubclass(category, D2FWarning):
         (file or sys.stderr).write(
             warnings.formatwarning(message, category, filename, lineno, line)
@@ -118,18 +118,18 @@ def main() -> None:
         _end(str(stop) or "stopped", 130)
     except SystemExit as end:
         if ctrl_c.came and end.code == 130:
-            # It came before a command began, and typer ends without a word.
+            # Ctrl-C came before the command began, so typer has ended without a message.
             _end("stopped", 130)
         raise
     except BrokenPipeError:
-        # The reader of our output has gone, as `d2f … | head` does; nothing is left to say.
+        # The reader of the output is gone, as in `d2f … | head`, so nothing is printed.
         sys.stderr.close()
         sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if ctrl_c.came:
-            # Libraries that are interrupted while they load fail in ways of their own.
+            # A library whose import was interrupted may raise an error of another kind.
             _end("stopped", 130)
         expected = isinstance(error, D2FError | OSError)
         kind = "" if expected else f"{type(error).__name__}: "
@@ -140,6 +140,6 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Say one last line."""
+    """Print a last line and exit."""
     say(log, message, markup=False)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The files that a model is made of, as hashes that results and unfinished runs are known by."""
+"""Hashes of a model's files, by which results and unfinished runs recognise the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def weights_sha256(source: str, adapter: str | None) -> str:
-    """SHA-256 of a model's weight files, and its adapter's, one after the other by name.
+    """Return the SHA-256 of a model's weight files and its adapter's, in order of their names.
 
     Raises:
-        CheckpointError: There is no such model.
+        CheckpointError: The model does not exist.
     """
     from d2f.gguf.folder import linked_gguf
     from d2f.hub import resolve_folder
@@ -27,10 +27,10 @@ def weights_sha256(source: str, adapter: str | None) -> str:
 
 
 def model_sha256(source: str, adapter: str | None) -> str:
-    """SHA-256 of all files that make a model, and its adapter, by their names.
+    """Return the SHA-256 of all files of a model and its adapter, and of their names.
 
     Raises:
-        CheckpointError: There is no such model.
+        CheckpointError: The model does not exist.
     """
     from d2f.hub import expanded, resolve_folder
 

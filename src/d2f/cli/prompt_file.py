@@ -1,4 +1,4 @@
-"""Prompts as users have them: a file of rows, of which each is to be answered."""
+"""Files of prompts: rows of JSON or Parquet, each of which is to be answered."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class PromptRow:
     """A row with a prompt."""
 
     number: int
-    """The line of the file; of a list or a Parquet file the row, counted from 1."""
+    """Number of the line or, in a list or a Parquet file, of the row; the first is 1."""
     row: Mapping[str, Any]
     prompt: Prompt
     messages: str | None
-    """The column with the conversation, if the prompt is one."""
+    """Column with the conversation; None if the prompt is a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """A file with one JSON object a line, a `.json` file of a list of them, or a `.parquet` file.
+    """A file of rows: one JSON object per line, a `.json` list of objects, or a `.parquet` file.
 
     Example:
         >>> import tempfile
@@ -46,11 +46,12 @@ class PromptFile:
     columns: ColumnConfig = ColumnConfig()  # noqa: RUF009 - it is frozen
 
     def check(self) -> None:
-        """Refuse a file in which there is nothing to answer, before a model is loaded.
+        """Refuse a file without any prompt, before a model is loaded.
 
         Raises:
-            ConfigError: It is no file that can be read twice, as going on needs, or is packed.
-            D2FError: It cannot be read, has no rows, or only bad ones.
+            ConfigError: The path is not a regular file, which a resumed run could read again, or
+                the file is compressed.
+            D2FError: The file cannot be read, has no rows, or has only bad ones.
         """
         if not self.path.exists():
             raise ConfigError(f"there is no file '{self.path}' with prompts")
@@ -69,7 +70,7 @@ class PromptFile:
             refuse_all(bad_rows)
 
     def prompts(self, bad_rows: BadRows) -> Iterator[PromptRow]:
-        """All rows that have a prompt, in their order; the others are counted."""
+        """Yield the rows that have a prompt, in order; the others count as bad rows."""
         for where, row in self._part.rows():
             columns = self._columns_of(row)
             try:
@@ -84,7 +85,7 @@ class PromptFile:
             yield PromptRow(number=number, row=row, prompt=prompt, messages=columns.messages)
 
     def where(self, number: int) -> str:
-        """How messages name a row."""
+        """Return the place of a row, as messages name it."""
         return f"{self.path}:{number}"
 
     @property
@@ -94,7 +95,7 @@ class PromptFile:
 
     @property
     def num_rows(self) -> int:
-        """Rows, bad ones among them."""
+        """Number of rows, bad ones included."""
         return self._survey[1]
 
     @cached_property
@@ -115,7 +116,7 @@ class PromptFile:
         return digest.hexdigest(), num_rows
 
     def _columns_of(self, row: object) -> ColumnConfig:
-        """The mapping; where none was named, `messages` stands in for a missing `prompt`."""
+        """Return the columns to read; by default, `messages` replaces a missing `prompt`."""
         columns = self.columns
         plain = columns.messages is None and columns.prompt == ColumnConfig.prompt
         found = isinstance(row, Mapping) and columns.prompt not in row and _MESSAGES in row
@@ -127,10 +128,10 @@ class PromptFile:
 
 
 def refuse_all(bad_rows: BadRows) -> None:
-    """Raise where no row could be answered.
+    """Raise the error of a file of which no row can be answered.
 
     Raises:
-        D2FError: Says why, and which columns there are.
+        D2FError: Always; the message has the reasons and the columns of the rows.
     """
     columns = ", ".join(sorted(bad_rows.columns))
     remedy = f". The rows have the columns: {columns}. Map them: --column prompt=NAME"

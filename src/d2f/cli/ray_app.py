@@ -1,10 +1,10 @@
-"""`serve run d2f.cli.ray_app:app`: what `d2f serve` serves, as replicas on a Ray cluster.
+"""The application of `d2f serve` as replicas on a Ray cluster: `serve run d2f.cli.ray_app:app`.
 
 Ray Serve imports this module and calls `app` with the arguments of its own command line or of a
-config file; only then is there a need for Ray.
+config file. The module itself imports without Ray.
 """
 
-# No postponed annotations here: Ray looks at that of `app` to know what to make of the arguments.
+# Annotations are not postponed here: Ray reads that of `app` to build the arguments.
 import functools
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ class RayArguments(Scaling):
     """
 
     model: str | None = None
-    """Folder or hub id, which every replica must be able to read. None: the shipped student."""
+    """Folder or hub id that every replica can read; None: the shipped student."""
     adapter: str | None = None
     eos: tuple[str, ...] = ()
     """Tokens that end an answer beside the model's own ends; in a config file only."""
@@ -52,10 +52,10 @@ class RayArguments(Scaling):
 
 
 def app(args: RayArguments) -> Any:
-    """The application, for `serve run d2f.cli.ray_app:app NAME=VALUE …` or a config file.
+    """Build the application for `serve run d2f.cli.ray_app:app NAME=VALUE …` or a config file.
 
     Raises:
-        ConfigError: A package is missing, or a value is out of its range.
+        ConfigError: A package is missing, or a value is out of range.
     """
     require_packages()
     if find_spec("ray") is None:
@@ -72,7 +72,7 @@ def app(args: RayArguments) -> Any:
 
 
 def _build_replica(args: RayArguments, settings: ServeSettings) -> "tuple[FastAPI, Service]":
-    """Load the model and make its application, in a replica's process."""
+    """Load the model and build its application, in the process of a replica."""
     served = main_model(
         args.model,
         args.adapter,

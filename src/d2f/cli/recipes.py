@@ -1,4 +1,4 @@
-"""`d2f recipes`: the recipes that come with the package."""
+"""`d2f recipes`: list and copy the recipes that come with the package."""
 
 from __future__ import annotations
 

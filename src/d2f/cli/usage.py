@@ -1,4 +1,4 @@
-"""Wrong use of the command line, as opposed to what fails although it was used right."""
+"""Usage errors: wrong use of the command line, as opposed to failures of a right one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 class UsageError(ConfigError):
     """An option, its value, or a combination of options is wrong: exit code 2.
 
-    What is wrong with a file, a folder or a prompt is no wrong use, and ends with exit code 1.
+    A bad file, folder or prompt is not a usage error and ends with exit code 1.
     """
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Within it, what is refused are the values that were typed.
+    """Context that turns errors into usage errors, since the values come from the command line.
 
     Example:
         >>> with usage():
@@ -38,10 +38,10 @@ def usage() -> Iterator[None]:
 
 
 def check_command(recipe: Path, command: str) -> None:
-    """Refuse a recipe that comes with the package and is another command's.
+    """Refuse a shipped recipe that belongs to another command.
 
     Raises:
-        UsageError: It is.
+        UsageError: The recipe belongs to another command.
 
     Example:
         >>> check_command(Path("tiny_cpu_student"), "train")
@@ -54,16 +54,16 @@ def check_command(recipe: Path, command: str) -> None:
 def load_with(
     load: Callable[[Path, Sequence[str]], T], recipe: Path, overrides: Sequence[str]
 ) -> T:
-    """What a recipe says with some settings replaced, which were typed, while the file was not.
+    """Load a recipe with overrides; an error in an override is a usage error, one in the file not.
 
     Args:
-        load: Reads a recipe with overrides.
-        recipe: The file.
-        overrides: As `d2f.recipe.apply_override` takes them.
+        load: Function that reads a recipe with overrides.
+        recipe: The file of the recipe.
+        overrides: Texts `key=value`, as `d2f.recipe.apply_override` takes them.
 
     Raises:
-        UsageError: The recipe is right without the overrides, and not with them.
-        ConfigError: The recipe itself is missing or wrong.
+        UsageError: The recipe is valid without the overrides, and invalid with them.
+        ConfigError: The recipe itself is missing or invalid.
     """
     try:
         return load(recipe, overrides)

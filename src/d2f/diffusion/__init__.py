@@ -1,1 +1,1 @@
-"""What block diffusion is: layouts, visibility, mask ratios, corruption, decoding thresholds."""
+"""Block diffusion as tensor functions: layout, visibility, mask ratios, corruption, policy."""

@@ -15,12 +15,12 @@ from d2f.diffusion.layout import BlockLayout
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoisedBatch:
-    """A corrupted batch."""
+    """A batch of sequences in which some tokens are masked."""
 
     ids_BL: Tensor
     """Token ids with the mask token where `masked_BL` is true."""
     masked_BL: Tensor
-    """Which positions were masked."""
+    """True at the masked positions."""
     ratio_BL: Tensor
     """Mask ratio of each position's block; 0 in the prompt."""
 

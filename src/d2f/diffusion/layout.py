@@ -1,14 +1,15 @@
-"""Where the blocks of a sequence lie, and who sees whom.
+"""Block layout of a sequence, and the rule that decides which keys a query sees.
 
 Shapes: B sequences, L positions of a batch, S keys.
 
-One rule on integers decides attention everywhere: each position carries a block number, and a key
-is visible to a query iff its number is not larger. Full attention gives every position 0, causal
-attention its own position, block-causal attention 0 to the prompt and 1, 2, … to the blocks that
-follow it. Padding carries `PADDING_BLOCK`, which no real query reaches.
+One rule on integers decides attention everywhere: each position carries a block number, and a query
+sees a key iff the key's number is not larger than the query's. Under full attention every position
+has number 0, under causal attention position p has number p, and under block-causal attention the
+prompt has 0 and the blocks behind it have 1, 2, …. Padding has `PADDING_BLOCK`, which is larger
+than the number of any real query.
 
-Where several samples stand in one row, the numbers grow from sample to sample, and a query also
-carries the smallest number of its own sample: it sees no key whose number is smaller than that.
+Where several samples stand in one row, the numbers grow from sample to sample. A query then also
+carries the smallest number of its own sample, and sees no key with a smaller number than that.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class BlockLayout:
             )
 
     def block_numbers(self, length: int, device: torch.device | str | None = None) -> Tensor:
-        """Block number of each of `length` positions: (1 or B, length), int32."""
+        """Return the block number of each of `length` positions: (1 or B, length), int32."""
         prompt_B1 = torch.as_tensor(self.prompt_length, device=device).reshape(-1, 1)
         offset_BL = torch.arange(length, device=device)[None] - prompt_B1
         block_BL = offset_BL.div(self.block_size, rounding_mode="floor") + 1
@@ -59,20 +60,20 @@ class BlockLayout:
 
 
 def causal_blocks(length: int, device: torch.device | str | None = None) -> Tensor:
-    """Block numbers (1, length) of causal attention: every position is a block of its own."""
+    """Return block numbers (1, length) of causal attention: each position is its own block."""
     return torch.arange(length, device=device, dtype=torch.int32)[None]
 
 
 def visible(
     query_blocks_BL: Tensor, key_blocks_BS: Tensor, first_BL: Tensor | None = None
 ) -> Tensor:
-    """Which keys each query may attend to: (B, L, S), bool.
+    """Return which keys each query may attend to: (B, L, S), bool.
 
     Args:
         query_blocks_BL: Block numbers of the queries.
         key_blocks_BS: Block numbers of the keys.
-        first_BL: Smallest number that each query sees, that of its sample's first block; None: all
-            keys of a row are of one sample.
+        first_BL: The number of the first block of each query's sample, the smallest that the query
+            sees; None: each row holds one sample.
 
     Example:
         >>> visible(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))

@@ -13,7 +13,7 @@ CONFIDENCES = ("probability", "margin", "neg_entropy")
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingPolicy:
-    """When blocks open, when they turn bold and which tokens are accepted.
+    """Decides when blocks open, when they become fully active and which tokens are accepted.
 
     Raises `ConfigError` for a value outside its range.
 
@@ -27,7 +27,7 @@ class DecodingPolicy:
     add_threshold: float = 0.1
     """Open the next block when the last one's decoded share is >= this (tau_add)."""
     activate_threshold: float = 0.95
-    """A block turns fully active when its predecessor's decoded share is >= this (tau_act)."""
+    """A block becomes fully active when its predecessor's decoded share is >= this (tau_act)."""
     confidence_threshold: float = 0.9
     """Accept a token when its probability is > this (tau_conf)."""
     max_live_blocks: int | None = None
@@ -39,7 +39,7 @@ class DecodingPolicy:
     def __post_init__(self) -> None:
         for name in ("add_threshold", "activate_threshold", "confidence_threshold"):
             value = getattr(self, name)
-            # Above 1 a fully active block may never come about, and decoding would not end.
+            # Above 1 no block might ever become fully active, and decoding would not end.
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a number between 0 and 1")
         for name in ("block_size", "max_live_blocks"):
@@ -61,5 +61,5 @@ class DecodingPolicy:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as a plain table, as checkpoints carry it."""
+        """Return the policy as a plain table, the form in which checkpoints carry it."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""How strongly each block is masked during distillation (paper, section 3.2; t_1 … t_N).
+"""Mask ratios t_1 … t_N of a sequence's blocks during distillation (paper, section 3.2).
 
 Shapes: B sequences, N blocks of the longest response.
 """
@@ -20,11 +20,11 @@ class MaskRatioSchedule:
     """Draws the mask ratios of a sequence's blocks.
 
     Kinds:
-        monotone: the paper's rising ratios: N independent draws from [low, high], sorted. Late
-            blocks reach `high`, as the far end of the decoding window does.
-        original: the authors' code: t_1 uniform in [low, high], then increments uniform in
-            [0, (high - t_1) / (N - 1)]. It uses 0.2 to 0.7 and rises slowly.
-        random: independent draws from [low, high], not sorted (the ablation of table 4).
+        monotone: the paper's rising ratios, N independent draws from [low, high], sorted. The last
+            blocks come near `high`, like the newest blocks of the decoding window.
+        original: the rule of the authors' code: t_1 is uniform in [low, high], and each increment
+            is uniform in [0, (high - t_1) / (N - 1)]. That code uses 0.2 to 0.7.
+        random: independent draws from [low, high], unsorted (the ablation of table 4).
 
     Raises `ConfigError` for an unknown kind or ends that are not 0 <= low <= high <= 1, high > 0.
 
@@ -51,10 +51,10 @@ class MaskRatioSchedule:
             )
 
     def sample(self, num_blocks_B: Tensor, generator: torch.Generator) -> Tensor:
-        """Ratios (B, N), float32, on the generator's device; N is the largest block count.
+        """Draw ratios (B, N), float32, on the generator's device; N is the largest block count.
 
-        A sequence's ratios depend on its own number of blocks only, never on its batch mates'.
-        Entries past a sequence's last block are `high`.
+        The distribution of a sequence's ratios depends on its own number of blocks only, not on the
+        other sequences of the batch. Entries past a sequence's last block are `high`.
         """
         device = generator.device
         count_B1 = num_blocks_B.to(device).reshape(-1, 1)

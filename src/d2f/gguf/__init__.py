@@ -1,9 +1,9 @@
-"""GGUF files: one file with a model's metadata, tokenizer and weights, as llama.cpp reads it.
+"""GGUF files: llama.cpp's format, with a model's metadata, tokenizer and weights in one file.
 
-A GGUF becomes what the hub would hold: the same small files, in a folder of their own, and tensors
-by the hub's names, which are read from the GGUF one by one. Nothing outside of this package needs
-to know more of the format.
+The package turns a GGUF into a folder with the small files that the hub would hold for the model,
+and gives the tensors the hub's names; they are read from the GGUF one by one. Nothing outside of
+this package knows more of the format.
 """
 
 NO_TOKENIZER = "no_tokenizer.txt"
-"""In the folder of a GGUF, a file that says why there is no tokenizer."""
+"""Name of a file in the folder of a GGUF which says why the folder holds no tokenizer."""

@@ -1,6 +1,7 @@
-"""Types of tensors in a GGUF: plain numbers, and quantised blocks of them.
+"""Types of tensors in a GGUF: plain numbers, and quantised blocks of numbers.
 
-Plain numbers are read here; for the rest there is the package `gguf`, imported at the first block.
+Plain numbers are read here. The PyPI package `gguf` dequantises blocks; it is imported when the
+first block is met.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _NEEDED = "quantised GGUF files need the package gguf: pip install 'd2f[gguf]'"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockType:
-    """How the numbers of a tensor are stored."""
+    """The format in which the numbers of a tensor are stored."""
 
     name: str
     values: int
@@ -26,7 +27,7 @@ class BlockType:
     bytes: int
     """Bytes of a block."""
     kind: str
-    """Type of the numbers when they are read, as safetensors names it."""
+    """Type of the numbers after reading, by its name in safetensors."""
 
 
 _PLAIN = {
@@ -35,19 +36,20 @@ _PLAIN = {
     28: BlockType(name="F64", values=1, bytes=8, kind="F64"),
     30: BlockType(name="BF16", values=1, bytes=2, kind="BF16"),
 }
-"""By their numbers in a GGUF."""
+"""Types of plain numbers by their numbers in a GGUF."""
 PLAIN_NAMES = frozenset(plain.name for plain in _PLAIN.values())
 
 
 def block_type(number: int, where: str) -> BlockType:
-    """The type of a number in a GGUF.
+    """Return the block type with a number.
 
     Args:
-        number: As the header has it.
-        where: What has this type, for the error.
+        number: The type's number in the header of a GGUF.
+        where: The tensor of this type, as error messages name it.
 
     Raises:
-        CheckpointError: It is unknown or cannot be turned into numbers, or `gguf` is missing.
+        CheckpointError: The type is unknown or cannot be dequantised, or the package `gguf` is not
+            installed.
 
     Example:
         >>> block_type(30, "model.gguf: tensor output.weight").name
@@ -66,7 +68,7 @@ def block_type(number: int, where: str) -> BlockType:
 
 @functools.cache
 def _quantised(number: int) -> BlockType | str:
-    """A type of the package `gguf`; the name of one that it cannot turn into numbers."""
+    """Return a type of the package `gguf`, or the name of a type that it cannot dequantise."""
     package = _package()
     try:
         known = package.GGMLQuantizationType(number)
@@ -82,7 +84,7 @@ def _quantised(number: int) -> BlockType | str:
 
 
 def dequantise(rows: np.ndarray[Any, Any], kind: BlockType) -> np.ndarray[Any, Any]:
-    """The numbers in rows of quantised blocks: bytes (n, b) become float32 (n, v)."""
+    """Dequantise rows of blocks: bytes (n, b) become float32 numbers (n, v)."""
     package = _package()
     return package.dequantize(rows, package.GGMLQuantizationType[kind.name])
 

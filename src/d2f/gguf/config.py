@@ -1,4 +1,4 @@
-"""config.json and generation_config.json, from the metadata of a GGUF."""
+"""Write config.json and generation_config.json from the metadata of a GGUF."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2f.gguf.layouts import hub_tensors, layout_of, number
 from d2f.gguf.rope import rope_scaling
 
 _TYPE_SUFFIX = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
-"""What people append to the name of a model for the type of its blocks."""
+"""Suffix for the block type, such as `-Q4_0`, that file names carry behind the model's name."""
 _NEUTRAL = {
     "attention.scale": 0.0,
     "attention.clamp_kqv": 0.0,
@@ -24,15 +24,15 @@ _NEUTRAL = {
     "attn_logit_softcapping": 0.0,
     "use_parallel_residual": False,
 }
-"""Entries that change what is computed, with the values at which they do not."""
+"""Metadata entries that are not supported, each with the value at which it has no effect."""
 _ENDS = ("eos", "eot", "eom")
 
 
 def model_config(container: Container) -> dict[str, Any]:
-    """The config.json of a model in a GGUF.
+    """Return the content of config.json for the model in a GGUF.
 
     Raises:
-        CheckpointError: An entry is missing, or asks for something that this core does not compute.
+        CheckpointError: A metadata entry is missing or asks for an unsupported computation.
     """
     layout, metadata = layout_of(container), container.metadata
     tensors = hub_tensors(container)
@@ -83,7 +83,7 @@ def model_config(container: Container) -> dict[str, Any]:
 
 
 def generation_config(container: Container) -> dict[str, Any] | None:
-    """The generation_config.json, if the file names more ends of an answer than one."""
+    """Return the content of generation_config.json; None unless the GGUF names several ends."""
     found = [token_id(container, name) for name in _ENDS]
     ends = list(dict.fromkeys(token for token in found if token is not None))
     if len(ends) < 2:
@@ -96,10 +96,10 @@ def generation_config(container: Container) -> dict[str, Any] | None:
 
 
 def token_id(container: Container, name: str) -> int | None:
-    """The id that a file gives to a token with a role, such as `bos`.
+    """Return the id of the token with a role, such as `bos`; None if the GGUF does not name it.
 
     Raises:
-        CheckpointError: It is no id.
+        CheckpointError: The entry is not a whole number.
     """
     entry = f"tokenizer.ggml.{name}_token_id"
     value = container.metadata.get(entry)
@@ -109,7 +109,7 @@ def token_id(container: Container, name: str) -> int | None:
 
 
 def _check(container: Container, head_dim: int) -> None:
-    """Refuse what would be computed wrongly."""
+    """Refuse metadata under which the model here would compute something else."""
     prefix = container.metadata["general.architecture"]
     for entry in ("rope.dimension_count", "attention.value_length"):
         size = number(container, entry, head_dim)

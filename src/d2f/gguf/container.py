@@ -1,7 +1,8 @@
-"""The container: its metadata, and where in the file the tensors lie."""
+"""The header of a GGUF: the metadata, and the tensors with their places in the file."""
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-"""Number of a type of metadata -> its letter in `struct`."""
+"""Number of a metadata type -> its letter in the module `struct`."""
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
@@ -37,44 +38,41 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """Where a tensor lies in a GGUF, and in which blocks."""
+    """A tensor's place in a GGUF, its shape and its block type."""
 
     file: Path
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
-    """As torch orders it: rows first."""
+    """Sizes in torch's order, rows first."""
     type: BlockType
     offset: int
-    """Where its bytes begin in the file."""
+    """Position in the file at which the tensor's bytes begin."""
 
     @property
     def num_values(self) -> int:
-        """Numbers in the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Count of the tensor's numbers."""
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
+        """Count of bytes that the tensor takes in the file."""
         return self.num_values // self.type.values * self.type.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """What the header of a GGUF says."""
+    """The header of a GGUF."""
 
     file: Path
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    """By name."""
+    """Tensors by their names in the file."""
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file is a GGUF by its name or by how it begins."""
+    """Return whether a file is a GGUF, by the end of its name or by its first bytes."""
     if file.suffix.lower() == ".gguf":
         return True
     try:
@@ -85,17 +83,18 @@ def is_gguf(file: Path) -> bool:
 
 
 def read_container(file: Path) -> Container:
-    """Read the header of a GGUF and check that its tensors are there in whole.
+    """Read the header of a GGUF and check that the file holds all its tensors.
 
     Raises:
-        CheckpointError: The file is no GGUF, is cut short, one part of several, of another byte
-            order, version or block type, or it needs the package `gguf`, which is missing.
+        CheckpointError: The file is not a GGUF, is cut short, is one part of several, or has an
+            unsupported byte order, version or block type; or the package `gguf` is needed and not
+            installed.
     """
     try:
         with file.open("rb") as stream:
             if stream.seek(0, 2) < 24:
-                head = _head(file)
-                _check_magic(file, head)
+                stream.seek(0)
+                _check_magic(file, stream.read(len(MAGIC)))
                 raise CheckpointError(f"{file} is cut short: it ends in its header; {_AGAIN}")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 return _parse(file, mapped)
@@ -105,11 +104,6 @@ def read_container(file: Path) -> Container:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-
-
-def _head(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(4)
 
 
 def _check_magic(file: Path, head: bytes) -> None:
@@ -196,7 +190,7 @@ def _tensor(file: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], BlockTyp
 
 
 class _Cursor:
-    """Reads a header from its begin to its end."""
+    """Reads the values of a header one after the other."""
 
     def __init__(self, file: Path, mapped: mmap.mmap) -> None:
         self.file, self.mapped, self.position = file, mapped, 4
@@ -226,7 +220,7 @@ class _Cursor:
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _SCALARS:
                 return list(self.scalars(_SCALARS[inner], count))
-            self._skip(count, move=False)  # an entry takes a byte at least
+            self._skip(count, move=False)  # each entry takes at least one byte
             return [self.value(inner) for _ in range(count)]
         if kind not in _SCALARS:
             raise CheckpointError(

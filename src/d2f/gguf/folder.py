@@ -1,4 +1,4 @@
-"""The small files of a GGUF as the hub would hold them, in a folder that lives with the process."""
+"""Temporary folders with the small files (config, tokenizer) that the hub would hold for a GGUF."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from d2f.gguf.container import Container, read_container
 from d2f.gguf.vocabulary import REMEDY, has_tokenizer, tokenizer_files
 
 _LINK = "d2f-weights.gguf"
-"""In such a folder, what leads to the weights; nobody else's folder has a file of this name."""
+"""Name of the link to the GGUF in its folder; folders from elsewhere have no such file."""
 
 
 def gguf_folder(file: Path) -> Path:
-    """A folder with the small files that the hub would hold for a GGUF, and a link to it.
+    """Return a folder with the small files that the hub would hold for a GGUF, and a link to it.
 
-    It is made once in a process while the file does not change, and removed when the process ends.
+    A process makes the folder once per file and version of it, and removes it when the process
+    ends.
 
     Raises:
-        CheckpointError: The file is no GGUF, is broken, or its model is not supported. A tokenizer
-            that is missing or unknown is no error before somebody wants it.
+        CheckpointError: The file is not a GGUF or is broken, or its model is not supported. A
+            missing or unknown tokenizer is reported only when the tokenizer is loaded.
     """
     about = file.stat()
-    # Links stay: caches keep files by their hashes, and messages name what the user gave.
+    # Links are not resolved: caches name files by hash, and messages name the user's path.
     return _made(file.absolute(), about.st_size, about.st_mtime_ns)
 
 
 def linked_gguf(folder: Path) -> Path | None:
-    """The GGUF that holds the weights of a folder; None: it has files of its own."""
+    """Return the GGUF with the weights of a folder; None if the folder holds its own weights."""
     link = folder / _LINK
     return link.readlink() if link.exists() else None
 
 
 def hub_files(container: Container) -> dict[str, str]:
-    """The small files of a model by their names.
+    """Return the texts of a model's small files by their names.
 
     Raises:
         CheckpointError: The model is not supported.
@@ -66,7 +67,7 @@ def _written(content: object) -> str:
 @functools.lru_cache(maxsize=8)
 def _made(file: Path, size: int, changed: int) -> Path:
     files = hub_files(read_container(file))
-    # Its last part is the file's name, so that messages about the folder tell which file it is.
+    # The last part of the path is the GGUF's name, so that messages about the folder name it.
     folder = Path(tempfile.mkdtemp(dir=_root())) / file.name
     folder.mkdir()
     for small, text in files.items():
@@ -80,7 +81,7 @@ def _root() -> Path:
     root, owner = Path(tempfile.mkdtemp(prefix="d2f-gguf-")), os.getpid()
 
     def remove() -> None:
-        # A process that was forked from this one must not take the folder from it.
+        # A forked process ends with the same handler, and must not remove its parent's folder.
         if os.getpid() == owner:
             shutil.rmtree(root, ignore_errors=True)
 

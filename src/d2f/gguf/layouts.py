@@ -1,4 +1,4 @@
-"""Layouts of GGUF files that this core computes, and their tensors by the hub's names."""
+"""Supported layouts of GGUF files, and the names that their tensors have on the hub."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_TENSOR = "rope_freqs.weight"
-"""Factors on the rotary wave lengths; they become an entry of config.json."""
+"""Tensor of factors on the rotary wave lengths, which become an entry of config.json."""
 _IGNORED = re.compile(rf"{re.escape(ROPE_TENSOR)}|blk\.\d+\.attn_rot_embd\.weight")
 _NAMED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What differs between layouts."""
+    """The facts in which layouts differ."""
 
     model_type: str
-    """Of the config.json that describes it."""
+    """Entry `model_type` of config.json."""
     class_name: str
-    """First entry of `architectures` there."""
+    """First entry of `architectures` in config.json."""
     biases: tuple[str, ...]
-    """Tensors of a layer that have a bias, always."""
+    """Tensors of a layer that always have a bias."""
     interleaved: bool
-    """Whether the rows of queries and keys are stored in the order of rotation in pairs."""
+    """Whether the query and key rows that rotate together are stored side by side."""
 
 
 LAYOUTS = {
@@ -58,23 +58,23 @@ LAYOUTS = {
         interleaved=False,
     ),
 }
-"""By `general.architecture`."""
+"""Layouts by the metadata entry `general.architecture`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubTensor:
-    """A tensor of a GGUF as the hub would have it."""
+    """A tensor of a GGUF, and how its rows come into the hub's order."""
 
     source: GGUFTensor
     interleaved_heads: int | None
-    """Heads whose rows must be put into the hub's order; None: the rows are in order."""
+    """Number of heads whose rows must be reordered; None: the rows are in the hub's order."""
 
 
 def layout_of(container: Container) -> Layout:
-    """The layout of a GGUF.
+    """Return the layout of a GGUF.
 
     Raises:
-        CheckpointError: It is another one, or the file holds no language model.
+        CheckpointError: The layout is not supported, or the file holds no language model.
     """
     file, metadata = container.file, container.metadata
     kind = metadata.get("general.type", "model")
@@ -96,10 +96,10 @@ def layout_of(container: Container) -> Layout:
 
 
 def hub_tensors(container: Container) -> dict[str, HubTensor]:
-    """The weights of a GGUF by the hub's names.
+    """Return the weights of a GGUF by the hub's names.
 
     Raises:
-        CheckpointError: The layout is another one, or a tensor does not belong to it.
+        CheckpointError: The layout is not supported, or has no place for one of the tensors.
     """
     layout = layout_of(container)
     names = {tensor: _hub_name(tensor, layout) for tensor in container.tensors}
@@ -128,7 +128,7 @@ def _cached(file: Path, size: int, changed: int) -> dict[str, HubTensor]:
 
 
 def read_hub_tensors(file: Path) -> Mapping[str, HubTensor]:
-    """As `hub_tensors`, by the file; a header is parsed once while the file does not change."""
+    """Return `hub_tensors` of a file, whose header is parsed again only after it has changed."""
     about = file.stat()
     return _cached(file, about.st_size, about.st_mtime_ns)
 
@@ -143,17 +143,18 @@ def _hub_name(tensor: str, layout: Layout) -> str | None:
 
 
 def _heads(container: Container, layout: Layout) -> dict[str, int]:
-    """Heads of queries and of keys."""
+    """Return the numbers of query heads and of key heads."""
     queries = number(container, "attention.head_count")
     keys = number(container, "attention.head_count_kv", queries)
     return {"q_proj": queries, "k_proj": keys}
 
 
 def number(container: Container, entry: str, default: int | None = None) -> int:
-    """A whole number of at least 1 of the layout's metadata.
+    """Return a metadata entry of the layout that must be a whole number of at least 1.
 
     Raises:
-        CheckpointError: It is missing and has no default, is something else, or differs by layer.
+        CheckpointError: The entry is missing and has no default, is not such a number, or differs
+            from layer to layer.
     """
     name = f"{container.metadata.get('general.architecture')}.{entry}"
     value: Any = container.metadata.get(name, default)

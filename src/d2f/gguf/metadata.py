@@ -1,4 +1,4 @@
-"""Types that entries of a GGUF's metadata must have, wherever the file comes from."""
+"""Type checks of the metadata entries of a GGUF that the package reads."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ _OF_THE_LAYOUT = {
     "rope.scaling.high_freq_factor": "a number",
     "rope.scaling.original_context_length": "a number",
 }
-"""Entries whose names begin with that of the layout."""
+"""Entries whose names begin with the layout's name, such as `llama.`."""
 
 
 def check_metadata(file: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse an entry that is read here and holds something of another type.
+    """Refuse metadata with an entry of the wrong type.
 
-    Sizes and ids of tokens, which must be whole numbers, are checked by those who read them.
+    Sizes and token ids, which must be whole numbers, are checked where they are read.
 
     Raises:
-        CheckpointError: There is such an entry.
+        CheckpointError: An entry that the package reads has the wrong type.
     """
     layout = metadata.get("general.architecture")
     wanted = _ENTRIES | {f"{layout}.{name}": kind for name, kind in _OF_THE_LAYOUT.items()}

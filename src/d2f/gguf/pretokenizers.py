@@ -1,7 +1,7 @@
-"""How byte-level tokenizers cut a text before they merge bytes, by the names that GGUF files use.
+"""Pre-tokenizers: the rules by which byte-level tokenizers cut a text before they merge bytes.
 
-A GGUF holds a name, `tokenizer.ggml.pre`, where the hub's tokenizer.json holds the rules. The rules
-here are the hub's: those of the models after which llama.cpp named them.
+A GGUF holds only a rule's name, `tokenizer.ggml.pre`, where the hub's tokenizer.json holds the
+rule. The rules here are those of the hub's models after which llama.cpp named them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿
 
 @dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-    """The rules of one name."""
+    """The rules that one name stands for."""
 
     cuts: tuple[str, ...] = ()
-    """Regular expressions, one after the other; none: GPT-2's, which is built in."""
+    """Regular expressions, applied in turn; none: GPT-2's, which `tokenizers` has built in."""
     digits: bool = False
-    """Whether each digit stands alone, before GPT-2's rule or after the expressions."""
+    """Whether each digit is a piece; cut before GPT-2's rule, or after `cuts`."""
     composes: bool = False
-    """Whether characters are composed first (NFC)."""
+    """Whether the text is first normalised to composed characters (NFC)."""
     ignores_merges: bool = False
-    """Whether a piece that is a token as a whole is not merged from bytes."""
+    """Whether a piece that is itself a token is taken whole, without merging bytes."""
     adds_bos: bool = False
-    """Whether texts begin with BOS where the file does not say."""
+    """Whether texts begin with BOS if the GGUF does not say."""
 
     def normalizer(self) -> dict[str, Any] | None:
-        """The entry `normalizer` of tokenizer.json."""
+        """Return the entry `normalizer` of tokenizer.json."""
         return {"type": "NFC"} if self.composes else None
 
     def pre_tokenizer(self) -> dict[str, Any]:
-        """The entry `pre_tokenizer` of tokenizer.json."""
+        """Return the entry `pre_tokenizer` of tokenizer.json."""
         steps: list[dict[str, Any]] = [
             {
                 "type": "Split",
@@ -58,7 +58,7 @@ class PreTokenizer:
 
 
 def byte_level(*, use_regex: bool) -> dict[str, Any]:
-    """The step that writes bytes as characters, in GPT-2's pieces or in the given ones."""
+    """Return the step that writes bytes as characters; `use_regex`: it also cuts as GPT-2 does."""
     return {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -101,4 +101,4 @@ PRE_TOKENIZERS = {
     "megrez": PreTokenizer(cuts=(_QWEN2,)),
     "deepseek-coder": PreTokenizer(cuts=_DEEPSEEK_CODER, digits=True, adds_bos=True),
 }
-"""By `tokenizer.ggml.pre`."""
+"""Rules by the metadata entry `tokenizer.ggml.pre`."""

@@ -1,7 +1,7 @@
-"""Scaling of the rotary frequencies: a GGUF holds Llama 3's as a tensor of factors.
+"""Rotary scaling of Llama 3, of which a GGUF holds a tensor of factors instead of the parameters.
 
-The tensor has one factor per frequency: 1 for the short wave lengths, `factor` for the long ones,
-and between them a value that goes linearly with the frequency, on the scale of one over the factor.
+The tensor has one factor per frequency: 1 for short wave lengths, `factor` for long ones. Between
+them, 1 / factor grows linearly with the frequency.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from d2f.gguf.layouts import ROPE_TENSOR
 
 _LENGTH = "original_max_position_embeddings"
 _COMMON = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, _LENGTH: 8192}
-"""Of all published Llama 3 models."""
+"""Parameters that all published Llama 3 models share."""
 _TOLERANCE = 1e-3
 _NOISE = 2e-5
 _DECIMALS = 5
-"""Of a number that went through float32."""
+"""Decimals that survive float32, to which solved parameters are rounded."""
 
 
 def rope_scaling(container: Container, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """What config.json says as `rope_scaling`; None: the frequencies are not scaled.
+    """Return the entry `rope_scaling` of config.json; None if the frequencies are not scaled.
 
     Raises:
-        CheckpointError: They are scaled in another way than Llama 3's.
+        CheckpointError: The frequencies are scaled in another way than Llama 3's.
     """
     file, metadata = container.file, container.metadata
     prefix = f"{metadata['general.architecture']}.rope"
@@ -74,7 +74,7 @@ def _factors(tensor: GGUFTensor) -> np.ndarray[Any, Any]:
 def _fitted(
     factors: np.ndarray[Any, Any], theta: float, head_dim: int, length: int | None
 ) -> dict[str, Any] | None:
-    """The scaling that gives these factors; empty if they are all 1, None if there is none."""
+    """Return the scaling that gives these factors: empty if all are 1, None if none does."""
     if factors.shape != (head_dim // 2,):
         return None
     if np.allclose(factors, 1.0):
@@ -96,9 +96,9 @@ def _fitted(
 def _solved(
     factors: np.ndarray[Any, Any], frequencies: np.ndarray[Any, Any], factor: float, length: float
 ) -> dict[str, Any] | None:
-    """Where the part between begins and ends, from two of its factors.
+    """Solve for `low_freq_factor` and `high_freq_factor` from two factors between 1 and `factor`.
 
-    Only the ratios of both to `length` count.
+    Only the ratios of both parameters to `length` matter.
     """
     inside = np.flatnonzero((factors > 1.0 + _NOISE) & (factors < factor - _NOISE))
     if len(inside) < 2:
@@ -120,7 +120,7 @@ def _solved(
 def llama3_factors(
     scaling: dict[str, Any], frequencies: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """By what Llama 3's scaling divides each frequency.
+    """Return the divisor that Llama 3's scaling applies to each frequency.
 
     Example:
         >>> scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -1,4 +1,4 @@
-"""Numbers of a tensor in a GGUF, read where they lie and put on their device part by part."""
+"""Read the numbers of a tensor from a GGUF onto a device, part by part."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from d2f.gguf.container import GGUFTensor
 from d2f.gguf.layouts import HubTensor
 
 _PART = 1 << 22
-"""Numbers that are dequantised at once."""
+"""Count of numbers that are dequantised at once."""
 _NUMPY = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.int16}
 
 
 def read_values(tensor: HubTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One tensor on `device`; beside it, memory holds a few million numbers and no more."""
+    """Return a tensor on `device`; host memory holds a few million numbers of it at a time."""
     source = tensor.source
     values = torch.empty(source.shape, dtype=dtype, device=device)
     rows = values.view(-1, source.shape[-1])
-    # Copied on write, which never happens: torch wants memory that could be written to.
+    # Copy-on-write, though nothing writes: torch warns of memory that is read-only.
     stored = np.memmap(
         source.file,
         mode="c",
@@ -44,10 +44,10 @@ def _numbers(stored: np.ndarray[Any, Any], source: GGUFTensor) -> Tensor:
 
 
 def _paired(values: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys in the hub's order.
+    """Return rows of queries or keys in the hub's order.
 
-    A rotation turns pairs of rows. The layout stores a pair side by side, the hub half a head
-    apart.
+    A rotary embedding rotates pairs of rows. The layout stores the two rows of a pair side by side,
+    the hub half a head apart.
     """
     by_head = values.view(heads, -1, 2, *values.shape[1:])
     return by_head.transpose(1, 2).reshape(values.shape)

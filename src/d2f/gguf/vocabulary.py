@@ -1,9 +1,9 @@
-"""tokenizer.json and tokenizer_config.json, from the vocabulary in a GGUF.
+"""Write tokenizer.json and tokenizer_config.json from the vocabulary in a GGUF.
 
-transformers reads these vocabularies as well, and not always as the model's own tokenizer does: it
-does not split the digits of `smollm`, does not compose characters for `qwen2`, and cuts the texts
-of `llama` as its Llama class does, not as SentencePiece. The measure here is the tokenizer with
-which a model was published.
+The token ids must equal those of the tokenizer with which a model was published. transformers reads
+these vocabularies too, but differs from that in places: it does not split the digits of `smollm`,
+does not compose characters for `qwen2`, and cuts texts for `llama` as its Llama class does, not as
+SentencePiece.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from d2f.gguf.container import Container
 from d2f.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer, byte_level
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-"""Numbers of `tokenizer.ggml.token_type` that are not those of a usual token."""
+"""Values of `tokenizer.ggml.token_type` for tokens that are not ordinary text."""
 _ROLES = {
     "bos_token": "bos",
     "eos_token": "eos",
     "unk_token": "unknown",
-    "sep_token": "seperator",  # as the format spells it
+    "sep_token": "seperator",  # spelt so by the format
     "pad_token": "padding",
     "cls_token": "cls",
     "mask_token": "mask",
 }
 """Name in tokenizer_config.json -> name in a GGUF."""
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-"""What such a vocabulary takes where the file does not say."""
+"""Ids of a SentencePiece vocabulary if the GGUF does not name them."""
 _SPACE = "▁"
 _LLAMA3_MARK = "<|begin_of_text|>"
 _WITHOUT_NAME = {"qwen2": "qwen2"}
-"""Layout -> the name of its pre-tokenizer in files from before the names."""
+"""Layout -> its pre-tokenizer, for old files that do not name one."""
 REMEDY = (
     "import the file (d2f import FILE.gguf FOLDER) and put the tokenizer.json of the original "
     "model into the folder"
@@ -47,27 +47,27 @@ class _Vocabulary:
     container: Container
     tokens: Sequence[str]
     types: Sequence[int]
-    """One for each token; empty: the file does not say."""
+    """Type of each token; empty if the GGUF does not give types."""
 
     def of_type(self, *wanted: int) -> set[str]:
         return {t for t, kind in zip(self.tokens, self.types, strict=False) if kind in wanted}
 
     def ids(self) -> dict[str, int]:
-        """Text -> id; without what fills up the rows of a model, as the hub has it."""
+        """Return text -> id without tokens that only pad the embedding, as the hub's files do."""
         unused = self.of_type(_UNUSED)
         return {text: i for i, text in enumerate(self.tokens) if text not in unused}
 
 
 def has_tokenizer(container: Container) -> bool:
-    """Whether a GGUF holds any tokens."""
+    """Return whether a GGUF holds tokens."""
     return bool(container.metadata.get("tokenizer.ggml.tokens"))
 
 
 def tokenizer_files(container: Container) -> dict[str, str]:
-    """The tokenizer's files by their names: tokenizer.json, its config, the chat template.
+    """Return the texts of the tokenizer's files by name: tokenizer.json, config, chat template.
 
     Raises:
-        CheckpointError: The vocabulary is of an unknown kind, or a part of it is missing.
+        CheckpointError: The kind of vocabulary is unknown, or a part of it is missing.
     """
     file, metadata = container.file, container.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -109,7 +109,7 @@ def tokenizer_files(container: Container) -> dict[str, str]:
 
 
 def _added_tokens(vocabulary: _Vocabulary, named: Iterable[str]) -> list[dict[str, Any]]:
-    """Tokens that are found in a text before anything else."""
+    """Return the added tokens, which encoding finds in a text before it cuts the text."""
     special = vocabulary.of_type(_UNKNOWN, _CONTROL) | set(named)
     added = special | vocabulary.of_type(_USER_DEFINED)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -121,7 +121,7 @@ def _added_tokens(vocabulary: _Vocabulary, named: Iterable[str]) -> list[dict[st
 
 
 def _post_processor(bos: str, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """BOS before a text, for those who read the files with transformers."""
+    """Return the step that puts BOS before a text; only other readers of the files need it."""
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -150,7 +150,7 @@ def _model(
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
-    """Parts of tokenizer.json, and whether a text begins with BOS by default."""
+    """Return parts of tokenizer.json, and whether a text begins with BOS by default."""
     rule = _rule(vocabulary)
     merges = _given_merges(vocabulary)
     if merges is None:
@@ -184,7 +184,7 @@ def _given_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]] | None:
     merges = metadata.get("tokenizer.ggml.merges")
     if merges is None:
         return None
-    # A token may begin with a space, so the first character never divides.
+    # A token may begin with a space, so a space at its first character divides no merge.
     pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
     strange = [pair for pair in pairs if not known.keys() >= {*pair, "".join(pair)}]
     if len(pairs) < len(merges) or strange:
@@ -222,7 +222,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """All ways to put a token together from two others, the token of the best score first."""
+    """Return all pairs of tokens that join to a token, ordered by the joined token's score."""
     scores = vocabulary.container.metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(vocabulary.tokens):
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""Grade-school word problems with worked answers, generated on the spot.
+"""Generator of grade-school word problems with worked answers; it needs no data files.
 
-A problem is drawn in four stages, one file each: a plan of relations (`plan`), numbers that
-make every step come out exactly (`numbers`), names and things (`words`), and sentences
-(`frames`, `comparisons`, `stories`, `questions`). There is no data to download.
+A problem is drawn in four stages, one file each: a plan of relations (`plan`), numbers with which
+every calculation is exact (`numbers`), names and things (`words`), and sentences (`frames`,
+`comparisons`, `stories`, `questions`).
 
 Example:
     >>> from d2f.problems import extract_answer, generate_problem

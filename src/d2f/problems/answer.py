@@ -1,4 +1,4 @@
-"""Reading the final answer out of a response."""
+"""Extract the final answer from the response to a word problem."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MARK = "####"
 
 
 def extract_answer(text: str) -> int | None:
-    r"""Return the whole number after the last `####`, or None where there is none.
+    r"""Return the whole number after the last `####`; None if there is none or it is malformed.
 
     Commas or spaces between groups of three digits, a minus, a dollar sign and a closing full stop
-    are accepted; anything else after the mark on its line, or more than 1,000 digits, makes the
+    are accepted. Any other text after the mark on its line, or more than 1,000 digits, makes the
     answer malformed.
 
     Example:

@@ -1,4 +1,4 @@
-"""Relations that hold between any two quantities of a kind: more, fewer, times, shares."""
+"""Relations that compare any two quantities of a kind: more, fewer, times, shares."""
 
 from __future__ import annotations
 

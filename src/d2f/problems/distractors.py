@@ -1,4 +1,4 @@
-"""Sentences that say something true and useless."""
+"""Distractors: true sentences that a problem contains and its answer does not need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from d2f.problems.frames import Wording
 
 __all__ = ["FACTS", "distract", "draw_fact"]
 
-# The unit, the range of the number and the sentence: a fact is left out where the story counts
-# in the same unit.
+# Each fact: its unit, the range of its number, its sentence. A fact is not used in a story that
+# counts in the same unit.
 FACTS: tuple[tuple[str, tuple[int, int], str], ...] = (
     ("years", (6, 60), "{n} is {c} years old."),
     ("miles", (2, 20), "{n} lives {c} miles from school."),
@@ -42,7 +42,7 @@ def draw_fact(rng: Random, name: str, units: set[str]) -> str:
 
 
 def distract(rng: Random, stranger: Wording, known: Wording | None) -> str:
-    """Return a sentence in the story's own words about someone the question never needs."""
+    """Return a sentence in the story's wording about a person who plays no part in it."""
     number = 2 + int(rng.random() * 28)
     if known is not None and rng.random() < 0.4:
         return f"{stranger.does} {number}{stranger.more} than {known.tail}."

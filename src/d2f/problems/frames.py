@@ -1,9 +1,9 @@
-"""Frames: the kinds of quantity a problem can speak of, and how each is put into words.
+"""Frames: the kinds of quantity in a problem, and the wording of each.
 
 A frame is one way of attaching a number to a subject ("Mia picks 12 apples", "the red bus
-carries 20 children"). Every quantity of a problem is a frame, a subject and an item, and no
-two quantities share all three: that is what keeps every reference unambiguous, even when the
-sentences are shuffled.
+carries 20 children"). Every quantity of a problem is a frame, a subject and an item, and no two
+quantities share all three, so every reference is unambiguous, even when the sentences are
+shuffled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["BASE_FRAMES", "FRAMES", "Frame", "Subject", "Wording", "word_quantit
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who or what a quantity belongs to.
+    """A person or thing to which a quantity belongs.
 
     Example:
         >>> Subject("Mia", "she", "her").name
@@ -42,35 +42,35 @@ class Frame:
 
     id: str
     tags: frozenset[str]
-    """What relations look for: `cmp` admits comparisons, other tags admit their own."""
+    """Tags by which relations choose frames; `cmp` admits comparisons, each other tag its own."""
     verb: str
-    """Third person and bare form, separated by a slash."""
+    """The verb in third person and bare form, separated by a slash."""
     unit: str
     """The plural counted noun; `@` stands for the item of the quantity."""
     items: str
-    """The word group the item is drawn from where this frame opens a story."""
+    """The word group from which the item is drawn if this frame opens a story."""
     post: str
-    """What follows the noun (" left", " each day")."""
+    """Words behind the noun (" left", " each day")."""
     style: str
-    """`count` (as many), `much`, `long` or `far`: how comparisons are worded."""
+    """Wording of comparisons: `count` (as many), `much`, `long` or `far`."""
     who: str
     """The class of subject: `person`, `day`, `color` or `priced`."""
     lead: str
     """The subject at the start of a sentence; `{n}` is its name, `{x}` its item."""
     ref: str
-    """The subject inside a sentence."""
+    """The quantity's subject inside a sentence."""
     tail: str
-    """What follows "than" and "as"."""
+    """Words behind "than" and "as"."""
     ask: str
     total: str
     mean: str
     diff: str
     peer: str
-    """The frame a comparison with this one creates."""
+    """Id of the frame that a comparison with this one creates."""
     base: tuple[int, int] | None
-    """The range of given values, or None where the frame is only ever computed."""
+    """The range of given values; None for frames whose values are always computed."""
     most: int
-    """No value of this frame may be larger, whatever the settings."""
+    """Largest value of this frame under any settings."""
 
 
 _ASK = "How many {u} {do} {r} {v}{p}?"
@@ -121,7 +121,7 @@ def _frame(
     )
 
 
-# Things people get hold of. "item" admits what changes a stock, "goods" what is done with one.
+# Things that people own. The tag "item" admits changes of a stock, "goods" uses of one.
 _frame("pick", "cmp item goods food", "picks/pick", "@", (6, 40), items="fruit")
 _frame("bake", "cmp item goods food crafted", "bakes/bake", "@", (6, 40), items="baked")
 _frame("make", "cmp item goods crafted", "makes/make", "@", (6, 40), items="made")
@@ -254,7 +254,7 @@ _frame("day_money", "cmp", "takes in/take in", "dollars", who="day", style="much
        diff="How many more dollars does the shop take in {a} than {b}?")  # fmt: skip
 
 
-# How many times as often as the others frames with these tags open a story.
+# Frames with these tags open a story so many times as often as others.
 _OFTEN = {
     "item": 3,
     "goods": 2,
@@ -278,7 +278,7 @@ BASE_FRAMES: tuple[Frame, ...] = tuple(
     if frame.base
     for _ in range(max(_OFTEN.get(tag, 1) for tag in frame.tags))
 )
-"""The frames a given number may open a story with, the richer ones more than once."""
+"""Frames that may open a story, each as often as its weight in `_OFTEN` says."""
 
 _AS = {
     "count": "as many {u}{p} as",
@@ -293,7 +293,7 @@ _AS = {
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """The phrases of one quantity, ready to be put into the sentence templates.
+    """The phrases of one quantity, which the sentence templates are filled with.
 
     Example:
         >>> word_quantity(FRAMES["pick"], Subject("Mia", "she", "her"), "apples").does
@@ -387,7 +387,7 @@ def word_quantity(frame: Frame, subject: Subject, item: str) -> Wording:
         their=subject.their,
         v3=verb,
         ask=ask,
-        # A frame with a question of its own would not read well in the common form.
+        # Frames that would read badly in the common form have a question of their own.
         find=f"Find how many {unit} {ref} {verb}{post}." if frame.ask == _ASK else ask,
         total=frame.total.format(**spread),
         mean=frame.mean.format(**spread),

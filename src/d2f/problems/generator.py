@@ -1,4 +1,4 @@
-"""From a seed and an index to a problem: plan, numbers, names, sentences."""
+"""Generate a word problem from a seed and an index: plan, numbers, names, sentences."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEFAULT = ProblemConfig()
 
 
 class _Cast:
-    """The names and things of one problem."""
+    """Chooses the names and things of one problem."""
 
     def __init__(self, rng: Random, plan: Plan) -> None:
         self._rng = rng
@@ -47,7 +47,7 @@ class _Cast:
             self.items.append(item)
 
     def stranger(self, kind: str) -> Subject:
-        """Return a subject of the class that the problem does not know yet."""
+        """Return a subject of a class that does not occur in the problem yet."""
         pool, used = _NAMES[kind], self._used.setdefault(kind, set())
         if len(used) == len(pool):
             raise _TooManyError
@@ -59,11 +59,11 @@ class _Cast:
 
 
 class _TooManyError(Exception):
-    """A story needs more days, colours or things than there are."""
+    """A story needs more days, colours or things than the word lists have."""
 
 
 class _Story:
-    """A plan with numbers and names, ready to be written."""
+    """A plan with its numbers and names, from which sentences are written."""
 
     def __init__(self, rng: Random, plan: Plan, filled: list[Filled]) -> None:
         self.rng, self.plan, self.filled = rng, plan, filled
@@ -80,7 +80,7 @@ class _Story:
         ]
 
     def sentence(self, i: int) -> str:
-        """The sentence that gives or relates quantity `i`; for a question, the question."""
+        """Return the sentence that states quantity `i`, or asks for it if it is the question."""
         node, numbers, w = self.plan.nodes[i], self.filled[i], self.wordings[i]
         rel = node.relation
         if rel is None:
@@ -92,12 +92,12 @@ class _Story:
         if len(rel.text) > 1:
             text = rel.text[int(self.rng.random() * len(rel.text))]
         if text in ("{total}", "{mean}", "{diff}"):
-            # The frame words these itself, as a template of its own.
+            # For these three the frame has a template of its own.
             text = getattr(a, text[1:-1])
         return text.format(a=a, b=b, w=w, c=numbers.c, k=numbers.k)
 
     def steps(self, i: int) -> list[str]:
-        """The worked sentences of quantity `i`, one a calculation."""
+        """Return the sentences that work out quantity `i`, one for each calculation."""
         node, numbers, w = self.plan.nodes[i], self.filled[i], self.wordings[i]
         rel = node.relation
         if rel is None:
@@ -116,7 +116,7 @@ class _Story:
         return done
 
     def distractors(self, rate: float) -> list[str]:
-        """Up to two sentences the answer does not need."""
+        """Draw up to two sentences that the answer does not need."""
         rng, found = self.rng, list[str]()
         while len(found) < 2 and rng.random() < rate:
             i = int(rng.random() * len(self.plan.nodes))
@@ -143,7 +143,7 @@ class _Story:
 
 
 def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | None:
-    """Put a story into words, or return None where it grows too long."""
+    """Write the text of a story; return None if it is longer than `config` allows."""
     rng, nodes = story.rng, story.plan.nodes
     asked = nodes[-1].frame is None
     told = len(nodes) - 1 if asked else len(nodes)
@@ -189,10 +189,10 @@ def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | No
 def generate_problem(
     seed: int, index: int, split: str = "train", config: ProblemConfig = _DEFAULT
 ) -> Problem:
-    """Return problem number `index` of a split: a function of its arguments alone.
+    """Return problem number `index` of a split, which depends on the arguments alone.
 
-    A structure (see `Problem.structure`) belongs to one split by its hash, so the splits share
-    no way of solving a problem, whatever the seeds.
+    The hash of its structure (see `Problem.structure`) assigns a problem to a split, so no two
+    splits share a structure, whatever the seeds.
 
     Example:
         >>> generate_problem(0, 5) == generate_problem(0, 5)
@@ -203,7 +203,7 @@ def generate_problem(
     """
     rng = problem_stream(seed, index, split)
     span = config.max_steps - config.min_steps + 1
-    # Drawn once, so that what is turned down below does not bend the distribution of steps.
+    # Drawn once, so that the draws rejected below do not change the distribution of steps.
     num_steps = config.min_steps + int(rng.random() * span)
     while True:
         plan = sample_plan(rng, num_steps)

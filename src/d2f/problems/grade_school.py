@@ -1,4 +1,4 @@
-"""GSM8K's problems as prompts: the form that training rows and benchmarks share."""
+"""Prompts of GSM8K's problems, in the form that training rows and benchmarks share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["grade_school_prompt"]
 
 
 def grade_school_prompt(question: str) -> str:
-    r"""The text that asks for a problem's answer, as lm-eval's task gsm8k puts it without examples.
+    r"""Return the prompt of a problem as lm-eval's task gsm8k writes it without examples.
 
     Example:
         >>> grade_school_prompt("What is 1+1?")

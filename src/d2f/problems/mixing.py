@@ -1,4 +1,4 @@
-"""Seeds of random streams."""
+"""Random streams: derive an independent one for each problem from seed, index and split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(seed: int, index: int, part: int) -> int:
-    """Spread three numbers over 64 bits, so that neighbours share no random stream.
+    """Hash three numbers to 64 bits, so that neighbouring numbers give unrelated streams.
 
     Example:
         >>> mix(0, 0, 1) == mix(0, 1, 0)
@@ -25,7 +25,7 @@ def mix(seed: int, index: int, part: int) -> int:
 
 
 def problem_stream(seed: int, index: int, split: str) -> Random:
-    """The random stream of one problem, which depends on these three alone.
+    """Return the random stream of one problem, which depends on the three arguments alone.
 
     Raises:
         ValueError: The split is unknown or the index negative.

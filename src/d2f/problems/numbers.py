@@ -1,4 +1,4 @@
-"""Numbers for a plan: given values and constants that make every step come out exactly."""
+"""Numbers of a plan: choose given values and constants so that every calculation is exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2f.problems.relation import Relation
 
 __all__ = ["Filled", "fill_numbers"]
 
-# No step may need more than this to divide a value that an earlier step must hit by choice.
+# Largest divisor that later steps may demand of a value.
 _MOST_DIVISIBILITY = 48
 _MOST_FACTOR = 12
 _MOST_ADDED = 30
@@ -25,7 +25,7 @@ Calculation = tuple[int, str, int, int]
 
 @dataclass(slots=True)
 class Filled:
-    """One node's value, its constants and the calculations that lead to it."""
+    """The value of a node, its constants and the calculations that give the value."""
 
     value: int
     c: int = 0
@@ -34,7 +34,7 @@ class Filled:
 
 
 def _needs(rng: Random, nodes: list[Node]) -> tuple[list[int], dict[int, int]] | None:
-    """Walk back through the plan: what must each value be divisible by?"""
+    """Walk back through the plan and find the number by which each value must be divisible."""
     needs = [1] * len(nodes)
     chosen: dict[int, int] = {}
     for i in range(len(nodes) - 1, -1, -1):
@@ -60,7 +60,7 @@ def _needs(rng: Random, nodes: list[Node]) -> tuple[list[int], dict[int, int]] |
 
 
 def _draw(rng: Random, kind: str, a: int, most: int) -> int:
-    """Draw one constant; a value that cannot work is turned down by the step itself."""
+    """Draw one constant; `_step` rejects constants with which the calculation is not exact."""
     if kind in _RANGES:
         low, high = _RANGES[kind]
         return low + int(rng.random() * (min(high, max(low, most // a)) - low + 1))
@@ -79,12 +79,12 @@ def _draw(rng: Random, kind: str, a: int, most: int) -> int:
 
 
 def _compute(rel: Relation, a: int, b: int, c: int, k: int, most: int) -> Filled | None:
-    """Carry out the relation's operations, or give up where one leaves the allowed numbers."""
+    """Carry out the relation's operations; return None if a result is not allowed."""
     env: dict[str | int, int] = {"a": a, "b": b, "c": c, "k": k}
     done: list[Calculation] = []
     result = 0
     for sign, left, right in rel.ops:
-        # A digit in the program stands for itself.
+        # A digit in the relation's operations is a literal number.
         x = env.get(left, left)
         y = env.get(right, right)
         assert isinstance(x, int)
@@ -101,7 +101,7 @@ def _compute(rel: Relation, a: int, b: int, c: int, k: int, most: int) -> Filled
             if y > _MOST_FACTOR or x % y:
                 return None
             result = x // y
-        # From 2 up: no sentence then has to say "1 apples".
+        # Values start at 2, so that no sentence says "1 apples".
         if not 2 <= result <= most:
             return None
         env["t"] = result
@@ -115,7 +115,7 @@ def _given(rng: Random, node: Node, need: int, most: int) -> Filled | None:
     low, high = node.frame.base
     first, last = -(-low // need), high // need
     if last < first:
-        # The range holds no multiple: take a small one above it, where that is still modest.
+        # The range holds no multiple of `need`, so a small multiple is taken.
         first, last = 1, 2
     value = need * (first + int(rng.random() * (last - first + 1)))
     return Filled(value) if 2 <= value <= most else None
@@ -133,7 +133,7 @@ def _step(
         c = k = 0
         for name, kind in rel.consts:
             value = fixed if kind == "div" and name == "c" else _draw(rng, kind, a, most)
-            # Move an added or subtracted constant to where the result is divisible as needed.
+            # Shift an added or subtracted constant so that `need` divides the result.
             if need > 1 and single and kind == "add":
                 value += -(a + value) % need
             elif need > 1 and single and kind == "sub":
@@ -151,7 +151,7 @@ def _step(
 
 
 def fill_numbers(rng: Random, plan: Plan, most: int, tries: int = 8) -> list[Filled] | None:
-    """Choose every given value and constant, or return None where the plan resists.
+    """Choose all given values and constants; return None if `tries` attempts find none that fit.
 
     Example:
         >>> from d2f.problems.plan import sample_plan

@@ -1,4 +1,4 @@
-"""Plans: which relations a problem consists of, before any name or number is chosen."""
+"""Plans: the relations of a problem, sampled before names and numbers are chosen."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from d2f.problems.stories import STORIES
 __all__ = ["QUESTION_CATALOGUE", "RELATIONS", "Node", "Plan", "sample_plan", "split_of"]
 
 RELATIONS: dict[str, Relation] = {rel.id: rel for rel in (*COMPARISONS, *STORIES)}
-"""Every relation by its id: comparisons first, then what happens in stories."""
+"""All relations by their ids: first comparisons, then events of stories."""
 
 QUESTION_CATALOGUE: dict[str, Relation | None] = {DIRECT: None} | {q.id: q for q in QUESTIONS}
-"""Every question by its id; the direct one computes nothing and has no relation."""
+"""All questions by their ids; the direct one computes nothing and has no relation."""
 
 Catalogue = dict[str, tuple[tuple[Relation, ...], ...]]
 
 
 def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Relation, ...]]:
-    """The relations each frame can feed."""
+    """Return the relations that can take each frame as their first input."""
     found: dict[str, tuple[Relation, ...]] = {}
     for frame in FRAMES.values():
         found[frame.id] = tuple(
@@ -32,7 +32,7 @@ def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Rel
             for rel in relations
             if rel.takes in frame.tags
             and bool(rel.other) == paired
-            # A sentence that names two subjects side by side needs both said the same way.
+            # A sentence that names two subjects side by side needs the same wording for both.
             and (frame.peer == frame.id or not (rel.peers_only or rel.other == "same"))
         )
     return found
@@ -45,14 +45,14 @@ _ASK_ALONE = _index(QUESTIONS, False)
 _ASK_PAIRED = _index(QUESTIONS, True)
 _MOST_BUDGET = 7
 
-# How often each group of relations is drawn from, where it has one that fits.
+# Weight of each group of relations in a draw among the groups that have a fitting one.
 _WEIGHTS = {"alone": 0.3, "story": 0.55, "paired": 0.11, "ask": 0.9, "ask_paired": 0.25}
 
 Choices = tuple[float, tuple[tuple[float, tuple[Relation, ...]], ...]]
 
 
 def _choices(frame_id: str, pair: bool, budget: int) -> Choices:
-    """What may come next after a frame with `budget` steps to go: weighted groups of relations."""
+    """Return weighted groups of relations that may follow a frame with `budget` steps left."""
     groups = {"alone": _ALONE[frame_id], "story": _STORY[frame_id]}
     if not pair:
         groups["paired"] = _PAIRED[frame_id]
@@ -95,12 +95,12 @@ class Plan:
         self.rng = rng
         self.nodes: list[Node] = []
         self.subjects: list[tuple[str, int, int]] = []
-        """The class of each subject and, for two people acting together, which two."""
+        """Class of each subject and, for a pair of people, the numbers of both."""
         self.items: list[str] = []
-        """The word group of each item."""
+        """Word group of each item."""
         self.taken: set[tuple[str, int, int]] = set()
         self.changed: set[int] = set()
-        """Quantities whose own subject went on to something else: no longer compared with."""
+        """Quantities that a later event has changed; comparisons no longer refer to them."""
         self.structure = ""
 
     def new_subject(self, kind: str, one: int = -1, two: int = -1) -> int:
@@ -125,11 +125,11 @@ class Plan:
         return self.add(Node(frame, self.new_subject(frame.who), item))
 
     def is_pair(self, subject: int) -> bool:
-        """Whether the subject is two people together."""
+        """Return whether the subject is two people together."""
         return self.subjects[subject][0] == "pair"
 
     def apply(self, rel: Relation, a: int, b: int = -1) -> int:
-        """Append the quantity that `rel` computes; -1 where it would repeat an earlier one."""
+        """Append the quantity that `rel` computes; return its position, -1 for a repetition."""
         source = self.nodes[a]
         if rel.ask:
             return self.add(Node(None, -1, -1, rel, a, b))
@@ -162,7 +162,7 @@ def _fits(rels: tuple[Relation, ...], budget: int) -> list[Relation]:
 
 
 def _partner(plan: Plan, top: int, rel: Relation, budget: int) -> tuple[int, int]:
-    """Choose or build the second input; return it and the steps it took."""
+    """Choose or build the second input of a relation; return it and the steps that it took."""
     rng, node = plan.rng, plan.nodes[top]
     assert node.frame is not None
     if rel.other != "same":
@@ -220,7 +220,7 @@ def _extend(plan: Plan, top: int, budget: int) -> tuple[int, int]:
 
 
 def sample_plan(rng: Random, num_steps: int) -> Plan | None:
-    """Draw a plan of exactly `num_steps` calculations, or None where the draw got stuck.
+    """Draw a plan of exactly `num_steps` calculations; None if no relation fits any more.
 
     Example:
         >>> plan = sample_plan(Random(1), 2)
@@ -250,7 +250,7 @@ def sample_plan(rng: Random, num_steps: int) -> Plan | None:
 
 
 def _structure(plan: Plan) -> str:
-    """Name the plan by its relations and edges, the same for every order of equal parts."""
+    """Return a text of the plan's relations and edges; the order of equal parts has no effect."""
     nodes = plan.nodes
     tree: list[str] = []
     for node in nodes:
@@ -281,7 +281,7 @@ def _structure(plan: Plan) -> str:
 
 
 def split_of(structure: str) -> str:
-    """Return the split a structure belongs to: 8 of 10 train, one each of the others.
+    """Return the split of a structure: of 10, 8 are for training and 1 for each other split.
 
     Example:
         >>> split_of("direct(more(half(given)))") in ("train", "validation", "test")

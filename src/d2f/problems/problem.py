@@ -1,4 +1,4 @@
-"""The problem and the knobs that set its difficulty."""
+"""A word problem, and the settings of its difficulty."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Problem:
     prompt: str
     """The story and the question, on one line."""
     response: str
-    """One sentence a step with its calculation, then a line `#### N`."""
+    """A sentence with a calculation for each step, then a line `#### N`."""
     answer: int
     num_steps: int
     """The number of calculations in the response."""
     structure: str
-    """The relations and how they feed each other, without names, numbers or things."""
+    """The relations and their inputs as a text, without names, numbers and things."""
     distractors: tuple[str, ...] = ()
     """The sentences of the prompt that the answer does not need."""
     shuffled: bool = False
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProblemConfig:
-    """What problems are like.
+    """Settings of the generator of word problems.
 
     Example:
         >>> ProblemConfig(min_steps=2, max_steps=3).max_steps
@@ -52,13 +52,13 @@ class ProblemConfig:
     max_steps: int = 7
     """The most calculations, at most 7."""
     distractor_rate: float = 0.25
-    """The probability of a sentence that is not needed; a second one comes at this rate again."""
+    """The probability of a distractor, and, after a first one, of a second."""
     shuffle_rate: float = 0.1
     """The probability that the sentences before the question are shuffled."""
     max_value: int = 200
-    """The largest number that may be given or computed, 100 to 999."""
+    """The largest number that is given or computed, 100 to 999."""
     max_words: int = 85
-    """The longest prompt, in words; longer stories are drawn again (60 or more)."""
+    """Most words of a prompt, 60 or more; longer stories are drawn again."""
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""

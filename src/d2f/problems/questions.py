@@ -1,4 +1,4 @@
-"""Questions: the plain one about the last quantity, and those that compute once more."""
+"""Questions: the direct one, for the last quantity, and those that need one more calculation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from d2f.problems.relation import Relation, parse_ops
 __all__ = ["DIRECT", "QUESTIONS"]
 
 DIRECT = "direct"
-"""The id of the question that asks for the last quantity as it stands."""
+"""Id of the question that asks for the last quantity itself."""
 
 
 def _ask(

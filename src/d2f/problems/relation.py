@@ -1,4 +1,4 @@
-"""Relation: one way of computing a new quantity from earlier ones, with its sentences."""
+"""Relations: ways of computing a new quantity from earlier ones, with their sentences."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Op = tuple[str, str | int, str | int]
 
 
 def parse_ops(text: str) -> tuple[Op, ...]:
-    """Read a little program such as `a/3;t*2`: one binary operation a step.
+    """Parse the operations of a relation, such as `a/3;t*2`: one binary operation per step.
 
-    `a` and `b` are the inputs, `c` and `k` the constants of the sentence, `t` the previous
-    step's result; digits stand for themselves.
+    `a` and `b` are the inputs, `c` and `k` the constants of the sentence, and `t` is the result of
+    the previous step; digits are literal numbers.
 
     Example:
         >>> parse_ops("a/3;t*2")
@@ -42,38 +42,38 @@ class Relation:
 
     id: str
     takes: str
-    """The tag the first input's frame must carry."""
+    """The tag that the first input's frame must have."""
     ops: tuple[Op, ...]
     text: tuple[str, ...]
-    """The wordings of the sentence (of the question, for a question)."""
+    """Alternative wordings of the sentence or, for a question, of the question."""
     out: str = "peer"
-    """The frame of the result; `peer` follows the input's frame."""
+    """Id of the result's frame; `peer`: the peer of the input's frame."""
     who: str = "new"
-    """The result's subject: `same`, `new` (of the frame's class), `both` (the two inputs')."""
+    """The result's subject: the `same`, a `new` one of the frame's class, or `both` inputs'."""
     other: str = ""
-    """For two inputs: `same` frame as the first, or the tag of the second."""
+    """The second input's frame: `same` as the first's, or a tag that it must have."""
     item: str = "same"
-    """`new` where the result counts another thing than its input."""
+    """`new` if the result counts another thing than its input."""
     consts: tuple[tuple[str, str], ...] = ()
-    """The constants and how each is drawn."""
+    """The name of each constant and the way it is drawn."""
     mid: str = ""
-    """The sentence of the first step, where there are two."""
+    """The sentence of the first step, if there are two steps."""
     answer: str = ""
-    """The sentence of the last step; empty: the plain statement of the result."""
+    """The sentence of the last step; empty: a statement of the result."""
     commutes: bool = False
-    """Whether swapping the two inputs is the same relation."""
+    """Whether swapping the two inputs changes nothing."""
     ask: bool = False
     peers_only: bool = False
-    """Needs an input whose comparisons keep its own frame (the sentence names it first)."""
+    """Whether the input's frame must be its own peer, since the sentence names it first."""
     divisor: int = 1
-    """What the first input must be divisible by (fixed divisors only)."""
+    """A fixed number by which the first input must be divisible."""
     drawn_divisor: bool = field(init=False)
-    """Whether `c` is a divisor, so that it is drawn before the values."""
+    """Whether `c` is a divisor; divisors are drawn before the values."""
     halves_sum: bool = field(init=False)
-    """Whether the sum of the inputs is halved, so that both had better be even."""
+    """Whether the sum of the inputs is halved; then both are drawn as even numbers."""
 
     def __post_init__(self) -> None:
-        """Derive what the drawing of numbers asks for often."""
+        """Compute the facts that the drawing of numbers reads often."""
         object.__setattr__(self, "drawn_divisor", self.consts[:1] == (("c", "div"),))
         halves = self.ops == (("+", "a", "b"), ("/", "t", 2))
         object.__setattr__(self, "halves_sum", halves)

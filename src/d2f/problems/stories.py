@@ -1,4 +1,4 @@
-"""Relations that tell what happens: packing, selling, travelling, paying, planting."""
+"""Relations that are events of a story: packing, selling, travelling, paying, planting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to SQL as prompts: one form for training rows and benchmarks."""
+"""Prompts that ask for SQL, in the form that training rows and benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 __all__ = ["TEXT_TO_SQL", "sql_prompt"]
 
 TEXT_TO_SQL = ("advising", "wikisql")
-"""The collections; Advising has one database, and WikiSQL a table for each question."""
+"""The two collections: Advising has one database, WikiSQL a table for each question."""
 
 
 def sql_prompt(name: str, row: Mapping[str, Any]) -> str:
-    r"""The text that asks for a row's SQL.
+    r"""Return the prompt that asks for the SQL of a row.
 
     Args:
-        name: One of `TEXT_TO_SQL`.
+        name: The collection, one of `TEXT_TO_SQL`.
         row: `question`, and for WikiSQL `columns`, the names of the table's columns.
 
     Example:

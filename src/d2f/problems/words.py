@@ -1,14 +1,14 @@
 """The closed vocabulary of the problems: names, days, colours and countable things.
 
-Everything is written by hand and kept small, so that a byte-pair vocabulary of about a
-thousand entries covers it in one or two tokens a word.
+The lists are short, so that a byte-pair vocabulary of about a thousand entries encodes each word in
+one or two tokens.
 """
 
 from __future__ import annotations
 
 __all__ = ["COLORS", "DAYS", "ITEMS", "PEOPLE", "PRICED", "SINGULAR"]
 
-# First names with the pronoun and the possessive that go with them.
+# First names, each with its pronoun and its possessive.
 PEOPLE: tuple[tuple[str, str, str], ...] = tuple(
     (name, "she", "her")
     for name in (
@@ -23,30 +23,11 @@ PEOPLE: tuple[tuple[str, str, str], ...] = tuple(
     ).split()
 )
 
-DAYS: tuple[str, ...] = (
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-)
+DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 
-COLORS: tuple[str, ...] = (
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "white",
-    "black",
-    "brown",
-    "gray",
-    "pink",
-    "purple",
-)
+COLORS = tuple("red blue green yellow white black brown gray pink purple".split())
 
-# Plural nouns by the verb they go with; a frame names the group it draws from.
+# Plural nouns by word group; a frame names the group from which its item is drawn.
 ITEMS: dict[str, tuple[str, ...]] = {
     "fruit": ("apples", "pears", "plums", "lemons", "peaches"),
     "baked": ("muffins", "cookies", "pies", "rolls"),
@@ -59,19 +40,8 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "crops": ("carrots", "onions", "beans", "tulips"),
 }
 
-# Things with a price of their own, with the article that stands before them.
-PRICED: tuple[str, ...] = (
-    "a pen",
-    "a notebook",
-    "a book",
-    "a bag",
-    "a toy",
-    "a hat",
-    "a ball",
-    "a cup",
-    "a lamp",
-    "a kite",
-)
+# Things that have a price, with their articles.
+PRICED = tuple(f"a {thing}" for thing in "pen notebook book bag toy hat ball cup lamp kite".split())
 
 SINGULAR: dict[str, str] = {
     "peaches": "peach",

@@ -1,4 +1,4 @@
-"""Reading numbers as people write them: signs, thousands commas, decimals, powers of ten."""
+"""Parse numbers as people write them: signs, thousands commas, decimals, powers of ten."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from decimal import Decimal
 __all__ = ["last_number", "whole_number"]
 
 MAX_DIGITS = 1000
-"""Python's int() reads 4,300, unless told otherwise; no answer needs more than a few."""
+"""Most digits of a number. Python's int() parses up to 4,300; no answer needs many."""
 
-_MINUS = "\\-\N{MINUS SIGN}"  # for a set of characters in a pattern
-# A comma belongs to a number only where all commas of its run part groups of three: 1,234 is one
+_MINUS = "\\-\N{MINUS SIGN}"  # both minus signs, for a character class of a pattern
+# A comma belongs to a number only if all its commas separate groups of three digits: 1,234 is one
 # number, and 1,2,3 are three.
 _GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
-# Behind a word, a number or a bracket a dash joins or subtracts: 5-6, GPT-4, (x+1)-2.
+# A dash behind a word, a number or a bracket is no sign, it joins or subtracts: 5-6, GPT-4, (x)-2.
 _SIGN = rf"(?:(?<![\w)\]}}%.{_MINUS}])(?P<sign>[{_MINUS}]))?"
 _NUMBER = re.compile(
     rf"{_SIGN}[$€£]?(?P<digits>(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
@@ -29,10 +29,11 @@ _WHOLE = re.compile(
 
 
 def last_number(text: str) -> Decimal | None:
-    r"""The last number in a text; None where there is none, or it has more than 1,000 digits.
+    r"""Return the last number in a text; None if there is none or it has over 1,000 digits.
 
-    A minus sign (`-` or U+2212) counts where it does not join or subtract, a comma where it parts
-    groups of three digits, a power of ten behind `e`, and a leading zero may be left out.
+    A minus sign (`-` or U+2212) belongs to the number unless it joins or subtracts, a comma if it
+    separates groups of three digits. A power of ten may follow behind `e`, and a leading zero may
+    be missing.
 
     Example:
         >>> last_number("3 boxes of 40: 3 * 40 = 1,200.0\n#### 1,200.")
@@ -51,7 +52,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that a text is, and nothing beside it; None for any other text.
+    """Return the whole number that a text consists of; None for any other text.
 
     Commas or spaces between groups of three digits, a dollar sign and a closing full stop are
     accepted, more than 1,000 digits are not.

@@ -1,4 +1,4 @@
-"""What comes with the package: base, teacher and student, each a checkpoint folder, and recipes."""
+"""Shipped models (an autoregressive one, a teacher, a student: checkpoint folders) and recipes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from d2f.errors import CheckpointError, unknown_name
 
 MODELS = ("autoregressive", "teacher", "student")
 PREFIX = "shipped:"
-"""Of the name of a shipped model, wherever a model is named: `shipped:student`."""
+"""Beginning of a shipped model's name wherever a model is named, as in `shipped:student`."""
 
 
 def shipped_model(name: str = "student") -> Path:
-    """Folder of a shipped model.
+    """Return the folder of a shipped model.
 
     Example:
         >>> shipped_model("student").name
@@ -23,10 +23,10 @@ def shipped_model(name: str = "student") -> Path:
 
 
 def named_folder(name: str) -> Path | None:
-    """Folder of the shipped model that a name such as `shipped:student` means; None for others.
+    """Return the folder that a name such as `shipped:student` means; None for other names.
 
     Raises:
-        CheckpointError: The name begins like that of a shipped model, and there is no such.
+        CheckpointError: The name begins with `shipped:`, and no shipped model has the rest of it.
 
     Example:
         >>> named_folder("shipped:teacher").name, named_folder("org/model")

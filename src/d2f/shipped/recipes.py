@@ -1,4 +1,4 @@
-"""The recipes that come with the package: files of a checkout's `recipes/`, or of a wheel."""
+"""Shipped recipes: the files of a checkout's folder `recipes/`, which a wheel contains too."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _EVAL = "eval/"
 
 @dataclass(frozen=True, kw_only=True)
 class ShippedRecipe:
-    """One recipe."""
+    """A recipe file that comes with the package."""
 
     name: str
-    """As one types it: `tiny_cpu_student`, `eval/word_problems`."""
+    """Name as a command takes it, such as `tiny_cpu_student` or `eval/word_problems`."""
     path: Path
 
     @property
     def command(self) -> str:
-        """The command that runs it."""
+        """Name of the command that runs the recipe, `train` or `eval`."""
         return "eval" if self.name.startswith(_EVAL) else "train"
 
     def about(self) -> str:
-        """The first sentence of the comment that it begins with."""
+        """Return the first sentence of the comment at the top of the file."""
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
@@ -37,7 +37,7 @@ class ShippedRecipe:
 
 
 def shipped_recipes() -> list[ShippedRecipe]:
-    """All of them, those of `d2f train` first.
+    """Return all shipped recipes, those of `d2f train` first.
 
     Example:
         >>> [recipe.name for recipe in shipped_recipes() if "word_problems" in recipe.name][0]
@@ -52,7 +52,7 @@ def shipped_recipes() -> list[ShippedRecipe]:
 
 
 def find_recipe(text: str | Path) -> ShippedRecipe | None:
-    """The shipped recipe of a name, which may be written like its file; None if there is none.
+    """Return the shipped recipe with a name or file name; None if there is none.
 
     Example:
         >>> find_recipe("word_problems").name, find_recipe("recipes/eval/functions.toml").name

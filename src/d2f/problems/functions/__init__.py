@@ -1,8 +1,9 @@
-"""Short Python functions to write, with hidden tests, generated on the spot.
+"""Generator of programming problems: short Python functions to write, with hidden tests.
 
 A function is a pipeline of one to four operations on numbers, strings and lists. It is drawn in
 stages, one file each: operations and their arguments (`pipeline`), a sentence (`wording`), calls
-that tell the function from its like (`inputs`, `cases`). Answers are judged by running them.
+whose results tell the function from similar ones (`inputs`, `cases`). Answers are judged by running
+them.
 
 Example:
     >>> from d2f.problems.functions import generate_function_problem, program

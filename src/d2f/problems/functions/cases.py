@@ -1,8 +1,9 @@
-"""Cases: the calls of a problem, shown and hidden, and whether they tell it from its like."""
+"""Test cases: the shown and the hidden calls of a function, which similar functions fail."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from d2f.problems.functions.pipeline import Pipeline, Step
 __all__ = ["Case", "CaseSource", "run"]
 
 Case = tuple[list[Any], list[Any]]
-"""The arguments of a call, and the value before the first step, between steps and at the end."""
+"""Arguments of a call, and the values before the first step and after each step."""
 
 _LARGEST = 10_000
 _LARGEST_TAKEN = 1_000
@@ -44,8 +45,8 @@ def _argument(step: Step, arguments: list[Any]) -> Any:
 
 
 def _apply(step: Step, value: Any, argument: Any) -> Any:
-    """Do one step; ValueError where that leaves the small values."""
-    # A factorial or a range of a large number would take long, only to be turned down.
+    """Return the value after one step; raise ValueError if it is not small."""
+    # A factorial or a range of a large number would take long, and be rejected afterwards.
     if isinstance(value, int) and not -_LARGEST_TAKEN < value < _LARGEST_TAKEN:
         raise ValueError
     value = step.operation.apply(value, argument)
@@ -55,7 +56,7 @@ def _apply(step: Step, value: Any, argument: Any) -> Any:
 
 
 def run(pipeline: Pipeline, arguments: list[Any]) -> Case | None:
-    """Call the function, or return None where it is not defined or leaves the small values."""
+    """Call the function; return None if it is undefined there or a value is not small."""
     value = arguments[0]
     values = [value]
     try:
@@ -68,7 +69,7 @@ def run(pipeline: Pipeline, arguments: list[Any]) -> Case | None:
 
 
 def _finish(pipeline: Pipeline, at: int, value: Any, arguments: list[Any]) -> Any:
-    """Go on from step `at` with another value; None where that is not defined."""
+    """Return the result of the steps from `at` on for another value; None if undefined."""
     try:
         for step in pipeline.steps[at:]:
             value = _apply(step, value, _argument(step, arguments))
@@ -78,7 +79,7 @@ def _finish(pipeline: Pipeline, at: int, value: Any, arguments: list[Any]) -> An
 
 
 def _vary(cases: list[Case]) -> bool:
-    """Whether each step's result varies, and the last one's is not nearly always the same."""
+    """Return whether each step has several results, and the last step no dominant one."""
     for results in zip(*(map(repr, values[1:]) for _, values in cases), strict=True):
         if len(set(results)) == 1:
             return False
@@ -86,28 +87,28 @@ def _vary(cases: list[Case]) -> bool:
     return commonest <= _MOST_SAME * len(cases)
 
 
+@dataclass(frozen=True)
 class _Rival:
-    """The function with one step left out, or with one constant changed by one."""
+    """A similar function: step `at` is left out, or its constant changed by `change`."""
 
-    def __init__(self, pipeline: Pipeline, at: int, change: int) -> None:
-        self._pipeline = pipeline
-        self._at = at
-        self._change = change
+    pipeline: Pipeline
+    at: int
+    change: int
 
     def differs(self, case: Case) -> bool:
-        """Whether this case tells the two apart."""
+        """Return whether the similar function gives another result in this case."""
         arguments, values = case
-        value = values[self._at]
-        if self._change:
-            step = self._pipeline.steps[self._at]
+        value = values[self.at]
+        if self.change:
+            step = self.pipeline.steps[self.at]
             try:
-                value = _apply(step, value, step.constant + self._change)
+                value = _apply(step, value, step.constant + self.change)
             except _UNDEFINED:
                 return True
-        after = values[self._at + 1]
+        after = values[self.at + 1]
         if type(value) is type(after) and value == after:
             return False
-        return _finish(self._pipeline, self._at + 1, value, arguments) != values[-1]
+        return _finish(self.pipeline, self.at + 1, value, arguments) != values[-1]
 
 
 def _rivals(pipeline: Pipeline) -> list[_Rival]:
@@ -123,7 +124,7 @@ def _rivals(pipeline: Pipeline) -> list[_Rival]:
 
 
 class CaseSource:
-    """Draws the calls of one function; none repeats.
+    """Draws the calls of one function, without repetition.
 
     Example:
         >>> from d2f.problems.functions.catalogue import OPERATIONS
@@ -139,9 +140,9 @@ class CaseSource:
         self._seen: list[list[Any]] = []
 
     def shown(self, count: int) -> list[Case] | None:
-        """Calls short enough for a prompt, with different results where such come up.
+        """Draw calls that are short enough for a prompt, with different results if possible.
 
-        None where too few inputs are defined.
+        The result is None if the function is defined for too few inputs.
         """
         cases: list[Case] = []
         results: list[Any] = []
@@ -161,41 +162,35 @@ class CaseSource:
         return cases
 
     def hidden(self, count: int) -> list[Case] | None:
-        """Calls that tell the function from its rivals, `count` or a few more.
+        """Draw `count` calls or a few more, on which each similar function fails at least once.
 
-        The empty list or string, or 0, is among them where the function is defined there. None
-        where some step or constant makes no difference, where the result hardly changes, or where
-        too few inputs are defined.
+        The empty list or string, or 0, is among them if the function is defined there. The result
+        is None if some step or constant has no effect, if the function's result hardly changes, or
+        if the function is defined for too few inputs.
         """
         edge = self._new(self._inputs.edge())
         cases = [] if edge is None else [edge]
-        # A step without effect shows after a few calls, so that is looked for first.
+        # A few calls reveal a step without effect, so the similar functions are tried early.
         for enough in (_FEW, count):
             while len(cases) < enough:
-                case = self._any()
+                case = self._try()
                 if case is None:
                     return None
                 cases.append(case)
             for rival in self._rivals:
                 if any(rival.differs(case) for case in cases):
                     continue
-                case = self._against(rival) if len(cases) < count + _EXTRA else None
+                case = self._try(rival) if len(cases) < count + _EXTRA else None
                 if case is None:
                     return None
                 cases.append(case)
         return cases if _vary(cases[edge is not None :]) else None
 
-    def _against(self, rival: _Rival) -> Case | None:
+    def _try(self, rival: _Rival | None = None) -> Case | None:
+        """Draw a case, one in which the rival differs if there is one; None after some tries."""
         for _ in range(_TRIES):
             case = self._draw(short=False)
-            if case is not None and rival.differs(case):
-                return case
-        return None
-
-    def _any(self) -> Case | None:
-        for _ in range(_TRIES):
-            case = self._draw(short=False)
-            if case is not None:
+            if case is not None and (rival is None or rival.differs(case)):
                 return case
         return None
 

@@ -1,4 +1,4 @@
-"""All operations, by what they take."""
+"""Catalogue of all operations, by the type that they take."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from d2f.problems.functions.strings import STRINGS
 __all__ = ["ENDING", "OPERATIONS", "PASSING"]
 
 OPERATIONS: dict[str, Operation] = {operation.id: operation for operation in (*NUMBERS, *STRINGS)}
-"""Every operation by its id."""
+"""All operations by their ids."""
 
 ENDING: dict[str, tuple[Operation, ...]] = {
     kind: tuple(operation for operation in OPERATIONS.values() if operation.takes == kind)
     for kind in TYPES
 }
-"""The operations on a type; any may be the last."""
+"""Operations by the type that they take; each may be the last of a function."""
 
 PASSING: dict[str, tuple[Operation, ...]] = {
     kind: tuple(operation for operation in operations if operation.gives != "bool")
     for kind, operations in ENDING.items()
 }
-"""Those whose result another operation can take."""
+"""The same, without operations whose result no other operation takes."""

@@ -1,4 +1,4 @@
-"""From a seed and an index to a problem: operations, arguments, names, words, calls."""
+"""Generate a function problem from a seed and an index: operations, names, wording, calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ATTEMPTS = 4
 
 
 def split_of_operations(operations: list[Operation]) -> str:
-    """The split that operations belong to, in whatever order and with whatever arguments.
+    """Return the split of a set of operations; order and arguments have no effect.
 
     Example:
         >>> from d2f.problems.functions import OPERATIONS
@@ -63,10 +63,10 @@ def _write(rng: Random, pipeline: Pipeline, config: FunctionConfig) -> FunctionP
 def generate_function_problem(
     seed: int, index: int, split: str = "train", config: FunctionConfig = _DEFAULT
 ) -> FunctionProblem:
-    """Return problem number `index` of a split: a function of its arguments alone.
+    """Return problem number `index` of a split, which depends on the arguments alone.
 
-    A set of operations belongs to one split by its hash, whatever order they come in and
-    wherever their arguments come from; so the splits share no structure, whatever the seeds.
+    The hash of its set of operations, whatever their order and arguments, assigns a problem to a
+    split, so no two splits share a structure, whatever the seeds.
 
     Raises:
         ValueError: The split is unknown or the index negative.
@@ -80,14 +80,14 @@ def generate_function_problem(
     """
     rng = problem_stream(seed, index, split)
     span = config.max_steps - config.min_steps + 1
-    # Drawn once, so that what is turned down below does not bend the distribution of steps.
+    # Drawn once, so that the draws rejected below do not change the distribution of steps.
     num_steps = config.min_steps + int(rng.random() * span)
     while True:
         operations = sample_operations(rng, num_steps)
         if operations is None or split_of_operations(operations) != split:
             continue
-        # Unlucky constants or inputs get another chance, so that demanding operations stay: a
-        # single one, which nothing makes up for, and questions, most of which say no.
+        # Some operations are rejected for most constants and inputs: a single one, and questions,
+        # most of which are answered by no. They get more attempts, so as not to become rare.
         demanding = num_steps == 1 or operations[-1].gives == "bool"
         for _ in range(_ATTEMPTS if demanding else 1):
             pipeline = sample_pipeline(rng, operations, config.parameter_rate)
@@ -101,7 +101,7 @@ def generate_function_problems(
     *,
     seed: int,
     split: str = "train",
-    config: FunctionConfig | None = None,
+    config: FunctionConfig = _DEFAULT,
     start: int = 0,
 ) -> Iterator[FunctionProblem]:
     """Yield problems `start` to `start + count` of a split.
@@ -111,4 +111,4 @@ def generate_function_problems(
         [True, True, True]
     """  # fmt: skip
     for index in range(start, start + count):
-        yield generate_function_problem(seed, index, split, config or _DEFAULT)
+        yield generate_function_problem(seed, index, split, config)

@@ -1,4 +1,4 @@
-"""Inputs: values to call a function with, near its constants and of every shape."""
+"""Inputs: draw values to call a function with, many of them near its constants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2f.problems.functions.pipeline import LETTERS, Pipeline
 __all__ = ["EMPTY", "InputSource"]
 
 EMPTY: dict[str, Any] = {"ints": [], "strs": [], "int": 0, "str": ""}
-"""The edge of each type."""
+"""The edge case of each type."""
 
 _WORDS = (
     "apple lion tree river stone cloud noon level radar Anna kayak Otto Mia Tom Rome Oslo Berlin "
@@ -52,12 +52,12 @@ class InputSource:
                 self._letter = step.constant
 
     def draw(self, *, short: bool) -> list[Any]:
-        """The arguments of one call; `short` for calls that are shown."""
+        """Draw the arguments of a call; `short`: of a call that is shown in the prompt."""
         first = self._value(self._takes, short)
         return [first, *(self._argument(argument, first, short) for argument in self._arguments)]
 
     def edge(self) -> list[Any]:
-        """A call with the empty list or string, or with 0."""
+        """Draw the arguments of a call with the empty list or string, or with 0."""
         first = EMPTY[self._takes]
         return [first, *(self._argument(argument, first, True) for argument in self._arguments)]
 
@@ -134,14 +134,10 @@ class InputSource:
             place = draw()
             if not text or place < 0.2:
                 return LETTERS[int(draw() * len(LETTERS))]
-            # Ends are drawn often, for operations that look only there.
-            return (
-                text[0]
-                if place < 0.4
-                else text[-1]
-                if place < 0.5
-                else text[int(draw() * len(text))]
-            )
+            # First and last letters are drawn often: some operations read only those.
+            if place < 0.5:
+                return text[0] if place < 0.4 else text[-1]
+            return text[int(draw() * len(text))]
         if argument.kind == "ints":
             values = self._ints(short)
             if isinstance(first, list) and first and isinstance(first[0], int):

@@ -1,4 +1,4 @@
-"""Operation: one step of a function, with its line of Python and its wordings."""
+"""Operations: the steps of which functions consist, each with its Python code and wordings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 __all__ = ["TYPES", "Argument", "Operation", "define"]
 
 TYPES = ("ints", "int", "strs", "str", "bool")
-"""list[int], int, list[str], str, bool."""
+"""Names of the types list[int], int, list[str], str and bool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """What a step needs besides the value it works on.
+    """The kind of argument that an operation takes beside the value it works on.
 
     Example:
         >>> Argument.parse("int 2 9")
@@ -25,31 +25,31 @@ class Argument:
     """`int`, `letter`: a constant or a parameter; `sep`: a constant; `ints`, `str`: a parameter."""
     low: int = 0
     high: int = 0
-    """The range of numbers, ends included."""
+    """Largest number; `low` and `high` are both included."""
 
     @classmethod
     def parse(cls, text: str) -> Argument:
-        """Read a kind and, for numbers, the range."""
+        """Parse a kind and, for numbers, the range."""
         kind, *span = text.split()
         return cls(kind, *map(int, span))
 
     @property
     def can_be_constant(self) -> bool:
-        """Whether the value may stand in the code."""
+        """Whether the code may contain the argument as a constant."""
         return self.kind in ("int", "letter", "sep")
 
     @property
     def can_be_parameter(self) -> bool:
-        """Whether the caller may give the value."""
+        """Whether the argument may be a parameter of the function."""
         return self.kind != "sep"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """One step from a value to a value.
+    """A function of a value, with its code and its wordings.
 
-    Templates have the slots `{v}` (the variable with the value), `{o}` (that of the result) and
-    `{k}` (the argument) in code; `{it}`, `{them}`, `{each}` (the value) and `{k}` in wordings.
+    The template of the code has the slots `{v}` (variable of the value), `{o}` (variable of the
+    result) and `{k}` (argument); wordings have `{it}`, `{them}` or `{each}` (value) and `{k}`.
 
     Example:
         >>> step = define("ints", "int", "total", "sum", "{o} = sum({v})", "the sum of {them}")
@@ -58,16 +58,16 @@ class Operation:
     """
 
     id: str
-    """Takes and name, `ints.sum`: unique."""
+    """Unique id of the type that it takes and its name, such as `ints.sum`."""
     takes: str
     gives: str
     code: str
     texts: tuple[str, ...]
-    """Imperative clauses, or what is returned where the text starts with the, whether or how."""
+    """Wordings: imperative clauses, or noun phrases that begin with the, a, whether or how."""
     out: str
-    """The variable of the result; empty: the value's own."""
+    """Variable of the result; empty: the variable of the value."""
     tag: str
-    """Short word for names of functions."""
+    """Short word for the names of functions."""
     argument: Argument | None
     apply: Callable[[Any, Any], Any]
     """The code as a function of value and argument; it raises where the step is not defined."""
@@ -76,7 +76,7 @@ class Operation:
 def define(
     takes: str, gives: str, out: str, name: str, code: str, *texts: str, arg: str = ""
 ) -> Operation:
-    """Build an operation; what it computes is what its code says.
+    """Build an operation, whose `apply` is compiled from its code.
 
     Example:
         >>> define("int", "int", "", "double", "{o} = {v} * 2", "double {it}").apply(4, None)

@@ -1,4 +1,4 @@
-"""Pipelines: which operations a function consists of, with their arguments and all names."""
+"""Pipelines: the operations of a function, with their arguments and all names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARAMETERS = {
     "strs": "names labels tokens entries".split(),
     "str": "s line phrase message".split(),
 }
-"""Names of the value that a function starts from."""
+"""Names for the first parameter, by its type."""
 
 _ARGUMENTS = {
     "int": "k m limit amount".split(),
@@ -31,7 +31,7 @@ _PREFIXES = "get do make find".split()
 SEPARATORS = (",", "-", " ", "_", "/", "+")
 LETTERS = "aeiostrnlcm"
 
-# How often each type is what a function starts from.
+# Types of the first parameter; each stands here as often as its share.
 _STARTS = ("ints",) * 9 + ("str",) * 6 + ("strs",) * 3 + ("int",) * 3
 
 
@@ -43,17 +43,17 @@ class Step:
     constant: Any = None
     parameter: str = ""
     index: int = 0
-    """Which of the function's arguments the parameter is."""
+    """Position of the parameter among those of the function."""
 
 
 @dataclass(slots=True)
 class Pipeline:
-    """Operations that feed each other, and the names of the function and its parameters."""
+    """A chain of operations, with the names of the function and its parameters."""
 
     steps: list[Step]
     name: str
     parameters: list[str]
-    """The first is the value that the steps start from."""
+    """Names of the parameters; the steps start from the first."""
 
     @property
     def takes(self) -> str:
@@ -67,7 +67,7 @@ class Pipeline:
 
     @property
     def structure(self) -> str:
-        """See `FunctionProblem.structure`."""
+        """The text that `FunctionProblem.structure` describes."""
         parts = [self.takes]
         for step in self.steps:
             argument = step.operation.argument
@@ -76,7 +76,7 @@ class Pipeline:
         return ">".join(parts)
 
     def source(self) -> str:
-        """The function in plain Python."""
+        """Return the function's source."""
         variable = self.parameters[0]
         lines = [f"def {self.name}({', '.join(self.parameters)}):"]
         for step in self.steps:
@@ -89,26 +89,27 @@ class Pipeline:
 
 
 def write_argument(step: Step) -> str:
-    """The argument as code and wordings show it."""
+    """Return the argument as it is written in code and wordings."""
     return step.parameter or json.dumps(step.constant)
 
 
-def _choose(rng: Random, values: Any) -> Any:
+def choose(rng: Random, values: Any) -> Any:
+    """Draw one of several values."""
     return values[int(rng.random() * len(values))]
 
 
 def sample_operations(rng: Random, num_steps: int) -> list[Operation] | None:
-    """Draw operations that fit each other, or None where the draw repeats itself.
+    """Draw operations, each taking the type that the last one gives; None if one repeats.
 
     Example:
         >>> operations = sample_operations(Random(2), 2)
         >>> operations is None or operations[0].gives == operations[1].takes
         True
     """
-    kind = _choose(rng, _STARTS)
+    kind = choose(rng, _STARTS)
     chosen: list[Operation] = []
     for left in range(num_steps, 0, -1):
-        operation = _choose(rng, (PASSING if left > 1 else ENDING)[kind])
+        operation = choose(rng, (PASSING if left > 1 else ENDING)[kind])
         if operation in chosen:
             return None
         chosen.append(operation)
@@ -119,30 +120,30 @@ def sample_operations(rng: Random, num_steps: int) -> list[Operation] | None:
 def _constant(rng: Random, argument: Argument) -> Any:
     if argument.kind == "int":
         return argument.low + int(rng.random() * (argument.high - argument.low + 1))
-    return _choose(rng, LETTERS if argument.kind == "letter" else SEPARATORS)
+    return choose(rng, LETTERS if argument.kind == "letter" else SEPARATORS)
 
 
 def _name(rng: Random, operations: list[Operation]) -> str:
-    """A name that says what is done, or a plain one."""
+    """Draw a name that tells the operations, or one that tells nothing."""
     if rng.random() < 0.4:
-        return _choose(rng, PLAIN_NAMES)
+        return choose(rng, PLAIN_NAMES)
     if len(operations) == 1 or rng.random() < 0.4:
-        # Never the bare word: `sum` would call itself.
-        return f"{_choose(rng, _PREFIXES)}_{_choose(rng, operations).tag}"
+        # A prefix keeps the name from hiding a builtin: a function named `sum` would call itself.
+        return f"{choose(rng, _PREFIXES)}_{choose(rng, operations).tag}"
     return f"{operations[0].tag}_{operations[-1].tag}"
 
 
 def sample_pipeline(
     rng: Random, operations: list[Operation], parameter_rate: float
 ) -> Pipeline | None:
-    """Give operations their arguments and names, or None for more parameters than is readable.
+    """Draw arguments and names; None for over three parameters or two of one name.
 
     Example:
         >>> square = ENDING["int"][5]
         >>> sample_pipeline(Random(3), [square], 0.5).source().splitlines()[1:]
         ['    n = n * n', '    return n']
     """
-    parameters = [_choose(rng, PARAMETERS[operations[0].takes])]
+    parameters = [choose(rng, PARAMETERS[operations[0].takes])]
     steps = []
     for operation in operations:
         step = Step(operation)
@@ -151,7 +152,7 @@ def sample_pipeline(
             if argument.can_be_parameter and (
                 not argument.can_be_constant or rng.random() < parameter_rate
             ):
-                step.parameter = _choose(rng, _ARGUMENTS[argument.kind])
+                step.parameter = choose(rng, _ARGUMENTS[argument.kind])
                 step.index = len(parameters)
                 parameters.append(step.parameter)
             else:

@@ -1,4 +1,4 @@
-"""The problem and the knobs that set its difficulty."""
+"""A function problem, and the settings of its difficulty."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionProblem:
-    r"""A function to write, with an answer and the tests that decide.
+    r"""A function to write, with an answer and the tests that judge answers.
 
     Example:
         >>> FunctionProblem(
@@ -26,25 +26,25 @@ class FunctionProblem:
     """
 
     prompt: str
-    """What the function does, and calls with their results as Python's prompt shows them."""
+    """Description of the function, and calls with results as in an interactive session."""
     response: str
     """One right answer: plain Python, a line or a short loop for each step."""
     examples: tuple[str, ...]
-    """The calls shown in the prompt, as assertions."""
+    """Assertions on the calls that the prompt shows."""
     tests: tuple[str, ...]
-    """Assertions on other calls, which the prompt does not show."""
+    """Assertions on the hidden calls."""
     entry_point: str
     """The name of the function."""
     structure: str
-    """The type it starts from and its operations in order, with the kind of each argument: `#`
-    for a constant, a type for a parameter. Free of names and numbers."""
+    """The type of the first parameter and the operations in order, each with the kind of its
+    argument (`#` for a constant, a type for a parameter), without names and numbers."""
     num_steps: int
     """The number of operations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FunctionConfig:
-    """What problems are like.
+    """Settings of the generator of function problems.
 
     Raises `ConfigError` for settings out of range.
 
@@ -60,12 +60,12 @@ class FunctionConfig:
     num_examples: int = 2
     """Calls shown in the prompt, 1 to 3."""
     num_tests: int = 8
-    """Hidden tests, 6 to 10; up to two more are added where they are needed to tell the function
-    from one that lacks a step or has another constant."""
+    """Hidden tests, 6 to 10. Up to two more are added if a function that lacks a step or has
+    another constant would pass."""
     parameter_rate: float = 0.35
     """The probability that a step's number or letter is a parameter instead of a constant."""
     max_chars: int = 300
-    """The longest prompt, in characters; longer ones are drawn again (200 or more)."""
+    """Most characters of a prompt, 200 or more; problems with longer ones are drawn again."""
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
@@ -84,11 +84,11 @@ class FunctionConfig:
 
 
 def program(problem: FunctionProblem, text: str) -> str:
-    r"""Return the source that runs an answer and its hidden tests; a wrong answer makes it raise.
+    r"""Return a program that runs an answer and its hidden tests, and raises if one fails.
 
     The answer runs in a namespace of its own, so that it can neither swallow the tests (by an open
-    quote, say) nor end the program early by `exit()`. Results are compared as `repr` writes them:
-    `1` is neither `True` nor `1.0`. Nothing here protects the machine; run it in a sandbox.
+    quote, say) nor end the program early by `exit()`. Results are compared by their `repr`, so `1`
+    equals neither `True` nor `1.0`. Nothing here protects the machine; run it in a sandbox.
 
     Args:
         problem: The problem.

@@ -1,10 +1,10 @@
-"""Wordings: a pipeline as an English sentence."""
+"""Wordings: describe a pipeline in an English sentence."""
 
 from __future__ import annotations
 
 from random import Random
 
-from d2f.problems.functions.pipeline import Pipeline, write_argument
+from d2f.problems.functions.pipeline import Pipeline, choose, write_argument
 
 __all__ = ["describe", "third_person"]
 
@@ -42,10 +42,6 @@ _NOUNS = {
 }
 
 
-def _pick(rng: Random, values: tuple[str, ...]) -> str:
-    return values[int(rng.random() * len(values))]
-
-
 def third_person(clause: str) -> str:
     """Put the verb that a clause begins with into the third person.
 
@@ -64,17 +60,17 @@ def third_person(clause: str) -> str:
 
 
 def _clauses(rng: Random, pipeline: Pipeline) -> list[str]:
-    """Imperative clauses, the last of which returns something."""
+    """Return imperative clauses, one or two for each step; the last returns the result."""
     first = pipeline.parameters[0]
     clauses: list[str] = []
     last = len(pipeline.steps) - 1
     for i, step in enumerate(pipeline.steps):
         operation = step.operation
         words = (_LATER if i else _FIRST)[operation.takes]
-        slots = {name: _pick(rng, texts) for name, texts in words.items()}
-        text = _pick(rng, operation.texts).format(**slots, k=write_argument(step))
+        slots = {name: choose(rng, texts) for name, texts in words.items()}
+        text = choose(rng, operation.texts).format(**slots, k=write_argument(step))
         if i == 0:
-            # Where another argument is of the same type, it has to be said which one is meant.
+            # If another parameter has the same type, the text must name the first one.
             kinds = {s.operation.argument for s in pipeline.steps if s.parameter}
             twins = any(kind is not None and kind.kind == operation.takes for kind in kinds)
             if twins and "{p}" not in text:
@@ -84,9 +80,9 @@ def _clauses(rng: Random, pipeline: Pipeline) -> list[str]:
         if verbs is None:
             clauses.append(text)
             if i == last:
-                clauses.append(f"return {_pick(rng, _ENDS[operation.gives])}")
+                clauses.append(f"return {choose(rng, _ENDS[operation.gives])}")
         else:
-            clauses.append(f"{'return' if i == last else _pick(rng, verbs)} {text}")
+            clauses.append(f"{'return' if i == last else choose(rng, verbs)} {text}")
     return clauses
 
 
@@ -101,7 +97,7 @@ def _join(rng: Random, clauses: list[str]) -> str:
 
 
 def describe(rng: Random, pipeline: Pipeline) -> str:
-    """Say what the function is called, what it takes and what it does.
+    """Return a sentence with the function's name, its parameters and its operations.
 
     Example:
         >>> from d2f.problems.functions.catalogue import OPERATIONS

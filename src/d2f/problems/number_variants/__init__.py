@@ -1,9 +1,9 @@
-r"""Variants of worked problems with other numbers, for training on more than people wrote.
+r"""Variants of worked problems with other numbers, as further training data.
 
-A problem is taken apart (`worked_problem`): each number of its answer must come from the question,
-an earlier step, or a word that names it. What can only be one of these may change (`redraw`), and
-the text is written again with new numbers (`variants`). Annotated problems such as GSM8K's are
-needed; sums that are written out without annotation are found, too (`annotate`).
+A problem is parsed (`worked_problem`): each number of its answer must come from the question, an
+earlier step, or a word that names it. Numbers of the question whose uses are all unambiguous may
+change (`redraw`), and the text is written again with new numbers (`variants`). Problems need the
+annotations of GSM8K; those that are missing behind written-out sums are added (`annotate`).
 
 Example:
     >>> from d2f.problems.number_variants import make_variants

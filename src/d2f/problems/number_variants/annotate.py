@@ -1,4 +1,4 @@
-"""Annotations for the sums that an answer writes out without one."""
+"""Add annotations `<<a*b=c>>` to sums that an answer writes out without one."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PIECE = re.compile(
     r"|(?P<unit>/?[A-Za-z'\u2019]+(?:/[A-Za-z'\u2019]+)*|[$%])|\s+|(?P<other>.)"
 )
 _SIGNS = str.maketrans("x\u00d7\u00f7\u2013\u2212", "**/--")
-"""As people write them: a cross, a division sign, a dash, a long minus."""
+"""Signs that people use (cross, division sign, dash, minus sign) -> operators."""
 _FARTHEST = 150
-"""Characters in which a sum is looked for before its result."""
+"""Number of characters before a result in which its sum is looked for."""
 
 
 def annotate(answer: str) -> str:
-    """The same answer with `<<a*b=c>>` also before results that stand behind a sum in the text.
+    """Return the answer with `<<a*b=c>>` also before results that follow a sum in the text.
 
-    Only sums without brackets that come out exactly are annotated; annotations that say nothing
-    (`<<5=5>>`) are left out.
+    A sum is annotated if it has no brackets and equals the result. Trivial annotations such as
+    `<<5=5>>` are removed.
 
     Example:
         >>> annotate("He has 3 bags * 4 pies = 12 pies, 12-2=<<12-2=10>>10.")
@@ -49,7 +49,7 @@ def annotate(answer: str) -> str:
 
 
 def _sum_at_end(text: str) -> str:
-    """The numbers and signs that a text ends with, units between them left out."""
+    """Return the sum at the end of a text, without units; an empty text if there is none."""
     pieces = [(m.lastgroup, m[0]) for m in _PIECE.finditer(text) if m.lastgroup]
     taken: list[str] = []
     wants_number = True

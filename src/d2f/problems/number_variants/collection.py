@@ -1,4 +1,4 @@
-"""A collection of worked problems: what is kept aside, what is trained on, what tests it."""
+"""Split a collection of worked problems: kept aside, trained on, test set with new numbers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ NUM_KNOWN = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What was made of one problem."""
+    """A problem and its variants."""
 
     original: Variant
     training: tuple[Variant, ...]
     """Variants to train on."""
     new_numbers: Variant | None
-    """One more, to test on: a known problem with new numbers."""
+    """A further variant, for the test set of known problems with new numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    r"""Worked problems in three parts, decided by the seed and the questions alone.
+    r"""Worked problems in three parts, which depend on the seed and the questions alone.
 
     Args:
         problems: Questions with annotated answers.
-        seed: Another seed keeps other problems aside and draws other numbers.
+        seed: Decides which problems are kept aside and which numbers are drawn.
 
     Example:
         >>> problems = [Variant(question=f"{'q' * n}-9?", answer="#### 9") for n in range(40)]
@@ -43,23 +43,23 @@ class Collection:
     seed: int = 0
 
     def kept_aside(self) -> list[Variant]:
-        """Problems to choose settings on; neither they nor variants of them are trained on.
+        """Return the problems to choose settings on; no training row is a variant of them.
 
-        There are 500 of them, or a tenth where there are fewer than 5,000 in all.
+        Their number is 500, or a tenth of all problems if that is less.
         """
         return self._ordered()[: self._num_aside()]
 
     def to_train_on(self) -> list[Variant]:
-        """All others, in the order in which they are asked for new numbers.
+        """Return the problems to train on, in the order in which new numbers are drawn.
 
-        Problems that differ from one that is kept aside in their numbers only are left out.
+        A problem that differs from one kept aside only in its numbers is left out.
         """
         aside = {_words(problem) for problem in self.kept_aside()}
         rest = self._ordered()[self._num_aside() :]
         return [problem for problem in rest if _words(problem) not in aside]
 
     def make(self, problem: Variant) -> Made:
-        """A problem's variants; the first one drawn is kept from training."""
+        """Draw a problem's variants; the first one is not for training."""
         made = make_variants(
             problem.question, problem.answer, seed=self.seed, most=MOST_VARIANTS + 1
         )
@@ -70,18 +70,18 @@ class Collection:
         )
 
     def known_with_new_numbers(self, count: int = NUM_KNOWN) -> list[Variant]:
-        """The test set of known problems with new numbers: of the first so many that have one.
+        """Return the test set: a variant of each of the first `count` problems that have one.
 
-        No question among them is one that people wrote. Training rows that come to the same by
-        chance, as variants of other problems with the same words, must be left out by who writes
-        them.
+        No question of an original problem is among them. Training rows may equal one of them by
+        chance, as variants of another problem with the same words; whoever writes training rows
+        must leave those out.
         """
         found: dict[str, Variant] = {}
         written = {problem.question for problem in self.problems}
         for problem in self.to_train_on():
             if len(found) == count:
                 break
-            # What `make` draws first.
+            # The same variant that `make` draws first.
             for new in make_variants(problem.question, problem.answer, seed=self.seed, most=1):
                 if new.question not in written:
                     found.setdefault(new.question, new)
@@ -91,7 +91,7 @@ class Collection:
         return min(NUM_KEPT_ASIDE, len(self.problems) // 10)
 
     def _ordered(self) -> list[Variant]:
-        """By a hash of the question, so that the order of the file does not matter."""
+        """Return the problems ordered by a hash of the question, not as in the file."""
 
         def key(problem: Variant) -> bytes:
             return hashlib.sha256(f"part {self.seed}\n{problem.question}".encode()).digest()
@@ -100,5 +100,5 @@ class Collection:
 
 
 def _words(problem: Variant) -> str:
-    """A question without its numbers."""
+    """Return the question with each number replaced by 0."""
     return re.sub(r"\d[\d,.]*", "0", problem.question)

@@ -1,4 +1,4 @@
-"""Numbers that words name or bring along: two, half, a dozen, the days of a week."""
+"""Numbers that words name or imply: two, half, a dozen, the days of a week."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _PATTERNS = [
 
 
 def named_values(text: str) -> frozenset[Fraction]:
-    """All values that words of a text may stand for, and 0, 1 and what `%` brings along.
+    """Return all values that words of a text name or imply; `%` implies 100 and 1/100.
 
     Example:
         >>> sorted(map(str, named_values("Half of the eggs of one dozen.")))

@@ -1,4 +1,4 @@
-"""What is wrong with a variant, found without looking at how it was made."""
+"""Check a variant independently of the code that makes variants."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 
 
 def find_faults(original: Variant, variant: Variant) -> list[str]:
-    r"""Name what does not hold of a variant.
+    r"""Return the faults of a variant as texts.
 
-    Checked are: the words are the original's; the question differs; each annotation comes out; each
-    result is positive where it was, and whole where it was; the last line is the last result; each
-    other number of the answer is in the question, or a result, or what it was before.
+    A variant has no fault if it has the words of the original and another question; each annotation
+    is a true equation; each result is positive or whole if the original's is; the last line is the
+    last result; and each other number of the answer is in the question, a result, or unchanged.
 
     Args:
-        original: The problem that people wrote, as `make_variants` was given it, with the
-            annotations that its variants have.
-        variant: Made of it.
+        original: The problem of which `make_variants` made the variant, with the annotations that
+            its variants have.
+        variant: The variant.
 
     Example:
         >>> one = Variant(question="2 and 3?", answer="2+3=<<2+3=5>>5\n#### 5")
@@ -57,7 +57,7 @@ def find_faults(original: Variant, variant: Variant) -> list[str]:
 
 def _unexplained(original: Variant, variant: Variant, results: list[Value]) -> list[str]:
     known = {Fraction(n.value) for n in find_numbers(variant.question)} | set(results)
-    # What people make of a percentage in their heads.
+    # Numbers that people derive from a percentage without writing it down.
     for value in list(known):
         share = Fraction(value) / 100
         known |= {share, 1 - share, 1 + share, 100 - value, 100 + value}

@@ -1,4 +1,4 @@
-"""The arithmetic between `<<` and `>>`: an expression of numbers and its value."""
+"""Formulas of annotations: parse and evaluate the expression between `<<` and `=`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from d2f.problems.number_variants.numbers import Number, Value, exact, find_numb
 
 _ALLOWED = re.compile(r"[\d+\-*/(). ]+")
 _SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-Node = int | tuple["str | Node", ...]
-"""The number of an operand, or a sign and what it joins."""
+Tree = int | tuple["str | Tree", ...]
+"""The index of an operand, or a sign and the trees that it joins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """What is worked out, its operands from left to right.
+    """An expression and its operands from left to right.
 
     Example:
         >>> formula = read_formula("(20-5)*3")
@@ -27,13 +27,13 @@ class Formula:
     """
 
     operands: tuple[Number, ...]
-    tree: Node
+    tree: Tree
 
     multiplies: bool
-    """Whether it has `*` or `/`."""
+    """Whether the expression has `*` or `/`."""
 
     def work_out(self, values: Sequence[Value]) -> Value | None:
-        """The value with other operands; None for a division by zero."""
+        """Return the value for other operands; None for a division by zero."""
         try:
             return exact(_work_out(self.tree, values))
         except ZeroDivisionError:
@@ -41,7 +41,7 @@ class Formula:
 
 
 def read_formula(text: str) -> Formula | None:
-    """Read an expression of numbers, `+ - * /` and brackets; None where it is anything else.
+    """Parse an expression of numbers, `+ - * /` and brackets; None for any other text.
 
     Example:
         >>> read_formula("2x+1") is None
@@ -53,25 +53,25 @@ def read_formula(text: str) -> Formula | None:
     numbers = find_numbers(text)
     places = {number.start: index for index, number in enumerate(numbers)}
     try:
-        tree = _node(ast.parse(text, mode="eval").body, places)
+        tree = _tree(ast.parse(text, mode="eval").body, places)
     except (SyntaxError, KeyError, TypeError):
         return None
     multiplies = "*" in text or "/" in text
     return Formula(operands=tuple(numbers), tree=tree, multiplies=multiplies)
 
 
-def _node(found: ast.expr, places: dict[int, int]) -> Node:
+def _tree(found: ast.expr, places: dict[int, int]) -> Tree:
     if isinstance(found, ast.Constant):
         return places[found.col_offset]
     if isinstance(found, ast.UnaryOp) and isinstance(found.op, ast.USub):
-        return ("neg", _node(found.operand, places))
+        return ("neg", _tree(found.operand, places))
     if isinstance(found, ast.BinOp):
         sign = _SIGNS[type(found.op)]
-        return (sign, _node(found.left, places), _node(found.right, places))
+        return (sign, _tree(found.left, places), _tree(found.right, places))
     raise TypeError(type(found).__name__)
 
 
-def _work_out(node: Node | str, values: Sequence[Value]) -> Value:
+def _work_out(node: Tree | str, values: Sequence[Value]) -> Value:
     if isinstance(node, int):
         return values[node]
     assert isinstance(node, tuple)

@@ -1,4 +1,4 @@
-"""Numbers as they stand in a text: where, of what value, and written how."""
+"""Numbers in a text: find them with place, value and notation, and write others like them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)|(?<
 
 
 Value = int | Fraction
-"""Exact; whole values are of type int, which is faster to reckon with."""
+"""An exact value; whole ones are of type int, whose arithmetic is faster."""
 
 
 def exact(value: Value) -> Value:
-    """The same value, as an int where it is whole."""
+    """Return the same value, as an int if it is whole."""
     return value.numerator if value.denominator == 1 else value
 
 
@@ -29,17 +29,17 @@ class Number:
 
     @cached_property
     def value(self) -> Value:
-        """What it is worth."""
+        """The number's value."""
         return exact(Fraction(self.text.replace(",", "")))
 
     @property
     def decimals(self) -> int:
-        """Digits behind the point."""
+        """Count of digits behind the point."""
         return len(self.text.partition(".")[2])
 
 
 def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Number]:
-    """All numbers of a text, or of a part of it.
+    """Return all numbers of a text, or of the part from `start` to `end`.
 
     Example:
         >>> [str(n.value) for n in find_numbers("$1,250.50 for 3/4 of it, 1,2 and .5.")]
@@ -50,12 +50,12 @@ def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Numb
 
 
 def write_number(value: Value, like: str, *, money: bool = False) -> str | None:
-    """A value in the style of another number; None where that has too few decimals for it.
+    """Return a value in the notation of another number; None if that has too few decimals.
 
     Args:
-        value: What to write.
-        like: The number whose commas, decimals and leading zero are followed.
-        money: Two decimals stay two.
+        value: The value to write.
+        like: The number whose commas, decimals and leading zero are imitated.
+        money: Keep two decimals, even if the last is 0.
 
     Example:
         >>> write_number(Fraction(1250), "3,400"), write_number(Fraction(1, 2), "0.25")

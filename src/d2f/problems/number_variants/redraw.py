@@ -1,4 +1,4 @@
-"""Which numbers of a question may be drawn anew, and from what."""
+"""Plan a redraw: find the numbers of a question that may change, and their possible values."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _FIXED_AFTER = re.compile(
 _UNITS = {
     "day": 7, "hour": 24, "minute": 60, "second": 60, "month": 12, "week": 52, "inch": 12,
 }  # fmt: skip
-"""Counts of a unit stay on the same side of what makes the next one."""
+"""Unit -> its count in the next larger unit. A changed count stays on the same side of that."""
 _UNIT = re.compile(rf"[ -]?({'|'.join(_UNITS)})(?:e?s)?\b")
 _PERCENT = re.compile(r" ?(?:%|percent|per cent)")
 _ARTICLE = re.compile(r"\b(an?) \$?$", re.IGNORECASE)
 _YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
 _SMALL = 4
-"""Up to this, a number may also be counted from names or pictured; see `_counted_elsewhere`."""
+"""Largest value that an answer may also get by counting names; see `_counted_elsewhere`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Redraw:
-    """Values of a question that may change, with what they may become.
+    """Values of a question that may change, each with its possible new values (`pools`).
 
-    `sums`: values that are the sum or product of others in the question, and stay it.
+    `sums` lists values that are the sum or product of others in the question and must remain so.
     """
 
     pools: Mapping[Value, tuple[Value, ...]]
@@ -46,10 +46,10 @@ class Redraw:
 
 
 def plan_redraw(problem: WorkedProblem) -> Redraw:
-    """Find what may change without a second role coming apart.
+    """Find the values that may change because each has a single role in the problem.
 
-    A value stays where it could be something else as well: where a number of the answer has two
-    possible origins that would differ, where a word names the same value, in dates and fractions.
+    A value must stay if it may have a second role: if a number of the answer has two possible
+    origins that would differ, if a word names the same value, or in dates and fractions.
     """
     known = {number.value for number in problem.numbers}
     frozen = {n.value for n in problem.numbers if _is_fixed(problem.question, n)}
@@ -89,7 +89,7 @@ def _is_fixed(question: str, number: Number) -> bool:
 
 
 def _counted_elsewhere(problem: WorkedProblem) -> set[Value]:
-    """Small values that the answer uses more often than the question names them."""
+    """Return small values that the answer uses more often than the question names them."""
     named = [number.value for number in problem.numbers]
     used = [
         n.value
@@ -101,7 +101,7 @@ def _counted_elsewhere(problem: WorkedProblem) -> set[Value]:
 
 
 def _whole_percents(problem: WorkedProblem) -> set[Value]:
-    """Percentages that make a whole together."""
+    """Return percentages that add up to 100."""
     percents = [n.value for n in problem.numbers if _PERCENT.match(problem.question[n.end :])]
     return {
         value
@@ -113,7 +113,7 @@ def _whole_percents(problem: WorkedProblem) -> set[Value]:
 
 
 def _shortened(problem: WorkedProblem) -> set[Value]:
-    """Percentages that are reckoned with without the 100, as 10% of 40 by 40 / 10."""
+    """Return percentages that a step uses without the 100, as 40 / 10 for 10% of 40."""
     question = problem.question
     percents = {n.value for n in problem.numbers if _PERCENT.match(question[n.end :])}
     found: set[Value] = set()
@@ -125,7 +125,7 @@ def _shortened(problem: WorkedProblem) -> set[Value]:
 
 
 def _sums(known: set[Value]) -> list[tuple[Value, str, tuple[Value, ...]]]:
-    """Values that others of the question add or multiply up to, each by the first way found."""
+    """Return values that are a sum or product of others in the question, one way for each."""
     found: dict[Value, tuple[Value, str, tuple[Value, ...]]] = {}
     values = sorted(known - {0, 1})
     for size in (2, 3):
@@ -138,7 +138,7 @@ def _sums(known: set[Value]) -> list[tuple[Value, str, tuple[Value, ...]]]:
 
 
 def _ambiguous(problem: WorkedProblem, frozen: set[Value]) -> set[Value]:
-    """Values that a number goes back to whose possible origins part when the others change."""
+    """Return the values behind a number whose possible origins differ after a trial change."""
     known = {number.value for number in problem.numbers}
     noise = random.Random(0)
     for _ in range(2):
@@ -155,7 +155,7 @@ def _ambiguous(problem: WorkedProblem, frozen: set[Value]) -> set[Value]:
 
 
 def _pool(problem: WorkedProblem, value: Value) -> tuple[Value, ...]:
-    """Values near another, of as many digits and as round."""
+    """Return values near another one with as many digits and as many trailing zeros."""
     at = [number for number in problem.numbers if number.value == value]
     decimals = max(number.decimals for number in at)
     step = _step(value, decimals)
@@ -174,12 +174,12 @@ def _pool(problem: WorkedProblem, value: Value) -> tuple[Value, ...]:
         and ((found * 10).denominator == 1) == ((value * 10).denominator == 1)
         and (found.denominator == 1) == (value.denominator == 1)
         and not (percent and (found >= 100) != (value >= 100))
-        and all(_keeps_article(problem.question, number, found) for number in at)
+        and all(article_fits(problem.question[: n.start], str(int(found))) for n in at)
     )
 
 
 def _step(value: Value, decimals: int) -> Fraction:
-    """How round a value is: the step between its like."""
+    """Return the distance between neighbouring values that are as round as this one."""
     if value.denominator != 1:
         steps = [Fraction(1, 2), Fraction(1, 4), Fraction(1, 10), Fraction(1, 20), Fraction(1, 100)]
         smallest = Fraction(1, 10**decimals)
@@ -194,7 +194,7 @@ def _step(value: Value, decimals: int) -> Fraction:
 
 
 def article(number: str) -> str:
-    """`a` or `an`, as it stands before a number in digits.
+    """Return the article that stands before a number in digits, `a` or `an`.
 
     Example:
         >>> [article(number) for number in ("8", "80", "11", "12", "110")]
@@ -204,13 +204,14 @@ def article(number: str) -> str:
     return "an" if whole.startswith("8") or whole in ("11", "18") else "a"
 
 
-def _keeps_article(text: str, number: Number, value: Value) -> bool:
-    found = _ARTICLE.search(text[: number.start])
-    return found is None or article(str(int(value))) == found[1].lower()
+def article_fits(before: str, number: str) -> bool:
+    """Return whether a number in digits suits the article, if any, at the end of a text."""
+    found = _ARTICLE.search(before)
+    return found is None or article(number) == found[1].lower()
 
 
 def units_kept(problem: WorkedProblem, values: Mapping[Value, Value]) -> bool:
-    """Whether counts of days, hours and their like stay below, at or above the next unit."""
+    """Return whether counts of days, hours and so on stay below, at or above the next unit."""
     for number in problem.numbers:
         unit = _UNIT.match(problem.question[number.end :])
         if unit is not None:
@@ -221,7 +222,7 @@ def units_kept(problem: WorkedProblem, values: Mapping[Value, Value]) -> bool:
 
 
 def order_kept(before: Sequence[Value], after: Sequence[Value]) -> bool:
-    """Whether values stand in the same order as before, equal ones staying equal."""
+    """Return whether values have the same order as before, and equal ones are still equal."""
     order = sorted(range(len(before)), key=lambda i: before[i])
     return all(
         _side(before[i], before[j]) == _side(after[i], after[j])

@@ -1,4 +1,4 @@
-"""Variants of worked problems: the same text with other numbers, worked out anew."""
+"""Make variants of worked problems: the same text with other numbers and their results."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from d2f.problems.number_variants.numbers import Number, Value, exact, write_number
-from d2f.problems.number_variants.redraw import Redraw, article, order_kept, plan_redraw, units_kept
+from d2f.problems.number_variants.redraw import (
+    Redraw,
+    article_fits,
+    order_kept,
+    plan_redraw,
+    units_kept,
+)
 from d2f.problems.number_variants.worked_problem import WorkedProblem, read_problem
 
 MOST_VARIANTS = 24
 _TRIES = 500
 _KEEPS = 0.2
-"""Share of the numbers that may change and yet stay in a draw."""
+"""Probability that a number which may change keeps its value in a draw."""
 _COMPARES = re.compile(
     r"\b(?:cheap\w*|better|best|which|least|most|minimum|maximum|exceed\w*|over|limit\w*|enough|if"
     r"|up to|more than|fewer than|less than|first|rounded?|whichever|afford|until|unless|only)\b",
     re.IGNORECASE,
 )
-"""Words of questions in which the order of amounts decides what is worked out."""
+"""Words of questions in which the order of amounts decides what the answer computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +41,19 @@ class Variant:
 def make_variants(
     question: str, answer: str, *, seed: int = 0, most: int = MOST_VARIANTS
 ) -> list[Variant]:
-    r"""Draw a problem's numbers anew.
+    r"""Return variants of a problem with other numbers.
 
-    Only numbers that occur in the annotations change, those whose every use in the answer is
-    certain. Every result stays positive, and whole where it was whole, with no more decimals than
-    before.
+    A number changes only if it occurs in the annotations and each of its uses in the answer is
+    certain. Positive results stay positive, whole ones whole, and none gets more decimals.
 
     Args:
-        question: The problem.
-        answer: With annotations `<<a*b=c>>` and `#### c`.
-        seed: With the question it decides the draws, whatever else is made.
-        most: Variants at most; fewer where that many are not found.
+        question: The problem's question.
+        answer: The answer with annotations `<<a*b=c>>` and the line `#### c`.
+        seed: The draws depend on the seed and the question alone.
+        most: Largest number of variants; fewer are returned if no more are found.
 
     Returns:
-        Variants that differ from each other and from the problem; none where it cannot be varied.
+        Variants that differ from each other and from the problem; none if nothing may change.
 
     Example:
         >>> answer = "He eats 3*14=<<3*14=42>>42 pies.\n#### 42"
@@ -81,7 +86,7 @@ def make_variants(
 
 
 def strip_annotations(answer: str) -> str:
-    """The answer as people read it.
+    """Return the answer without annotations.
 
     Example:
         >>> strip_annotations("3*4=<<3*4=12>>12")
@@ -91,11 +96,11 @@ def strip_annotations(answer: str) -> str:
 
 
 def _draw(problem: WorkedProblem, redraw: Redraw, rng: random.Random) -> dict[Value, Value]:
-    """New values of the question's numbers."""
+    """Draw new values for the question's numbers."""
     values = {number.value: number.value for number in problem.numbers}
     bound = {total for total, _, _ in redraw.sums}
     for value, pool in redraw.pools.items():
-        # Drawn in any case, so that one number's luck does not move the others.
+        # Both are always drawn, so that no number's draw depends on another's.
         stays, other = rng.random() < _KEEPS, rng.choice(pool)
         if value not in bound and not stays:
             values[value] = other
@@ -108,7 +113,7 @@ def _draw(problem: WorkedProblem, redraw: Redraw, rng: random.Random) -> dict[Va
 def _variant(
     problem: WorkedProblem, redraw: Redraw, values: Mapping[Value, Value]
 ) -> Variant | None:
-    """The problem with these values; None where they do not fit it or each other."""
+    """Return the problem with these values; None if they do not fit it or each other."""
     if any(values[total] not in redraw.pools[total] for total, _, _ in redraw.sums):
         return None
     if not order_kept(list(values), list(values.values())) or not units_kept(problem, values):
@@ -141,21 +146,16 @@ def _results_fit(
 
 
 def _rewritten(text: str, numbers: Iterable[tuple[Number, Value]]) -> str | None:
-    """The text with other values; None where one cannot be written in the style of its place."""
+    """Return the text with other values; None if one cannot be written in its notation."""
     parts, at = [], 0
     for number, value in numbers:
         before = text[at : number.start]
         written = number.text
         if value != number.value:
             new = write_number(value, number.text, money=before.rstrip().endswith("$"))
-            if new is None or not _article_fits(before, new):
+            if new is None or not article_fits(before, new):
                 return None
             written = new
         parts += [before, written]
         at = number.end
     return "".join([*parts, text[at:]])
-
-
-def _article_fits(before: str, number: str) -> bool:
-    found = re.search(r"\b(an?) \$?$", before, re.IGNORECASE)
-    return found is None or article(number) == found[1].lower()

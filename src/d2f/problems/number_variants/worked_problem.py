@@ -1,4 +1,4 @@
-"""A worked problem taken apart: its numbers, its steps, and what each number comes from."""
+"""Parse a worked problem into its numbers, its steps, and the origins of each number."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from d2f.problems.number_variants.formula import Formula, read_formula
 from d2f.problems.number_variants.numbers import Number, Value, exact, find_numbers
 
 Values = Mapping[Value, Value]
-"""What became of the values of the question's numbers."""
+"""Old value of a number of the question -> its new value."""
 _STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 _MARK = re.compile(r"\n#### *\$?(-?[\d,.]+)\s*$")
 _LETTERED = re.compile(r"\d[A-Za-z]\b|\b[A-Za-z]\d")
-"""As in 2x: algebra, whose coefficients no formula explains."""
+"""Algebra such as 2x, whose coefficients no formula explains."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a number comes from: a number of the question, a step's result, or a word."""
+    """The source of a number: a number of the question, a step's result, or a word."""
 
     kind: str
-    """"question", "result", "constant", or one of `_OF_PERCENT`."""
+    """Kind of source: "question", "result", "constant", or a key of `_OF_PERCENT`."""
     key: Value
 
     def value(self, values: Values, results: Sequence[Value]) -> Value:
-        """What it is worth when the question's numbers have these values."""
+        """Return the number's value for these values of the question's numbers."""
         if self.kind == "result":
             return results[int(self.key)]
         if self.kind == "constant":
@@ -46,27 +46,28 @@ _OF_PERCENT: Mapping[str, Callable[[Value], Value]] = {
     "rest of 100": lambda p: 100 - p,
     "more than 100": lambda p: 100 + p,
 }
-"""What people make of a percentage, or of cents, in their heads."""
+"""Numbers that people derive from a percentage, or from cents, without writing it down."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One annotation: a formula, the origins that each operand may have, and the value."""
+    """An annotation: its formula, the possible origins of each operand, and its value."""
 
     formula: Formula
     origins: tuple[tuple[Origin, ...], ...]
     stated: Number
 
     def work_out(self, values: Values, results: Sequence[Value]) -> Value | None:
-        """Its value with other numbers in the question, after the steps before it."""
+        """Return the step's value for other numbers, given the results of earlier steps."""
         return self.formula.work_out([found[0].value(values, results) for found in self.origins])
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkedProblem:
-    """A problem whose every number is explained.
+    """A problem of whose answer every number has a known origin.
 
-    `places` are all numbers of the answer, also in annotations, each with its possible origins.
+    `places` lists all numbers of the answer, those in annotations included, each with its possible
+    origins.
     """
 
     question: str
@@ -76,7 +77,7 @@ class WorkedProblem:
     places: tuple[tuple[Number, tuple[Origin, ...]], ...]
 
     def results(self, values: Values) -> list[Value] | None:
-        """The values of all steps; None where one divides by zero."""
+        """Return the values of all steps; None if one divides by zero."""
         results: list[Value] = []
         for step in self.steps:
             result = step.work_out(values, results)
@@ -86,7 +87,7 @@ class WorkedProblem:
         return results
 
     def depends_on(self, origin: Origin) -> frozenset[Value]:
-        """Values of the question that an origin goes back to."""
+        """Return the values of the question on which an origin depends."""
         if origin.kind == "constant":
             return frozenset()
         if origin.kind != "result":
@@ -96,11 +97,11 @@ class WorkedProblem:
 
 
 def read_problem(question: str, answer: str) -> WorkedProblem | None:
-    r"""Take a problem apart; None where something in the answer cannot be explained.
+    r"""Parse a problem; return None if a number of the answer has no known origin.
 
     Args:
-        question: The text.
-        answer: The text with its annotations `<<a*b=c>>` and the last line `#### c`.
+        question: The question's text.
+        answer: The answer's text with annotations `<<a*b=c>>` and the last line `#### c`.
 
     Example:
         >>> answer = "He eats 3*4=<<3*4=12>>12.\n#### 12"
@@ -172,12 +173,12 @@ class _Reader:
             return False
         origins = tuple(self._origins(n.value, len(self.steps)) for n in formula.operands)
         if not all(origins):
-            return False  # It was worked out in the head, from nobody knows what.
+            return False  # people computed this operand without writing down from what
         self.steps.append(Step(formula=formula, origins=origins, stated=stated[0]))
         return True
 
     def _origins(self, value: Value, num_steps: int) -> tuple[Origin, ...]:
-        """What a value may come from after so many steps; empty where nothing explains it."""
+        """Return the possible origins of a value after `num_steps` steps; empty if none."""
         found = [
             Origin("result", number)
             for number, step in enumerate(self.steps[:num_steps])
@@ -205,9 +206,9 @@ class _Reader:
     def _between(
         self, start: int, end: int, result_at: Mapping[int, int], step: Step | None
     ) -> Iterator[tuple[Number, tuple[Origin, ...]]]:
-        """Numbers outside annotations.
+        """Yield the numbers outside annotations with their possible origins.
 
-        Those of a formula that is written out before its step are the step's own.
+        Numbers that write out a formula right before its step have the origins of its operands.
         """
         numbers = find_numbers(self.answer, start, end)
         mirrored: dict[int, tuple[Origin, ...]] = {}
