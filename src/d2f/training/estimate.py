@@ -34,7 +34,6 @@ from torch import nn
 
 from d2f.errors import D2FError, counted
 from d2f.models.checkpoint import as_diffusion
-from d2f.models.layer import Layer
 from d2f.models.lora import LoraLinear, attach_adapter
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
