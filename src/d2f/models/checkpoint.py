@@ -67,7 +67,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     merge_adapter: bool = True,
 ) -> Transformer:
-    """Load a LLaDA, Dream, Llama or Qwen2 checkpoint, with or without a LoRA adapter.
+    """Load a checkpoint of a known family (`d2f.models.families`), with or without a LoRA adapter.
 
     No code of the checkpoint runs and no tokenizer is needed; where there is one, it says with
     config.json and generation_config.json which tokens end an answer (`find_ends`). The model is in

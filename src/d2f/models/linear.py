@@ -125,7 +125,11 @@ class QKV(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Under autocast heads are narrower than weights, which no fused kernel takes.
+            q, k = (
+                F.rms_norm(x, (self.head_dim,), norm.weight.to(x.dtype), self.eps)
+                for x, norm in ((q, self.q_norm), (k, self.k_norm))
+            )
         return q, k, v
 
 

@@ -19,7 +19,7 @@ class Architecture:
     class_name: str
     """First entry of `architectures` in its config.json."""
     shifted: bool
-    """The hidden state at position p predicts the token at p + 1 (Dream, Llama, Qwen2)."""
+    """The hidden state at position p predicts the token at p + 1 (all but LLaDA)."""
     causal: bool
     """Attention is causal: an autoregressive model."""
     rope_full_precision: bool = False

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Transformer(nn.Module):
-    """A LLaDA, Dream, Llama or Qwen2 model.
+    """A model of any family (`d2f.models.families`).
 
     Two calls make the waist that decoding builds on: `forward` gives hidden states, `head` logits
     for the positions that need them, with `align` between them for architectures whose head

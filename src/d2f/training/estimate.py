@@ -250,6 +250,7 @@ def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: b
     saves = compiled and not trained
     streams = (3 if saves else 2) * spec.hidden_size
     numbers = 2 * query + 2 * kv + (2 if saves else 3) * spec.intermediate_size
+    numbers += spec.qk_norm * (query + kv)  # heads before their norm
     if trained:
         streams += 4 * spec.hidden_size
         numbers += spec.intermediate_size + (query if query != kv else 0)
