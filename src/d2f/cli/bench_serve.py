@@ -68,7 +68,6 @@ def serve_command(
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.serve_load import (
         MODES,
-        count_wrong,
         idle_report,
         run_load,
         run_turn,
@@ -93,7 +92,6 @@ def serve_command(
         turns = run_load(
             target, pool.busy, mode=mode, num_clients=clients, seconds=seconds, on_turn=_say
         )
-    rows = summarize(turns)
     report = {
         "environment": describe_environment(device=device, dtype=DTYPE),
         "settings": {
@@ -102,17 +100,26 @@ def serve_command(
             "model": target.model,
         },
         "idle": idle_report(idle, pool.block_seconds),
-        "rows": rows,
+        "rows": summarize(turns),
         "resident_mb": _memory(turns),
     }  # fmt: skip
     _print_report(report)
     if json_file is not None:
         write_json(json_file, report)
         out.print(f"Numbers written to {json_file}")
-    asked = [idle, warm_up, *turns]
-    wrong = count_wrong(asked)
-    if wrong:
-        total = sum(len(turn.verdicts) for turn in asked)
+    _check_answers([idle, warm_up, *turns])
+
+
+def _check_answers(turns: Sequence[Turn]) -> None:
+    """Fail where a server gave other answers than the engine.
+
+    Raises:
+        D2FError: There is one.
+    """
+    from d2f.evaluation.serve_load import count_wrong
+
+    if wrong := count_wrong(turns):
+        total = sum(len(turn.verdicts) for turn in turns)
         raise D2FError(f"{wrong} of {total} answers are not the engine's own (warm-up included)")
 
 

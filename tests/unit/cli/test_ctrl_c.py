@@ -31,7 +31,7 @@ WHERE = {
     "d2f.evaluation.eval_run.Evaluation.run": [
         ["eval", "word_problems", "--output", "o", "--num-problems", "2"]
     ],
-    "d2f.evaluation.report.results.load_results": [["report", "o"]],
+    "d2f.evaluation.report.reading.load_results": [["report", "o"]],
     "d2f.hub.resolve_folder": [["inspect", "o"], ["generate", "x"]],
 }
 
