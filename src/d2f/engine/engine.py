@@ -92,7 +92,7 @@ class EngineStatus:
     num_pages: int
     """Of the key/value cache; 0 before a request needs it."""
     num_free_pages: int
-    """Pages that no request holds. Some may hold prompts kept for later, which make room."""
+    """Pages that no request holds. Kept prompts may hold some of them, and give them up."""
 
 
 Lane = PagedLane | UnpagedLane

@@ -37,20 +37,20 @@ class PagePool:
         self.num_pages = len(self._free)
         self._holders: dict[int, int] = {}
         self._kept: dict[int, int] = {}
-        """Of the pages of prompts that are kept for later: how many such prompts hold each."""
+        """How many kept prompts hold each page; pages that none holds are left out."""
         self._num_idle = 0
-        """Pages that only such prompts hold."""
+        """Number of pages that only kept prompts hold."""
         self.wanted_by: dict[object, int] = {}
-        """Of each lane whose first waiting request found too few pages, that request's number."""
+        """The number of the request that waits for pages, by lane."""
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of pages that nobody holds."""
         return len(self._free)
 
     @property
     def num_available(self) -> int:
-        """Pages that no sequence holds: free, or a prompt's that is kept for later."""
+        """Number of pages that no sequence holds: free ones, and those that only kept prompts hold."""
         return len(self._free) + self._num_idle
 
     def take(self, count: int) -> list[int]:
@@ -83,7 +83,7 @@ class PagePool:
                 self._num_idle += self._is_idle(page)
 
     def keep(self, pages: Sequence[int]) -> None:
-        """Hold pages once more that a sequence holds, for a prompt that is kept for later."""
+        """Hold the pages of a prompt, which a sequence has written, for later requests with it."""
         self.share(pages)
         for page in pages:
             self._kept[page] = self._kept.get(page, 0) + 1
