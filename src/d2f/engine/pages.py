@@ -50,7 +50,7 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Number of pages that no sequence holds: free ones, and those that only kept prompts hold."""
+        """Number of pages that no sequence holds; only kept prompts hold some of them."""
         return len(self._free) + self._num_idle
 
     def take(self, count: int) -> list[int]:
