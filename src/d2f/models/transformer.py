@@ -262,14 +262,21 @@ class Transformer(nn.Module):
 
     def _rope(self, positions_BL: Tensor) -> Tables:
         """Tables of the rotation: (B, L, 1, H) each."""
-        # Frequencies are made on first use, not in __init__: models are built on the meta device,
-        # and rounding them with the weights to bf16 would spoil the positions.
+        full = self.spec.architecture.rope_full_precision
+        dtype = torch.float32 if full else self.dtype
+        return rope_tables(positions_BL, self._frequencies(), dtype)
+
+    # To the compiler this is a constant. It would compile the model again once the attribute is set.
+    @torch.compiler.assume_constant_result
+    def _frequencies(self) -> Tensor:
+        """Return the frequencies of the rotation, on the model's device."""
+        # They are made on first use, not in __init__: models are built on the meta device, and
+        # rounding them with the weights to bf16 would spoil the positions.
         spec, frequency_H = self.spec, self._frequency_H
         if frequency_H is None or frequency_H.device != self.device:
             frequency_H = rope_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
             self._frequency_H = frequency_H = frequency_H.to(self.device)
-        full = spec.architecture.rope_full_precision
-        return rope_tables(positions_BL, frequency_H, torch.float32 if full else self.dtype)
+        return frequency_H
 
 
 def published_parameters(model: Transformer) -> dict[str, tuple[nn.Module, str]]:
