@@ -266,7 +266,7 @@ class Transformer(nn.Module):
         dtype = torch.float32 if full else self.dtype
         return rope_tables(positions_BL, self._frequencies(), dtype)
 
-    # To the compiler this is a constant. It would compile the model again once the attribute is set.
+    # A constant to the compiler, which would compile the model again once the attribute is set.
     @torch.compiler.assume_constant_result
     def _frequencies(self) -> Tensor:
         """Return the frequencies of the rotation, on the model's device."""
