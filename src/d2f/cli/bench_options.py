@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 ShapeOption = Annotated[
     str | None,
-    typer.Option(help="llada-8b, dream-7b, llama-3-8b or qwen2.5-7b, with random weights."),
+    typer.Option(
+        help="llada-8b, dream-7b, llama-3-8b, qwen2.5-7b or qwen3-8b, with random weights."
+    ),
 ]
 LayersOption = Annotated[
     int | None, typer.Option(help="Layers of the shape, where all are too many.", min=1)

@@ -149,6 +149,7 @@ def attach_adapter(model: Transformer, config: LoraConfig, generator: torch.Gene
         b_OR = torch.zeros(base.out_features, rank)
         new = LoraLinear(base, a_RI, b_OR, config, config.scale(published))
         _replace(model, ours, new.to(base.weight.device).train(model.training))
+    _renew_steps(model)
 
 
 def _fingerprint(model: Transformer) -> Fingerprint:
@@ -202,6 +203,7 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
         new[ours] = LoraLinear(base, a_RI, b_OR, found.config, found.config.scale(published))
     for ours, module in new.items():
         _replace(model, ours, module.requires_grad_(False).train(model.training))
+    _renew_steps(model)
     model.spec = replace(with_adapter(model.spec, folder), adapter_base=fingerprint)
     if merge:
         merge_adapter(model)
@@ -299,6 +301,12 @@ def _require_no_adapter(model: Transformer) -> None:
         )
 
 
+def _renew_steps(model: Transformer) -> None:
+    # The parts of an engine's steps hold the modules that stood there before.
+    if model.has_steps:
+        model.prepare_steps()
+
+
 def _replace(model: Transformer, ours: str, module: nn.Module) -> None:
     parent, name = ours.rsplit(".", 1)
     setattr(model.get_submodule(parent), name, module)
@@ -339,6 +347,7 @@ def merge_adapter(model: Transformer) -> None:
         merged_OI = (base.weight.float() + update_OI).to(base.weight.dtype)
         base.weight = nn.Parameter(merged_OI, requires_grad=False)
         _replace(model, ours, base)
+    _renew_steps(model)
     # These are no longer the weights of an autoregressive checkpoint, nor of the adapter's base.
     model.spec = replace(model.spec, read_from=None, adapter_base=None)
 

@@ -108,6 +108,11 @@ class Transformer(nn.Module):
                 x_BLD = layer(x_BLD, attend, compiled=compiled)
         return self.norm(x_BLD)
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether `prepare_steps` has been called."""
+        return bool(self._step_layers)
+
     def prepare_steps(self) -> None:
         """Make the layers ready for steps; some parameters become views of joined ones.
 
@@ -266,8 +271,6 @@ class Transformer(nn.Module):
         dtype = torch.float32 if full else self.dtype
         return rope_tables(positions_BL, self._frequencies(), dtype)
 
-    # A constant to the compiler, which would compile the model again once the attribute is set.
-    @torch.compiler.assume_constant_result
     def _frequencies(self) -> Tensor:
         """Return the frequencies of the rotation, on the model's device."""
         # They are made on first use, not in __init__: models are built on the meta device, and

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d2f.engine.engine import Engine
+from d2f.engine.request import Request
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models.checkpoint import as_diffusion, load_model
 from d2f.models.lora import (
@@ -103,6 +105,22 @@ def test_kept_apart_equals_merged_equals_reloaded(tmp_path, model_type, config):
     )
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("model_type", ["llada", "Dream", "qwen2"])
+def test_steps_follow_an_adapter_that_comes_and_is_merged(model_type):
+    def answer(engine, prompt):
+        # Prompts differ, as an engine keeps those that it has read.
+        request = Request(prompt_ids=prompt, max_new_tokens=12)
+        return engine.generate([request])[0].token_ids
+
+    model = tiny_model(model_type)
+    engine = Engine(model)
+    answer(engine, [7, 2, 3, 4, 5])
+    tiny_adapter(model)
+    assert answer(engine, [5, 8, 1]) == answer(Engine(model), [5, 8, 1])
+    merge_adapter(model)
+    assert answer(engine, [9, 8, 7, 3]) == answer(Engine(model), [9, 8, 7, 3])
 
 
 def test_merging_in_bf16_rounds_once():

@@ -205,11 +205,22 @@ def test_a_whole_model_is_compiled_once_for_all_block_numbers(flex_trains_on_cpu
         lambda mask: model(ids, mask=mask, recompute=True), backend=counter, dynamic=False
     )
     weights = list(model.layers.parameters())
+    # What a model computes once and keeps is there before training compiles it.
+    model(ids)
     for prompt in (5, 60):
         blocks = paper_blocks(140, [prompt, 130], ends=[140, 136])
         found, expected = compiled(tiled_mask(blocks)), model(ids, blocks_BL=blocks)
         assert_same(found, expected, weights, atol=2e-4, rtol=1e-3)
     assert counter.frame_count == 1
+
+
+def test_compiled_models_of_one_shape_keep_their_own_rotation():
+    ids = torch.arange(64)[None]
+    one, other = tiny_model("Dream"), tiny_model("Dream", rope_theta=100.0)
+    other.load_state_dict(one.state_dict())
+    for model in (one, other):
+        compiled = torch.compile(model, backend="eager", dynamic=False)
+        torch.testing.assert_close(compiled(ids), model(ids))
 
 
 @needs_gpu
