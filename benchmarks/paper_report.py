@@ -26,11 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the report, and print what became of each claim."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, nargs="+", help="folders that d2f eval wrote")
-    parser.add_argument("--output", type=Path, help="default: report in the first folder")
+    parser.add_argument("--output", type=Path, help="default: paper_report in the first folder")
     parser.add_argument("--count-tail", action="store_true", help="count all decoded tokens")
     parser.add_argument("--no-figures", action="store_true", help="draw nothing")
     options = parser.parse_args(arguments)
-    folder = options.output or options.results[0] / "report"
+    folder = options.output or options.results[0] / "paper_report"
     try:
         found = load_results(options.results)
         found = found.with_tail() if options.count_tail else found

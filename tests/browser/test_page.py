@@ -405,6 +405,12 @@ def test_sliders_change_the_policy_of_the_request(open_page, address):
     page.select_option("#strategy", "serial")
     assert page.locator("#add_threshold").is_disabled()
     assert policy_sent()["policy"] == {"confidence_threshold": 0.97, "block_size": 16}
+    assert not page.locator("#entropy_threshold").is_visible()
+    page.select_option("#strategy", "entropy")
+    page.fill("#entropy_threshold", "1.5")
+    body = policy_sent()
+    assert body["options"] == {"threshold": 1.5}
+    assert body["policy"] == {"add_threshold": 0.5, "activate_threshold": 0.6, "block_size": 16}
     page.click("#reset")
     body = policy_sent()
     assert (body["policy"], body["strategy"]) == (recommended, "pipelined")

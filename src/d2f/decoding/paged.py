@@ -94,7 +94,7 @@ class PagedDecoder(ABC):
     methods that take a `HostRow` or a `RowRequest` tell it what it needs to know for that.
 
     Args:
-        model: The model, `pack`ed.
+        model: The model, after `prepare_steps`.
         cache: Where keys and values live.
         backend: The operations.
         imposed: How many tokens each row accepts in its first, second, … forward, whatever the

@@ -46,7 +46,7 @@ class EngineConfig:
     """
 
     max_batch_size: int = 64
-    """Most sequences that are decoded together."""
+    """Most sequences that one decoder decodes together; each decoder has so many of its own."""
     page_size: int = 16
     """Positions of a page of the key/value cache."""
     kv_cache_bytes: int | None = None

@@ -235,8 +235,9 @@ class PagedLane:
             if joined and (count > budget or self._steps_alone > 0):
                 break
             has_room = self._has_room(task, state.end, cached)
-            if not has_room and cached is not None and not self.running:
-                # It is alone here, and the cached prompt may be in its way.
+            alone = self.pool.num_available == self.pool.num_pages
+            if not has_room and cached is not None and alone:
+                # No sequence holds a page, so the cached prompt may be in its way.
                 cached = None
                 self.prompts.clear()
                 has_room = self._has_room(task, state.end, cached)

@@ -13,6 +13,7 @@ import typer
 
 from d2f.cli.main import app
 from d2f.cli.usage import UsageError, load_with, usage
+from d2f.decoding.strategies import STRATEGIES
 from d2f.errors import ConfigError, RequestError
 
 RECIPE = "tiny_cpu_autoregressive"
@@ -57,15 +58,12 @@ OTHERWISE = {
 }
 """… and those of options that take some texts and not others."""
 NEEDS = {
-    "--num-steps": ["--strategy", "vanilla"],
-    "--block-length": ["--strategy", "vanilla"],
-    "--algorithm": ["--strategy", "vanilla"],
+    **{
+        f"--{option.replace('_', '-')}": ["--strategy", strategy.name]
+        for strategy in STRATEGIES.values()
+        for option in strategy.option_kinds
+    },
     "--eps": ["--strategy", "vanilla", "--algorithm", "entropy"],
-    "--threshold": ["--strategy", "parallel"],
-    "--factor": ["--strategy", "parallel"],
-    "--prompt-interval": ["--strategy", "dllm-cache"],
-    "--response-interval": ["--strategy", "dllm-cache"],
-    "--refresh-share": ["--strategy", "dllm-cache"],
     "--gpu": ["--dry-run"],
     "--processes": ["--dry-run"],
 }

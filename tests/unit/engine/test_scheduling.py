@@ -252,3 +252,22 @@ def test_closing_twice_is_fine_and_forgets_everything():
     engine.close()
     assert not engine._lanes
     assert torch.is_tensor(engine.model.embed.weight)
+
+
+def test_a_request_that_waits_for_another_lane_gives_up_no_prompt():
+    model, prompt = cached_model("llada"), list(range(20, 28))
+
+    def request(prompt, strategy, length):
+        # Of one block, so that it takes all its pages at once.
+        return Request(prompt_ids=prompt, max_new_tokens=length, strategy=strategy, eos_token_id=())
+
+    def computed(engine, others):
+        engine.generate([request(prompt, "pipelined", 4)])
+        for other in others:
+            engine.add(other)
+        engine.step()
+        [result] = engine.generate([request(prompt, "entropy", 32)])
+        return result.num_query_tokens
+
+    long = request(list(range(40, 48)), "pipelined", 32)
+    assert computed(make_engine(model, 12), [long]) == computed(make_engine(model, 99), [])

@@ -13,7 +13,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models import checkpoint
 from d2f.models.checkpoint import as_diffusion, build_model, load_model, save_model
-from d2f.models.families import config_from_spec, spec_from_config
+from d2f.models.families import FAMILIES, config_from_spec, spec_from_config
 from d2f.testing import (
     tiny_adapter,
     tiny_config,
@@ -23,7 +23,7 @@ from d2f.testing import (
     write_checkpoint,
 )
 
-TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
+TYPES = list(FAMILIES)
 IDS = torch.arange(20)[None]
 
 

@@ -7,9 +7,10 @@ import torch
 
 from d2f.diffusion.layout import BlockLayout
 from d2f.errors import ConfigError
+from d2f.models.families import FAMILIES
 from d2f.testing import tiny_model
 
-TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
+TYPES = list(FAMILIES)
 DIFFUSION = ["llada", "Dream"]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 

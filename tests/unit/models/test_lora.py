@@ -12,6 +12,7 @@ from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models.checkpoint import as_diffusion, load_model
+from d2f.models.families import FAMILIES
 from d2f.models.lora import (
     LoraConfig,
     adapter_disabled,
@@ -26,7 +27,7 @@ from d2f.models.transformer import published_parameters
 from d2f.testing import tiny_adapter, tiny_model, write_adapter, write_checkpoint
 
 IDS = torch.arange(20)[None]
-TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
+TYPES = list(FAMILIES)
 
 
 def generator():

@@ -7,11 +7,12 @@ import torch
 
 from d2f.diffusion.layout import BlockLayout
 from d2f.models.cache import PagedCache
+from d2f.models.families import FAMILIES
 from d2f.ops.backend import select_backend
 from d2f.ops.packed import PackedTokens
 from d2f.testing import tiny_adapter, tiny_model
 
-TYPES = ["llada", "Dream", "llama", "qwen2", "qwen3"]
+TYPES = list(FAMILIES)
 DIFFUSION = ["llada", "Dream"]
 # Processors sum in different orders: one logit of 768 was 1.14e-5 off on a Xeon.
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from d2f.engine.policy import STRATEGIES
 from d2f.evaluation.report import table as show
 from d2f.evaluation.report.rows import Comparison, Difference, Row, paired_difference
 from d2f.evaluation.report.table import Column, Table, median, ratio
@@ -221,7 +222,11 @@ def settings_text(row: Row) -> str:
     """Write strategy, policy and options in one line."""
     summary = row.summary
     parts: list[str] = [str(summary["strategy"])] if summary.get("strategy") else []
-    found: dict[str, Any] = {**(summary.get("policy") or {}), **(summary.get("options") or {})}
+    policy = summary.get("policy") or {}
+    record = STRATEGIES.get(summary.get("strategy") or "")
+    effective = policy if record is None else {*record.heeds, *record.fixes}
+    found: dict[str, Any] = {key: value for key, value in policy.items() if key in effective}
+    found |= summary.get("options") or {}
     if summary.get("max_new_tokens") is not None:
         found["max_new_tokens"] = summary["max_new_tokens"]
     parts += [f"{key}={value}" for key, value in found.items() if value is not None]

@@ -118,13 +118,16 @@ export class Race {
   async measure(lane, prompt, where, signal) {
     const { strategy, model, parts } = lane;
     // The sliders are those of the chosen model; a row of another takes what its model recommends.
-    const policy = this.settings.model.id === model.id ? this.settings.policy(strategy) : null;
+    const own = this.settings.model.id === model.id;
+    const policy = own ? this.settings.policy(strategy) : null;
+    const options = own ? this.settings.options(strategy) : null;
     const body = {
       model: model.id,
       messages: [{ role: "user", content: prompt }],
       strategy,
       temperature: 0,
       ...(policy && { policy }),
+      ...(options && { options }),
     };
     const run = new Run({ prompt, model: model.id, strategy, threshold: null });
     const note = (text) => {

@@ -28,10 +28,18 @@ const SLIDERS = [
   },
 ];
 
+/** @type {Slider} an option of the strategy `entropy`, not a field of the policy */
+const ENTROPY = {
+  name: "entropy_threshold", symbol: "H", title: "accept a token", min: 0, max: 3, step: 0.05,
+  says: "A token is accepted when the entropy of its distribution, in nats, is below this.",
+};
+const ENTROPY_DEFAULT = 0.5;
+
 /** Strategies of the pipeline, with the thresholds each leaves open. */
 const OPEN = {
   pipelined: SLIDERS.map((slider) => slider.name),
   serial: ["confidence_threshold", "block_size"],
+  entropy: ["add_threshold", "activate_threshold", "block_size"],
 };
 
 export class Settings {
@@ -42,6 +50,7 @@ export class Settings {
     /** @type {Model | null} */
     this.model = null;
     this.inputs = new Map(SLIDERS.map((slider) => [slider.name, this.build(slider)]));
+    this.entropy = this.build(ENTROPY);
     this.strategy.addEventListener("change", () => this.refresh());
     this.temperature.addEventListener("input", () => this.refresh());
     byId("reset").addEventListener("click", () => this.reset());
@@ -86,6 +95,7 @@ export class Settings {
     if (this.model === null) return;
     const { policy, strategy, max_tokens: maxTokens } = this.model.d2f;
     for (const [name, input] of this.inputs) input.value = policy[name];
+    this.entropy.value = ENTROPY_DEFAULT;
     this.strategy.value = strategy;
     this.maxTokens.value = maxTokens;
     this.maxTokens.placeholder = this.maxTokens.value;
@@ -105,6 +115,11 @@ export class Settings {
       byId(`${name}-value`).textContent = input.disabled ? fixed : text;
       if (!input.disabled) parts.push(`${symbol.replace("_", " ")} ${text}`);
     }
+    const threshold = Number(this.entropy.value).toFixed(2);
+    const heeded = this.options(this.strategy.value) !== null;
+    this.entropy.closest(".slider").hidden = !heeded;
+    byId("entropy_threshold-value").textContent = threshold;
+    if (heeded) parts.push(`H ${threshold}`);
     byId("temperature-value").textContent = Number(this.temperature.value).toFixed(1);
     byId("settings-summary").textContent = parts.join(" · ");
   }
@@ -119,13 +134,24 @@ export class Settings {
     return names ? Object.fromEntries(names.map((name) => [name, Number(this.inputs.get(name).value)])) : null;
   }
 
+  /**
+   * The options that a strategy has of its own; null for none.
+   *
+   * @param {string} strategy
+   */
+  options(strategy) {
+    return strategy === "entropy" ? { threshold: Number(this.entropy.value) } : null;
+  }
+
   /** The part of a request that these settings decide. */
   request() {
     const strategy = this.strategy.value;
     const policy = this.policy(strategy);
+    const options = this.options(strategy);
     return {
       strategy,
       ...(policy && { policy }),
+      ...(options && { options }),
       max_tokens: numberIn(this.maxTokens),
       temperature: Number(this.temperature.value),
     };
