@@ -142,9 +142,8 @@ def load_shards(
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError, KeyError) as error:
         raise TrainingError(
             f"cannot resume from {folder}: its optimizer state is incomplete or of another model "
-            f"({_reason(error)}); finish the run with the version of d2f that began it, start anew "
-            "from saved weights, or, if only this folder is broken, remove it to go on from the "
-            "checkpoint before"
+            f"({_reason(error)}); remove the folder to go on from the checkpoint before or, if "
+            "another version of d2f wrote them all, finish the run with that version"
         ) from None
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state[_KEY])
 
