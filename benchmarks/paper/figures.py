@@ -10,10 +10,10 @@ from d2f.evaluation.report.curves import parallelism, score_curves
 from d2f.evaluation.report.figures import (
     CURVES_HEIGHT,
     FAST_DLLM,
+    LATENCY,
     Panel,
     draw_bars,
     draw_curves,
-    draw_latency,
     draw_scores,
     finish,
     look,
@@ -228,12 +228,7 @@ PANELS = (
         draw=_throughput,
         height=CURVES_HEIGHT,
     ),
-    Panel(
-        name="score-seconds",
-        title="Score against seconds per problem",
-        draw=draw_latency,
-        height=CURVES_HEIGHT,
-    ),
+    LATENCY,
     Panel(
         name="score-parallelism",
         title="Score against tokens per forward",

@@ -1,4 +1,4 @@
-"""What one may choose of a model and of how it decodes, for all commands that decode."""
+"""Options of the command line that choose a model and how it decodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every strategy is given and what it gives back.
+"""The records that every strategy takes and returns: requests, views of blocks, results.
 
 Shapes: M positions.
 """

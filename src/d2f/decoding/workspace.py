@@ -1,4 +1,4 @@
-"""What batches without the paged cache leave to the next one: buffers and captured steps."""
+"""Buffers and captured steps that batches without the paged cache leave to the next batch."""
 
 from __future__ import annotations
 

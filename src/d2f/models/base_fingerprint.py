@@ -1,4 +1,4 @@
-"""What tells an adapter's base model from others of the same shape, in whatever precision.
+"""A fingerprint that tells an adapter's base model from others of its shape, in any precision.
 
 Norms and biases are stored unquantised everywhere, GGUF files included, and training changes them:
 they must be equal but for rounding to 16 bits. Matrices tell what leaves norms alone, such as a

@@ -1,4 +1,4 @@
-"""What the layers computed in earlier steps, for forwards that compute few tokens anew.
+"""A cache of layers' outputs of earlier steps, for forwards that compute few tokens anew.
 
 Shapes: L slots of a sequence, S slots of the cache, R tokens of the response, T those computed
 anew, N layers, K key/value heads, H head dimension, D hidden size, E any.

@@ -1,4 +1,4 @@
-"""What the families have in common whose files follow transformers' own classes.
+"""Functions shared by the families whose files follow transformers' own classes.
 
 A family's file passes its facts to these functions; what a config.json leaves out is what
 transformers takes for it.

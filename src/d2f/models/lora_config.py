@@ -1,4 +1,4 @@
-"""What a LoRA adapter is: rank, scale and place, as PEFT's adapter_config.json says it."""
+"""The settings of a LoRA adapter, as PEFT's adapter_config.json has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this project writes beside an adapter in PEFT's format: how its base is read, and which.
+"""The file beside an adapter in PEFT's format that names its base and how that is read.
 
 PEFT ignores the file. An adapter without it is read as PEFT reads it.
 """

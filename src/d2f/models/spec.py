@@ -1,4 +1,4 @@
-"""What a model is: sizes, token ids and the facts of its architecture."""
+"""The description of a model: sizes, token ids and the facts of its architecture."""
 
 from __future__ import annotations
 

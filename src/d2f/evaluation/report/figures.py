@@ -292,6 +292,12 @@ def _score_axis(axis: Any, comparison: Comparison) -> None:
 
 
 CURVES_HEIGHT = 5.4
+LATENCY = Panel(
+    name="score-seconds",
+    title="Score against seconds per problem",
+    draw=draw_latency,
+    height=CURVES_HEIGHT,
+)
 PANELS = (
     Panel(name="speed", title="Tokens per second at batch 1", draw=draw_bars),
     Panel(
@@ -300,12 +306,7 @@ PANELS = (
         draw=_throughput,
         height=CURVES_HEIGHT,
     ),
-    Panel(
-        name="score-seconds",
-        title="Score against seconds per problem",
-        draw=draw_latency,
-        height=CURVES_HEIGHT,
-    ),
+    LATENCY,
     Panel(
         name="score-parallelism",
         title="Score against tokens per forward",
