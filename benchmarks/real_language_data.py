@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import chat_turns
+import sql_values
 
 from d2f.errors import D2FError
 from d2f.evaluation.benchmark_files import read_split
@@ -80,11 +81,15 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def write_sql(options: argparse.Namespace) -> Counts:
-    """Write training and validation rows of both collections."""
-    counts: Counts = {}
+    """Write training rows of both collections, with variants, and validation rows."""
+    counts: Counts = {"seed": options.seed}
     for name in TEXT_TO_SQL:
         for split in ("train", "validation"):
             rows = [row for _, row in read_split(name, split, options.data)]
+            if split == "train":
+                made = list(sql_values.variants(rows, SQL_VARIANTS[name], options.seed))
+                counts[f"{name}.variants"] = len(made)
+                rows += made
             counts[f"{name}.{split}"] = write_rows(
                 options.output / f"{name}.{split}.jsonl",
                 ({"prompt": sql_prompt(name, row), "response": row["sql"].strip()} for row in rows),
@@ -102,10 +107,12 @@ def write_sql(options: argparse.Namespace) -> Counts:
 
 ASK = "Ask a question about the course database."
 """Prompt of a model that writes questions."""
+SQL_VARIANTS = {"advising": 8, "wikisql": 2}
+"""Most variants of a question, with other names and numbers: more where there are few questions."""
 
 
 def write_sql_questions(options: argparse.Namespace) -> Counts:
-    """Write the prompts of Advising: the training questions and those that a model wrote."""
+    """Write the prompts of Advising: those of the training rows, and questions of a model."""
     rows = read_rows(options.asked)
     known, unseen = (
         {
@@ -115,7 +122,7 @@ def write_sql_questions(options: argparse.Namespace) -> Counts:
         }
         for splits in (("train",), ("validation", "test"))
     )
-    questions = [row["question"] for _, row in read_split("advising", "train", options.data)]
+    prompts = [row["prompt"] for row in read_rows(options.output / "advising.train.jsonl")]
     dropped: Counter[str] = Counter()
     for row in rows:
         question = str(row["response"]).strip()
@@ -128,9 +135,10 @@ def write_sql_questions(options: argparse.Namespace) -> Counts:
             dropped["kept aside"] += 1
         else:
             known.add(key)
-            questions.append(question)
-    prompts = ({"prompt": sql_prompt("advising", {"question": q})} for q in questions)
-    count = write_rows(options.output / "advising.prompts.jsonl", prompts)
+            prompts.append(sql_prompt("advising", {"question": question}))
+    count = write_rows(
+        options.output / "advising.prompts.jsonl", ({"prompt": prompt} for prompt in prompts)
+    )
     return {"advising.prompts": count, "sampled": len(rows), "dropped": dict(dropped)}
 
 
@@ -314,7 +322,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument(
         "--no-circles", action="store_true", help="leave out answers that repeat themselves"
     )
-    for command in (gsm8k, chat):
+    for command in (sql, gsm8k, chat):
         command.add_argument("--seed", type=int, default=0, help="of what is drawn and kept aside")
     return parser.parse_args(arguments)
 

@@ -25,7 +25,7 @@ def script(monkeypatch):
     import real_language_data
 
     yield real_language_data
-    for name in ("real_language_data", "chat_turns"):
+    for name in ("real_language_data", "chat_turns", "sql_values"):
         sys.modules.pop(name, None)
 
 
@@ -35,9 +35,11 @@ def read(file):
 
 def test_rows_of_sql_have_the_benchmarks_prompts(script, tmp_path, capsys):
     row = {"question": "Who ?", "sql": " SELECT A FROM T ", "columns": ["a", "b"]}
+    named = {"question": "Is Zelda Quill in ?", "sql": 'SELECT A WHERE B = "Zelda Quill"'}
     for name in ("advising", "wikisql"):
         for split in ("train", "validation"):
-            write_jsonl(tmp_path / f"{name}.{split}.jsonl.gz", [row] * 2)
+            rows = [row] * 2 if name == "wikisql" else [named, row]
+            write_jsonl(tmp_path / f"{name}.{split}.jsonl.gz", rows)
     script.main(["sql", "--data", str(tmp_path), "--output", str(tmp_path / "out")])
     assert read(tmp_path / "out" / "wikisql.train.jsonl")[0] == {
         "prompt": "Write SQL for a table with the columns a, b.\nWho ?",
@@ -46,6 +48,11 @@ def test_rows_of_sql_have_the_benchmarks_prompts(script, tmp_path, capsys):
     counts = json.loads((tmp_path / "out" / "sql.json").read_text())
     assert counts == json.loads(capsys.readouterr().out)
     assert counts["advising.validation"] == 2
+    assert (counts["advising.variants"], counts["wikisql.variants"], counts["seed"]) == (8, 0, 0)
+    trained = read(tmp_path / "out" / "advising.train.jsonl")
+    assert counts["advising.train"] == len(trained) == 10
+    for made in trained[2:]:
+        assert made["response"].split('"')[1] in made["prompt"]
 
 
 def test_rows_of_gsm8k_are_apart(script, tmp_path, capsys):
@@ -150,6 +157,7 @@ def test_questions_of_a_model_join_those_to_train_on(script, tmp_path, capsys):
     ]  # fmt: skip
     rows = [{"response": text, "finish_reason": reason} for text, reason in asked]
     write_jsonl(tmp_path / "asked.jsonl", rows)
+    write_jsonl(tmp_path / "out" / "advising.train.jsonl", [{"prompt": "SQL\nWho ?"}])
     script.main(
         ["sql-questions", "--asked", str(tmp_path / "asked.jsonl"), "--data", str(tmp_path),
          "--output", str(tmp_path / "out")]
