@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from d2f.cli.decoding_options import (
-    check_choices,
-    check_fit,
-    chosen_policy,
-    load_answerer,
-)
+from d2f.cli.decoding_options import ModelChoice, check_choices, check_fit, chosen_policy
 from d2f.cli.usage import UsageError
 from d2f.decoding.strategies import default_strategy
 
@@ -27,12 +22,7 @@ if TYPE_CHECKING:
 class Asked:
     """The options of `d2f generate` as the user gave them, without the prompts."""
 
-    model: str | None
-    adapter: str | None
-    device: str | None
-    dtype: str | None
-    eos: Sequence[str]
-    replace_eos: bool
+    choice: ModelChoice
     strategy: str | None
     changed: dict[str, Any]
     """Fields of the decoding policy that options set."""
@@ -62,14 +52,8 @@ class Asked:
             CheckpointError: The model does not exist or is broken.
             UsageError: The options do not fit the model.
         """
-        model, tokenizer = load_answerer(
-            self.model,
-            self.adapter,
-            self.device,
-            self.dtype or dtype,
-            eos=self.eos,
-            replace_eos=self.replace_eos,
-        )
+        choice = self.choice
+        model, tokenizer = replace(choice, dtype=choice.dtype or dtype).load()
         self._check_template(tokenizer)
         strategy = self.strategy or default_strategy(model.spec, policy=bool(self.changed))
         policy = chosen_policy(model.spec, strategy, self.changed)
@@ -123,11 +107,11 @@ class Asked:
             "min_p": request.min_p,
             "seed": request.seed,
             "stop": list(request.stop),
-            "eos": list(self.eos),
-            "replace_eos": self.replace_eos,
+            "eos": list(self.choice.eos or ()),
+            "replace_eos": self.choice.replace_eos,
             "chat": self.chat,
             "system": self.system,
-            "dtype": self.dtype,
+            "dtype": self.choice.dtype,
         }
 
     def _check_template(self, tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +14,8 @@ import typer
 
 from d2f.cli.console import explain_blank, log, out, say
 from d2f.cli.decoding_options import (
-    AdapterOption,
-    DeviceOption,
-    DtypeOption,
-    EosOption,
     LimitOption,
-    ModelOption,
-    ReplaceEosOption,
+    ModelChoice,
     SeedOption,
     StrategyOption,
     TemperatureOption,
@@ -28,7 +23,6 @@ from d2f.cli.decoding_options import (
     check_fit,
     chosen_policy,
     given,
-    load_answerer,
     with_decoding_options,
 )
 from d2f.cli.usage import usage
@@ -73,8 +67,7 @@ _COMMANDS = {
 @with_decoding_options
 def chat_command(
     *,
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    choice: ModelChoice,
     strategy: StrategyOption = None,
     max_new_tokens: LimitOption = None,
     changed: dict[str, Any],
@@ -82,10 +75,6 @@ def chat_command(
     seed: SeedOption = 0,
     history: HistoryOption = None,
     slow: SlowOption = None,
-    eos: EosOption = None,
-    replace_eos: ReplaceEosOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Talk with a model and watch its blocks decode, slowed down so that one can follow.
 
@@ -102,9 +91,7 @@ def chat_command(
         prompt_ids=(), temperature=temperature, seed=seed, **given(max_new_tokens=max_new_tokens)
     )
     check_choices(asked, strategy, changed)
-    loaded, tokenizer = load_answerer(
-        model, adapter, device, dtype, eos=eos, replace_eos=replace_eos
-    )
+    loaded, tokenizer = choice.load()
     from d2f.cli.chat_session import ChatSession
 
     strategy = strategy or default_strategy(loaded.spec, policy=bool(changed))
@@ -181,15 +168,6 @@ class Chat:
         self._slow = slow
         self._last = ""
         self._examples: list[str] = []
-        self._commands: dict[str, Callable[[list[str]], None]] = {
-            "/help": self._help,
-            "/clear": self._clear,
-            "/policy": self._policy,
-            "/strategy": self._strategy,
-            "/race": self._race,
-            "/example": self._example,
-            "/quit": self._quit,
-        }
 
     def welcome(self) -> None:
         """Print the model's facts, and whether it is told the conversation."""
@@ -251,9 +229,11 @@ class Chat:
         try:
             if line.startswith("/"):
                 name, *words = line.split()
-                if name not in self._commands:
-                    raise RequestError(unknown_name("command", name, self._commands))
-                self._commands[name](words)
+                known = [usage.split()[0] for usage in _COMMANDS]
+                if name not in known:
+                    raise RequestError(unknown_name("command", name, known))
+                # The method of a command has its name: `_help` is that of /help.
+                getattr(self, name.replace("/", "_"))(words)
             else:
                 self._ask(line)
         except D2FError as error:
@@ -279,7 +259,7 @@ class Chat:
     # -------------------------------------------------------------------------------- answers
 
     def _ask(self, message: str) -> None:
-        from d2f.cli.chat_race import answer
+        from d2f.cli.chat_session import answer
 
         request, slow = self.session.request(message), 0.0
         self._last = message
@@ -365,7 +345,7 @@ class Chat:
         log.print(" ".join(["strategy", self.session.strategy, *given_options]), style="dim")
 
     def _race(self, words: list[str]) -> None:
-        from d2f.cli.chat_race import print_race, run_race
+        from d2f.cli.chat_session import print_race, run_race
 
         message = " ".join(words) or self._last
         if not message:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = f"{PREFIX}student"
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="Folder, hub id, GGUF file or shipped:NAME. Default: shipped:student."),
-]
-AdapterOption = Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")]
 StrategyOption = Annotated[
     str | None,
     typer.Option(
@@ -51,24 +46,6 @@ SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 ChatOption = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
 ]
-EosOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A token that ends an answer beside the model's own, by id or text; repeatable."
-    ),
-]
-ReplaceEosOption = Annotated[
-    bool, typer.Option("--replace-eos", help="Only --eos ends an answer, not the model's own ends.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="float32 or bfloat16. Default: the checkpoint's; of a shipped model, the faster one."
-    ),
-]
-
-
 _POLICY_HELP = {
     "block_size": "Tokens of a block.",
     "add_threshold": "Open a block at this decoded share of the last.",
@@ -78,6 +55,74 @@ _POLICY_HELP = {
     "neg_entropy.",
     "max_live_blocks": "Most blocks open and not cached.",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """The options that choose a model, where it computes, and what ends its answers."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub id, GGUF file or shipped:NAME. Default: shipped:student."),
+    ] = None
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None
+    eos: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A token that ends an answer beside the model's own, by id or text; repeatable."
+        ),
+    ] = None
+    replace_eos: Annotated[
+        bool,
+        typer.Option("--replace-eos", help="Only --eos ends an answer, not the model's own ends."),
+    ] = False
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16. Default: the checkpoint's; of a shipped model, the faster "
+            "one."
+        ),
+    ] = None
+
+    @property
+    def source(self) -> str:
+        """The model that was named, or the shipped student."""
+        return self.model or DEFAULT_MODEL
+
+    def load(self) -> tuple[Transformer, Tokenizer]:
+        """Load the model, with the chosen ends of an answer in its spec, and its tokenizer.
+
+        The default dtype of a shipped model is the device's fastest.
+
+        Raises:
+            CheckpointError: The model does not exist or is broken.
+            UsageError: The device or the dtype cannot be used, or `eos` names no token.
+        """
+        from d2f.cli.device import choose_device, choose_dtype, choose_threads
+        from d2f.engine.ends import choose_ends
+        from d2f.hub import resolve_folder
+        from d2f.models.checkpoint import load_model, read_spec
+        from d2f.models.lora import with_adapter
+        from d2f.text import Tokenizer
+
+        # What fails in milliseconds comes before the weights, which may take minutes.
+        device, dtype = choose_device(self.device), self.dtype
+        if dtype is not None:
+            dtype = choose_dtype(dtype, device)
+        spec = read_spec(resolve_folder(self.source, weights=False))
+        if self.adapter is not None:
+            spec = with_adapter(spec, resolve_folder(self.adapter))
+        choose_threads(spec.num_parameters, device)
+        if dtype is None and self.source.startswith(PREFIX):
+            dtype = choose_dtype(None, device)  # measured with the threads that will compute
+        tokenizer = Tokenizer.load(self.source)
+        named = [int(one) if one.isascii() and one.isdigit() else one for one in self.eos or ()]
+        with usage():
+            ends = choose_ends(named, tokenizer, spec, replace=self.replace_eos)
+        loaded = load_model(self.source, adapter=self.adapter, device=device, dtype=dtype)
+        loaded.spec = replace(loaded.spec, eos_token_ids=ends)
+        return loaded, tokenizer
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -91,24 +136,30 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with an option for each field of a policy, and for each option of a strategy.
+    """A command with an option for each field of a policy, option of a strategy, or model's choice.
 
-    In place of the first it takes a dict `changed`, in place of the second, if it has them, a dict
-    `options`; both hold what was given.
+    In their place the command takes, of the following, the parameters that it has: dicts `changed`
+    and `options` with the fields of the policy and the options of the strategy that were given, and
+    a `ModelChoice` named `choice`.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {"changed": _policy_options(), "options": _strategy_options()}
-    spread = {name: options for name, options in groups.items() if name in signature.parameters}
+    model_options = list(inspect.signature(ModelChoice, eval_str=True).parameters.values())
+    groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {
+        "changed": (_policy_options(), given),
+        "options": (_strategy_options(), given),
+        "choice": (model_options, ModelChoice),
+    }
+    spread = {name: group for name, group in groups.items() if name in signature.parameters}
     parameters = [
         one
         for name, parameter in signature.parameters.items()
-        for one in spread.get(name, [parameter])
+        for one in (spread[name][0] if name in spread else [parameter])
     ]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        for name, options in spread.items():
-            values[name] = given(**{one.name: values.pop(one.name) for one in options})
+        for name, (options, make) in spread.items():
+            values[name] = make(**{one.name: values.pop(one.name) for one in options})
         command(**values)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -151,11 +202,6 @@ def _strategy_options() -> list[inspect.Parameter]:
 def check_choices(request: Request, strategy: str | None, changed: dict[str, Any]) -> None:
     """Refuse what no model could be asked for before any is loaded, which may take minutes.
 
-    Args:
-        request: What is to be asked, as far as it is known without the model.
-        strategy: The one that was named; the options of `request` belong to it.
-        changed: Fields of the policy.
-
     Raises:
         UsageError: An unknown strategy, option or field of the policy, or a bad value.
     """
@@ -185,51 +231,6 @@ def check_fit(spec: ModelSpec, request: Request) -> None:
     with usage():
         # An empty prompt is refused later, as a prompt.
         check_strategy(request.strategy, request.options, spec, 1, request.max_new_tokens)
-
-
-def load_answerer(
-    model: str | None,
-    adapter: str | None,
-    device: str | None,
-    dtype: str | None,
-    *,
-    eos: Sequence[str] | None = None,
-    replace_eos: bool = False,
-) -> tuple[Transformer, Tokenizer]:
-    """Load a model, the shipped student by default, and its tokenizer.
-
-    The default dtype of a shipped model is the device's fastest. The options `eos` and
-    `replace_eos` change the ends of an answer in the model's spec.
-
-    Raises:
-        CheckpointError: The model does not exist or is broken.
-        UsageError: The device or the dtype cannot be used, or `eos` names no token.
-    """
-    from d2f.cli.device import choose_device, choose_dtype, choose_threads
-    from d2f.engine.ends import choose_ends
-    from d2f.hub import resolve_folder
-    from d2f.models.checkpoint import load_model, read_spec
-    from d2f.models.lora import with_adapter
-    from d2f.text import Tokenizer
-
-    source = model or DEFAULT_MODEL
-    # What fails in milliseconds comes before the weights, which may take minutes.
-    device = choose_device(device)
-    if dtype is not None:
-        dtype = choose_dtype(dtype, device)
-    spec = read_spec(resolve_folder(source, weights=False))
-    if adapter is not None:
-        spec = with_adapter(spec, resolve_folder(adapter))
-    choose_threads(spec.num_parameters, device)
-    if dtype is None and source.startswith(PREFIX):
-        dtype = choose_dtype(None, device)  # measured with the threads that will compute
-    tokenizer = Tokenizer.load(source)
-    named = [int(one) if one.isascii() and one.isdigit() else one for one in eos or ()]
-    with usage():
-        ends = choose_ends(named, tokenizer, spec, replace=replace_eos)
-    loaded = load_model(source, adapter=adapter, device=device, dtype=dtype)
-    loaded.spec = replace(loaded.spec, eos_token_ids=ends)
-    return loaded, tokenizer
 
 
 def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:

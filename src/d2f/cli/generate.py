@@ -26,15 +26,10 @@ from d2f.cli.bulk_options import (
 from d2f.cli.command import Command
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
-    AdapterOption,
     ChatOption,
-    DeviceOption,
-    DtypeOption,
-    EosOption,
     LimitOption,
     MinPOption,
-    ModelOption,
-    ReplaceEosOption,
+    ModelChoice,
     SeedOption,
     StrategyOption,
     TemperatureOption,
@@ -109,8 +104,7 @@ def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
 def generate_command(
     *,
     prompt: PromptArgument = None,
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
+    choice: ModelChoice,
     strategy: StrategyOption = None,
     max_new_tokens: LimitOption = None,
     changed: dict[str, Any],
@@ -123,10 +117,6 @@ def generate_command(
     stop: StopOption = None,
     chat: ChatOption = None,
     system: SystemOption = None,
-    eos: EosOption = None,
-    replace_eos: ReplaceEosOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
     stream: StreamOption = False,
     as_json: JsonOption = False,
     source: InputOption = None,
@@ -166,9 +156,8 @@ def generate_command(
         options=options,
     )
     asked = Asked(
-        model=model, adapter=adapter, device=device, dtype=dtype, eos=eos or [],
-        replace_eos=replace_eos, strategy=strategy, changed=changed,
-        max_new_tokens=max_new_tokens, chat=chat, system=system, request=request,
+        choice=choice, strategy=strategy, changed=changed, max_new_tokens=max_new_tokens,
+        chat=chat, system=system, request=request,
     )  # fmt: skip
     asked.check()
     if bulk is not None:

@@ -19,7 +19,6 @@ from d2f.cli.answer_file import AnswerFile
 from d2f.cli.asked import Asked
 from d2f.cli.bulk_options import Bulk
 from d2f.cli.console import log, say
-from d2f.cli.decoding_options import DEFAULT_MODEL
 from d2f.cli.model_files import model_sha256
 from d2f.cli.prompt_file import refuse_all
 from d2f.cli.usage import UsageError
@@ -41,10 +40,9 @@ def answer_file(bulk: Bulk, asked: Asked) -> None:
     if bulk.num_samples > 1 and asked.request.temperature == 0:
         raise UsageError(f"--n {bulk.num_samples}: all the same at --temperature 0")
     bulk.source.check()
-    source = asked.model or DEFAULT_MODEL
     settings = {
         "input": bulk.source.sha256,
-        "model": model_sha256(source, asked.adapter),
+        "model": model_sha256(asked.choice.source, asked.choice.adapter),
         "columns": asdict(bulk.source.columns),
         "n": bulk.num_samples,
         **asked.settings(),
@@ -55,7 +53,7 @@ def answer_file(bulk: Bulk, asked: Asked) -> None:
         try:
             with _sigterm_as_ctrl_c():
                 if answers.totals.answers < run.num_wanted:
-                    run.answer(source)
+                    run.answer()
                 answers.finish()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -93,7 +91,7 @@ class _Run:
         """Tokens and seconds of this run, without earlier ones."""
         self.bad_rows = BadRows()
 
-    def answer(self, source: str) -> None:
+    def answer(self) -> None:
         """Answer the rows that have no answer yet."""
         from d2f.engine.engine import Engine, EngineConfig
         from d2f.evaluation.answering import Answering
@@ -103,7 +101,7 @@ class _Run:
         bulk, answers = self._bulk, self._answers
         model, tokenizer, request = self._asked.load(answers.about.get("dtype"))
         dtype = str(model.dtype).removeprefix("torch.")
-        answers.begin({"model": source, "dtype": dtype, **describe_code()})
+        answers.begin({"model": self._asked.choice.source, "dtype": dtype, **describe_code()})
         size = bulk.batch_size or _BATCH_SIZE.get(model.device.type, 128)
         engine = Engine(model, EngineConfig(max_batch_size=size), tokenizer)
         desk = AnswerDesk(

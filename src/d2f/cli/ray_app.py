@@ -9,6 +9,7 @@ import functools
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from d2f.cli.decoding_options import ModelChoice
 from d2f.cli.serve import build_app, main_model, require_packages
 from d2f.errors import ConfigError
 from d2f.serving.ray_app import Scaling, deployment_options, ray_application
@@ -33,7 +34,7 @@ class RayArguments(Scaling):
     model: str | None = None
     """Folder or hub id that every replica can read; None: the shipped student."""
     adapter: str | None = None
-    eos: tuple[str, ...] = ()
+    eos: list[str] | None = None
     """Tokens that end an answer beside the model's own ends; in a config file only."""
     replace_eos: bool = False
     name: str | None = None
@@ -73,14 +74,7 @@ def app(args: RayArguments) -> Any:
 
 def _build_replica(args: RayArguments, settings: ServeSettings) -> "tuple[FastAPI, Service]":
     """Load the model and build its application, in the process of a replica."""
-    served = main_model(
-        args.model,
-        args.adapter,
-        args.name,
-        args.device,
-        args.dtype,
-        args.max_batch_size,
-        eos=args.eos,
-        replace_eos=args.replace_eos,
-    )
+    names = ModelChoice.__dataclass_fields__.keys() & RayArguments.model_fields.keys()
+    choice = ModelChoice(**{name: getattr(args, name) for name in names})
+    served = main_model(choice, args.name, args.max_batch_size)
     return build_app([served], settings)

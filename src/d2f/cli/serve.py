@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.cli.decoding_options import (
-    DEFAULT_MODEL,
-    EosOption,
-    ReplaceEosOption,
-    load_answerer,
-)
+from d2f.cli.decoding_options import DEFAULT_MODEL, ModelChoice, with_decoding_options
 from d2f.cli.usage import UsageError, usage
-from d2f.decoding.strategies import default_strategy
 from d2f.errors import ConfigError
 from d2f.shipped import PREFIX
 
@@ -39,12 +32,10 @@ EXAMPLES_SEED = 135
 """A seed whose problems the student solves, the first one with four blocks at work."""
 
 
+@with_decoding_options
 def serve_command(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder, hub id, GGUF file or shipped:NAME. Default: shipped:student."),
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: folder or hub id.")] = None,
+    *,
+    choice: ModelChoice,
     host: Annotated[str, typer.Option(help="Address; one that others reach needs a key.")] = (
         "127.0.0.1"
     ),
@@ -57,12 +48,6 @@ def serve_command(
             show_envvar=True,
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")
-    ] = None,
-    eos: EosOption = None,
-    replace_eos: ReplaceEosOption = False,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its folder's name.")
     ] = None,
@@ -127,22 +112,13 @@ def serve_command(
             log_prompts=log_prompts,
             cors_origins=tuple(cors_origin or ()),
         )
-    sources = _race_sources(race_model, shipped=model in (None, DEFAULT_MODEL))
+    sources = _race_sources(race_model, shipped=choice.source == DEFAULT_MODEL)
     # What fails in milliseconds comes before the weights, which may take minutes.
     with open_socket(host, port) as bound, LogWriter(sys.stderr):
-        served = [
-            main_model(
-                model,
-                adapter,
-                name,
-                device,
-                dtype,
-                max_batch_size,
-                eos=eos,
-                replace_eos=replace_eos,
-            )
-        ]
-        served += [_race_model(*source, device, dtype) for source in sources.items()]
+        served = [main_model(choice, name, max_batch_size)]
+        for race_name, source in sources.items():
+            rival = ModelChoice(model=source, device=choice.device, dtype=choice.dtype)
+            served.append(_race_model(race_name, rival))
         url = url_of(bound)
 
         def welcome() -> None:
@@ -182,35 +158,18 @@ def _race_sources(given: list[str] | None, *, shipped: bool) -> dict[str, str]:
     return sources
 
 
-def main_model(
-    source: str | None,
-    adapter: str | None,
-    name: str | None,
-    device: str | None,
-    dtype: str | None,
-    max_batch_size: int,
-    *,
-    eos: Sequence[str] | None = None,
-    replace_eos: bool = False,
-) -> ServedModel:
-    """Load the model of requests that name none; the shipped student if `source` is None.
-
-    Raises:
-        CheckpointError: The checkpoint is missing or broken.
-        UsageError: The device or the dtype cannot be used, or `eos` names no token.
-    """
+def main_model(choice: ModelChoice, name: str | None, max_batch_size: int) -> ServedModel:
+    """Load the model of requests that name none."""
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.serving.served_model import ServedModel
 
-    loaded, tokenizer = load_answerer(
-        source, adapter, device, dtype, eos=eos, replace_eos=replace_eos
-    )
+    loaded, tokenizer = choice.load()
+    examples = example_problems() if choice.source == DEFAULT_MODEL else []
     return ServedModel(
-        name=name or _served_name(source or DEFAULT_MODEL),
+        name=name or _served_name(choice.source),
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
-        strategy=default_strategy(loaded.spec),
-        examples=_prompts() if source in (None, DEFAULT_MODEL) else (),
+        examples=tuple(problem.prompt for problem in examples),
     )
 
 
@@ -220,12 +179,12 @@ def _served_name(source: str) -> str:
     return Path(source).resolve().name
 
 
-def _race_model(name: str, source: str, device: str | None, dtype: str | None) -> ServedModel:
+def _race_model(name: str, choice: ModelChoice) -> ServedModel:
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.engine.pages import enough_bytes
     from d2f.serving.served_model import ServedModel
 
-    loaded, tokenizer = load_answerer(source, None, device, dtype)
+    loaded, tokenizer = choice.load()
     config, spec = EngineConfig(max_batch_size=RACE_BATCH_SIZE), loaded.spec
     # Said in bytes, so that on a GPU it does not take the memory that is free.
     size = enough_bytes(
@@ -239,7 +198,6 @@ def _race_model(name: str, source: str, device: str | None, dtype: str | None) -
         name=name,
         engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
         tokenizer=tokenizer,
-        strategy=default_strategy(spec),
     )
 
 
@@ -253,10 +211,6 @@ def example_problems() -> list[Problem]:
         if len(found) < NUM_EXAMPLES:
             found.setdefault(problem.structure, problem)
     return list(found.values())
-
-
-def _prompts() -> tuple[str, ...]:
-    return tuple(problem.prompt for problem in example_problems())
 
 
 def build_app(served: list[ServedModel], settings: ServeSettings) -> tuple[FastAPI, Service]:

@@ -19,8 +19,7 @@ from rich.text import Text
 
 from d2f.cli import chat
 from d2f.cli.chat import Chat
-from d2f.cli.chat_race import run_race
-from d2f.cli.chat_session import ChatSession
+from d2f.cli.chat_session import ChatSession, run_race
 from d2f.cli.live import last_lines, watch_answer
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.generate import generate_ids

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from d2f.cli.decoding_options import load_answerer
+from d2f.cli.decoding_options import ModelChoice
 from d2f.cli.eval import _loader
 from d2f.cli.inspect import inspect_model
 from d2f.cli.inspect_adapter import adapter_lines, inspect_adapter
@@ -408,14 +408,15 @@ def test_every_command_gets_the_same_model(folders):
     base, folder = (str(path) for path in folders)
     expected = load_model(base, folder, "cpu")
     recipe = SimpleNamespace(models={"x": ModelEntry(path=base, adapter=folder)})
-    found = [load_answerer(base, folder, "cpu", "float32")[0]]  # generate, chat, serve
+    choice = ModelChoice(model=base, adapter=folder, device="cpu", dtype="float32")
+    found = [choice.load()[0]]  # generate, chat, serve
     found.append(_loader(recipe, "cpu", "float32")("x").model)
     for model in found:
         assert model.spec == expected.spec
         assert default_strategy(model.spec) == "pipelined"
         assert torch.equal(model.logits(IDS), expected.logits(IDS))
     with pytest.raises(UsageError, match="eos 90 is the mask token"):
-        load_answerer(base, folder, "cpu", "float32", eos=["90"])
+        replace(choice, eos=["90"]).load()
     for see in (inspect_model, load_model):
         with pytest.raises(CheckpointError, match=f"give the base model, '{HUB}', and pass this"):
             see(folder)

@@ -10,6 +10,7 @@ import typer
 from tests.unit.serving.live import live_server
 
 from d2f.cli import ray_app
+from d2f.cli.decoding_options import ModelChoice
 from d2f.cli.main import app
 from d2f.cli.serve import main_model
 from d2f.serving.metrics import Metrics
@@ -22,7 +23,7 @@ PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def address():
-    with live_server(main_model(None, None, None, "cpu", "float32", 4)) as server:
+    with live_server(main_model(ModelChoice(device="cpu", dtype="float32"), None, 4)) as server:
         yield server.url
 
 
