@@ -196,7 +196,8 @@ def measure_race(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_imposed(options: argparse.Namespace) -> dict[str, Any]:
-    entered = shape_field(build(options), options.shape, (64, 128), (options.accept,), 2026)
+    most = max(4, *options.batches)
+    entered = shape_field(build(options), options.shape, (64, 128), (options.accept,), most, 2026)
     return race_report(entered, options.batches, 4, options.runs, 16, options.backend)
 
 

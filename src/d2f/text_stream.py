@@ -1,10 +1,9 @@
 """Incremental decoding: text pieces of a growing list of tokens, which join to the whole text.
 
 A tokenizer's decoder takes all tokens at once, and the text of one may depend on others: the first
-loses its space, several bytes make one character, equal neighbours become one. So each kind of
-decoder has a step here that takes tokens as they come, holds back text that a later token may still
-change, and never looks at a token twice. A decoder for which no step is written gets all its tokens
-at the end.
+loses its space, several bytes make one character. So each kind of decoder that language models have
+today has a step here that takes tokens as they come, holds back text that a later token may still
+change, and never looks at a token twice. Another decoder gets all its tokens at the end.
 """
 
 from __future__ import annotations
@@ -163,10 +162,6 @@ def _token_step(kind: dict[str, Any]) -> _Step | None:
             return _ByteLevel()
         case "ByteFallback":
             return _ByteRuns()
-        case "BPEDecoder":
-            return _LastDiffers(_decode_of(kind))
-        case "CTC":
-            return _Distinct(_decode_of(kind))
     return None
 
 
@@ -212,41 +207,6 @@ class _Each:
             texts.append(self._decode([*self._before, token]))
             if self._first_differs:
                 self._before = [""]  # this token has no text itself
-        return texts
-
-    def end(self) -> list[str]:
-        return []
-
-
-class _LastDiffers:
-    """Decodes tokens whose text depends on whether the token is the last one."""
-
-    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
-        self._decode = decode
-        self._held: list[str] = []
-
-    def feed(self, pieces: list[str]) -> list[str]:
-        tokens = [*self._held, *pieces]
-        self._held = tokens[-1:]
-        return [self._decode([token, ""]) for token in tokens[:-1]]
-
-    def end(self) -> list[str]:
-        return [self._decode([token]) for token in self._held]
-
-
-class _Distinct:
-    """Drops tokens that equal the one before them, and tokens without text (CTC's padding)."""
-
-    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
-        self._decode = decode
-        self._before: str | None = None
-
-    def feed(self, pieces: list[str]) -> list[str]:
-        texts = []
-        for token in pieces:
-            if token != self._before and (text := self._decode([token])):
-                texts.append(text)
-            self._before = token
         return texts
 
     def end(self) -> list[str]:

@@ -16,7 +16,7 @@ THINGS = (
 )
 COUNTED = re.compile(rf" (new )?({THINGS.replace(' ', '|')}|proces(?=ses))(s|ses)\b(?![/-])")
 NEVER_ONE = {
-    "cli/train_plan.py": "processes",  # said of several only
+    "cli/train.py": "processes",  # said of several only
     "training/run.py": "processes",
     "evaluation/report/claims.py": "problems",  # a constant
 }

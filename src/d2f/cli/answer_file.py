@@ -47,15 +47,9 @@ class Totals:
 class AnswerFile:
     """A file of answers, one line for each row and sample.
 
-    Args:
-        path: The file, created if need be and locked by this process until `close`.
-        settings: Everything that the answers depend on, as JSON values.
-        num_samples: Number of answers for each row.
-        fresh: Delete earlier answers.
-
-    Raises:
-        ConfigError: The file has answers of other settings or other content, another process is
-            writing to it, or it cannot be written.
+    It is created if need be, and locked by this process until `close`. `settings` is everything
+    that the answers depend on; a file with answers of other settings is refused, unless `fresh`
+    deletes them.
 
     Example:
         >>> import tempfile
@@ -101,14 +95,7 @@ class AnswerFile:
         return key < len(self._done) and bool(self._done[key])
 
     def begin(self, about: Mapping[str, Any]) -> None:
-        """Write the file of settings, before the first answer.
-
-        Args:
-            about: Further facts for later runs, as JSON values.
-
-        Raises:
-            D2FError: The file of settings cannot be written.
-        """
+        """Write the file of settings, before the first answer."""
         if self.about:
             return
         try:
@@ -117,11 +104,7 @@ class AnswerFile:
             raise D2FError(f"cannot write {self._settings_path}: {error.strerror}") from None
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append answers; if the disk is full, append none of them.
-
-        Raises:
-            D2FError: The file cannot be written.
-        """
+        """Append answers; if the disk is full, append none of them."""
         records = list(records)
         lines = [_line(record) for record in records]
         data = memoryview(b"".join(lines))
@@ -144,11 +127,7 @@ class AnswerFile:
             self._note(record, len(line))
 
     def finish(self) -> None:
-        """Sort the lines into the order of the input, and flush them to the disk.
-
-        Raises:
-            D2FError: The disk has no room for the sorted file; the unsorted one is unchanged.
-        """
+        """Sort the lines into the order of the input, and flush them to the disk."""
         try:
             if not self._tidy:
                 self._sort()

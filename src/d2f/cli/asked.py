@@ -33,11 +33,7 @@ class Asked:
     """The remaining options, as a request without a prompt."""
 
     def check(self) -> None:
-        """Refuse options that fit no model, before one is loaded.
-
-        Raises:
-            UsageError: A name is unknown, a value is bad, or options exclude each other.
-        """
+        """Refuse options that fit no model, before one is loaded."""
         if self.system is not None and self.chat is False:
             raise UsageError("--system: without effect with --no-chat")
         check_choices(self.request, self.strategy, self.changed)
@@ -45,12 +41,7 @@ class Asked:
     def load(self, dtype: str | None = None) -> tuple[Transformer, Tokenizer, Request]:
         """Load the model and its tokenizer; return them and the request with the model's defaults.
 
-        Args:
-            dtype: The dtype to load if the user named none; None: the model's own.
-
-        Raises:
-            CheckpointError: The model does not exist or is broken.
-            UsageError: The options do not fit the model.
+        `dtype` is what to load if the user named none; None: the model's own.
         """
         choice = self.choice
         model, tokenizer = replace(choice, dtype=choice.dtype or dtype).load()
@@ -61,11 +52,7 @@ class Asked:
         return model, tokenizer, self.limited(request, model.spec)
 
     def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
-        """Return the request with a prompt and, if the user named none, the default length.
-
-        Raises:
-            UsageError: The strategy or its options do not fit the model or the length.
-        """
+        """Return the request with a prompt and, if the user named none, the default length."""
         from d2f.engine.policy import default_limit
 
         if self.max_new_tokens is None:
@@ -78,9 +65,6 @@ class Asked:
         """Return the token ids of a prompt, rendered by the chat template if it is used.
 
         A system message in the prompt wins over that of the options.
-
-        Raises:
-            RequestError: The template refuses the prompt, or several messages have no template.
         """
         from d2f.training.sources import encode_prompt
 

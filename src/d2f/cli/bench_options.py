@@ -33,9 +33,6 @@ JsonOption = Annotated[
 def numbers(text: str) -> list[int]:
     """Parse a list such as `1,4,16`; each number must be at least 1.
 
-    Raises:
-        typer.BadParameter: The text is not such a list.
-
     Example:
         >>> numbers("1,4")
         [1, 4]
@@ -50,11 +47,7 @@ def numbers(text: str) -> list[int]:
 
 
 def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Transformer:
-    """Return a model of a preset's sizes with random weights on the device.
-
-    Raises:
-        UsageError: The shape is unknown.
-    """
+    """Return a model of a preset's sizes with random weights on the device."""
     from d2f.models.presets import preset_spec, random_model
 
     with usage():
@@ -63,11 +56,7 @@ def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Tran
 
 
 def check_backend(backend: str, device: str) -> None:
-    """Refuse a backend that is unknown or that the device cannot run.
-
-    Raises:
-        UsageError: The backend is unknown or not available on this device.
-    """
+    """Refuse a backend that is unknown or that the device cannot run."""
     from d2f.ops.backend import select_backend
 
     with usage():
@@ -101,10 +90,6 @@ def describe_model(model: Transformer, name: str, random: bool) -> dict[str, obj
 
 
 def check_one_source(shape: str | None, model: str | None) -> None:
-    """Refuse --shape together with --model.
-
-    Raises:
-        UsageError: Both options are given.
-    """
+    """Refuse --shape together with --model."""
     if shape is not None and model is not None:
         raise UsageError("--shape and --model exclude each other")

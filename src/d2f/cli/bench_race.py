@@ -56,13 +56,41 @@ class Field:
     models: Mapping[str, Transformer]
     """Models by kind, the values of `STRATEGIES`."""
     names: Mapping[str, str]
-    entrants: Callable[[int, Mapping[str, Engine]], list[Entrant]]
-    """With so many prompts, and the engines of the models."""
-    longest: int
-    """Most positions of a prompt and its answer together."""
+    prompts: Mapping[str, Sequence[Sequence[int]]]
+    """The same prompts by kind, in the tokens of its model."""
     limit: int
     """Most new tokens of an answer."""
-    imposed: tuple[int, ...] | None
+    is_right: Mapping[str, Callable[[int, Sequence[int]], bool]] | None = None
+    """Whether the answer to a prompt, by its number, is right; None: nobody can say."""
+    imposed: tuple[int, ...] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Most positions of a prompt and its answer together."""
+        return self.limit + max(len(p) for prompts in self.prompts.values() for p in prompts)
+
+    def entrants(self, count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
+        """Each strategy with so many prompts, and the engine of its model."""
+        from d2f.engine.request import Request
+        from d2f.evaluation.race import Entrant
+
+        return [
+            Entrant(
+                name=strategy,
+                engine=engines[kind],
+                requests=[
+                    Request(
+                        prompt_ids=prompt,
+                        max_new_tokens=self.limit,
+                        eos_token_id=() if self.imposed else None,
+                        strategy=strategy,
+                    )
+                    for prompt in self.prompts[kind][:count]
+                ],
+                is_right=self.is_right[kind] if self.is_right else None,
+            )
+            for strategy, kind in STRATEGIES.items()
+        ]
 
 
 def race_command(
@@ -110,12 +138,13 @@ def race_command(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     check_backend(backend, device)
-    if shape is not None:
+    most = max(num_prompts, *batches)
+    if shape is not None and imposed is not None:
         built = build_shape(shape, layers, device, dtype)
-        entered = shape_field(built, shape, (prompt_length, max_new_tokens or 128), imposed, seed)
+        lengths = prompt_length, max_new_tokens or 128
+        entered = shape_field(built, shape, lengths, imposed, most, seed)
     else:
         pair = _pair(model, baseline, layers)
-        most = max(num_prompts, *batches)
         entered = problem_field(pair, max_new_tokens, most, device, dtype, seed)
     report = {
         "environment": describe_environment(device=device, dtype=dtype),
@@ -129,12 +158,7 @@ def race_command(
 
 
 def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple[int, ...] | None:
-    """Read how many tokens each forward of a request accepts; None: as the model decides.
-
-    Raises:
-        UsageError: Both options are given, one is given for a real model, or none for a shape.
-        ConfigError: The file of --trace is not a list of whole numbers.
-    """
+    """Read how many tokens each forward of a request accepts; None: as the model decides."""
     if accept is not None and trace is not None:
         raise UsageError("--accept and --trace exclude each other")
     if shape is None:
@@ -174,50 +198,27 @@ def shape_field(
     model: Transformer,
     shape: str,
     lengths: tuple[int, int],
-    imposed: tuple[int, ...] | None,
+    imposed: tuple[int, ...],
+    most: int,
     seed: int,
 ) -> Field:
     """Prepare random prompts for a model of random weights and its autoregressive twin.
 
-    Args:
-        model: A diffusion model.
-        shape: The name of its shape.
-        lengths: Tokens of each prompt and of each answer.
-        imposed: Accepted tokens per forward.
-        seed: Seed of the prompts.
-
-    Raises:
-        UsageError: The model is autoregressive.
+    `lengths` are the tokens of each prompt and of each answer.
     """
-    from d2f.engine.request import Request
-    from d2f.evaluation.race import Entrant
     from d2f.models.presets import autoregressive_twin
 
     if model.spec.architecture.causal:
         raise UsageError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
     prompt_length, limit = lengths
 
-    def entrants(count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
-        draw = random.Random(seed)
-        vocabulary = range(model.spec.vocab_size)
-        prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(count)]
-        return [
-            Entrant(
-                name=strategy,
-                engine=engines[kind],
-                requests=[
-                    Request(prompt_ids=p, max_new_tokens=limit, eos_token_id=(), strategy=strategy)
-                    for p in prompts
-                ],
-            )
-            for strategy, kind in STRATEGIES.items()
-        ]
-
+    draw, vocabulary = random.Random(seed), range(model.spec.vocab_size)
+    prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(most)]
+    kinds = set(STRATEGIES.values())
     return Field(
         models={"diffusion": model, "autoregressive": autoregressive_twin(model)},
         names={"diffusion": shape, "autoregressive": f"{shape}, the same weights"},
-        entrants=entrants,
-        longest=prompt_length + limit,
+        prompts=dict.fromkeys(kinds, prompts),
         limit=limit,
         imposed=imposed,
     )
@@ -226,18 +227,11 @@ def shape_field(
 def problem_field(
     pair: tuple[str, str], limit: int | None, most: int, device: str, dtype: str, seed: int
 ) -> Field:
-    """Prepare the built-in problems for a D2F model and its rival.
+    """Prepare the built-in problems for a D2F model and its rival, given by folders or hub ids.
 
-    Args:
-        pair: Folders or hub ids of both models.
-        limit: Most new tokens; None: as many as the longest worked answer needs.
-        most: Number of problems.
-        device: Device of the models.
-        dtype: Dtype of the models.
-        seed: Seed of the problems.
+    Without a `limit` answers may have as many tokens as the longest worked answer needs.
     """
-    from d2f.engine.request import Request
-    from d2f.evaluation.race import Entrant, gold_limit
+    from d2f.evaluation.race import gold_limit
     from d2f.models.checkpoint import load_model
     from d2f.problems import extract_answer, generate_problems
     from d2f.text import Tokenizer
@@ -257,27 +251,12 @@ def problem_field(
             extract_answer(tokenizers[kind].decode(token_ids)) == problems[index].answer
         )
 
-    def entrants(count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
-        return [
-            Entrant(
-                name=strategy,
-                engine=engines[kind],
-                requests=[
-                    Request(prompt_ids=p, max_new_tokens=longest, strategy=strategy)
-                    for p in prompts[kind][:count]
-                ],
-                is_right=judge(kind),
-            )
-            for strategy, kind in STRATEGIES.items()
-        ]
-
     return Field(
         models=models,
         names={kind: source_label(name) for kind, name in names.items()},
-        entrants=entrants,
-        longest=longest + max(len(p) for many in prompts.values() for p in many),
+        prompts=prompts,
         limit=longest,
-        imposed=None,
+        is_right={kind: judge(kind) for kind in models},
     )
 
 

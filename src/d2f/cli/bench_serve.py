@@ -111,11 +111,7 @@ def serve_command(
 
 
 def _check_answers(turns: Sequence[Turn]) -> None:
-    """Fail where a server gave other answers than the engine.
-
-    Raises:
-        D2FError: There is one.
-    """
+    """Fail where a server gave other answers than the engine."""
     from d2f.evaluation.serve_load import count_wrong
 
     if wrong := count_wrong(turns):
@@ -124,11 +120,7 @@ def _check_answers(turns: Sequence[Turn]) -> None:
 
 
 def make_pool(num_prompts: int, max_tokens: int, device: str, threads: int) -> Pool:
-    """Word problems with the engine's own answers, and the seconds of each first block.
-
-    Raises:
-        ConfigError: The problems are too long for the model with so many tokens of an answer.
-    """
+    """Word problems with the engine's own answers, and the seconds of each first block."""
     import torch
 
     from d2f.engine.engine import Engine

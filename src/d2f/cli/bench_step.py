@@ -117,14 +117,8 @@ def measure_grid(
 ) -> tuple[Rates, list[StepCost]]:
     """Measure the machine's rates, and the cost of a step at each combination of sizes.
 
-    Args:
-        model: An autoregressive model, or a diffusion model; the autoregressive twin of the
-            latter is measured too.
-        sizes: Batch sizes, windows, and numbers of cached positions.
-        steps: Runs of each step.
-        page_size: Positions of a page.
-        backend: The backend, as in `EngineConfig`.
-        dtype: Dtype of the model.
+    `sizes` are batch sizes, windows, and numbers of cached positions. Of a diffusion model the
+    autoregressive twin is measured too.
     """
     from d2f.engine.steady import SteadyStep
     from d2f.evaluation.rates import measure_rates

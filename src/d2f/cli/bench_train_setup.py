@@ -60,11 +60,7 @@ class TrainSetup:
         loss_memory: int | None,
         **others: Any,
     ) -> TrainSetup:
-        """From the options, with the defaults that depend on the model.
-
-        Raises:
-            ConfigError: Options exclude each other.
-        """
+        """From the options, with the defaults that depend on the model."""
         if full and lora is not None:
             raise ConfigError("--lora and --full exclude each other")
         if layers is not None and shape is None:
@@ -145,11 +141,7 @@ class TrainSetup:
 
     @contextmanager
     def bench(self, micro_batch: int, checkpointing: bool) -> Iterator[StepBench]:
-        """Models, optimizer and steps of a row, all freed at the end.
-
-        Raises:
-            ConfigError: The model and the options do not fit.
-        """
+        """Models, optimizer and steps of a row, all freed at the end."""
         from tempfile import TemporaryDirectory
 
         from d2f.cli.step_bench import StepBench, free_memory
@@ -193,11 +185,7 @@ class TrainSetup:
         return load_model(source, device=self.device, dtype=dtype)
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong before anything is measured.
-
-        Raises:
-            ConfigError: A setting is out of range, or the shape cannot be distilled.
-        """
+        """Refuse what can be seen to be wrong before anything is measured."""
         from d2f.models.presets import preset_spec
 
         self.config(1, False, "unused")

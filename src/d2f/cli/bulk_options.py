@@ -73,12 +73,7 @@ def read_bulk(
     stream: bool,
     as_json: bool,
 ) -> Bulk | None:
-    """Return the options for a file of prompts; None if one prompt is given.
-
-    Raises:
-        BadParameter: Neither a prompt nor a file is given.
-        UsageError: Options exclude each other or have no effect.
-    """
+    """Return the options for a file of prompts; None if one prompt is given."""
     if source is None:
         if prompt is None:
             raise typer.BadParameter("there is nothing to answer; give a PROMPT, or --input FILE")

@@ -154,12 +154,7 @@ class Interrupts:
 
 
 class Chat:
-    """Reads lines, carries out commands, and shows answers.
-
-    Args:
-        session: The conversation.
-        slow: Seconds for which each forward is shown at least; None: decided by the strategy.
-    """
+    """Reads lines, carries out commands, and shows answers."""
 
     def __init__(self, session: ChatSession, slow: float | None) -> None:
         self.session = session

@@ -33,9 +33,6 @@ _WARM_TOKENS = 8
 class ChatSession:
     """A model, the settings of its answers, and the conversation so far.
 
-    Raises:
-        ConfigError: `remembers` is true and the model's chat template cannot render a history.
-
     Example:
         >>> from d2f.testing import tiny_model, write_tokenizer
         >>> import tempfile
@@ -81,11 +78,7 @@ class ChatSession:
         self.engine = Engine(self.model, EngineConfig(max_batch_size=1), self.tokenizer)
 
     def request(self, message: str) -> Request:
-        """Return the request for the answer to the user's next message.
-
-        Raises:
-            RequestError: The chat template refuses the conversation.
-        """
+        """Return the request for the answer to the user's next message."""
         if self.remembers:
             said = [*self.messages, {"role": "user", "content": message}]
             prompt_ids = self.tokenizer.encode_chat(said)
@@ -107,14 +100,7 @@ class ChatSession:
         self.messages.clear()
 
     def change_policy(self, settings: Sequence[str]) -> None:
-        """Change fields of the policy; if one is refused, none changes.
-
-        Args:
-            settings: Texts `NAME=VALUE`; or `reset` alone, for the model's own policy.
-
-        Raises:
-            ConfigError: A field is unknown, has no effect on the strategy or has a bad value.
-        """
+        """Change fields by texts `NAME=VALUE`, all or none; `reset` alone: the model's policy."""
         if list(settings) == ["reset"]:
             self.changed = {}
             return
@@ -126,16 +112,7 @@ class ChatSession:
         self.changed |= new
 
     def change_strategy(self, name: str, settings: Sequence[str]) -> None:
-        """Decode with another strategy from now on.
-
-        Args:
-            name: The strategy.
-            settings: Options of the strategy, as texts `NAME=VALUE`.
-
-        Raises:
-            ConfigError: The strategy or an option is unknown, or a value is bad.
-            RequestError: The model cannot be decoded by the strategy.
-        """
+        """Decode with another strategy from now on, with options given as texts `NAME=VALUE`."""
         options = _parsed(settings)
         check_decoding(name, {}, options)
         resolve(self._request([0], name, options), self.model.spec)
@@ -152,9 +129,6 @@ class ChatSession:
 
         The current strategy keeps its options, and each strategy gets those changed fields of the
         policy that have an effect on it.
-
-        Raises:
-            RequestError: The current strategy cannot answer the message.
         """
         own = self.request(message)
         resolve(own, self.model.spec)
@@ -199,19 +173,10 @@ class Finish:
 def run_race(
     engine: Engine, requests: Mapping[str, Request], stopped: Callable[[], bool]
 ) -> Iterator[Finish]:
-    """Answer the requests one after the other, each after a warm-up and without a cached prompt.
+    """Answer requests by strategy in turn, each after a warm-up and without a cached prompt.
 
-    Args:
-        engine: The engine, which has no other requests.
-        requests: Strategy -> request.
-        stopped: Called after each forward; if it returns True the race ends and the running
-            request is removed from the engine.
-
-    Yields:
-        The result of each strategy when it is finished.
-
-    Raises:
-        RequestError: A request cannot be served.
+    `stopped` is called after each forward; if it returns True, the race ends and the running
+    request is removed from the engine.
     """
     for name, request in requests.items():
         few = min(_WARM_TOKENS, request.max_new_tokens)
@@ -228,11 +193,7 @@ def run_race(
 def answer(
     engine: Engine, request: Request, stopped: Callable[[], bool]
 ) -> GenerationResult | None:
-    """Return the answer to a request without showing it; None if it was stopped.
-
-    Raises:
-        RequestError: The request cannot be served.
-    """
+    """Return the answer to a request without showing it; None if it was stopped."""
     number = engine.add(request)
     try:
         while not stopped():

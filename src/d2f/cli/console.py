@@ -38,13 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[str] = ()) -> Table:
-    """Make a table without lines.
-
-    Args:
-        gap: Spaces between its columns.
-        names: Headers of the first columns, which hold words.
-        numbers: Headers of the columns behind them, which are never broken.
-    """
+    """Make a table without lines: columns with words, then columns with numbers."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
@@ -56,11 +50,7 @@ def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[st
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result goes there.
-
-    Raises:
-        ConfigError: The file cannot be written; the message has the reason.
-    """
+    """Refuse a file that cannot be written, before the work whose result goes there."""
     part = path.with_name(path.name + ".part")
     try:
         part.touch()

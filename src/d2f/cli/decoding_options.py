@@ -94,10 +94,6 @@ class ModelChoice:
         """Load the model, with the chosen ends of an answer in its spec, and its tokenizer.
 
         The default dtype of a shipped model is the device's fastest.
-
-        Raises:
-            CheckpointError: The model does not exist or is broken.
-            UsageError: The device or the dtype cannot be used, or `eos` names no token.
         """
         from d2f.cli.device import choose_device, choose_dtype, choose_threads
         from d2f.engine.ends import choose_ends
@@ -200,11 +196,7 @@ def _strategy_options() -> list[inspect.Parameter]:
 
 
 def check_choices(request: Request, strategy: str | None, changed: dict[str, Any]) -> None:
-    """Refuse what no model could be asked for before any is loaded, which may take minutes.
-
-    Raises:
-        UsageError: An unknown strategy, option or field of the policy, or a bad value.
-    """
+    """Refuse what no model could be asked for before any is loaded, which may take minutes."""
     from d2f.engine.request import check_request
 
     with usage():
@@ -217,11 +209,7 @@ def check_choices(request: Request, strategy: str | None, changed: dict[str, Any
 
 
 def check_fit(spec: ModelSpec, request: Request) -> None:
-    """Refuse a strategy, or options of it, that the model cannot be decoded with.
-
-    Raises:
-        UsageError: They do not fit.
-    """
+    """Refuse a strategy, or options of it, that the model cannot be decoded with."""
     assert request.strategy is not None
     if request.max_new_tokens > spec.max_positions:
         raise UsageError(
@@ -234,11 +222,7 @@ def check_fit(spec: ModelSpec, request: Request) -> None:
 
 
 def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
-    """Return the model's policy with the fields that were given as options.
-
-    Raises:
-        UsageError: One of these fields has no effect on the strategy.
-    """
+    """Return the model's policy with the fields that were given as options."""
     from d2f.engine.policy import changed_policy
 
     _check_heeded(strategy, changed)

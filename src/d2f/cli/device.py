@@ -12,11 +12,7 @@ _SMALL = 100_000_000
 
 
 def choose_device(name: str | None) -> str:
-    """Return the named device; if none is named, the GPU if there is one, else the CPU.
-
-    Raises:
-        UsageError: The device cannot be used.
-    """
+    """Return the named device; if none is named, the GPU if there is one, else the CPU."""
     import torch
 
     if name is None:
@@ -29,11 +25,7 @@ def choose_device(name: str | None) -> str:
 
 
 def choose_dtype(name: str | None, device: str) -> str:
-    """Return the named number format; if none is named, the device's fastest.
-
-    Raises:
-        UsageError: The format is unknown.
-    """
+    """Return the named number format; if none is named, the device's fastest."""
     from d2f.models.checkpoint import resolve_dtype
 
     with usage():

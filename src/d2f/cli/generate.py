@@ -23,7 +23,6 @@ from d2f.cli.bulk_options import (
     OutputOption,
     read_bulk,
 )
-from d2f.cli.command import Command
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
     ChatOption,
@@ -38,7 +37,7 @@ from d2f.cli.decoding_options import (
     given,
     with_decoding_options,
 )
-from d2f.cli.usage import UsageError
+from d2f.cli.usage import Command, UsageError
 from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.inspect_adapter import adapter_lines, human, inspect_adapter, pairs
 from d2f.errors import CheckpointError, counted
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d2f.models.storage import StoredTensor
 
 _BRIEF = 4  # lines about an adapter beside its model, whose own lines have the other facts
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
@@ -46,7 +47,7 @@ def inspect_command(
     else:
         from rich.console import Console
 
-        Console().print(render(adapter_lines(report) if alone else _lines(report)))
+        Console().print(_render(adapter_lines(report) if alone else _lines(report)))
     if not alone and report["tokenizer"] and report["tokenizer"]["error"]:
         raise typer.Exit(1)
 
@@ -65,9 +66,6 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     are in the local cache. `gguf_blocks` counts tensors, numbers and bytes by block type and is
     None unless the model is a GGUF file. `tokenizer` is None for a folder without one, with which
     ids can still be decoded; its `error` says why a tokenizer cannot be used.
-
-    Raises:
-        CheckpointError: The model or the adapter is missing, broken or not supported.
 
     Example:
         >>> from d2f.testing import write_checkpoint
@@ -139,6 +137,48 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
     }
 
 
+def inspect_adapter(path: str | Path) -> dict[str, Any]:
+    """Return the facts of an adapter as plain values.
+
+    Example:
+        >>> from d2f.testing import write_adapter
+        >>> import tempfile
+        >>> inspect_adapter(write_adapter(tempfile.mkdtemp(), "llama"))["r"]
+        4
+    """
+    from d2f.hub import resolve_folder
+    from d2f.models.lora_folder import adapter_entries, adapter_headers
+    from d2f.models.storage import read_max_new_tokens, read_policy
+
+    folder = resolve_folder(path)
+    values, declared = adapter_entries(folder)
+    stored = adapter_headers(folder, declared)
+    targets = values.get("target_modules")
+    halves = {name: tensor for name, tensor in stored.items() if ".lora_" in name}
+    weights = {name: tensor for name, tensor in halves.items() if not name.endswith(".scale")}
+    modules = {name.rpartition(".lora_")[0] for name in weights}
+    policy = read_policy(folder)
+    files = sorted({tensor.file for tensor in stored.values()})
+    return {
+        "path": str(path),
+        "base_model": values.get("base_model_name_or_path") or None,
+        "base_type": None if declared is None else declared.base_type,
+        "checks_base": declared is not None and declared.fingerprint is not None,
+        "mask_token_id": None if declared is None else declared.mask_token_id,
+        "r": values.get("r", 8),
+        "alpha": values.get("lora_alpha", 8),
+        "use_rslora": bool(values.get("use_rslora")),
+        "targets": [str(one) for one in (targets if isinstance(targets, list) else [targets])],
+        "modules": len(modules),
+        "parameters": sum(math.prod(tensor.shape) for tensor in weights.values()),
+        "dtype": ", ".join(sorted({_DTYPES.get(t.kind, t.kind) for t in weights.values()})),
+        "bytes": sum(file.stat().st_size for file in files),
+        "distilled": None if declared is None else declared.distilled,
+        "recommended_policy": None if policy is None else policy.to_dict(),
+        "max_new_tokens": read_max_new_tokens(folder),
+    }
+
+
 def _adapter(name: str, folder: Path, base: ModelSpec) -> dict[str, Any]:
     from d2f.models.lora_folder import read_adapter
 
@@ -180,7 +220,7 @@ def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
     ]
 
 
-def render(lines: list[tuple[str, str]]) -> Any:
+def _render(lines: list[tuple[str, str]]) -> Any:
     """Return the lines of a report as a rich table of two columns."""
     from rich.table import Table
 
@@ -202,10 +242,10 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("heads", f"{sizes['num_heads']}, {sizes['num_kv_heads']} of keys and values"),
         ("vocabulary", f"{sizes['vocab_size']:,}{', tied' if sizes['tie_embeddings'] else ''}"),
         ("positions", f"{sizes['max_positions']:,}"),
-        ("token ids", pairs(report["token_ids"])),
+        ("token ids", _pairs(report["token_ids"])),
         ("tokenizer", _tokenizer_line(report["tokenizer"], sizes["vocab_size"])),
         *(("ends at" if n == 0 else "", _end(end)) for n, end in enumerate(report["ends"])),
-        ("policy", pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
+        ("policy", _pairs(report["recommended_policy"] or {}) or "none; the defaults apply"),
         (
             "decoded by",
             f"{report['strategy']}, at most {counted(report['max_new_tokens'], 'new token')}",
@@ -213,17 +253,17 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         *([("adapter", "none")] if adapter is None else adapter_lines(adapter)[:_BRIEF]),
         (
             "weights",
-            f"{human(memory['weights_bf16_bytes'])} in bf16, "
-            f"{human(memory['weights_fp32_bytes'])} in fp32",
+            f"{_human(memory['weights_bf16_bytes'])} in bf16, "
+            f"{_human(memory['weights_fp32_bytes'])} in fp32",
         ),
         (
             "KV cache",
-            f"{human(memory['kv_bf16_bytes_per_token'])} per token in bf16, "
-            f"{human(memory['kv_bf16_bytes_at_max_positions'])} for all positions",
+            f"{_human(memory['kv_bf16_bytes_per_token'])} per token in bf16, "
+            f"{_human(memory['kv_bf16_bytes_at_max_positions'])} for all positions",
         ),
     ]
     for file in report["files"] or []:
-        size = human(file["bytes"])
+        size = _human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {counted(file['tensors'], 'tensor')}"))
     blocks = (report["gguf_blocks"] or {}).items()
     lines += [("blocks" if n == 0 else "", _blocks(*one)) for n, one in enumerate(blocks)]
@@ -232,7 +272,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _blocks(name: str, count: dict[str, int]) -> str:
     tensors = counted(count["tensors"], "tensor")
-    return f"{name}, {human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
+    return f"{name}, {_human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
@@ -258,3 +298,45 @@ def _end(end: dict[str, Any]) -> str:
     text = "" if end["text"] is None else f" {end['text']!r}"
     row = "" if end["has_row"] else "; left out: the model has no row for it"
     return f"{end['id']}{text} ({', '.join(end['sources'])}{row})"
+
+
+def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines of a report; the lines that do not also belong to a model come first."""
+    known = "its weights" if report["checks_base"] else "its name only"
+    base = f"{report['base_model'] or 'not named'}, known by {known}"
+    mask = report["mask_token_id"]
+    read = f"{report['base_type']}, " if report["base_type"] else ""
+    diffusion = f"as a diffusion model with mask token {mask}"
+    limit = report["max_new_tokens"]
+    unset = "none; decoded by vanilla" if report["distilled"] is False else "none"
+    scale = ", scaled by 1 / sqrt(r)" if report["use_rslora"] else ""
+    return [
+        (
+            "adapter",
+            f"LoRA r={report['r']}, alpha={report['alpha']}{scale} on "
+            f"{', '.join(report['targets'])} ({counted(report['modules'], 'module')}, "
+            f"{counted(report['parameters'], 'parameter', ',')})",
+        ),
+        ("stored as", f"{report['dtype']}, {_human(report['bytes'])}"),
+        ("base", base),
+        ("base is read", f"{read}{'as it is' if mask is None else diffusion}"),
+        ("policy", _pairs(report["recommended_policy"] or {}) or unset),
+        (
+            "answers",
+            "length not named" if limit is None else f"at most {counted(limit, 'new token')}",
+        ),
+    ]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    """Return names and values in one line, without unset values."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value not in (None, []))
+
+
+def _human(count: float) -> str:
+    """Return a number of bytes as a text in a suitable unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -76,20 +76,9 @@ def watch_answer(
 ) -> Watched:
     """Decode a request and show its blocks after each forward.
 
-    A terminal shows the blocks in one place, which is cleared at the end; elsewhere each forward
-    prints a line.
-
-    Args:
-        console: The console that shows the blocks.
-        engine: The engine that decodes the request.
-        request: The request.
-        tokenizer: The model's tokenizer.
-        slow: Seconds for which a terminal shows each forward at least.
-        stopped: Called after each forward and while waiting; if it returns True, decoding ends and
-            the request is removed from the engine.
-
-    Raises:
-        RequestError: The request cannot be served.
+    A terminal shows the blocks in one place, each forward for at least `slow` seconds, and clears
+    them at the end; elsewhere each forward prints a line. `stopped` is called after each forward
+    and while waiting; if it returns True, decoding ends and the request leaves the engine.
     """
     from rich.console import Group
     from rich.live import Live
@@ -133,15 +122,10 @@ def render_blocks(
 ) -> Text:
     """Return all blocks of a response in the colours of their states.
 
-    Unless `named` or `apart` adds something, the text of decoded blocks equals that of all their
-    tokens decoded at once.
-
-    Args:
-        blocks: The blocks.
-        tokenizer: The model's tokenizer.
-        named: Write each block's state before its text, for output without colours.
-        apart: Begin each block on a new line, with a space behind its state, so that no state is
-            broken over lines or read as part of a word.
+    The text of decoded blocks equals that of all their tokens decoded at once, but for what options
+    add for output without colours: `named` writes each block's state before its text; `apart`
+    begins each block on a new line, with a space behind its state, so that no state is broken over
+    lines or read as part of a word.
     """
     text = Text()
     writer = _Writer(tokenizer)

@@ -12,9 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from d2f import __version__
-from d2f.cli.bench import bench_app
+from d2f.cli.bench_race import race_command
+from d2f.cli.bench_serve import serve_command as bench_serve_command
+from d2f.cli.bench_step import step_command
+from d2f.cli.bench_train import train_command as bench_train_command
 from d2f.cli.chat import chat_command
-from d2f.cli.command import Command
 from d2f.cli.console import log, say
 from d2f.cli.ctrl_c import CtrlC
 from d2f.cli.demo import demo_command
@@ -26,7 +28,7 @@ from d2f.cli.recipes import recipes_app
 from d2f.cli.report import report_command
 from d2f.cli.serve import serve_command
 from d2f.cli.train import train_command
-from d2f.cli.usage import UsageError
+from d2f.cli.usage import Command, UsageError
 from d2f.errors import D2FError, D2FWarning
 
 
@@ -66,7 +68,16 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 app.command("generate", cls=PromptCommand)(generate_command)
 for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Command)(_command)
-app.add_typer(bench_app, name="bench")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure speed: of one step, of whole answers, of training, of a server. "
+    "Example:  d2f bench race",
+)
+bench.command("step", cls=Command)(step_command)
+bench.command("race", cls=Command)(race_command)
+bench.command("train", cls=Command)(bench_train_command)
+bench.command("serve", cls=Command)(bench_serve_command)
+app.add_typer(bench, name="bench")
 app.add_typer(recipes_app, name="recipes")
 
 

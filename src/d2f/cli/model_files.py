@@ -10,11 +10,7 @@ _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def weights_sha256(source: str, adapter: str | None) -> str:
-    """Return the SHA-256 of a model's weight files and its adapter's, in order of their names.
-
-    Raises:
-        CheckpointError: The model does not exist.
-    """
+    """Return the SHA-256 of a model's weight files and its adapter's, in order of their names."""
     from d2f.gguf.folder import linked_gguf
     from d2f.hub import resolve_folder
 
@@ -27,11 +23,7 @@ def weights_sha256(source: str, adapter: str | None) -> str:
 
 
 def model_sha256(source: str, adapter: str | None) -> str:
-    """Return the SHA-256 of all files of a model and its adapter, and of their names.
-
-    Raises:
-        CheckpointError: The model does not exist.
-    """
+    """Return the SHA-256 of all files of a model and its adapter, and of their names."""
     from d2f.hub import expanded, resolve_folder
 
     def files(name: str) -> Iterable[Path]:

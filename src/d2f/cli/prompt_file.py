@@ -46,13 +46,7 @@ class PromptFile:
     columns: ColumnConfig = ColumnConfig()  # noqa: RUF009 - it is frozen
 
     def check(self) -> None:
-        """Refuse a file without any prompt, before a model is loaded.
-
-        Raises:
-            ConfigError: The path is not a regular file, which a resumed run could read again, or
-                the file is compressed.
-            D2FError: The file cannot be read, has no rows, or has only bad ones.
-        """
+        """Refuse a file without any prompt, before a model is loaded."""
         if not self.path.exists():
             raise ConfigError(f"there is no file '{self.path}' with prompts")
         if not self.path.is_file():
@@ -128,11 +122,7 @@ class PromptFile:
 
 
 def refuse_all(bad_rows: BadRows) -> None:
-    """Raise the error of a file of which no row can be answered.
-
-    Raises:
-        D2FError: Always; the message has the reasons and the columns of the rows.
-    """
+    """Raise the error of a file of which no row can be answered."""
     columns = ", ".join(sorted(bad_rows.columns))
     remedy = f". The rows have the columns: {columns}. Map them: --column prompt=NAME"
     raise D2FError(

@@ -53,11 +53,7 @@ class RayArguments(Scaling):
 
 
 def app(args: RayArguments) -> Any:
-    """Build the application for `serve run d2f.cli.ray_app:app NAME=VALUE …` or a config file.
-
-    Raises:
-        ConfigError: A package is missing, or a value is out of range.
-    """
+    """Build the application for `serve run d2f.cli.ray_app:app NAME=VALUE …` or a config file."""
     require_packages()
     if find_spec("ray") is None:
         raise ConfigError("d2f on Ray needs Ray Serve: pip install 'd2f[ray]'")

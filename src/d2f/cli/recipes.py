@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from d2f.cli.command import Command
 from d2f.cli.console import log
-from d2f.cli.usage import UsageError
+from d2f.cli.usage import Command, UsageError
 from d2f.errors import D2FError, counted, unknown_name
 from d2f.shipped.recipes import ShippedRecipe, find_recipe, shipped_recipes
 

@@ -132,11 +132,7 @@ def serve_command(
 
 
 def require_packages() -> None:
-    """Refuse to go on without the packages of the extra `serve`.
-
-    Raises:
-        ConfigError: Some are missing; the error says how to get them.
-    """
+    """Refuse to go on without the packages of the extra `serve`."""
     needed = ("fastapi", "uvicorn", "prometheus-client")
     missing = [name for name in needed if find_spec(name.replace("-", "_")) is None]
     if missing:

@@ -109,14 +109,9 @@ class StepTimes:
 class StepBench:
     """A trainer of stage d2f on random tokens, whose single steps can be measured.
 
+    The teacher is None where it is the student with its adapter off.
     Sequences are filled to their end, a quarter of each is the prompt. All else is what `d2f train`
     runs: batches, noise, models, loss, gradients, clipping, AdamW.
-
-    Args:
-        config: The recipe; its output folder gets the trainer's (empty) logs.
-        student: The model on its device, whose trained parameters require gradients.
-        teacher: A frozen model; None: the student with its adapter off.
-        processes: Those that train together; None: this one alone.
     """
 
     def __init__(
@@ -143,11 +138,7 @@ class StepBench:
         self.trainer.student.train()
 
     def time(self, num_steps: int, *, num_warm_up: int = 3) -> StepTimes:
-        """Run steps as training does, with no wait between them.
-
-        Raises:
-            TrainingError: A loss or gradient was not finite.
-        """
+        """Run steps as training does, with no wait between them."""
         for _ in range(num_warm_up):
             self.trainer._train_step()
         _wait(self.device)
@@ -240,9 +231,6 @@ class StepBench:
         """Train on one batch with the same noise all the time: the loss before each update.
 
         In one process; what several do to a batch is the same.
-
-        Raises:
-            TrainingError: A loss or gradient was not finite.
         """
         trainer, losses = self.trainer, []
         size, _ = self.config.micro_batches()
@@ -320,11 +308,6 @@ def random_dataset(config: TrainConfig, spec: ModelSpec) -> TokenDataset:
 
 def largest(fits: Callable[[int], bool], *, first: int = 1, most: int = 4096) -> int:
     """Largest number up to `most` that fits, by doubling and bisection; 0 if not even 1 does.
-
-    Args:
-        fits: Whether a number does.
-        first: The number to begin with, at most `most`.
-        most: Larger ones are not tried.
 
     Example:
         >>> tried = []

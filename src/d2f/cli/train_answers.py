@@ -56,12 +56,7 @@ def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
 def make_evaluator(
     config: TrainConfig, tokenizer: Tokenizer
 ) -> Callable[[Sequence[HeldOut]], Evaluator]:
-    """Make a function that scores the model on a benchmark, or on samples held out.
-
-    Raises:
-        ConfigError: The recipe asks for a task or a strategy that there is not, or the task's data
-            cannot be had.
-    """
+    """Make a function that scores the model on a benchmark, or on samples held out."""
     from d2f.engine.policy import check_decoding
     from d2f.evaluation.quick_score import QuickScore, own_rows
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from typer.core import TyperCommand
 
 from d2f.errors import ConfigError, RequestError
 from d2f.shipped.recipes import find_recipe
@@ -18,6 +21,18 @@ class UsageError(ConfigError):
 
     A bad file, folder or prompt is not a usage error and ends with exit code 1.
     """
+
+
+class Command(TyperCommand):
+    """A command that refuses `nan` and `inf`, which pass the limits of options."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                option = next(p.opts[0] for p in self.params if p.name == name)
+                raise UsageError(f"{option} is {value}; it must be a finite number")
+        return super().invoke(ctx)
 
 
 @contextmanager
@@ -40,9 +55,6 @@ def usage() -> Iterator[None]:
 def check_command(recipe: Path, command: str) -> None:
     """Refuse a shipped recipe that belongs to another command.
 
-    Raises:
-        UsageError: The recipe belongs to another command.
-
     Example:
         >>> check_command(Path("tiny_cpu_student"), "train")
     """
@@ -54,17 +66,7 @@ def check_command(recipe: Path, command: str) -> None:
 def load_with(
     load: Callable[[Path, Sequence[str]], T], recipe: Path, overrides: Sequence[str]
 ) -> T:
-    """Load a recipe with overrides; an error in an override is a usage error, one in the file not.
-
-    Args:
-        load: Function that reads a recipe with overrides.
-        recipe: The file of the recipe.
-        overrides: Texts `key=value`, as `d2f.recipe.apply_override` takes them.
-
-    Raises:
-        UsageError: The recipe is valid without the overrides, and invalid with them.
-        ConfigError: The recipe itself is missing or invalid.
-    """
+    """Load a recipe; an error in an override is a usage error, one in the file is not."""
     try:
         return load(recipe, overrides)
     except ConfigError as error:

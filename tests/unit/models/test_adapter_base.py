@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from d2f.cli.decoding_options import ModelChoice
 from d2f.cli.eval import _loader
-from d2f.cli.inspect import inspect_model
-from d2f.cli.inspect_adapter import adapter_lines, inspect_adapter
+from d2f.cli.inspect import adapter_lines, inspect_adapter, inspect_model
 from d2f.cli.usage import UsageError
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.policy import default_limit, default_strategy

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.unit.training.test_run import At, interrupt
 from tests.unit.training.tiny_run import make_config, write_files
 
-from d2f.cli.inspect_adapter import inspect_adapter
+from d2f.cli.inspect import inspect_adapter
 from d2f.cli.train_answers import make_evaluator, make_sampler
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.generate import generate_ids
