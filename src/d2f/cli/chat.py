@@ -23,7 +23,7 @@ from d2f.cli.decoding_options import (
     check_fit,
     chosen_policy,
     given,
-    with_decoding_options,
+    with_option_groups,
 )
 from d2f.cli.usage import usage
 from d2f.decoding.strategies import default_strategy
@@ -64,7 +64,7 @@ _COMMANDS = {
 }
 
 
-@with_decoding_options
+@with_option_groups
 def chat_command(
     *,
     choice: ModelChoice,

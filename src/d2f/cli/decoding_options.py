@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -131,30 +131,33 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with an option for each field of a policy, option of a strategy, or model's choice.
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes groups of options, each as one parameter.
 
-    In their place the command takes, of the following, the parameters that it has: dicts `changed`
-    and `options` with the fields of the policy and the options of the strategy that were given, and
-    a `ModelChoice` named `choice`.
+    A parameter that is a dataclass gets an option for each of its fields. Dicts named `changed` and
+    `options` get one for each field of a policy and each option of a strategy, and hold those that
+    were given.
     """
     signature = inspect.signature(command, eval_str=True)
-    model_options = list(inspect.signature(ModelChoice, eval_str=True).parameters.values())
-    groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {
-        "changed": (_policy_options(), given),
-        "options": (_strategy_options(), given),
-        "choice": (model_options, ModelChoice),
-    }
-    spread = {name: group for name, group in groups.items() if name in signature.parameters}
+    groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {}
+    for name, parameter in signature.parameters.items():
+        kind = parameter.annotation
+        if isinstance(kind, type) and is_dataclass(kind):
+            one_each = inspect.signature(kind, eval_str=True).parameters.values()
+            groups[name] = list(one_each), kind
+        elif name == "changed":
+            groups[name] = _policy_options(), given
+        elif name == "options":
+            groups[name] = _strategy_options(), given
     parameters = [
         one
         for name, parameter in signature.parameters.items()
-        for one in (spread[name][0] if name in spread else [parameter])
+        for one in (groups[name][0] if name in groups else [parameter])
     ]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        for name, (options, make) in spread.items():
+        for name, (options, make) in groups.items():
             values[name] = make(**{one.name: values.pop(one.name) for one in options})
         command(**values)
 

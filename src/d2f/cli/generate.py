@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.asked import Asked
-from d2f.cli.bulk_options import (
-    BatchOption,
-    ColumnOption,
-    CountOption,
-    FreshOption,
-    InputOption,
-    OutputOption,
-    read_bulk,
-)
+from d2f.cli.bulk_options import BulkOptions
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
     ChatOption,
@@ -35,7 +27,7 @@ from d2f.cli.decoding_options import (
     TopKOption,
     TopPOption,
     given,
-    with_decoding_options,
+    with_option_groups,
 )
 from d2f.cli.usage import Command, UsageError
 from d2f.errors import RequestError, counted
@@ -99,7 +91,7 @@ def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
     return [*options, "--", *prompts] if prompts else options
 
 
-@with_decoding_options
+@with_option_groups
 def generate_command(
     *,
     prompt: PromptArgument = None,
@@ -118,12 +110,7 @@ def generate_command(
     system: SystemOption = None,
     stream: StreamOption = False,
     as_json: JsonOption = False,
-    source: InputOption = None,
-    output: OutputOption = None,
-    column: ColumnOption = None,
-    n: CountOption = None,
-    batch_size: BatchOption = None,
-    fresh: FreshOption = False,
+    in_bulk: BulkOptions,
 ) -> None:
     """Answer one prompt, or a file of them. Text goes to stdout, statistics to stderr.
 
@@ -137,10 +124,7 @@ def generate_command(
     """
     if stream and as_json:
         raise UsageError("--stream and --json exclude each other")
-    bulk = read_bulk(
-        prompt, source, output, columns=column, num_samples=n, batch_size=batch_size,
-        fresh=fresh, stream=stream, as_json=as_json,
-    )  # fmt: skip
+    bulk = in_bulk.bulk(prompt, stream=stream)
     from d2f.engine.request import Request
 
     request = Request(
@@ -162,7 +146,7 @@ def generate_command(
     if bulk is not None:
         from d2f.cli.generate_bulk import answer_file
 
-        answer_file(bulk, asked)
+        answer_file(bulk, asked, as_json)
     elif prompt is not None:
         _answer_one(_read(prompt), asked, stream, as_json)
 

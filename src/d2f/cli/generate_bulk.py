@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _BATCH_SIZE = {"cpu": 16, "cuda": 128}
 
 
-def answer_file(bulk: Bulk, asked: Asked) -> None:
+def answer_file(bulk: Bulk, asked: Asked, as_json: bool) -> None:
     """Answer the rows that earlier runs have not answered, and print a summary of all rows."""
     if bulk.num_samples > 1 and asked.request.temperature == 0:
         raise UsageError(f"--n {bulk.num_samples}: all the same at --temperature 0")
@@ -60,7 +60,7 @@ def answer_file(bulk: Bulk, asked: Asked) -> None:
             ) from None
     if not answers.totals.answers:
         refuse_all(run.bad_rows)
-    if bulk.as_json:
+    if as_json:
         typer.echo(json.dumps(run.summary()))
     else:
         _say_summary(run.summary(), run.bad_rows)

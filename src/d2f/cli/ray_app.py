@@ -27,7 +27,7 @@ class RayArguments(Scaling):
     The API key is no argument but the environment variable D2F_API_KEY of the replicas.
 
     Example:
-        >>> RayArguments(min_replicas="2").min_replicas
+        >>> RayArguments(max_replicas="2").max_replicas
         2
     """
 

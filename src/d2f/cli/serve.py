@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2f.cli.decoding_options import DEFAULT_MODEL, ModelChoice, with_decoding_options
+from d2f.cli.decoding_options import DEFAULT_MODEL, ModelChoice, with_option_groups
 from d2f.cli.usage import UsageError, usage
 from d2f.errors import ConfigError
 from d2f.shipped import PREFIX
@@ -32,7 +32,7 @@ EXAMPLES_SEED = 135
 """A seed whose problems the student solves, the first one with four blocks at work."""
 
 
-@with_decoding_options
+@with_option_groups
 def serve_command(
     *,
     choice: ModelChoice,

@@ -60,12 +60,7 @@ def _new_choice(plan: Plan, texts: TokenTexts) -> ResponseText:
 
 
 def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
-    """The usage of an answer: tokens and forwards of all choices, the longest of their times.
-
-    Args:
-        plan: The request.
-        lasts: The last update of each choice.
-    """
+    """The usage of an answer: tokens and forwards of all choices, the longest of their times."""
     results = [last.result for last in lasts if last.result is not None]
     tokens = sum(len(result.token_ids) for result in results)
     forwards = sum(result.num_forwards for result in results)
@@ -92,13 +87,7 @@ def log_fields(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
 
 
 def whole_answer(plan: Plan, lasts: Sequence[Update], texts: TokenTexts) -> bytes:
-    """The JSON answer to a request that is not streamed.
-
-    Args:
-        plan: The request.
-        lasts: The last update of each choice, with its result.
-        texts: The texts of the model's tokens.
-    """
+    """The JSON answer to a request that is not streamed."""
     choices = [_whole_choice(plan, index, last, texts) for index, last in enumerate(lasts)]
     head = _head(plan, "chat.completion")
     return _to_json({**head, "choices": choices, "usage": _usage(plan, lasts)}).encode()
@@ -157,15 +146,7 @@ def _top(token: TokenLogprob) -> dict[str, float]:
 
 
 class EventStream(Response):
-    """The server-sent events of one request, whose tickets end with it, however it ends.
-
-    Args:
-        plan: The request.
-        tickets: One for each choice.
-        texts: The texts of the model's tokens.
-        deadline: When the stream ends at the latest, on the event loop's clock.
-        metrics: Counts faults.
-    """
+    """The server-sent events of one request, whose tickets end with it, however it ends."""
 
     def __init__(
         self,
@@ -246,12 +227,7 @@ async def _next(ticket: Ticket) -> Update | None:
 
 
 class Chunks:
-    """Writes the events of one answer, each as the bytes to send.
-
-    Args:
-        plan: The request.
-        texts: The texts of the model's tokens.
-    """
+    """Writes the events of one answer, each as the bytes to send."""
 
     def __init__(self, plan: Plan, texts: TokenTexts) -> None:
         self._plan = plan
@@ -318,11 +294,7 @@ class Chunks:
 
 
 class Decoded:
-    """The tokens of a response that a client who asked for provisional tokens was told of.
-
-    Args:
-        texts: The texts of the model's tokens.
-    """
+    """The tokens of a response that a client who asked for provisional tokens was told of."""
 
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts

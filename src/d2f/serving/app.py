@@ -51,13 +51,7 @@ _PAGE_HEADERS = {
 
 
 def create_app(service: Service, settings: ServeSettings, metrics: Metrics) -> FastAPI:
-    """The application of a service. Its lifespan starts the service and drains it.
-
-    Args:
-        service: Not started yet.
-        settings: Access and limits; host and port are for the one that listens.
-        metrics: The service's, too.
-    """
+    """The application of a service. Its lifespan starts the service and drains it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

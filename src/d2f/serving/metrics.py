@@ -45,9 +45,6 @@ class Metrics:
 
     Label values come from known lists, so that clients cannot make the number of series grow.
 
-    Args:
-        model_names: The served models; others are counted as "other".
-
     Example:
         >>> metrics = Metrics(["d2f-student"])
         >>> metrics.count_request("d2f-student", "/v1/completions", 200)
@@ -104,13 +101,7 @@ class Metrics:
         )
 
     def count_request(self, model: str | None, endpoint: str, status: int) -> None:
-        """Count an answered HTTP request.
-
-        Args:
-            model: The model asked for; None where the endpoint has none.
-            endpoint: The route's template, such as `/v1/models/{id}`.
-            status: The HTTP status.
-        """
+        """Count an answered HTTP request."""
         name = "" if model is None else model if model in self._model_names else OTHER
         known = endpoint if endpoint in ENDPOINTS else OTHER
         self._requests.labels(name, known, str(status)).inc()
@@ -127,12 +118,7 @@ class Metrics:
         self._request_seconds.observe(seconds)
 
     def set_load(self, *, running: int, pages: Sequence[tuple[int, int]]) -> None:
-        """Set the gauges of the engines' load.
-
-        Args:
-            running: The number of requests after their first step.
-            pages: For each engine the number of its pages, and of the free ones among them.
-        """
+        """Set the gauges of the engines' load."""
         self._running.set(running)
         self._pages.set(sum(total for total, _ in pages))
         self._free_pages.set(sum(free for _, free in pages))

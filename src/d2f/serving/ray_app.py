@@ -6,12 +6,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from d2f.errors import ConfigError
 from d2f.serving.errors import ApiError
 from d2f.serving.gateway import send_error
 from d2f.serving.service import Service
@@ -27,6 +26,10 @@ _FAREWELL_SECONDS = 10.0
 """Seconds beyond the time for draining, after which Ray ends a replica by force."""
 
 
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+
+
 class Scaling(BaseModel):
     """The number of replicas, and what Ray sets aside for each.
 
@@ -37,54 +40,32 @@ class Scaling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    min_replicas: int = 1
+    min_replicas: Annotated[int, Field(ge=1)] = 1
     max_replicas: int = 1
-    target_ongoing_requests: float = 16.0
+    target_ongoing_requests: Positive = 16.0
     """Requests, running and waiting, that a replica should have on average; with more of them
     replicas are added, with fewer taken away."""
-    upscale_delay_seconds: float = 10.0
+    upscale_delay_seconds: NotNegative = 10.0
     """Seconds for which there must be more before replicas are added."""
-    downscale_delay_seconds: float = 300.0
+    downscale_delay_seconds: NotNegative = 300.0
     """Seconds for which there must be fewer before replicas are taken away."""
-    num_cpus: float = 1.0
-    num_gpus: float | None = None
+    num_cpus: Positive = 1.0
+    num_gpus: NotNegative | None = None
     """GPUs of a replica. None: 1 if there is a GPU where the application is built, else 0."""
 
-    def check(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ConfigError: A value is out of its range.
-        """
-        if self.min_replicas < 1:
-            raise ConfigError(f"min_replicas is {self.min_replicas}; it must be at least 1")
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
         if self.max_replicas < self.min_replicas:
-            raise ConfigError(
+            raise ValueError(
                 f"max_replicas is {self.max_replicas}, less than min_replicas {self.min_replicas}"
             )
-        for name in ("target_ongoing_requests", "num_cpus"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("num_gpus", "upscale_delay_seconds", "downscale_delay_seconds"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        return self
 
 
 def deployment_options(
     scaling: Scaling, *, max_batch_size: int, max_waiting: int, drain_seconds: float
 ) -> dict[str, Any]:
-    """The options of `ray.serve.deployment`.
-
-    Args:
-        scaling: The number of replicas, and what each holds.
-        max_batch_size: Most sequences that a replica decodes together.
-        max_waiting: Most requests that wait in a replica.
-        drain_seconds: How long running requests have when a replica ends.
-
-    Raises:
-        ConfigError: A value of `scaling` is out of its range.
-    """
-    scaling.check()
+    """The options of `ray.serve.deployment`; the numbers beside `scaling` are a replica's."""
     room, num_gpus = max_batch_size + max_waiting, scaling.num_gpus
     if num_gpus is None:
         import torch

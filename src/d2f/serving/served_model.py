@@ -34,11 +34,7 @@ class ServedModel:
             object.__setattr__(self, "strategy", default_strategy(self.engine.model.spec))
 
     def entry(self, created: int) -> dict[str, Any]:
-        """The model as `/v1/models` shows it: OpenAI's object with a field `d2f`.
-
-        Args:
-            created: The Unix time at which the server started.
-        """
+        """The model as `/v1/models` shows it: OpenAI's object with a field `d2f`."""
         network = self.engine.model
         spec = network.spec
         return {

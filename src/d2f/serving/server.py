@@ -72,12 +72,6 @@ class Server(uvicorn.Server):
     """A uvicorn server that drains the service when told to stop, and serves `/health` meanwhile.
 
     A second signal ends the running requests after their step.
-
-    Args:
-        app: The result of `create_app`.
-        service: The app's.
-        settings: The app's.
-        on_ready: Called once, when requests are served.
     """
 
     def __init__(

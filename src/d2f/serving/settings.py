@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from d2f.errors import ConfigError
+from d2f.recipe import at_least
 
-_WHOLE = (
+_COUNTS = (
     "max_waiting", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_max_tokens",
     "max_choices",
 )  # fmt: skip
-_OPTIONAL = ("max_prompt_tokens", "max_tokens", "default_max_tokens")
 _SECONDS = ("request_timeout", "body_timeout", "drain_seconds")
 
 
@@ -55,9 +55,6 @@ def _check_origin(origin: str) -> None:
 class ServeSettings:
     """The address that the server listens on, and what it demands and refuses.
 
-    Raises:
-        ConfigError: A value is out of its range, or others could reach the server without a key.
-
     Example:
         >>> ServeSettings(port=0).host
         '127.0.0.1'
@@ -91,18 +88,13 @@ class ServeSettings:
     """Origins whose web pages may use the server from a browser; `*`: all."""
 
     def __post_init__(self) -> None:
-        for name in _WHOLE:
-            value = getattr(self, name)
-            unset = value is None and name in _OPTIONAL
-            if not unset and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in _COUNTS:
+            at_least(name, getattr(self, name), 1)
         for name in _SECONDS:
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not value >= 0:
-                raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0")
-            if not math.isfinite(value):
-                raise ConfigError(f"{name} is {value!r}; it must be a finite number of seconds")
-        if type(self.port) is not int or not 0 <= self.port < 65536:
+            at_least(name, getattr(self, name), 0)
+            if math.isinf(getattr(self, name)):
+                raise ConfigError(f"{name} is infinite; it must be a finite number of seconds")
+        if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port!r}; it must be a whole number from 0 to 65535")
         for origin in self.cors_origins:
             _check_origin(origin)

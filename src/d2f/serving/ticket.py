@@ -106,10 +106,6 @@ class Ticket:
     `async for` or by `last`. A ticket that is dropped before its end cancels its request.
 
     Only the thread of the service's event loop may use it.
-
-    Args:
-        job: The request.
-        on_cancel: Called with the job when the request is cancelled.
     """
 
     def __init__(self, job: Job, on_cancel: Callable[[Job], None]) -> None:
@@ -195,10 +191,6 @@ class Mailbox:
 
     An update that the loop has not fetched yet is replaced by a newer one of the same request; the
     updates of a watched request are all kept.
-
-    Args:
-        loop: The event loop of the tickets.
-        metrics: Counts the CPU time of the loop's thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:

@@ -31,14 +31,7 @@ STOPPING = "the server is stopping"
 
 
 class Station:
-    """One engine with its requests: steps it and posts their updates.
-
-    Args:
-        model: The model, whose engine nobody else may touch.
-        mailbox: Takes the updates.
-        metrics: Counts steps, results and times.
-        pace: Is told when a request leaves the queue, begins and ends.
-    """
+    """One engine with its requests: steps it and posts their updates."""
 
     def __init__(
         self, model: ServedModel, *, mailbox: Mailbox, metrics: Metrics, pace: Pace
@@ -202,14 +195,9 @@ class Station:
 class Worker:
     """A thread that steps the engines in turn and carries out commands in between.
 
-    With nothing to do it sleeps until a command comes.
-
-    Args:
-        models: The models, whose engines nobody else may touch from now on.
-        mailbox: Takes the updates.
-        metrics: Counts.
-        on_ready: Called on the loop once all engines are warm.
-        on_end: Called on the loop when the thread ends; with what clients are told if it failed.
+    With nothing to do it sleeps until a command comes. On the event loop it calls `on_ready` once
+    all engines are warm and `on_end` when the thread ends, with what clients are told if it failed.
+    Nobody else may touch the engines of the models meanwhile.
     """
 
     def __init__(

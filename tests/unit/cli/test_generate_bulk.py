@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from d2f.cli import answer_file
-from d2f.cli.bulk_options import ANSWER_COLUMNS, read_bulk
+from d2f.cli.bulk_options import ANSWER_COLUMNS, BulkOptions
 from d2f.cli.usage import UsageError
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
@@ -352,22 +352,21 @@ def test_wrong_options_are_refused_in_one_clear_line(bulk, options, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"source": Path("p")}, "--input needs --output"),
-        ({"source": Path("p"), "output": Path("./p")}, "is the file with the prompts"),
-        ({"source": Path("p"), "output": Path("-")}, "answers go to a file"),
-        ({"prompt": "x", "source": Path("p")}, "a PROMPT and --input exclude each other"),
+        ({"input": Path("p")}, "--input needs --output"),
+        ({"input": Path("p"), "output": Path("./p")}, "is the file with the prompts"),
+        ({"input": Path("p"), "output": Path("-")}, "answers go to a file"),
+        ({"prompt": "x", "input": Path("p")}, "a PROMPT and --input exclude each other"),
         ({"prompt": "x", "output": Path("a")}, "--output: without effect without --input"),
-        ({"prompt": "x", "num_samples": 1}, "--n: without effect without --input"),
+        ({"prompt": "x", "n": 1}, "--n: without effect without --input"),
         ({"prompt": "x", "batch_size": 2}, "--batch-size: without effect without --input"),
-        ({"prompt": "x", "columns": ["a=b"]}, "--column: without effect without --input"),
+        ({"prompt": "x", "column": ["a=b"]}, "--column: without effect without --input"),
         ({"prompt": "x", "fresh": True}, "--fresh: without effect without --input"),
     ],
 )
 def test_options_that_belong_together(given, message):
-    options = dict.fromkeys(("prompt", "source", "output", "columns", "num_samples", "batch_size"))
-    options |= dict.fromkeys(("fresh", "stream", "as_json"), False)
+    options = {name: value for name, value in given.items() if name != "prompt"}
     with pytest.raises(UsageError, match=re.escape(message)):
-        read_bulk(**(options | given))
+        BulkOptions(**options).bulk(given.get("prompt"), stream=False)
 
 
 def test_a_second_name_of_the_prompts_is_no_output(bulk, source, output):

@@ -163,7 +163,6 @@ def test_escaped_pairs_are_characters():
         {"host": "0.0.0.0", "api_key": ""},
         {"api_key": "two words"},
         {"port": 70000},
-        {"port": True},
         {"max_waiting": 0},
         {"max_tokens": 0},
         {"request_timeout": -1.0},
