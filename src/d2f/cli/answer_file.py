@@ -15,7 +15,6 @@ import stat
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,20 +238,7 @@ class AnswerFile:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    """Return a record as a line of JSON; non-ASCII letters are escaped only if not valid Unicode.
-
-    A nan, which a column of Parquet may hold, becomes null, since JSON has no nan.
-    """
-    text = _written(record)
-    try:
-        return text.encode() + b"\n"
-    except UnicodeEncodeError:
-        return _written(record, ensure_ascii=True).encode() + b"\n"
-
-
-def _written(record: Mapping[str, Any], *, ensure_ascii: bool = False) -> str:
-    write = partial(json.dumps, ensure_ascii=ensure_ascii, allow_nan=False, default=str)
-    try:
-        return write(record)
-    except ValueError:
-        return write(plain(record))
+    """Return a record as a line of JSON, which has no nan: one in a column of Parquet is null."""
+    text = json.dumps(plain(record), ensure_ascii=False, default=str)
+    # Half of a surrogate pair cannot be written as UTF-8; its escape is JSON's own.
+    return text.encode(errors="backslashreplace") + b"\n"

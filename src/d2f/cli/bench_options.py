@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,6 @@ LayersOption = Annotated[
     int | None, typer.Option(help="Layers of the shape, where all are too many.", min=1)
 ]
 PageSizeOption = Annotated[int, typer.Option(help="Positions of a page.", min=1)]
-BackendOption = Annotated[str, typer.Option(help="torch, triton or auto.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: faster.")]
 JsonOption = Annotated[
@@ -55,12 +55,24 @@ def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Tran
     return random_model(spec, device=device, dtype=dtype)
 
 
-def check_backend(backend: str, device: str) -> None:
-    """Refuse a backend that is unknown or that the device cannot run."""
-    from d2f.ops.backend import select_backend
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The options of where and how a model computes."""
 
-    with usage():
-        select_backend(backend, device)
+    backend: Annotated[str, typer.Option(help="torch, triton or auto.")] = "auto"
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+
+    def chosen(self) -> tuple[str, str]:
+        """Return the device, which must have the backend, and the dtype."""
+        from d2f.cli.device import choose_device, choose_dtype
+        from d2f.ops.backend import select_backend
+
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        with usage():
+            select_backend(self.backend, device)
+        return device, dtype
 
 
 def source_label(source: str) -> str:

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import (
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LayersOption,
+    Machine,
     PageSizeOption,
     ShapeOption,
     build_shape,
-    check_backend,
     check_one_source,
     describe_model,
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, plain_table, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_json, write_numbers
+from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError
 from d2f.errors import ConfigError, counted
 
@@ -93,7 +91,9 @@ class Field:
         ]
 
 
+@with_option_groups
 def race_command(
+    *,
     shape: ShapeOption = None,
     model: Annotated[
         str | None, typer.Option(help="Or a diffusion model: folder or hub id.")
@@ -114,9 +114,7 @@ def race_command(
     runs: Annotated[int, typer.Option(help="Runs of each strategy, in turns.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 2026,
     page_size: PageSizeOption = 16,
-    backend: BackendOption = "auto",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    machine: Machine,
     json_file: JsonOption = None,
 ) -> None:
     """Race D2F against autoregression in the same engine, at one or several batch sizes.
@@ -128,16 +126,11 @@ def race_command(
     """
     check_one_source(shape, model)
     batches = numbers(batch)
-    for path in (json_file, record_trace):
-        if path is not None:
-            check_writable(path)
-    from d2f.cli.device import choose_device, choose_dtype
+    check_writable(json_file, record_trace)
     from d2f.evaluation.environment import describe_environment
 
     imposed = _imposed(shape, accept, trace)
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    check_backend(backend, device)
+    device, dtype = machine.chosen()
     most = max(num_prompts, *batches)
     if shape is not None and imposed is not None:
         built = build_shape(shape, layers, device, dtype)
@@ -146,15 +139,13 @@ def race_command(
     else:
         pair = _pair(model, baseline, layers)
         entered = problem_field(pair, max_new_tokens, most, device, dtype, seed)
-    report = {
-        "environment": describe_environment(device=device, dtype=dtype),
-        **race_report(entered, batches, num_prompts, runs, page_size, backend, record_trace),
-    }
-    report["settings"] |= {"seed": seed, "prompt_length": prompt_length if shape else None}
+    raced = race_report(
+        entered, batches, num_prompts, runs, page_size, machine.backend, record_trace
+    )
+    raced["settings"] |= {"seed": seed, "prompt_length": prompt_length if shape else None}
+    report = {"environment": describe_environment(device=device, dtype=dtype), **raced}
     _print_report(report)
-    if json_file is not None:
-        write_json(json_file, report)
-        out.print(f"Numbers written to {json_file}")
+    write_numbers(json_file, report)
 
 
 def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple[int, ...] | None:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import DeviceOption, JsonOption
-from d2f.cli.console import check_writable, log, out, plain_table, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, shown, write_numbers
 from d2f.cli.serve import require_packages
 from d2f.cli.usage import UsageError, usage
 from d2f.errors import D2FError, counted
 
 if TYPE_CHECKING:
-    from d2f.evaluation.measured_server import Target
     from d2f.evaluation.serve_load import Expected, Turn
 
 NUM_IDLE = 20
@@ -59,13 +58,13 @@ def serve_command(
 
     Example:  d2f bench serve --clients 64 --seconds 60 --json load.json
     """
-    if json_file is not None:
-        check_writable(json_file)
+    check_writable(json_file)
     if url is None and api_key is not None:
         raise UsageError("--api-key is for the server of --url")
     require_packages()
     from d2f.cli.device import choose_device
     from d2f.evaluation.environment import describe_environment
+    from d2f.evaluation.measured_server import Target
     from d2f.evaluation.serve_load import (
         MODES,
         idle_report,
@@ -80,7 +79,8 @@ def serve_command(
     device = choose_device(device)
     # The server first: it may not start, and it costs nothing while it has nothing to do.
     with _server(url, device, threads) as address:
-        target = _target(address, max_tokens, api_key)
+        with usage():
+            target = Target.find(address, max_tokens=max_tokens, api_key=api_key)
         pool = make_pool(num_prompts, max_tokens, device, threads)
         log.print("an idle server …", style="dim")
         idle = run_turn(
@@ -104,9 +104,7 @@ def serve_command(
         "resident_mb": _memory(turns),
     }  # fmt: skip
     _print_report(report)
-    if json_file is not None:
-        write_json(json_file, report)
-        out.print(f"Numbers written to {json_file}")
+    write_numbers(json_file, report)
     _check_answers([idle, warm_up, *turns])
 
 
@@ -173,13 +171,6 @@ def _server(url: str | None, device: str, threads: int) -> Iterator[str]:
         code = server.wait()
         if code != 0:
             raise D2FError(f"the server ended with exit code {code} after its signal to stop")
-
-
-def _target(url: str, max_tokens: int, api_key: str | None) -> Target:
-    from d2f.evaluation.measured_server import Target
-
-    with usage():
-        return Target.find(url, max_tokens=max_tokens, api_key=api_key)
 
 
 def _say(turn: Turn) -> None:
@@ -261,12 +252,12 @@ def _cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("… 429/other errors", f"{row['num_refused']}/{row['num_failed']}"),
         ("tokens/s", f"{row['tokens_per_second']:.0f}"),
         ("requests/s", f"{row['requests_per_second']:.1f}"),
-        ("tokens/forward", _number(row["tokens_per_forward"], ".2f")),
+        ("tokens/forward", shown(row["tokens_per_forward"], ".2f")),
         ("ms to first text, p50/p95/p99", _three(first)),
         ("ms of a request, p50/p95/p99", _three(row["request_ms"])),
-        ("CPU ms/token, engine", _number(cpu and cpu["engine_ms_per_token"], ".3f")),
-        ("CPU ms/token, all else", _number(cpu and cpu["other_ms_per_token"], ".3f")),
-        ("… share of the engine's", _number(cpu and cpu["other_over_engine"], ".1%")),
+        ("CPU ms/token, engine", shown(cpu and cpu["engine_ms_per_token"], ".3f")),
+        ("CPU ms/token, all else", shown(cpu and cpu["other_ms_per_token"], ".3f")),
+        ("… share of the engine's", shown(cpu and cpu["other_over_engine"], ".1%")),
         ("cores of the load generator", f"{row['load_cpu_share']:.2f}"),
     ]
 
@@ -275,7 +266,3 @@ def _three(milliseconds: Mapping[str, float] | None) -> str:
     if milliseconds is None:
         return "–"
     return "/".join(f"{value:.0f}" for value in milliseconds.values())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

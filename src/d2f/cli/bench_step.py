@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import (
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
     LayersOption,
+    Machine,
     PageSizeOption,
     ShapeOption,
     build_shape,
-    check_backend,
     check_one_source,
     describe_model,
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, plain_table, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, write_numbers
+from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError
 from d2f.errors import counted
 
@@ -31,7 +29,9 @@ if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
 
 
+@with_option_groups
 def step_command(
+    *,
     shape: ShapeOption = None,
     model: Annotated[
         str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")
@@ -49,9 +49,7 @@ def step_command(
         int, typer.Option(help="Tokens of the engine's run that shows idle gaps; 0: none.", min=0)
     ] = 128,
     page_size: PageSizeOption = 16,
-    backend: BackendOption = "auto",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    machine: Machine,
     json_file: JsonOption = None,
 ) -> None:
     """Measure single decoding steps, and hold them against what the machine could do at best.
@@ -63,14 +61,10 @@ def step_command(
     """
     check_one_source(shape, model)
     sizes = [numbers(text) for text in (batch, window, kv_length)]
-    if json_file is not None:
-        check_writable(json_file)
-    from d2f.cli.device import choose_device, choose_dtype
+    check_writable(json_file)
     from d2f.evaluation.environment import describe_environment
 
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    check_backend(backend, device)
+    device, dtype = machine.chosen()
     loaded, name = _load(shape, model, layers, device, dtype)
     causal = loaded.spec.architecture.causal
     if causal and window not in ("1", "64"):
@@ -79,8 +73,8 @@ def step_command(
     if engine_tokens:
         # Measured first: its start-up time must include compiling the kernels.
         chosen = [sizes[0][0], max(sizes[1]), sizes[2][0]]
-        gaps = engine_gaps(loaded, chosen, engine_tokens, page_size, backend)
-    rates, rows = measure_grid(loaded, sizes, steps, page_size, backend, dtype)
+        gaps = engine_gaps(loaded, chosen, engine_tokens, page_size, machine.backend)
+    rates, rows = measure_grid(loaded, sizes, steps, page_size, machine.backend, dtype)
     report = {
         "environment": describe_environment(device=device, dtype=dtype),
         "model": describe_model(loaded, name, random=shape is not None),
@@ -88,9 +82,7 @@ def step_command(
         **summarize(rates, rows, gaps),
     }
     _print_report(report)
-    if json_file is not None:
-        write_json(json_file, report)
-        out.print(f"Numbers written to {json_file}")
+    write_numbers(json_file, report)
 
 
 def _load(

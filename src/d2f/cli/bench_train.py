@@ -11,12 +11,12 @@ from d2f.cli.bench_options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    LayersOption,
-    ShapeOption,
     check_one_source,
     numbers,
 )
-from d2f.cli.console import check_writable, log, out, plain_table, write_json
+from d2f.cli.bench_train_setup import TrainOptions
+from d2f.cli.console import check_writable, log, out, plain_table, shown, write_json
+from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError, usage
 from d2f.errors import ConfigError, counted
 
@@ -32,15 +32,10 @@ _MOST_TRIED = 32
 """Largest size that `--micro-batch max` tries: each try compiles, and smaller ones fill a GPU."""
 
 
+@with_option_groups
 def train_command(
-    shape: ShapeOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")
-    ] = None,
-    layers: LayersOption = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
-    ] = None,
+    *,
+    options: TrainOptions,
     micro_batch: Annotated[
         str | None,
         typer.Option(help="Sequences in memory at once, as 1,4; max: what fits, to 32 (GPU)."),
@@ -48,26 +43,13 @@ def train_command(
     checkpointing: Annotated[
         str, typer.Option(help="Activations are recomputed: no, yes or both.")
     ] = "no",
-    lora: Annotated[
-        int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
-    dropout: Annotated[
-        float, typer.Option(help="Of the adapter; the recipes have 0.1.", min=0, max=1)
-    ] = 0.0,
-    sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none",
-    loss_memory: Annotated[
-        int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
-    ] = None,
     steps: Annotated[int, typer.Option(help="Measured steps.", min=1)] = 10,
     repeat_batch: Annotated[
         int, typer.Option(help="Also train this many steps on one batch; 0: not.", min=0)
     ] = 0,
-    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-4,
     memory_limit: Annotated[
         float | None, typer.Option(help="Most GiB of the GPU, as if it were smaller.", min=1)
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="On a GPU.")] = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
@@ -79,10 +61,9 @@ def train_command(
 
     Example:  d2f bench train --shape llada-8b --micro-batch 1,4 --checkpointing both
     """
-    check_one_source(shape, model)
+    check_one_source(options.shape, options.model)
     import torch
 
-    from d2f.cli.bench_train_setup import TrainSetup
     from d2f.cli.device import choose_device, choose_dtype, fastest_dtype
     from d2f.evaluation.rates import measure_rates
     from d2f.training.processes import Processes
@@ -96,11 +77,8 @@ def train_command(
         if dtype is None:
             dtype = processes.from_main(fastest_dtype(processes.device.type))
         with usage():
-            setup = TrainSetup.of(
-                shape, model, layers=layers, length=length, lora=lora, full=full, dropout=dropout,
-                sharding=sharding, loss_memory=loss_memory, lr=lr, compiled=compiled,
-                dtype=choose_dtype(dtype, processes.device.type), processes=processes,
-            )  # fmt: skip
+            chosen = choose_dtype(dtype, processes.device.type)
+            setup = options.setup(processes, chosen)
             setup.check()
         plan = _plan(setup, micro_batch, checkpointing, repeat_batch)
         if memory_limit is not None:
@@ -321,25 +299,24 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _costs_table(rows: list[dict[str, Any]]) -> Any:
-    table = _new_table(
+    table = plain_table(numbers=[
         "micro-\nbatch", "recom-\nputes", "ms", "tokens\nper s", "TFLOP", "of\npeak", "of\nmatmul",
         "peak\nGiB", "loss\nGiB",
-    )  # fmt: skip
+    ])  # fmt: skip
     for row in rows:
         start = str(row["micro_batch"]), "yes" if row["checkpointing"] else "no"
         if not row["fits"]:
             table.add_row(*start, "out of memory")
             continue
-        share = row["utilisation"]
+        share, peaks = row["utilisation"], (row["peak_bytes"], row["loss_peak_bytes"])
         table.add_row(
             *start,
             f"{row['milliseconds']:.1f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['flops']['total'] / 1e12:.4g}",
-            "–" if share["nominal"] is None else f"{share['nominal']:.1%}",
+            shown(share["nominal"], ".1%"),
             f"{share['measured']:.1%}",
-            _gib(row["peak_bytes"]),
-            _gib(row["loss_peak_bytes"]),
+            *(shown(size and size / 2**30, ".2f") for size in peaks),
         )
     return table
 
@@ -347,7 +324,9 @@ def _costs_table(rows: list[dict[str, Any]]) -> Any:
 def _phases_table(rows: list[dict[str, Any]]) -> Any:
     from d2f.training.trainer import PHASES
 
-    table = _new_table("micro-\nbatch", "recom-\nputes", *(f"{phase}\nms" for phase in PHASES))
+    table = plain_table(
+        numbers=["micro-\nbatch", "recom-\nputes", *(f"{phase}\nms" for phase in PHASES)]
+    )
     for row in rows:
         if row["fits"]:
             table.add_row(
@@ -356,14 +335,3 @@ def _phases_table(rows: list[dict[str, Any]]) -> Any:
                 *(f"{row['phases_ms'][phase]:.1f}" for phase in PHASES),
             )
     return table
-
-
-def _new_table(*columns: str) -> Any:
-    table = plain_table()
-    for column in columns:
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
-    return table
-
-
-def _gib(num_bytes: int | None) -> str:
-    return "–" if num_bytes is None else f"{num_bytes / 2**30:.2f}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
-from d2f.cli.bench_options import describe_model, source_label
+import typer
+
+from d2f.cli.bench_options import LayersOption, ShapeOption, describe_model, source_label
 from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -22,6 +24,46 @@ _LONGEST = 1024
 _SHIPPED: dict[str, Any] = {"length": 272, "loss_memory": 2048, "micro_batch": "8"}
 _SHIPPED_NOISE: dict[str, Any] = {"kind": "original", "low": 0.2, "high": 1.0, "block_size": 16}
 _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_size": 16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of `d2f bench train` that all measured rows share."""
+
+    shape: ShapeOption = None
+    model: Annotated[str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")] = (
+        None
+    )
+    layers: LayersOption = None
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
+    ] = None
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
+    ] = None
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False
+    dropout: Annotated[
+        float, typer.Option(help="Of the adapter; the recipes have 0.1.", min=0, max=1)
+    ] = 0.0
+    sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none"
+    loss_memory: Annotated[
+        int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
+    ] = None
+    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-4
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="On a GPU.")] = True
+
+    def setup(self, processes: Processes, dtype: str) -> TrainSetup:
+        """Fill in the defaults that depend on the model."""
+        if self.full and self.lora is not None:
+            raise ConfigError("--lora and --full exclude each other")
+        if self.layers is not None and self.shape is None:
+            raise ConfigError("--layers: only a --shape can be cut")
+        shipped = self.shape is None and self.model is None
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "full"}
+        given["length"] = self.length or (_SHIPPED["length"] if shipped else _LONGEST)
+        given["lora"] = self.lora or (None if self.full or shipped else 32)
+        given["loss_memory"] = self.loss_memory or (_SHIPPED["loss_memory"] if shipped else 384)
+        return TrainSetup(**given, processes=processes, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,37 +88,6 @@ class TrainSetup:
     processes: Processes
     dtype: str
     objective: str = "forward_kl"
-
-    @classmethod
-    def of(
-        cls,
-        shape: str | None,
-        model: str | None,
-        *,
-        layers: int | None,
-        length: int | None,
-        lora: int | None,
-        full: bool,
-        loss_memory: int | None,
-        **others: Any,
-    ) -> TrainSetup:
-        """From the options, with the defaults that depend on the model."""
-        if full and lora is not None:
-            raise ConfigError("--lora and --full exclude each other")
-        if layers is not None and shape is None:
-            raise ConfigError("--layers: only a --shape can be cut")
-        shipped = shape is None and model is None
-        if not full and lora is None and not shipped:
-            lora = 32
-        return cls(
-            shape=shape,
-            model=model,
-            layers=layers,
-            length=length or (_SHIPPED["length"] if shipped else _LONGEST),
-            lora=lora,
-            loss_memory=loss_memory or (_SHIPPED["loss_memory"] if shipped else 384),
-            **others,
-        )
 
     @property
     def default_micro_batch(self) -> str:

@@ -105,10 +105,8 @@ class ChatSession:
             self.changed = {}
             return
         new = _parsed(settings)
+        check_decoding(self.strategy, new, {})
         changed_policy(self.model.spec, {**self.changed, **new})
-        useless = unheeded(self.strategy, new)
-        if useless:
-            raise ConfigError(f"{', '.join(useless)}: without effect on strategy {self.strategy}")
         self.changed |= new
 
     def change_strategy(self, name: str, settings: Sequence[str]) -> None:

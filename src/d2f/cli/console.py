@@ -49,11 +49,24 @@ def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[st
     return table
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result goes there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+def shown(value: float | None, form: str) -> str:
+    """Write a number for a table, which shows a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def write_numbers(path: Path | None, report: Any) -> None:
+    """Write the report of a measurement to a JSON file, if one is wanted, and say so."""
+    if path is not None:
+        write_json(path, report)
+        out.print(f"Numbers written to {path}")
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, before the work whose result goes there."""
+    for path in filter(None, paths):
+        part = path.with_name(path.name + ".part")
+        try:
+            part.touch()
+            part.unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None

@@ -60,9 +60,7 @@ def demo_command(
     Example:  d2f demo --num-problems 200 --json race.json
     """
     picture = None if no_plot else _choose_plot(plot)
-    for path in (json_file, picture):
-        if path is not None:
-            check_writable(path)
+    check_writable(json_file, picture)
     from d2f.cli.device import choose_device, choose_dtype, choose_threads
     from d2f.evaluation.environment import describe_environment
     from d2f.models.checkpoint import read_spec

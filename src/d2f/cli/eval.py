@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bench_options import (
-    BackendOption,
-    DeviceOption,
-    DtypeOption,
-    check_backend,
-    source_label,
-)
-from d2f.cli.console import log, out, plain_table
+from d2f.cli.bench_options import Machine, source_label
+from d2f.cli.console import log, out, plain_table, shown
+from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.model_files import weights_sha256
 from d2f.cli.usage import check_command, load_with, usage
 from d2f.errors import counted
@@ -26,7 +21,9 @@ if TYPE_CHECKING:
     from d2f.evaluation.eval_row import LoadedModel
 
 
+@with_option_groups
 def eval_command(
+    *,
     recipe: Annotated[Path, typer.Argument(help="A TOML file, or one of `d2f recipes`.")],
     data: Annotated[
         str | None, typer.Option(help="Folder of the benchmark's files, in place of the hub.")
@@ -41,9 +38,7 @@ def eval_command(
         int | None, typer.Option(help="The first so many problems only.", min=1)
     ] = None,
     rows: Annotated[str | None, typer.Option(help="These rows only, as pipelined,serial.")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    backend: BackendOption = "auto",
+    machine: Machine,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw away earlier results of these rows.")
     ] = False,
@@ -81,7 +76,7 @@ def eval_command(
         loaded.selected(names)
     # As it was typed, so that it can be typed again, but nobody's home directory.
     file = recipe.name if recipe.is_absolute() else recipe.as_posix()
-    summaries = _evaluate(loaded, names, file, device, dtype, backend, fresh)
+    summaries = _evaluate(loaded, names, file, machine, fresh)
     if as_json:
         typer.echo(json.dumps({"output": loaded.output, "rows": summaries}))
         return
@@ -92,21 +87,16 @@ def _evaluate(
     recipe: EvalRecipe,
     rows: Sequence[str],
     recipe_file: str,
-    device: str | None,
-    dtype: str | None,
-    backend: str,
+    machine: Machine,
     fresh: bool,
 ) -> list[dict[str, Any]]:
-    from d2f.cli.device import choose_device, choose_dtype
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.eval_progress import Terminal
     from d2f.evaluation.eval_run import Evaluation
     from d2f.evaluation.sandbox import sandbox_kind
     from d2f.evaluation.tasks import CODE_TASKS, load_task
 
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    check_backend(backend, device)
+    device, dtype = machine.chosen()
     task = load_task(
         recipe.task,
         num_examples=recipe.num_examples,
@@ -126,7 +116,7 @@ def _evaluate(
         _loader(recipe, device, dtype),
         environment,
         rows=rows,
-        backend=backend,
+        backend=machine.backend,
         recipe_file=recipe_file,
         fresh=fresh,
     )
@@ -206,14 +196,10 @@ def _cells(
     return (
         str(counts.get("num_problems", "–")),
         f"{score['score']:.1%} ±{100 * score['standard_error']:.1f}" if score else "–",
-        _number(counts.get("tokens_per_forward"), 2),
-        _number(counts.get("query_tokens_per_forward"), 0),
-        _number(counts.get("mean_tokens"), 0),
-        _number(rate.get("median"), 0),
-        _number(seconds.get("median"), 3),
-        _number((speed or {}).get("milliseconds_per_forward"), 2),
+        shown(counts.get("tokens_per_forward"), ".2f"),
+        shown(counts.get("query_tokens_per_forward"), ".0f"),
+        shown(counts.get("mean_tokens"), ".0f"),
+        shown(rate.get("median"), ".0f"),
+        shown(seconds.get("median"), ".3f"),
+        shown((speed or {}).get("milliseconds_per_forward"), ".2f"),
     )
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.console import log, out
+from d2f.cli.console import log, out, plain_table
 
 if TYPE_CHECKING:
     from d2f.evaluation.report.table import Table
@@ -77,11 +77,10 @@ def report_command(
 def _print_table(table: Table) -> None:
     """Print a table in 80 characters; the slowest and fastest runs stand on the page alone."""
     from rich.markup import escape
-    from rich.table import Table as Grid
 
     from d2f.evaluation.report.table import significant
 
-    grid = Grid(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    grid = plain_table()
     columns = [column for column in table.columns if column.key in SHOWN]
     for column in columns:
         # Where it gets narrow, names are broken and numbers are not.
