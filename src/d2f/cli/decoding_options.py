@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
 
+T = TypeVar("T")
+
 DEFAULT_MODEL = f"{PREFIX}student"
 
 StrategyOption = Annotated[
@@ -36,16 +38,7 @@ LimitOption = Annotated[
     typer.Option(help="Most tokens of the response. Default: what the model names, else 256."),
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
-TopKOption = Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")]
-TopPOption = Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")]
-MinPOption = Annotated[
-    float,
-    typer.Option(help="Sample among tokens of at least this share of the largest probability."),
-]
 SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
-ChatOption = Annotated[
-    bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
-]
 _POLICY_HELP = {
     "block_size": "Tokens of a block.",
     "add_threshold": "Open a block at this decoded share of the last.",
@@ -134,36 +127,37 @@ def given(**options: Any) -> dict[str, Any]:
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes groups of options, each as one parameter.
 
-    A parameter that is a dataclass gets an option for each of its fields. Dicts named `changed` and
-    `options` get one for each field of a policy and each option of a strategy, and hold those that
-    were given.
+    A parameter that is a dataclass gets an option for each of its fields, which may be groups
+    themselves. Dicts named `changed` and `options` get one for each field of a policy and each
+    option of a strategy, and hold those that were given.
     """
-    signature = inspect.signature(command, eval_str=True)
+    parameters, run = _spread(command)
+    run = functools.wraps(command)(run)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _spread(target: Callable[..., T]) -> tuple[list[inspect.Parameter], Callable[..., T]]:
+    """The options of a callable with groups, and a function that takes these and calls it."""
+    parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[list[inspect.Parameter], Callable[..., Any]]] = {}
-    for name, parameter in signature.parameters.items():
+    for name, parameter in inspect.signature(target, eval_str=True).parameters.items():
         kind = parameter.annotation
         if isinstance(kind, type) and is_dataclass(kind):
-            one_each = inspect.signature(kind, eval_str=True).parameters.values()
-            groups[name] = list(one_each), kind
+            groups[name] = _spread(kind)
         elif name == "changed":
             groups[name] = _policy_options(), given
         elif name == "options":
             groups[name] = _strategy_options(), given
-    parameters = [
-        one
-        for name, parameter in signature.parameters.items()
-        for one in (groups[name][0] if name in groups else [parameter])
-    ]
+        parameters += groups[name][0] if name in groups else [parameter]
 
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
+    def run(**values: Any) -> T:
         for name, (options, make) in groups.items():
             values[name] = make(**{one.name: values.pop(one.name) for one in options})
-        command(**values)
+        return target(**values)
 
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
+    return parameters, run
 
 
 def _option(name: str, kind: type, help: str) -> inspect.Parameter:

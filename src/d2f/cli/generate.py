@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,15 +17,11 @@ import typer
 from d2f.cli.bulk_options import BulkOptions
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
-    ChatOption,
     LimitOption,
-    MinPOption,
     ModelChoice,
     SeedOption,
     StrategyOption,
     TemperatureOption,
-    TopKOption,
-    TopPOption,
     check_choices,
     check_fit,
     chosen_policy,
@@ -53,12 +50,6 @@ PromptArgument = Annotated[
         help="The prompt, which may begin with a dash; - alone reads it from stdin.",
         show_default=False,
     ),
-]
-StopOption = Annotated[
-    list[str] | None, typer.Option(help="The text ends before this; repeatable.", metavar="TEXT")
-]
-SystemOption = Annotated[
-    str | None, typer.Option(help="A system message, by the chat template.", metavar="TEXT")
 ]
 StreamOption = Annotated[bool, typer.Option("--stream", help="Print text as it is certain.")]
 JsonOption = Annotated[
@@ -96,79 +87,52 @@ def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
     return [*options, "--", *prompts] if prompts else options
 
 
-@with_option_groups
-def generate_command(
-    *,
-    prompt: PromptArgument = None,
-    choice: ModelChoice,
-    strategy: StrategyOption = None,
-    max_new_tokens: LimitOption = None,
-    changed: dict[str, Any],
-    options: dict[str, Any],
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
-    chat: ChatOption = None,
-    system: SystemOption = None,
-    stream: StreamOption = False,
-    as_json: JsonOption = False,
-    in_bulk: BulkOptions,
-) -> None:
-    """Answer one prompt, or a file of them. Text goes to stdout, statistics to stderr.
-
-    The clock runs from the prompt to the last token, once the model is loaded and warm. A run with
-    --input that was stopped goes on with the same command.
-
-    Example:  d2f generate "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many
-    apples does Ann have?"
-
-    Example:  d2f generate --input prompts.jsonl --output answers.jsonl
-    """
-    if stream and as_json:
-        raise UsageError("--stream and --json exclude each other")
-    bulk = in_bulk.bulk(prompt, stream=stream)
-    from d2f.engine.request import Request
-
-    request = Request(
-        prompt_ids=(),
-        **given(max_new_tokens=max_new_tokens),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        options=options,
-    )
-    asked = Asked(
-        choice=choice, strategy=strategy, changed=changed, max_new_tokens=max_new_tokens,
-        chat=chat, system=system, request=request,
-    )  # fmt: skip
-    asked.check()
-    if bulk is not None:
-        from d2f.cli.generate_bulk import answer_file
-
-        answer_file(bulk, asked, as_json)
-    elif prompt is not None:
-        _answer_one(_read(prompt), asked, stream, as_json)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """The options of `d2f generate` as the user gave them, without the prompts."""
 
     choice: ModelChoice
-    strategy: str | None
+    strategy: StrategyOption = None
+    max_new_tokens: LimitOption = None
     changed: dict[str, Any]
     """Fields of the decoding policy that options set."""
-    max_new_tokens: int | None
-    chat: bool | None
-    system: str | None
-    request: Request
-    """The remaining options, as a request without a prompt."""
+    options: dict[str, Any]
+    """Options of the strategy."""
+    temperature: TemperatureOption = 0.0
+    top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(help="Sample among tokens of at least this share of the largest probability."),
+    ] = 0.0
+    seed: SeedOption = 0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="The text ends before this; repeatable.", metavar="TEXT"),
+    ] = None
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Apply the model's chat template.")
+    ] = None
+    system: Annotated[
+        str | None, typer.Option(help="A system message, by the chat template.", metavar="TEXT")
+    ] = None
+
+    @cached_property
+    def request(self) -> Request:
+        """The request without a prompt and without what depends on the model."""
+        from d2f.engine.request import Request
+
+        return Request(
+            prompt_ids=(),
+            **given(max_new_tokens=self.max_new_tokens),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            options=self.options,
+        )
 
     def check(self) -> None:
         """Refuse options that fit no model, before one is loaded."""
@@ -217,18 +181,12 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Return all options on which answers depend, except for the model's files."""
-        request = self.request
+        names = ("strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         return {
-            "strategy": self.strategy,
+            **{name: getattr(self, name) for name in names},
             "policy": self.changed,
-            "options": dict(request.options),
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": request.temperature,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
-            "min_p": request.min_p,
-            "seed": request.seed,
-            "stop": list(request.stop),
+            "seed": self.seed,
+            "stop": list(self.stop or ()),
             "eos": list(self.choice.eos or ()),
             "replace_eos": self.choice.replace_eos,
             "chat": self.chat,
@@ -247,6 +205,37 @@ class Asked:
                 "--system: this model's chat template leaves system messages out; pass the prompt "
                 "without it"
             )
+
+
+@with_option_groups
+def generate_command(
+    *,
+    prompt: PromptArgument = None,
+    asked: Asked,
+    stream: StreamOption = False,
+    as_json: JsonOption = False,
+    in_bulk: BulkOptions,
+) -> None:
+    """Answer one prompt, or a file of them. Text goes to stdout, statistics to stderr.
+
+    The clock runs from the prompt to the last token, once the model is loaded and warm. A run with
+    --input that was stopped goes on with the same command.
+
+    Example:  d2f generate "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many
+    apples does Ann have?"
+
+    Example:  d2f generate --input prompts.jsonl --output answers.jsonl
+    """
+    if stream and as_json:
+        raise UsageError("--stream and --json exclude each other")
+    bulk = in_bulk.bulk(prompt, stream=stream)
+    asked.check()
+    if bulk is not None:
+        from d2f.cli.generate_bulk import answer_file
+
+        answer_file(bulk, asked, as_json)
+    elif prompt is not None:
+        _answer_one(_read(prompt), asked, stream, as_json)
 
 
 def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
