@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -143,8 +144,6 @@ def engine_gaps(
     model: Transformer, sizes: list[int], num_tokens: int, page_size: int, backend: str
 ) -> dict[str, Any]:
     """Measure an engine that decodes one token per request and forward in a constant window."""
-    import random
-
     from d2f.diffusion.policy import DecodingPolicy
     from d2f.engine.engine import Engine, EngineConfig
     from d2f.engine.request import Request

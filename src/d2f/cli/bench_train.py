@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -215,8 +216,6 @@ def _largest(setup: TrainSetup, checkpointing: bool) -> int:
 
 
 def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from d2f.evaluation.environment import describe_environment
     from d2f.evaluation.rates import nominal_bf16_rate
 

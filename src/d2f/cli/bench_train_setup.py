@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -153,8 +155,6 @@ class TrainSetup:
     @contextmanager
     def bench(self, micro_batch: int, checkpointing: bool) -> Iterator[StepBench]:
         """Models, optimizer and steps of a row, all freed at the end."""
-        from tempfile import TemporaryDirectory
-
         from d2f.cli.step_bench import StepBench, free_memory
 
         free_memory()
@@ -165,8 +165,6 @@ class TrainSetup:
 
     def _models(self, config: TrainConfig) -> tuple[Transformer, Transformer | None]:
         """The student with what it trains, and the teacher if it is another model."""
-        import copy
-
         from d2f.models.checkpoint import load_model
         from d2f.models.lora import attach_adapter
         from d2f.shipped import shipped_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import asdict
@@ -38,8 +39,6 @@ def inspect_command(
 
     Example: d2f inspect ./my-model --adapter ./my-adapter
     """
-    import json
-
     alone = adapter is None and _is_adapter(model)
     report = inspect_adapter(model) if alone else inspect_model(model, adapter)
     if as_json:

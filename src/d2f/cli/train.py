@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,10 +76,6 @@ def train_command(
 
     Example:  d2f train recipes/tiny_cpu_autoregressive.toml --set steps=100
     """
-    import json
-    import os
-    from dataclasses import asdict
-
     from d2f.cli.device import choose_device
     from d2f.cli.train_answers import make_evaluator, make_sampler
     from d2f.training.progress import Terminal
@@ -127,8 +126,6 @@ def train_command(
 
 
 def _load(recipe: Path, overrides: list[str]) -> TrainConfig:
-    import os
-
     from d2f.errors import ConfigError
     from d2f.training.config import load_recipe
 
@@ -154,9 +151,6 @@ def plan(
     config: TrainConfig, *, gpu: str | None, share: float, processes: int | None
 ) -> dict[str, Any]:
     """All that a dry run prints: for a GPU known by name, or for this machine's device."""
-    import os
-    from dataclasses import asdict
-
     from d2f.training.estimate import estimate, plan_data
 
     if processes is None:
