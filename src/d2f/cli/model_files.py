@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -14,35 +14,33 @@ def weights_sha256(source: str, adapter: str | None) -> str:
     from d2f.gguf.folder import linked_gguf
     from d2f.hub import resolve_folder
 
-    def files(name: str) -> Iterable[Path]:
-        folder = resolve_folder(name)
+    paths: list[Path] = []
+    for folder in map(resolve_folder, filter(None, (source, adapter))):
         gguf = linked_gguf(folder)
-        return sorted(folder.glob("*.safetensors")) if gguf is None else [gguf]
-
-    return _sha256((source, adapter), files, named=False)
+        paths += sorted(folder.glob("*.safetensors")) if gguf is None else [gguf]
+    return _sha256(paths, named=False)
 
 
 def model_sha256(source: str, adapter: str | None) -> str:
     """Return the SHA-256 of all files of a model and its adapter, and of their names."""
     from d2f.hub import expanded, resolve_folder
 
-    def files(name: str) -> Iterable[Path]:
+    paths: list[Path] = []
+    for name in filter(None, (source, adapter)):
         path = expanded(name)
         if path.is_file():
-            return [path]
-        return sorted(one for one in resolve_folder(name).iterdir() if one.suffix in _MODEL_FILES)
+            paths.append(path)
+        else:
+            files = resolve_folder(name).iterdir()
+            paths += sorted(file for file in files if file.suffix in _MODEL_FILES)
+    return _sha256(paths, named=True)
 
-    return _sha256((source, adapter), files, named=True)
 
-
-def _sha256(
-    names: Iterable[str | None], files: Callable[[str], Iterable[Path]], *, named: bool
-) -> str:
+def _sha256(paths: Iterable[Path], *, named: bool) -> str:
     digest = hashlib.sha256()
-    for name in filter(None, names):
-        for path in files(name):
-            if named:
-                digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in paths:
+        if named:
+            digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -70,14 +70,7 @@ def load_with(
     try:
         return load(recipe, overrides)
     except ConfigError as error:
-        if not overrides or not _loads(load, recipe):
-            raise
-        raise UsageError(str(error)) from error
-
-
-def _loads(load: Callable[[Path, Sequence[str]], T], recipe: Path) -> bool:
-    try:
-        load(recipe, [])
-    except ConfigError:
-        return False
-    return True
+        if overrides:
+            load(recipe, [])  # fails, too, if it is the file that is wrong
+            raise UsageError(str(error)) from error
+        raise

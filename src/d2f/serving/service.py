@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from d2f.engine.request import Request
-from d2f.errors import ConfigError, RequestError, unknown_name
+from d2f.errors import ConfigError, RequestError
 from d2f.serving.errors import QueueFull, Unavailable
 from d2f.serving.metrics import Metrics
 from d2f.serving.served_model import ServedModel
@@ -37,7 +37,7 @@ class Service:
         metrics: Counts.
 
     Raises:
-        ConfigError: There is no model, two have the same name, or `max_waiting` is below 1.
+        ConfigError: There is no model, or two have the same name.
     """
 
     def __init__(
@@ -50,8 +50,6 @@ class Service:
         if len(self.models) < len(models):
             names = ", ".join(model.name for model in models)
             raise ConfigError(f"models to serve: {names}; each needs a name of its own")
-        if max_waiting < 1:
-            raise ConfigError(f"max_waiting is {max_waiting!r}; it must be at least 1")
         self.max_waiting = max_waiting
         self.state = ServiceState.STARTING
         self.fault: str | None = None
@@ -110,14 +108,12 @@ class Service:
             watch: Whether updates carry the blocks.
 
         Raises:
-            RequestError: A request cannot be served, or no model has this name.
+            RequestError: A request cannot be served.
             ConfigError: Unknown strategy or option.
             QueueFull: Too many requests wait.
             Unavailable: The service is draining, has failed or has stopped.
         """
         worker = self._require_open()
-        if model_name not in self.models:
-            raise RequestError(unknown_name("model", model_name, self.models))
         self._require_room(len(requests), worker)
         now = time.perf_counter()
         jobs = [Job(model_name, request, follow, watch, now) for request in requests]
