@@ -18,7 +18,7 @@ from d2f.cli.answer_file import AnswerFile
 from d2f.cli.bulk_options import Bulk
 from d2f.cli.console import log, say
 from d2f.cli.model_files import model_sha256
-from d2f.cli.prompt_file import PromptFile, PromptRow, refuse_all
+from d2f.cli.prompt_file import PromptRow, refuse_all
 from d2f.cli.usage import UsageError
 from d2f.errors import RequestError, counted
 from d2f.training.pairs import BadRow, BadRows
@@ -97,19 +97,16 @@ class _Run:
         from d2f.provenance import describe_code
 
         bulk, answers = self._bulk, self._answers
-        model, tokenizer, request = self._asked.load(answers.about.get("dtype"))
+        loaded = model, tokenizer, _ = self._asked.load(answers.about.get("dtype"))
         dtype = str(model.dtype).removeprefix("torch.")
         answers.begin({"model": self._asked.choice.source, "dtype": dtype, **describe_code()})
         size = bulk.batch_size or _BATCH_SIZE.get(model.device.type, 128)
         engine = Engine(model, EngineConfig(max_batch_size=size), tokenizer)
-        desk = AnswerDesk(
-            bulk.source, answers, self._asked, model, tokenizer, request,
-            num_samples=bulk.num_samples,
-        )  # fmt: skip
+        desk = AnswerDesk(bulk, self._asked, loaded)
         self.bad_rows = desk.bad_rows
         terminal, start = Terminal(), time.perf_counter()
         try:
-            for finished, _ in Answering(engine, desk.numbers(), desk.request):
+            for finished, _ in Answering(engine, desk.numbers(answers), desk.request):
                 written = desk.take(finished)
                 answers.add(written)
                 self._num_tokens += sum(record["num_tokens"] for record in written)
@@ -169,37 +166,28 @@ class AnswerDesk:
     """Makes a request for each missing answer, and a line for each finished one."""
 
     def __init__(
-        self,
-        source: PromptFile,
-        answers: AnswerFile,
-        asked: Asked,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        request: Request,
-        *,
-        num_samples: int,
+        self, bulk: Bulk, asked: Asked, loaded: tuple[Transformer, Tokenizer, Request]
     ) -> None:
-        self._source, self._answers, self._asked = source, answers, asked
-        self._spec, self._tokenizer, self._request = model.spec, tokenizer, request
-        self._num_samples = num_samples
+        model, self._tokenizer, self._request = loaded
+        self._bulk, self._asked, self._spec = bulk, asked, model.spec
         self.bad_rows = BadRows()
         """Rows without a prompt, and rows whose request failed."""
         self._open: dict[int, tuple[PromptRow, int, Request]] = {}
         """Row, sample and request of each answer in progress, by its number."""
         self._failed: set[int] = set()
 
-    def numbers(self) -> Iterator[int]:
+    def numbers(self, answers: AnswerFile) -> Iterator[int]:
         """Yield a number for each missing answer; bad rows are counted and get no number."""
         number = 0
-        for row in self._source.prompts(self.bad_rows):
-            samples = range(self._num_samples)
-            missing = [one for one in samples if not self._answers.has(row.number, one)]
+        for row in self._bulk.source.prompts(self.bad_rows):
+            samples = range(self._bulk.num_samples)
+            missing = [one for one in samples if not answers.has(row.number, one)]
             if not missing:
                 continue
             try:
                 request = self._ask(row)
             except (BadRow, RequestError) as error:
-                self.bad_rows.add(self._source.where(row.number), str(error))
+                self.bad_rows.add(self._bulk.source.where(row.number), str(error))
                 continue
             for sample in missing:
                 number += 1
@@ -219,7 +207,7 @@ class AnswerDesk:
                 records.append(self._record(row, sample, request, answer))
             elif row.number not in self._failed:
                 self._failed.add(row.number)
-                self.bad_rows.add(self._source.where(row.number), answer.error)
+                self.bad_rows.add(self._bulk.source.where(row.number), answer.error)
         return records
 
     def _ask(self, row: PromptRow) -> Request:
@@ -256,8 +244,8 @@ class AnswerDesk:
         new: dict[str, Any] = {}
         if row.messages is not None:
             new[row.messages] = self._continued(row.row[row.messages], text)
-        new |= {self._source.columns.response: text, "row": row.number}
-        if self._num_samples > 1:
+        new |= {self._bulk.source.columns.response: text, "row": row.number}
+        if self._bulk.num_samples > 1:
             new["sample"] = sample
         if request.temperature > 0:
             new["seed"] = request.seed
@@ -270,7 +258,7 @@ class AnswerDesk:
 
     def _continued(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
         """Return the conversation with the answer at its end, replacing an assistant's message."""
-        columns = self._source.columns
+        columns = self._bulk.source.columns
         last = messages[-1][columns.role]
         before = messages[:-1] if columns.roles.get(last, last) == "assistant" else messages
         return [*before, {columns.role: "assistant", columns.content: text}]
