@@ -13,15 +13,6 @@ from d2f.cli.usage import UsageError, usage
 if TYPE_CHECKING:
     from d2f.models.transformer import Transformer
 
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="llada-8b, dream-7b, llama-3-8b, qwen2.5-7b or qwen3-8b, with random weights."
-    ),
-]
-LayersOption = Annotated[
-    int | None, typer.Option(help="Layers of the shape, where all are too many.", min=1)
-]
 PageSizeOption = Annotated[int, typer.Option(help="Positions of a page.", min=1)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: faster.")]
@@ -46,13 +37,41 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def build_shape(shape: str, layers: int | None, device: str, dtype: str) -> Transformer:
-    """Return a model of a preset's sizes with random weights on the device."""
-    from d2f.models.presets import preset_spec, random_model
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The options of what is measured: a shape with random weights, or a model."""
 
-    with usage():
-        spec = preset_spec(shape, num_layers=layers)
-    return random_model(spec, device=device, dtype=dtype)
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="llada-8b, dream-7b, llama-3-8b, qwen2.5-7b or qwen3-8b, with random weights."
+        ),
+    ] = None
+    model: Annotated[str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")] = (
+        None
+    )
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the shape, where all are too many.", min=1)
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and self.model is not None:
+            raise UsageError("--shape and --model exclude each other")
+        if self.layers is not None and self.shape is None:
+            raise UsageError("--layers: only a --shape can be cut")
+
+    def load(self, device: str, dtype: str) -> tuple[Transformer, str]:
+        """Return the model, by default the shipped student, and its name for results."""
+        from d2f.models.checkpoint import load_model
+        from d2f.models.presets import preset_spec, random_model
+        from d2f.shipped import shipped_model
+
+        if self.shape is not None:
+            with usage():
+                spec = preset_spec(self.shape, num_layers=self.layers)
+            return random_model(spec, device=device, dtype=dtype), self.shape
+        name = self.model or str(shipped_model("student"))
+        return load_model(name, device=device, dtype=dtype), source_label(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +118,3 @@ def describe_model(model: Transformer, name: str, random: bool) -> dict[str, obj
         "num_layers": spec.num_layers,
         "num_parameters": spec.num_parameters,
     }
-
-
-def check_one_source(shape: str | None, model: str | None) -> None:
-    """Refuse --shape together with --model."""
-    if shape is not None and model is not None:
-        raise UsageError("--shape and --model exclude each other")

@@ -13,12 +13,9 @@ import typer
 
 from d2f.cli.bench_options import (
     JsonOption,
-    LayersOption,
     Machine,
     PageSizeOption,
-    ShapeOption,
-    build_shape,
-    check_one_source,
+    Source,
     describe_model,
     numbers,
     source_label,
@@ -94,12 +91,8 @@ class Field:
 @with_option_groups
 def race_command(
     *,
-    shape: ShapeOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Or a diffusion model: folder or hub id.")
-    ] = None,
-    baseline: Annotated[str | None, typer.Option(help="… and its autoregressive rival.")] = None,
-    layers: LayersOption = None,
+    source: Source,
+    baseline: Annotated[str | None, typer.Option(help="--model: its autoregressive rival.")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, as 1,4,16,64,256.")] = "1",
     num_prompts: Annotated[int, typer.Option(help="Prompts; at least the batch.", min=1)] = 16,
     prompt_length: Annotated[int, typer.Option(help="--shape: tokens of a prompt.", min=1)] = 128,
@@ -124,20 +117,20 @@ def race_command(
 
     Example:  d2f bench race --batch 1,4,16 --json race.json
     """
-    check_one_source(shape, model)
     batches = numbers(batch)
     check_writable(json_file, record_trace)
     from d2f.evaluation.environment import describe_environment
 
+    shape = source.shape
     imposed = _imposed(shape, accept, trace)
     device, dtype = machine.chosen()
     most = max(num_prompts, *batches)
     if shape is not None and imposed is not None:
-        built = build_shape(shape, layers, device, dtype)
+        built, _ = source.load(device, dtype)
         lengths = prompt_length, max_new_tokens or 128
         entered = shape_field(built, shape, lengths, imposed, most, seed)
     else:
-        pair = _pair(model, baseline, layers)
+        pair = _pair(source.model, baseline)
         entered = problem_field(pair, max_new_tokens, most, device, dtype, seed)
     raced = race_report(
         entered, batches, num_prompts, runs, page_size, machine.backend, record_trace
@@ -173,11 +166,9 @@ def _imposed(shape: str | None, accept: int | None, trace: Path | None) -> tuple
     return tuple(counts)
 
 
-def _pair(model: str | None, baseline: str | None, layers: int | None) -> tuple[str, str]:
+def _pair(model: str | None, baseline: str | None) -> tuple[str, str]:
     from d2f.shipped import shipped_model
 
-    if layers is not None:
-        raise UsageError("--layers: only a --shape can be cut")
     if (model is None) != (baseline is None):
         raise UsageError("--model and --baseline go together: a D2F model and its rival")
     if model is None or baseline is None:

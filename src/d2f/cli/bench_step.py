@@ -9,15 +9,11 @@ import typer
 
 from d2f.cli.bench_options import (
     JsonOption,
-    LayersOption,
     Machine,
     PageSizeOption,
-    ShapeOption,
-    build_shape,
-    check_one_source,
+    Source,
     describe_model,
     numbers,
-    source_label,
 )
 from d2f.cli.console import check_writable, log, out, plain_table, write_numbers
 from d2f.cli.decoding_options import with_option_groups
@@ -33,11 +29,7 @@ if TYPE_CHECKING:
 @with_option_groups
 def step_command(
     *,
-    shape: ShapeOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")
-    ] = None,
-    layers: LayersOption = None,
+    source: Source,
     batch: Annotated[str, typer.Option(help="Rows; several as 1,16.")] = "1",
     window: Annotated[
         str, typer.Option(help="Live query tokens of a row; several as 1,64.")
@@ -60,13 +52,12 @@ def step_command(
 
     Example:  d2f bench step --shape llada-8b --batch 1,16 --window 1,64 --kv-length 1024,16384
     """
-    check_one_source(shape, model)
     sizes = [numbers(text) for text in (batch, window, kv_length)]
     check_writable(json_file)
     from d2f.evaluation.environment import describe_environment
 
     device, dtype = machine.chosen()
-    loaded, name = _load(shape, model, layers, device, dtype)
+    loaded, name = source.load(device, dtype)
     causal = loaded.spec.architecture.causal
     if causal and window not in ("1", "64"):
         raise UsageError(f"--window {window}: an autoregressive model computes 1 token of a row")
@@ -78,26 +69,12 @@ def step_command(
     rates, rows = measure_grid(loaded, sizes, steps, page_size, machine.backend, dtype)
     report = {
         "environment": describe_environment(device=device, dtype=dtype),
-        "model": describe_model(loaded, name, random=shape is not None),
+        "model": describe_model(loaded, name, random=source.shape is not None),
         "settings": {"page_size": page_size, "num_steps": steps},
         **summarize(rates, rows, gaps),
     }
     _print_report(report)
     write_numbers(json_file, report)
-
-
-def _load(
-    shape: str | None, model: str | None, layers: int | None, device: str, dtype: str
-) -> tuple[Transformer, str]:
-    if shape is not None:
-        return build_shape(shape, layers, device, dtype), shape
-    if layers is not None:
-        raise UsageError("--layers: only a --shape can be cut")
-    from d2f.models.checkpoint import load_model
-    from d2f.shipped import shipped_model
-
-    name = model or str(shipped_model("student"))
-    return load_model(name, device=device, dtype=dtype), source_label(name)
 
 
 def measure_grid(

@@ -12,7 +12,6 @@ from d2f.cli.bench_options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    check_one_source,
     numbers,
 )
 from d2f.cli.bench_train_setup import TrainOptions
@@ -62,7 +61,6 @@ def train_command(
 
     Example:  d2f bench train --shape llada-8b --micro-batch 1,4 --checkpointing both
     """
-    check_one_source(options.shape, options.model)
     import torch
 
     from d2f.cli.device import choose_device, choose_dtype, fastest_dtype

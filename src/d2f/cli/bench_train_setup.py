@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bench_options import LayersOption, ShapeOption, describe_model, source_label
+from d2f.cli.bench_options import Source, describe_model, source_label
 from d2f.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -29,14 +29,9 @@ _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_si
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(Source):
     """The options of `d2f bench train` that all measured rows share."""
 
-    shape: ShapeOption = None
-    model: Annotated[str | None, typer.Option(help="Or a model: folder, hub id or GGUF file.")] = (
-        None
-    )
-    layers: LayersOption = None
     length: Annotated[
         int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
     ] = None
@@ -58,8 +53,6 @@ class TrainOptions:
         """Fill in the defaults that depend on the model."""
         if self.full and self.lora is not None:
             raise ConfigError("--lora and --full exclude each other")
-        if self.layers is not None and self.shape is None:
-            raise ConfigError("--layers: only a --shape can be cut")
         shipped = self.shape is None and self.model is None
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "full"}
         given["length"] = self.length or (_SHIPPED["length"] if shipped else _LONGEST)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2f.cli.bench_options import DeviceOption, DtypeOption
 from d2f.cli.console import check_writable, log, out, plain_table, say, write_json
 from d2f.cli.usage import usage
 from d2f.errors import ConfigError, counted
@@ -49,8 +50,8 @@ def demo_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: faster.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Solve word problems live, then race D2F against autoregression and vanilla diffusion.
 
