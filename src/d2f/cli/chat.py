@@ -154,7 +154,10 @@ class Interrupts:
 
 
 class Chat:
-    """Reads lines, carries out commands, and shows answers."""
+    """Reads lines, carries out commands, and shows answers.
+
+    Each forward is shown for at least `slow` seconds; None: as long as the strategy wants.
+    """
 
     def __init__(self, session: ChatSession, slow: float | None) -> None:
         self.session = session

@@ -146,7 +146,10 @@ def _top(token: TokenLogprob) -> dict[str, float]:
 
 
 class EventStream(Response):
-    """The server-sent events of one request, whose tickets end with it, however it ends."""
+    """The server-sent events of one request, whose tickets end with it, however it ends.
+
+    It ends at the `deadline`, a time on the event loop's clock, at the latest.
+    """
 
     def __init__(
         self,

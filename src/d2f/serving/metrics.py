@@ -101,7 +101,7 @@ class Metrics:
         )
 
     def count_request(self, model: str | None, endpoint: str, status: int) -> None:
-        """Count an answered HTTP request."""
+        """Count an answered HTTP request; `model` is None where the endpoint has none."""
         name = "" if model is None else model if model in self._model_names else OTHER
         known = endpoint if endpoint in ENDPOINTS else OTHER
         self._requests.labels(name, known, str(status)).inc()
@@ -118,7 +118,7 @@ class Metrics:
         self._request_seconds.observe(seconds)
 
     def set_load(self, *, running: int, pages: Sequence[tuple[int, int]]) -> None:
-        """Set the gauges of the engines' load."""
+        """Set the gauges of the load; `pages` are each engine's, and the free ones among them."""
         self._running.set(running)
         self._pages.set(sum(total for total, _ in pages))
         self._free_pages.set(sum(free for _, free in pages))
