@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,15 +128,26 @@ def train_command(
 
 def _load(recipe: Path, overrides: list[str]) -> TrainConfig:
     from d2f.errors import ConfigError
-    from d2f.training.config import load_recipe
 
     try:
-        return load_with(load_recipe, recipe, overrides)
+        return load_with(_read, recipe, overrides)
     except ConfigError as error:
         # Of the processes on a machine, all of which read the same file, one says so.
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
         raise
+
+
+def _read(recipe: Path, overrides: Sequence[str]) -> TrainConfig:
+    """Read a recipe; training itself does not know which tasks there are to evaluate on."""
+    from d2f.evaluation.tasks import TASKS
+    from d2f.recipe import one_of
+    from d2f.training.config import load_recipe
+
+    config = load_recipe(recipe, overrides)
+    if config.evaluate is not None and config.evaluate.task is not None:
+        one_of("evaluate.task", config.evaluate.task, TASKS)
+    return config
 
 
 def _print_summary(summary: TrainingSummary) -> None:

@@ -33,8 +33,8 @@ class DecodingPolicy:
     max_live_blocks: int | None = None
     """Most blocks that are open and not yet cached; None: the paper's unbounded window."""
     confidence: str = "probability"
-    """What ranks the token that a fully active block is forced to accept: its `probability`, the
-    `margin` between the two most probable tokens, or `neg_entropy`, the negative entropy."""
+    """The score that picks the token a fully active block is forced to accept: its `probability`,
+    the `margin` between the two most probable tokens, or `neg_entropy`, the negative entropy."""
 
     def __post_init__(self) -> None:
         for name in ("add_threshold", "activate_threshold", "confidence_threshold"):

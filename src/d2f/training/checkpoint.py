@@ -46,7 +46,7 @@ _IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora"
 
 _FREE = {
     "data": ("cache", "num_workers"),
-    # What of `final/` is no matter of training.
+    # Settings of `final/` alone.
     "model": ("output_dtype", "max_shard_mib", "max_new_tokens", "base_name"),
 }
 _TOKENIZER_FILES = (
@@ -162,7 +162,7 @@ def saving(output: Path) -> Iterator[None]:
 def _remove_old(config: TrainConfig) -> None:
     for old in list_checkpoints(Path(config.output))[: -config.keep_checkpoints]:
         shutil.rmtree(old, ignore_errors=True)
-    # What a process that was killed while it saved has left behind.
+    # A process that is killed while it saves leaves these behind.
     for kind in ("new", "old"):
         for stale in Path(config.output).glob(f".checkpoint-*.{kind}-*"):
             shutil.rmtree(stale, ignore_errors=True)

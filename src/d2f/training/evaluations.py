@@ -96,7 +96,7 @@ class Evaluations:
         output = Path(config.output)
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
         self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
-        # What lies there is the truth: a crash may have lost lines, but not this folder.
+        # The folder is the truth: a crash may have lost lines of the log, but not this.
         self.best = read_best(output, measure_of(config)) if after_step else None
         """The line of the best evaluation."""
         if after_step and self.best is None and (output / BEST_FOLDER).exists():

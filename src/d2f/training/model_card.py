@@ -23,7 +23,7 @@ _STAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card tells of a run."""
+    """The facts of a run that its card tells."""
 
     steps: int
     data: Mapping[str, Any]

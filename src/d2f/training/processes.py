@@ -387,7 +387,7 @@ def _without_weights(model: Transformer) -> Transformer:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in model.parameters()
     }
-    # What it computed once and keeps belongs to it.
+    # The copy gets the values that the model computed once and keeps.
     return copy.deepcopy(model, memo)
 
 

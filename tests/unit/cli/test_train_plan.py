@@ -102,6 +102,16 @@ def test_a_config_is_enough_and_wins_over_what_is_known(tmp_path, monkeypatch):
     assert facts["model"]["source"] == "config.json"
 
 
+def test_an_unknown_task_is_refused_with_the_known_ones(recipe, d2f):
+    done = d2f("train", recipe, "--dry-run", "--set", "evaluate={every=5, task='word-problem'}")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "unknown evaluate.task 'word-problem'; did you mean 'word-problems'?" in done.err
+    recipe.write_text(recipe.read_text() + "evaluate = {every = 5, task = 'gsm9k'}\n")
+    done = d2f("train", recipe)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "did you mean 'gsm8k'? Known: " in done.err
+
+
 def test_without_a_config_it_says_what_it_needs(recipe):
     with pytest.raises(CheckpointError, match=r"needs the model's config.json.*no/where"):
         dry_run(recipe, "--set", "model.init=no/where")
