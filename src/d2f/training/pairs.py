@@ -174,7 +174,7 @@ def read_prompt(row: object, columns: ColumnConfig) -> Prompt:
 
 
 def _said(row: object, columns: ColumnConfig, needed: Sequence[str]) -> list[Message]:
-    """The messages of a row, which needs these columns: up to the user's, or the whole list."""
+    """The messages of a row: up to the user's, or the whole list; `needed` columns are named."""
     if not isinstance(row, Mapping):
         listed = ", ".join(f"'{name}'" for name in needed)
         raise BadRow(f"{_kind(row)}, not an object with the columns {listed}")

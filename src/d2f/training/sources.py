@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f.errors import ConfigError, RequestError, TrainingError, counted
 from d2f.problems import ProblemConfig, generate_problems
@@ -21,14 +22,7 @@ from d2f.problems.functions import FunctionConfig, generate_function_problems
 from d2f.text import Tokenizer
 from d2f.training.pairs import BadRow, BadRows, Pair, Prompt, Reserved, read_pair
 from d2f.training.rows import Part, open_parts
-from d2f.training.token_cache import (
-    Encoded,
-    Sample,
-    cache_file,
-    cache_folder,
-    read_cache,
-    write_cache,
-)
+from d2f.training.token_cache import Encoded, Sample, cache_file, read_cache, write_cache
 
 if TYPE_CHECKING:
     from d2f.models.spec import ModelSpec
@@ -39,35 +33,29 @@ Note = Callable[[str], object]
 Style = tuple[str, bool | None]
 """Suffix of responses, and whether prompts go through the chat template."""
 Knobs = ProblemConfig | FunctionConfig
-Task = tuple[int, int, int, Knobs]
-"""Seed, first problem, number of problems, and the settings, whose type names the generator."""
+Task = tuple[int, int, Knobs, int]
+"""Number of problems, seed, settings (whose type names the generator), and the first problem."""
 CHUNK = 2_000
 """Problems that one task generates; a fixed number, so that workers do not change the data."""
 _POOL_FROM = 20_000
 _LEFT_OUT = {"system": "a system message", "history": "what was said before the last question"}
+T = TypeVar("T")
 
 
-def read_pairs(
-    config: DataConfig, limit: int | None = None, bad_rows: BadRows | None = None
-) -> Iterator[Pair]:
-    """Read the pairs of a run's data, at most `limit`; bad rows are left out and counted.
+def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
+    """Read the pairs of a run's data, at most `limit`; bad rows are left out.
 
     Raises:
         TrainingError: Data cannot be read or lack a column, or a row is bad and `data.bad_rows` is
             "refuse"; the message names the file and the line.
     """
     knobs = _knobs(config)
-    if knobs is not None:
-        assert config.num_problems is not None
-        count = min(config.num_problems, limit or config.num_problems)
-        yield from _problem_pairs(count, config.seed, knobs, 0)
-        return
-    bad_rows = BadRows() if bad_rows is None else bad_rows
-    pairs = _numbered_pairs(config, open_parts(config), bad_rows)
-    for number, (_, pair) in enumerate(pairs):
-        if limit is not None and number >= limit:
-            return
-        yield pair
+    if knobs is None:
+        pairs = _used_rows(config, open_parts(config), BadRows(), lambda pair: pair)
+        return islice(pairs, limit)
+    assert config.num_problems is not None
+    count = min(config.num_problems, limit or config.num_problems)
+    return _problem_pairs(count, config.seed, knobs)
 
 
 def read_held_out(config: DataConfig, count: int) -> list[Pair]:
@@ -79,7 +67,7 @@ def read_held_out(config: DataConfig, count: int) -> list[Pair]:
     knobs = _knobs(config)
     if knobs is None:
         return list(read_pairs(config, count))
-    return list(_problem_pairs(count, config.seed, knobs, 0, "test"))
+    return list(_problem_pairs(count, config.seed, knobs, split="test"))
 
 
 def encode_data(
@@ -117,7 +105,7 @@ def encode_data(
     assert config.num_problems is not None
     starts = range(0, config.num_problems, CHUNK)
     tasks = [
-        (config.seed, start, min(CHUNK, config.num_problems - start), knobs) for start in starts
+        (min(CHUNK, config.num_problems - start), config.seed, knobs, start) for start in starts
     ]
     workers = config.num_workers or (_num_cores() if config.num_problems >= _POOL_FROM else 1)
     style = (config.response_suffix, config.chat_template)
@@ -151,13 +139,11 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def encode_pairs(
-    tokenizer: Tokenizer, pairs: Iterable[Pair], suffix: str = "", chat: bool | None = None
-) -> Encoded:
+def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], style: Style = ("", None)) -> Encoded:
     """Encode pairs: the prompt through the chat template, the response as it is."""
     result = Encoded()
     for pair in pairs:
-        result.add(*_encode_pair(tokenizer, pair, (suffix, chat)))
+        result.add(*_encode_pair(tokenizer, pair, style))
     return result
 
 
@@ -196,27 +182,33 @@ def _encode_read(
     """Encode data that are read, from the cache if they are there."""
     parts = open_parts(config)
     bad_rows = BadRows()
+    style = (config.response_suffix, config.chat_template)
+    written = config.chat_template is False or tokenizer.chat_template is None
+
+    def encode(pair: Pair) -> Sample:
+        reserved.check(pair, written=written)
+        return _encode_pair(tokenizer, pair, style)
 
     def samples() -> Iterator[Sample]:
         bad_rows.clear()
-        yield from _samples(config, tokenizer, reserved, parts, bad_rows)
+        return _used_rows(config, parts, bad_rows, encode)
 
-    result = None
-    folder = cache_folder(config.cache)
-    if folder is not None:
-        file = cache_file(folder, _cache_key(config, tokenizer, reserved, parts))
-        result = read_cache(file)
-        if result is None:
-            try:
-                write_cache(file, samples, bad_rows)
-                result = read_cache(file)
-            except OSError as error:
-                note(f"token ids are not kept in {folder}: {error.strerror or error}")
+    file = cache_file(config.cache, _cache_key(config, tokenizer, reserved, parts))
+    result = None if file is None else read_cache(file)
+    if file is not None and result is None:
+        try:
+            write_cache(file, samples, bad_rows)
+            result = read_cache(file)
+        except OSError as error:
+            note(f"token ids are not kept in {file.parent}: {error.strerror or error}")
     if result is None:
         result = Encoded(bad_rows=bad_rows)
         for sample in samples():
             result.add(*sample)
-    _report(result, note)
+    bad = result.bad_rows
+    if bad.count:
+        rows = counted(bad.count + len(result.prompt_lengths), "row", ",")
+        note(f"{bad.count:,} of {rows} are bad and left out: {bad.text()}")
     return result
 
 
@@ -228,83 +220,41 @@ def cached_data(
     Raises:
         TrainingError: There is no such file, folder or data set.
     """
-    folder = cache_folder(config.cache)
-    if folder is None:
-        return None
     reserved = Reserved.of(tokenizer, spec, config.response_suffix)
     key = _cache_key(config, tokenizer, reserved, open_parts(config))
-    return read_cache(cache_file(folder, key))
+    file = cache_file(config.cache, key)
+    return None if file is None else read_cache(file)
 
 
-def _samples(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    reserved: Reserved,
-    parts: list[Part],
-    bad_rows: BadRows,
-) -> Iterator[Sample]:
-    style = (config.response_suffix, config.chat_template)
-    written = config.chat_template is False or tokenizer.chat_template is None
-    num_good = 0
-    for where, pair in _numbered_pairs(config, parts, bad_rows):
+def _used_rows(
+    config: DataConfig, parts: list[Part], bad_rows: BadRows, use: Callable[[Pair], T]
+) -> Iterator[T]:
+    """Give what `use` makes of each row's pair; rows that it or `read_pair` refuses are bad."""
+    found_any = False
+    for where, row in chain.from_iterable(part.rows() for part in parts):
+        columns: object = row
         try:
-            reserved.check(pair, written=written)
-            sample = _encode_pair(tokenizer, pair, style)
+            if isinstance(row, BadRow):
+                raise row
+            pair = read_pair(row, config.columns)
+            columns = None  # they are as they should be
+            used = use(pair)
         except (BadRow, RequestError) as error:
-            _count(config, bad_rows, where, str(error))
+            if config.bad_rows == "refuse":
+                raise TrainingError(
+                    f'{where}: {error}; data.bad_rows = "report" leaves such rows out and counts '
+                    "them"
+                ) from None
+            bad_rows.add(where, str(error), columns)
         else:
-            num_good += 1
-            yield sample
-    _refuse_if_all(bad_rows, num_good)
-
-
-def _numbered_pairs(
-    config: DataConfig, parts: list[Part], bad_rows: BadRows
-) -> Iterator[tuple[str, Pair]]:
-    """Pairs with the numbers of their rows."""
-    num_good = 0
-    for part in parts:
-        for where, row in part.rows():
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                pair = read_pair(row, config.columns)
-            except BadRow as error:
-                _count(config, bad_rows, where, str(error), row)
-            else:
-                num_good += 1
-                yield where, pair
-    _refuse_if_all(bad_rows, num_good)
-
-
-def _count(
-    config: DataConfig, bad_rows: BadRows, where: str, reason: str, row: object = None
-) -> None:
-    if config.bad_rows == "refuse":
-        raise TrainingError(
-            f'{where}: {reason}; data.bad_rows = "report" leaves such rows out and counts them'
-        )
-    bad_rows.add(where, reason, row)
-
-
-def _refuse_if_all(bad_rows: BadRows, num_good: int) -> None:
-    """Raise where nothing is left to train on."""
-    if bad_rows.count and not num_good:
-        columns = ", ".join(sorted(bad_rows.columns))
-        remedy = f". The rows have the columns: {columns}. Map them in [data.columns]"
+            found_any = True
+            yield used
+    if bad_rows.count and not found_any:
+        columns_text = ", ".join(sorted(bad_rows.columns))
+        remedy = f". The rows have the columns: {columns_text}. Map them in [data.columns]"
         raise TrainingError(
             f"none of {counted(bad_rows.count, 'row', ',')} can be used: {bad_rows.text()}"
-            f"{remedy if columns else ''}"
-        )
-
-
-def _report(encoded: Encoded, note: Note) -> None:
-    bad_rows = encoded.bad_rows
-    if bad_rows.count:
-        num_rows = bad_rows.count + len(encoded.prompt_lengths)
-        note(
-            f"{bad_rows.count:,} of {counted(num_rows, 'row', ',')} are bad and left out: "
-            f"{bad_rows.text()}"
+            f"{remedy if columns_text else ''}"
         )
 
 
@@ -329,21 +279,21 @@ def _knobs(config: DataConfig) -> Knobs | None:
 
 
 def _problem_pairs(
-    count: int, seed: int, knobs: Knobs, start: int, split: str = "train"
+    count: int, seed: int, knobs: Knobs, start: int = 0, split: str = "train"
 ) -> Iterator[Pair]:
+    problems: Iterable[Any]
     if isinstance(knobs, FunctionConfig):
-        for function in generate_function_problems(
+        problems = generate_function_problems(
             count, seed=seed, split=split, config=knobs, start=start
-        ):
-            yield Pair(function.prompt, function.response)
-        return
-    for problem in generate_problems(count, seed=seed, split=split, config=knobs, start=start):
-        yield Pair(problem.prompt, problem.response)
+        )
+    else:
+        problems = generate_problems(count, seed=seed, split=split, config=knobs, start=start)
+    return (Pair(problem.prompt, problem.response) for problem in problems)
 
 
 def _encode_problems(tokenizer: Tokenizer, style: Style, task: Task) -> Encoded:
-    seed, start, count, knobs = task
-    return encode_pairs(tokenizer, _problem_pairs(count, seed, knobs, start), *style)
+    count, seed, knobs, start = task
+    return encode_pairs(tokenizer, _problem_pairs(count, seed, knobs, start), style)
 
 
 _worker: list[tuple[Tokenizer, Style]] = []

@@ -55,24 +55,19 @@ Sample = tuple[list[int], list[int]]
 
 _MARK = b"d2ftok01"
 _ITEM = array("i").itemsize
-_FLUSH = 1 << 18
-_CHUNK = 1 << 24
 
 
-def cache_folder(setting: str | bool) -> Path | None:
-    """The folder that `data.cache` stands for; None: no cache."""
-    if isinstance(setting, str):
-        return Path(setting).expanduser()
+def cache_file(setting: str | bool, key: list[Any]) -> Path | None:
+    """Name the file that `data.cache` has for a key, or None where it keeps nothing.
+
+    The key is JSON values that name everything the tokens depend on.
+    """
     if not setting:
         return None
-    named = os.environ.get("D2F_CACHE")
-    return Path(named) if named else Path("~/.cache/d2f").expanduser()
-
-
-def cache_file(folder: Path, key: list[Any]) -> Path:
-    """The file of a key: JSON values that name everything the tokens depend on."""
+    named = setting if isinstance(setting, str) else os.environ.get("D2F_CACHE", "")
     text = json.dumps([_MARK.decode(), *key], sort_keys=True)
-    return folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.tokens"
+    name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return Path(named or "~/.cache/d2f").expanduser() / f"{name}.tokens"
 
 
 def read_cache(file: Path) -> Encoded | None:
@@ -94,7 +89,8 @@ def read_cache(file: Path) -> Encoded | None:
         about = json.loads(mapped[size:-tail])
         num_tokens, num_samples = int(about["tokens"]), int(about["samples"])
         bad_rows = BadRows.from_table(about["bad_rows"])
-        wanted = (file.stem, _ITEM * (num_tokens + 2 * num_samples), _crc(mapped, size))
+        check_sum = zlib.crc32(memoryview(mapped)[:size])
+        wanted = (file.stem, _ITEM * (num_tokens + 2 * num_samples), check_sum)
         if (about["key"], size, about["crc"]) != wanted:
             return None
     except (KeyError, TypeError, ValueError):
@@ -111,7 +107,7 @@ def read_cache(file: Path) -> Encoded | None:
 
 
 def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: BadRows) -> None:
-    """Encode into a file; only the lengths of samples and some thousand tokens are in memory.
+    """Encode into a file; of all samples only the lengths are in memory.
 
     Args:
         file: As `cache_file` names it; its folder is created.
@@ -123,7 +119,7 @@ def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: B
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.{os.getpid()}.part")
-    lengths = Encoded()
+    prompt_lengths, response_lengths = array("i"), array("i")
     num_tokens = crc = 0
     try:
         with part.open("wb") as stream:
@@ -134,23 +130,17 @@ def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: B
                 crc = zlib.crc32(content, crc)
                 stream.write(content)
 
-            waiting = array("i")
             for prompt_ids, response_ids in samples():
-                waiting.extend(prompt_ids)
-                waiting.extend(response_ids)
-                lengths.prompt_lengths.append(len(prompt_ids))
-                lengths.response_lengths.append(len(response_ids))
-                if len(waiting) >= _FLUSH:
-                    put(waiting)
-                    num_tokens += len(waiting)
-                    waiting = array("i")
-            num_tokens += len(waiting)
-            for values in (waiting, lengths.prompt_lengths, lengths.response_lengths):
-                put(values)
+                put(array("i", [*prompt_ids, *response_ids]))
+                prompt_lengths.append(len(prompt_ids))
+                response_lengths.append(len(response_ids))
+                num_tokens += len(prompt_ids) + len(response_ids)
+            put(prompt_lengths)
+            put(response_lengths)
             about = {
                 "key": file.stem,
                 "tokens": num_tokens,
-                "samples": len(lengths.prompt_lengths),
+                "samples": len(prompt_lengths),
                 "crc": crc,
                 "bad_rows": bad_rows.to_table(),
             }
@@ -159,10 +149,3 @@ def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: B
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _crc(content: mmap.mmap, size: int) -> int:
-    crc = 0
-    for start in range(0, size, _CHUNK):
-        crc = zlib.crc32(content[start : min(start + _CHUNK, size)], crc)
-    return crc
