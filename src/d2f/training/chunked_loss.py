@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.errors import ConfigError, counted, unknown_name
 from d2f.ops.linear import matmul_wide
-from d2f.training.objective import OBJECTIVES
 
 DEFAULT_MEMORY_BYTES = 384 * 2**20
 """256 positions at a time for LLaDA-8B: enough for a GPU to compute longer than it reads the head,
@@ -69,10 +67,6 @@ def chunked_loss(
         memory_bytes: What the logits and what is computed from them may take. It sets how many
             positions a chunk has (see `chunk_size`), at least one.
 
-    Raises:
-        ConfigError: An unknown objective, a target of the wrong kind, or shapes that do not belong
-            together.
-
     Example:
         >>> hidden, head = torch.zeros(2, 4, requires_grad=True), torch.ones(3, 4)
         >>> loss, loss_M = chunked_loss(
@@ -80,7 +74,6 @@ def chunked_loss(
         >>> loss_M
         tensor([1.0986, 1.0986])
     """
-    _check(hidden_MD, head_VD, target, weight_M, objective)
     device = hidden_MD.device.type
     dtype = head_VD.dtype
     # As autocast itself does, which leaves fp64 alone.
@@ -122,31 +115,6 @@ class _Plan:
     size: int
     dtype: torch.dtype
     trains: bool
-
-
-def _check(
-    hidden_MD: Tensor,
-    head_VD: Tensor,
-    target: Tensor | TeacherStates,
-    weight_M: Tensor,
-    objective: str,
-) -> None:
-    if objective not in OBJECTIVES:
-        raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
-    if isinstance(target, TeacherStates) == (objective == "cross_entropy"):
-        raise ConfigError("cross_entropy needs token ids, the other objectives a teacher")
-    size, vocab_size = len(hidden_MD), len(head_VD)
-    if isinstance(target, TeacherStates):
-        found = (*target.hidden_ME.shape[:-1], len(target.head_VE))
-        expected: tuple[int, ...] = (size, vocab_size)
-    else:
-        found, expected = tuple(target.shape), (size,)
-    if found != expected or weight_M.shape != (size,):
-        raise ConfigError(
-            f"{size} hidden states over {counted(vocab_size, 'token')}, a target of {found} and "
-            "weights "
-            f"{tuple(weight_M.shape)} do not belong together"
-        )
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -147,9 +147,7 @@ def is_better(record: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool
         >>> is_better({"score": 0.5, "tokens_per_forward": 2.0}, {"score": 0.5})
         True
     """
-    if best is None:
-        return True
-    return _rank(record) > _rank(best)
+    return best is None or _rank(record) > _rank(best)
 
 
 def _rank(record: Mapping[str, Any]) -> tuple[float, float]:

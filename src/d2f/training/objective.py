@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError
+from d2f.recipe import one_of
 
 OBJECTIVES = ("forward_kl", "reverse_kl", "soft_cross_entropy", "cross_entropy")
 WEIGHTINGS = ("inverse_ratio", "none")
@@ -194,9 +195,6 @@ def block_sums(
 
 def check_names(objective: str, weighting: str, normalization: str) -> None:
     """Raise `ConfigError` for an unknown objective, weighting or normalization."""
-    if objective not in OBJECTIVES:
-        raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
-    if weighting not in WEIGHTINGS:
-        raise ConfigError(unknown_name("weighting", weighting, WEIGHTINGS))
-    if normalization not in NORMALIZATIONS:
-        raise ConfigError(unknown_name("normalization", normalization, NORMALIZATIONS))
+    one_of("objective", objective, OBJECTIVES)
+    one_of("weighting", weighting, WEIGHTINGS)
+    one_of("normalization", normalization, NORMALIZATIONS)

@@ -156,38 +156,32 @@ def load_whole(
     Raises:
         KeyError, ValueError: It is the state of another optimizer.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != [len(group["params"]) for group in state["param_groups"]]:
+        raise ValueError("its optimizer has other groups of parameters")
+    for number, entry in state["state"].items():
+        # The optimizer itself does not look, and would write past the ends.
+        found, wanted = tuple(entry["exp_avg"].shape), tuple(parameters[number].shape)
+        if found != wanted:
+            raise ValueError(f"its optimizer has a moment of {found} for a parameter of {wanted}")
     if not shard:
         optimizer.load_state_dict(dict(state))
-        for parameter, entry in optimizer.state.items():
-            # The optimizer itself does not look, and would write past the ends.
-            if entry["exp_avg"].shape != parameter.shape:
-                raise ValueError(
-                    f"its optimizer has a moment of {tuple(entry['exp_avg'].shape)} for a "
-                    f"parameter of {tuple(parameter.shape)}"
-                )
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     names = {id(p): name for name, p in model.named_parameters()}
-    groups, named = optimizer.param_groups, {}
-    sizes = [len(group["params"]) for group in groups]
-    if sizes != [len(group["params"]) for group in state["param_groups"]]:
-        raise ValueError("its optimizer has other groups of parameters")
-    new_groups = []
-    for group, saved in zip(groups, state["param_groups"], strict=True):
-        group_names = [names[id(p)] for p in group["params"]]
-        for parameter, name, number in zip(
-            group["params"], group_names, saved["params"], strict=True
-        ):
-            entry = state["state"][number]
-            if entry["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"its {name} is {tuple(entry['exp_avg'].shape)}")
-            named[name] = entry
-        new_groups.append({**saved, "params": group_names})
+    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    named: dict[str, Any] = {
+        "state": {names[id(p)]: state["state"][number] for number, p in enumerate(parameters)},
+        "param_groups": [
+            {**saved, "params": [names[id(p)] for p in group["params"]]} for group, saved in groups
+        ],
+    }
     set_optimizer_state_dict(
         model,
         optimizer,
-        optim_state_dict={"state": named, "param_groups": new_groups},
+        optim_state_dict=named,
         options=StateDictOptions(full_state_dict=True),
     )
 

@@ -36,7 +36,7 @@ _PATIENCE = timedelta(days=7)
 _STORE_SECONDS = 3
 
 
-class Processes:
+class Processes(AbstractContextManager["Processes"]):
     """One process by itself: the answers are its own, and nothing waits.
 
     Used as a context: several processes leave their group at its end, and if one of them fails all
@@ -117,9 +117,6 @@ class Processes:
         For files that the first to come makes and the others find, on a shared disk or not.
         """
         yield
-
-    def __enter__(self) -> Processes:
-        return self
 
     def __exit__(
         self,

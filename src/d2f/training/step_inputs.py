@@ -117,7 +117,15 @@ def make_inputs(
     if padding != "full" and not (config.noise is not None and config.noise.random_end):
         ends_B = sample_ends(batch.prompt_length_B, batch.end_B, batch.length_B, config.noise)
         batch = replace(batch, length_B=ends_B)
-    inputs = _stage_inputs(batch, config, mask_token_id, generator)
+    noise = config.noise
+    if noise is None:
+        inputs = autoregressive_inputs(batch)
+    else:
+        assert mask_token_id is not None
+        if config.stage == "masked-diffusion":
+            inputs = masked_diffusion_inputs(batch, noise, mask_token_id, generator)
+        else:
+            inputs = d2f_inputs(batch, noise, config.distillation, mask_token_id, generator)
     if padding == "longest":
         return inputs.sorted(length_multiple(batch.ids_BL.shape[1]))
     return inputs
@@ -134,18 +142,6 @@ def length_multiple(sequence_length: int) -> int:
         (128, 64)
     """
     return 64 * -(-sequence_length // (64 * NUM_LENGTHS))
-
-
-def _stage_inputs(
-    batch: Batch, config: TrainConfig, mask_token_id: int | None, generator: torch.Generator
-) -> StepInputs:
-    if config.stage == "autoregressive":
-        return autoregressive_inputs(batch)
-    assert config.noise is not None
-    assert mask_token_id is not None
-    if config.stage == "masked-diffusion":
-        return masked_diffusion_inputs(batch, config.noise, mask_token_id, generator)
-    return d2f_inputs(batch, config.noise, config.distillation, mask_token_id, generator)
 
 
 def autoregressive_inputs(batch: Batch) -> StepInputs:

@@ -22,8 +22,6 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: accelerate or a tracker's package is missing, or there is no such tracker.
     """
-    if not names:
-        return
     known = _classes()
     for name in names:
         if name not in known:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tests.unit.training.memory import LiveMemory
 
-from d2f.errors import ConfigError
 from d2f.training.chunked_loss import LOGIT_BYTES, TeacherStates, chunk_size, chunked_loss
 from d2f.training.objective import OBJECTIVES, WEIGHTINGS, distillation_loss, distillation_weights
 
@@ -193,18 +192,3 @@ def test_chunks_fill_the_memory_in_whole_tiles():
     assert chunk_size(1000, 100 * 1000 * LOGIT_BYTES) == 64
     assert chunk_size(1000, 63 * 1000 * LOGIT_BYTES) == 63
     assert chunk_size(1000, 1) == 1
-
-
-def test_what_does_not_fit_together_is_refused():
-    hidden, head, weight = torch.zeros(2, 4), torch.zeros(5, 4), torch.ones(2)
-    ids = torch.zeros(2, dtype=torch.long)
-    other = TeacherStates(hidden_ME=torch.zeros(2, 3), head_VE=torch.zeros(6, 3))
-    for target, objective, message in (
-        (ids, "forward_kl", "needs token ids"),
-        (other, "cross_entropy", "needs token ids"),
-        (other, "forward_kl", "do not belong together"),
-        (ids[:1], "cross_entropy", "do not belong together"),
-        (ids, "foward_kl", "did you mean 'forward_kl'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            chunked_loss(hidden, head, target, weight, objective)
