@@ -223,13 +223,8 @@ def load_data(
 ) -> tuple[TokenDataset, list[HeldOut]]:
     """Encode the run's data for a model, and take out the samples that are evaluated on.
 
-    Args:
-        config: The recipe.
-        tokenizer: The run's.
-        folder: Holds the tokenizer, for worker processes.
-        model: The model to train.
-        processes: Those that train it; all of them must come here.
-        note: Is told of bad rows, and what became of the others.
+    All processes must come here. `folder` holds the tokenizer, for worker processes; `note` is told
+    of bad rows, and what became of the others.
 
     Raises:
         ConfigError: Sequences are longer than the model's positions.

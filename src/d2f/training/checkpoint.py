@@ -68,12 +68,7 @@ def save_checkpoint(
     each process writes its own to a folder that all of them can write to, and the main process
     renames the folder.
 
-    Args:
-        distributed: The model that is trained.
-        optimizer: Its optimizer.
-        config: The recipe.
-        progress: The `step` and the `seconds` of training, which `load_state` gives back.
-        processes: Those that train together.
+    `progress` is the `step` and the `seconds` of training, which `load_state` gives back.
 
     Raises:
         TrainingError, CheckpointError: Something could not be written. The checkpoints from before
@@ -294,14 +289,8 @@ def save_result(
 ) -> Path:
     """Write `final/`: the model or adapter, its tokenizer, its decoding policy, a model card.
 
-    All weights are converted to `model.output_dtype` in place, which ends their training.
-
-    Args:
-        model: The model, whole.
-        config: The recipe.
-        tokenizer_folder: Holds the tokenizer; None: none is copied.
-        facts: What the card tells.
-        best: Write `best/` instead, with the evaluation beside; the model stays as it is.
+    All weights are converted to `model.output_dtype` in place, which ends their training. With
+    `best` the folder is `best/`, with the evaluation beside, and the model stays as it is.
     """
     name = BEST_FOLDER if best else "final"
     if not has_adapter(model):

@@ -102,13 +102,9 @@ class Estimate:
 def estimate(
     config: TrainConfig, spec: ModelSpec, *, processes: int = 1, compiled: bool = False
 ) -> Estimate:
-    """Estimate the memory and the operations of a recipe.
+    """Estimate the memory and the operations of a recipe, for processes with a GPU each.
 
-    Args:
-        config: The recipe.
-        spec: The spec of `model.init` or `model.config`.
-        processes: GPUs, one process each.
-        compiled: The layers are, as they are on a GPU with `compile`.
+    `spec` is that of `model.init` or `model.config`; on a GPU with `compile` layers are `compiled`.
 
     Raises:
         ConfigError: The adapter names none of the model's modules, or the batch cannot be divided
@@ -238,11 +234,8 @@ def _layer_weights(model: Transformer) -> int:
 def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: bool = False) -> int:
     """Count the bytes that a layer keeps of a token for the backward pass; see the module.
 
-    Args:
-        model: Its trained parameters require gradients; may be on the meta device.
-        residual: Bytes of a number in the residual stream.
-        products: Bytes of a number in products.
-        compiled: The compiler decides what is kept, as is known where only an adapter is trained.
+    `residual` and `products` are the bytes of a number in the residual stream and in products. The
+    model may be on the meta device; its trained parameters require gradients.
     """
     spec = model.spec
     query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim

@@ -25,14 +25,10 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
-    """Take samples out of a data set, and with them all others that have the same prompts.
+    """Take `count` samples out of a data set, and with them all others that have the same prompts.
 
-    A sample whose response was cut has no answer to be scored by, so it is not chosen.
-
-    Args:
-        dataset: Loses the samples; its `num_held_out` says how many, repeated prompts included.
-        count: Samples to give back, each of a prompt of its own.
-        seed: Chooses them.
+    A sample whose response was cut has no answer to be scored by, so it is not chosen. The data
+    set's `num_held_out` then says how many it has lost, repeated prompts included.
 
     Raises:
         TrainingError: There are not so many, or nothing would be left to train on.
@@ -73,15 +69,10 @@ BEST_FILE = "evaluation.json"
 
 
 class Evaluations:
-    """The evaluations of a run.
+    """The evaluations of a run; `save_best` is called with each model better than all before.
 
-    Args:
-        config: The recipe. A resumed run goes on with the lines and the best model in its output
-            folder, unless that was scored by another measure.
-        evaluator: Scores the model.
-        save_best: Is called with each model that is better than all before.
-        reporter: Is told of each.
-        after_step: The step that the run goes on from.
+    A run resumed after `after_step` goes on with the lines and the best model in its output folder,
+    unless that was scored by another measure.
     """
 
     def __init__(

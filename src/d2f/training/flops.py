@@ -101,12 +101,9 @@ def describe_work(inputs: StepInputs, *, only_visible: bool = True) -> Work:
 
 
 def step_flops(student: Transformer, teacher: Transformer | None, work: Work) -> StepFlops:
-    """Operations of a step of stage d2f.
+    """Operations of a step of stage d2f; without a teacher of its own the student teaches itself.
 
-    Args:
-        student: Its parameters that require gradients are the trained ones.
-        teacher: The other model that teaches; None: the student with its adapter off.
-        work: Sizes of the step.
+    The student's parameters that require gradients are the trained ones.
 
     Example:
         LLaDA-8B with a frozen base takes about 6 * 7.5e9 operations per token, 2 for each of the

@@ -41,11 +41,7 @@ def model_card(
 ) -> str:
     """Write the card, with the front matter that the hub reads. It names no folder of this machine.
 
-    Args:
-        config: The recipe.
-        spec: The spec of the trained model.
-        policy: The decoding policy that the model carries.
-        facts: What came of the run.
+    `spec` and `policy` are those of the trained model.
     """
     base = _base(config)
     blocks = [

@@ -269,11 +269,9 @@ class Reserved:
         return cls(masks=_texts(tokenizer, masks), ends=_texts(tokenizer, ends - masks))
 
     def check(self, pair: Pair, *, written: bool) -> None:
-        """Refuse a pair that holds one of them.
+        """Refuse a pair, as it is before the chat template, that holds one of them.
 
-        Args:
-            pair: A row's texts, before the chat template.
-            written: No template will write the prompt, so ends of turns in it are meant.
+        Where no template will write the prompt (`written`), ends of turns in it are meant.
 
         Raises:
             BadRow: One is written out in the prompt or in the response.

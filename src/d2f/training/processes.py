@@ -283,11 +283,8 @@ def _is_lost_peer(error: BaseException) -> bool:
 class DistributedModel:
     """A model, ready to be trained by these processes; with one process, the model as it is.
 
-    Args:
-        model: On the processes' device, the same on all of them. If it is to be sharded its
-            parameters are replaced by their shards in place.
-        processes: Those that train it.
-        sharding: `"none"` or `"full"`; see `TrainConfig.sharding`.
+    The model is on the processes' device, the same on all of them. With `sharding="full"` (see
+    `TrainConfig.sharding`) its parameters are replaced by their shards in place.
     """
 
     def __init__(self, model: Transformer, processes: Processes, sharding: str) -> None:
@@ -334,12 +331,9 @@ class DistributedModel:
     ) -> Iterator[Transformer | None]:
         """The model with all its weights on the main process; None on the others.
 
-        If it is sharded the weights are gathered on `device` for the block; all processes must
-        come here. Else it is the model itself, where it is.
-
-        Args:
-            device: Where gathered weights go.
-            dtype: Their type where the model carries no adapter; None: as they are.
+        If it is sharded the weights are gathered on `device` for the block, in `dtype` where the
+        model carries no adapter; all processes must come here. Else it is the model itself, where
+        it is.
         """
         if self._meta is None:
             yield self.model if self._processes.is_main else None

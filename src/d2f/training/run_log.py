@@ -48,12 +48,7 @@ class Reporter:
 class RunLog:
     """The log of a run, which goes to log.jsonl, samples.jsonl, a reporter and trackers.
 
-    Only the main process has one. A resumed run goes on with the files.
-
-    Args:
-        config: The recipe.
-        reporter: Is told of each line.
-        after_step: The step that the run goes on from.
+    Only the main process has one. A run resumed after `after_step` goes on with the files.
 
     Raises:
         ConfigError: A tracker is not there or does not start.

@@ -80,14 +80,8 @@ def encode_data(
     """Encode all pairs; `folder` is where worker processes find the same tokenizer.
 
     The result does not depend on the number of processes, nor on the cache. Rows whose texts hold
-    a mask or end token are bad.
-
-    Args:
-        config: What to read or generate.
-        tokenizer: The run's.
-        folder: Holds it.
-        note: Is told about bad rows and about a cache that cannot be written.
-        spec: The model's, which may know more mask and end tokens than the tokenizer.
+    a mask or end token are bad; the model's `spec` may know more of those than the tokenizer.
+    `note` is told about bad rows and about a cache that cannot be written.
 
     Raises:
         ConfigError: `data.chat_template` is true and the tokenizer has none.
@@ -148,12 +142,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], style: Style = (""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
-    """Encode a prompt, up to where the response begins.
-
-    Args:
-        tokenizer: The run's.
-        prompt: A text or messages.
-        chat: `data.chat_template`.
+    """Encode a prompt, up to where the response begins; `chat` is `data.chat_template`.
 
     Raises:
         RequestError: Messages without a chat template, or the template refuses them, or leaves

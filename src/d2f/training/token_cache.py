@@ -109,10 +109,7 @@ def read_cache(file: Path) -> Encoded | None:
 def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: BadRows) -> None:
     """Encode into a file; of all samples only the lengths are in memory.
 
-    Args:
-        file: As `cache_file` names it; its folder is created.
-        samples: Gives the samples.
-        bad_rows: Filled while the samples are read.
+    The file's folder is created. `bad_rows` are filled while the samples are read.
 
     Raises:
         OSError: The folder cannot be written to, or is full; nothing is left behind.

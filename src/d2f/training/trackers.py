@@ -48,11 +48,7 @@ class Trackers:
     """Passes a run's numbers on; only the main process makes one.
 
     The run is called after its output folder, within the project "d2f". What a tracker cannot take
-    is told once and ends it, not the training.
-
-    Args:
-        config: The recipe; its settings are recorded with the run.
-        note: Is told of a tracker that fails.
+    is told once to `note` and ends it, not the training. The recipe is recorded with the run.
 
     Raises:
         ConfigError: As `check_trackers`, or a tracker does not start.

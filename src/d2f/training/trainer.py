@@ -63,12 +63,11 @@ class Trainer:
         student: The model, on its device, whose trained parameters require gradients.
         dataset: The samples.
         teacher: Stage d2f: a frozen model; None: the student with its adapter off.
-        sampler: Gives sample answers; called every `sample.every` steps, on the main process.
-        evaluator: Scores the model, on the main process; called every `evaluate.every` steps and
-            at the end.
+        sampler: Gives sample answers, on the main process.
+        evaluator: Scores the model, on the main process.
         save_best: Keeps the model that the evaluator scored best.
         reporter: Is told of every record.
-        state: What `load_state` read, to go on from there.
+        state: The result of `load_state`, to go on from there.
         processes: Those that train together; None: this one alone.
         observer: Is told of the end of each of `PHASES`, within the steps.
 
