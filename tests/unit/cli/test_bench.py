@@ -7,28 +7,14 @@ import json
 import pytest
 
 from d2f.cli import bench_race, bench_step
-from d2f.evaluation import rates
-from d2f.evaluation.rates import Rates
-from d2f.models import presets
-from d2f.testing import tiny_spec, write_checkpoint
+from d2f.testing import write_checkpoint
 
 STEP = ("bench", "step", "--device", "cpu", "--dtype", "float32", "--steps", 2)
 RACE = ("bench", "race", "--device", "cpu", "--dtype", "float32", "--runs", 1)
 SHAPE = ("--shape", "llada-8b", "--accept", 4, "--prompt-length", 6, "--max-new-tokens", 12)
 
 
-@pytest.fixture(autouse=True)
-def tiny_presets(monkeypatch):
-    """The presets at sizes that a test can afford."""
-    for name, kind in (("llada-8b", "llada"), ("dream-7b", "Dream"), ("qwen2.5-7b", "qwen2")):
-        monkeypatch.setitem(presets.PRESETS, name, tiny_spec(kind))
-
-
-@pytest.fixture
-def given_rates(monkeypatch):
-    """Rates that need not be measured."""
-    found = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e11, matmul_size=64)
-    monkeypatch.setattr(rates, "measure_rates", lambda *_: found)
+pytestmark = pytest.mark.usefixtures("tiny_presets")
 
 
 def test_step_reports_all_rows_and_ratios(d2f, tmp_path):

@@ -9,27 +9,14 @@ from tests.forked import run_group
 
 from d2f.cli import bench_train
 from d2f.cli.step_bench import StepBench
-from d2f.evaluation import rates
-from d2f.evaluation.rates import Rates
-from d2f.models import presets
-from d2f.testing import tiny_spec, write_checkpoint
+from d2f.testing import write_checkpoint
 from d2f.training.trainer import PHASES
 
 TRAIN = ("bench", "train", "--device", "cpu", "--dtype", "float32", "--steps", 1)
 SHAPE = ("--shape", "llada-8b", "--length", 32, "--micro-batch", 1)
 
 
-@pytest.fixture(autouse=True)
-def tiny_presets(monkeypatch):
-    for name, kind in (("llada-8b", "llada"), ("dream-7b", "Dream"), ("qwen2.5-7b", "qwen2")):
-        monkeypatch.setitem(presets.PRESETS, name, tiny_spec(kind))
-
-
-@pytest.fixture
-def given_rates(monkeypatch):
-    """Rates that need not be measured."""
-    found = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e11, matmul_size=64)
-    monkeypatch.setattr(rates, "measure_rates", lambda *_: found)
+pytestmark = pytest.mark.usefixtures("tiny_presets")
 
 
 def test_all_rows_are_reported(d2f, given_rates, tmp_path):

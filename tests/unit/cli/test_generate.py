@@ -7,31 +7,19 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from tests.unit.cli.conftest import POLICY
 
-from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
 from d2f.engine.generate import generate_ids
 from d2f.models.checkpoint import load_model
 from d2f.testing import write_adapter, write_checkpoint
 from d2f.text import Tokenizer
 
-POLICY = DecodingPolicy(block_size=8, confidence_threshold=0.5)
 EASY = "Tom has 5 apples. Ann has 3 times as many apples as Tom. How many apples does Ann have?"
 KEYS = [
     "text", "token_ids", "num_tokens", "num_forwards", "tokens_per_forward", "seconds",
     "tokens_per_second", "finish_reason",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llada")
-    return write_checkpoint(path, "llada", policy=POLICY, tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", tokenizer=True)
 
 
 @pytest.fixture

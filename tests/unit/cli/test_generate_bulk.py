@@ -11,11 +11,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from tests.unit.cli.conftest import POLICY
 
 from d2f.cli import answer_file
 from d2f.cli.bulk_options import ANSWER_COLUMNS, BulkOptions
 from d2f.cli.usage import UsageError
-from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.evaluation.answering import Answering
@@ -24,24 +24,12 @@ from d2f.testing import tiny_model, write_checkpoint
 from d2f.training.sections import ColumnConfig, DataConfig
 from d2f.training.sources import read_pairs
 
-POLICY = DecodingPolicy(block_size=8, confidence_threshold=0.5)
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}"
     "{{ m.role }}:{{ m.content }};{% endfor %}"
 )
 PROMPTS = ["1+1=", "Tom has 5 apples.", "x", "-5 + 3?", "7*6="]
 COUNTS = ["num_tokens", "num_forwards", "finish_reason"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llada")
-    return write_checkpoint(path, "llada", policy=POLICY, tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", tokenizer=True)
 
 
 @pytest.fixture(scope="module")

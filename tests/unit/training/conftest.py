@@ -2,6 +2,8 @@ import pytest
 from tests.unit.training.tiny_run import make_config
 
 from d2f.models.lora import LoraConfig
+from d2f.testing import write_tokenizer
+from d2f.text import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +19,8 @@ def stage_config(request, tmp_path):
     if request.param == "d2f-lora":
         return make_config(tmp_path, "d2f", lora=LoraConfig(r=4, alpha=8, dropout=0.2))
     return make_config(tmp_path, request.param)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return Tokenizer.load(write_tokenizer(tmp_path / "tokenizer"))

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tests.unit.training.test_run import At, interrupt
-from tests.unit.training.tiny_run import make_config, write_files
+from tests.unit.training.tiny_run import make_config, stored_weights, write_files
 
 from d2f.cli.inspect import inspect_adapter
 from d2f.cli.train_answers import make_evaluator, make_sampler
@@ -51,10 +50,6 @@ def config_for(files, stage, name, objective=None, **model):
 
 def run(files, stage, name, objective=None, **model):
     return Path(train(config_for(files, stage, name, objective, **model), device="cpu").folder)
-
-
-def stored(folder):
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("stage", ["masked-diffusion", "d2f"])
@@ -100,7 +95,7 @@ def test_resuming_goes_on_bit_for_bit(files):
             summary = train(config, device="cpu", reporter=At(3, interrupt))
             assert inspect_adapter(summary.folder)["dtype"] == "float32"
         folders.append(Path(train(config, device="cpu", resume=name == "stopped").folder))
-    one, other = map(stored, folders)
+    one, other = map(stored_weights, folders)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -116,9 +111,9 @@ def test_a_chain_of_adapters_on_one_base(files):
     )  # fmt: skip
     start = run(files, "d2f", "start", init_adapter=str(teacher), mask_token_id=None)
     # The teacher is the model that the run starts from, by either name.
-    one, other = stored(named), stored(start)
+    one, other = stored_weights(named), stored_weights(start)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    before = stored(teacher)
+    before = stored_weights(teacher)
     assert one.keys() == before.keys()
     assert not any(torch.equal(one[name], before[name]) for name in one)
     student = load_model(base, named, "cpu")

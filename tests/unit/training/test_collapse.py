@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.training.tiny_run import Notes, make_config, make_dataset, make_trainer
+from tests.unit.training.tiny_run import Notes, log_of, make_config, make_dataset, make_trainer
 
 from d2f.models.lora import LoraConfig
 from d2f.training.confidence import MOST_POSITIONS, MOST_SEQUENCES, measure_confidence
@@ -70,11 +70,6 @@ def test_one_token_everywhere():
     assert warnings([{"confidence": 0.9, "one_token": None}] * 9) == []
 
 
-def logged(config):
-    with open(f"{config.output}/log.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_healthy_runs_do_not_warn(stage_config):
     config = replace(
         stage_config, steps=40, log_every=1, optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3)
@@ -82,7 +77,7 @@ def test_healthy_runs_do_not_warn(stage_config):
     trainer = make_trainer(config)
     assert trainer.run()
     assert trainer.warnings == []
-    records = logged(config)
+    records = log_of(config)
     assert all(0 < record["confidence"] <= 1 for record in records)
     assert all(("teacher_confidence" in r) == (config.stage == "d2f") for r in records)
 

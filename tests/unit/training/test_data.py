@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from d2f.errors import TrainingError
-from d2f.testing import write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.text import Tokenizer
 from d2f.training import sources
@@ -16,11 +15,6 @@ from d2f.training.token_cache import Encoded
 from d2f.training.tokenizer import train_tokenizer
 
 PROBLEMS = DataConfig(kind="problems", num_problems=30, sequence_length=400, seed=3)
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    return Tokenizer.load(write_tokenizer(tmp_path / "tokenizer"))
 
 
 def encoded(*pairs):

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.unit.training.tiny_run import FAMILY, make_config, make_dataset, write_files
+from tests.unit.training.tiny_run import (
+    FAMILY,
+    make_config,
+    make_dataset,
+    stored_weights,
+    write_files,
+)
 
 from d2f.cli.train_answers import make_evaluator
 from d2f.errors import ConfigError, D2FError, TrainingError
@@ -39,10 +44,6 @@ def config_for(files, stage, name="run", **overrides):
         data=DataConfig(kind="jsonl", paths=(str(files / "pairs.jsonl"),), sequence_length=12),
     )
     return replace(config, **overrides)
-
-
-def stored(folder):
-    return {n: t for file in Path(folder).glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def lines(config, name="evaluations.jsonl"):
@@ -94,7 +95,7 @@ def test_it_changes_nothing_and_the_best_is_a_model(files, stage, lora):
     before = torch.get_rng_state()
     summary = train(watched, device="cpu", make_evaluator=make_evaluator)
     assert torch.equal(torch.get_rng_state(), before)
-    one, other = (stored(Path(c.output) / "final") for c in (plain, watched))
+    one, other = (stored_weights(Path(c.output) / "final") for c in (plain, watched))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     records = lines(watched)
@@ -124,7 +125,7 @@ def test_the_best_is_kept_and_replaced(files):
         reporter=reporter,
     )
     assert (summary.best["step"], summary.best["score"]) == (6, 0.7)
-    kept, then = (stored(Path(config.output) / n) for n in ("best", "checkpoint-00000006"))
+    kept, then = (stored_weights(Path(config.output) / n) for n in ("best", "checkpoint-00000006"))
     assert all(torch.equal(kept[name], then[name]) for name in then)
     assert [record["best_step"] for record in reporter.evaluations] == [2, 4, 6, 6]
     assert not any(name.startswith(".") for name in os.listdir(config.output))
@@ -160,11 +161,11 @@ def test_a_resumed_run_doubles_nothing_and_remembers_the_best(files, kill_at):
         with pytest.raises(KeyboardInterrupt):
             go(0.9, 0.2, reporter=Killed())
         assert [record["step"] for record in lines(config)] == [2, 4]
-    kept = stored(Path(config.output) / "best")
+    kept = stored_weights(Path(config.output) / "best")
     summary = go(0.3, 0.4, resume=True)
     assert [(r["step"], r["score"]) for r in lines(config)] == [(2, 0.9), (4, 0.3), (6, 0.4)]
     assert summary.best["step"] == 2
-    now = stored(Path(config.output) / "best")
+    now = stored_weights(Path(config.output) / "best")
     assert all(torch.equal(kept[name], now[name]) for name in kept)
 
 
@@ -290,7 +291,7 @@ def test_a_run_on_users_own_rows(files):
     # How often it is evaluated changes nothing.
     seldom = replace(config, output=str(files / "b"), evaluate=replace(settings, every=100))
     train(seldom, device="cpu", make_evaluator=make_evaluator)
-    one, other = (stored(Path(c.output) / "final") for c in (config, seldom))
+    one, other = (stored_weights(Path(c.output) / "final") for c in (config, seldom))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

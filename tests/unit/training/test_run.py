@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file
-from tests.unit.training.tiny_run import FAMILY, make_config, write_files
+from tests.unit.training.tiny_run import FAMILY, make_config, stored_weights, write_files
 from typer.testing import CliRunner
 
 from d2f.cli.train import train_command
@@ -62,10 +61,6 @@ def config_for(files, stage, name="run", **overrides):
         data=DataConfig(kind="jsonl", paths=(str(files / "pairs.jsonl"),), sequence_length=12),
     )
     return replace(config, **overrides)
-
-
-def stored_weights(folder):
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.unit.training.tiny_run import WatchedLoss, make_config, make_trainer
+from tests.unit.training.tiny_run import WatchedLoss, log_of, make_config, make_trainer
 
 from d2f.errors import TrainingError
 from d2f.models.checkpoint import load_model
@@ -20,11 +20,6 @@ def assert_equal(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
-
-
-def log_of(config):
-    with open(f"{config.output}/log.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def test_every_stage_learns(stage_config):

@@ -30,11 +30,6 @@ SHARE_GPT = ColumnConfig(messages="conversations", role="from", content="value",
 
 
 @pytest.fixture
-def tokenizer(tmp_path):
-    return Tokenizer.load(write_tokenizer(tmp_path / "tokenizer"))
-
-
-@pytest.fixture
 def chatty(tmp_path):
     return Tokenizer.load(train_tokenizer(["a b c"] * 9, tmp_path / "chatty", vocab_size=300))
 

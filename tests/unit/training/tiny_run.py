@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from d2f.models.lora import attach_adapter
 from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
-from d2f.training.run_log import Reporter
+from d2f.training.run_log import Reporter, read_log
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 from d2f.training.step_inputs import StepInputs
 from d2f.training.token_cache import Encoded
@@ -81,6 +82,17 @@ def write_files(folder: Path) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def stored_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model or adapter."""
+    files = Path(folder).glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def log_of(config: TrainConfig) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return read_log(Path(config.output) / "log.jsonl")
 
 
 class WatchedLoss:
