@@ -57,12 +57,9 @@ def _near(path: str | Path) -> str:
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Build a config dataclass from a table.
+    """Build a config dataclass from a table; tables in it become nested dataclasses.
 
-    Args:
-        cls: The dataclass.
-        table: The values; tables in it become nested dataclasses.
-        where: What error messages begin with, such as the name of the file.
+    Error messages begin with `where`, such as the name of the file.
 
     Raises:
         ConfigError: A key is unknown (the message names the nearest known one), or a value is

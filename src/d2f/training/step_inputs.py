@@ -301,11 +301,8 @@ def sample_ends(
 ) -> Tensor:
     """Give the ends of noise (B,): the sequence's, the block's with the first EOS, or that EOS.
 
-    Args:
-        prompt_B: Tokens of the prompts.
-        end_B: Where the answers end, their first EOS included.
-        length_B: Where the sequences end.
-        noise: None: stage autoregressive, which ends with the first EOS.
+    Prompts have `prompt_B` tokens, answers end at `end_B`, their first EOS included, and sequences
+    at `length_B`. Without noise (stage autoregressive) a sample ends with its first EOS.
 
     Example:
         >>> noise = NoiseConfig(kind="uniform", low=0.1, high=1, block_size=4,
