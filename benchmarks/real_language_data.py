@@ -37,13 +37,13 @@ from typing import Any
 
 import chat_turns
 import sql_values
+from number_faults import find_faults
 
 from d2f.errors import D2FError
 from d2f.evaluation.benchmark_files import read_split
 from d2f.problems.grade_school import grade_school_prompt
 from d2f.problems.number_variants import Collection, Made, Variant, strip_annotations
 from d2f.problems.number_variants.annotate import annotate
-from d2f.problems.number_variants.faults import find_faults
 from d2f.problems.text2sql import TEXT_TO_SQL, sql_prompt
 
 Row = Mapping[str, Any]

@@ -11,12 +11,12 @@ Example:
     True
 """
 
-from d2f.problems.answer import extract_answer
 from d2f.problems.generator import generate_problem, generate_problems
 from d2f.problems.plan import QUESTION_CATALOGUE as QUESTIONS
 from d2f.problems.plan import RELATIONS
 from d2f.problems.problem import SPLITS, Problem, ProblemConfig
 from d2f.problems.relation import Relation
+from d2f.problems.written_number import extract_answer
 
 __all__ = [
     "QUESTIONS",

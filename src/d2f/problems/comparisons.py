@@ -6,8 +6,6 @@ from typing import Any
 
 from d2f.problems.relation import Relation, parse_ops
 
-__all__ = ["COMPARISONS"]
-
 
 def _compare(
     id: str, ops: str, *text: str, c: str = "", takes: str = "cmp", divisor: int = 1, **rest: Any

@@ -6,8 +6,6 @@ from random import Random
 
 from d2f.problems.frames import Wording
 
-__all__ = ["FACTS", "distract", "draw_fact"]
-
 # Each fact: its unit, the range of its number, its sentence. A fact is not used in a story that
 # counts in the same unit.
 FACTS: tuple[tuple[str, tuple[int, int], str], ...] = (

@@ -13,8 +13,6 @@ from functools import lru_cache
 
 from d2f.problems.words import SINGULAR
 
-__all__ = ["BASE_FRAMES", "FRAMES", "Frame", "Subject", "Wording", "word_quantity"]
-
 
 @dataclass(frozen=True, slots=True)
 class Subject:

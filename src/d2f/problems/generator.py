@@ -13,8 +13,6 @@ from d2f.problems.plan import Plan, sample_plan, split_of
 from d2f.problems.problem import Problem, ProblemConfig
 from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
 
-__all__ = ["generate_problem", "generate_problems"]
-
 _PEOPLE = tuple(Subject(*person) for person in PEOPLE)
 _NAMES: dict[str, tuple[Subject, ...]] = {
     "person": _PEOPLE,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["grade_school_prompt"]
-
 
 def grade_school_prompt(question: str) -> str:
     r"""Return the prompt of a problem as lm-eval's task gsm8k writes it without examples.

@@ -6,8 +6,6 @@ from random import Random
 
 from d2f.problems.problem import SPLITS
 
-__all__ = ["mix", "problem_stream"]
-
 _MASK = (1 << 64) - 1
 
 

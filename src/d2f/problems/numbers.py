@@ -9,8 +9,6 @@ from random import Random
 from d2f.problems.plan import Node, Plan
 from d2f.problems.relation import Relation
 
-__all__ = ["Filled", "fill_numbers"]
-
 # Largest divisor that later steps may demand of a value.
 _MOST_DIVISIBILITY = 48
 _MOST_FACTOR = 12

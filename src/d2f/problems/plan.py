@@ -12,8 +12,6 @@ from d2f.problems.questions import DIRECT, QUESTIONS
 from d2f.problems.relation import Relation
 from d2f.problems.stories import STORIES
 
-__all__ = ["QUESTION_CATALOGUE", "RELATIONS", "Node", "Plan", "sample_plan", "split_of"]
-
 RELATIONS: dict[str, Relation] = {rel.id: rel for rel in (*COMPARISONS, *STORIES)}
 """All relations by their ids: first comparisons, then events of stories."""
 

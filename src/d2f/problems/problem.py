@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from d2f.errors import ConfigError
 
-__all__ = ["SPLITS", "Problem", "ProblemConfig"]
-
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 MOST_STEPS = 7

@@ -6,8 +6,6 @@ from typing import Any
 
 from d2f.problems.relation import Relation, parse_ops
 
-__all__ = ["DIRECT", "QUESTIONS"]
-
 DIRECT = "direct"
 """Id of the question that asks for the last quantity itself."""
 

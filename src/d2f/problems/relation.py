@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Relation", "parse_ops"]
-
 Op = tuple[str, str | int, str | int]
 
 

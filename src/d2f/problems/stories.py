@@ -6,8 +6,6 @@ from typing import Any
 
 from d2f.problems.relation import Relation, parse_ops
 
-__all__ = ["STORIES"]
-
 
 def _story(
     id: str, takes: str, out: str, ops: str, *text: str, c: str = "", k: str = "", **rest: Any

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["TEXT_TO_SQL", "sql_prompt"]
-
 TEXT_TO_SQL = ("advising", "wikisql")
 """The two collections: Advising has one database, WikiSQL a table for each question."""
 

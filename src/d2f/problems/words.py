@@ -6,8 +6,6 @@ one or two tokens.
 
 from __future__ import annotations
 
-__all__ = ["COLORS", "DAYS", "ITEMS", "PEOPLE", "PRICED", "SINGULAR"]
-
 # First names, each with its pronoun and its possessive.
 PEOPLE: tuple[tuple[str, str, str], ...] = tuple(
     (name, "she", "her")

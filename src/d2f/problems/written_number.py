@@ -1,4 +1,4 @@
-"""Parse numbers as people write them: signs, thousands commas, decimals, powers of ten."""
+"""Numbers as people write them, and the one that ends the response to a word problem."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections import deque
 from decimal import Decimal
 
-__all__ = ["last_number", "whole_number"]
-
+MARK = "####"
+"""It stands before a response's final answer."""
 MAX_DIGITS = 1000
 """Most digits of a number. Python's int() parses up to 4,300; no answer needs many."""
 
@@ -68,3 +68,23 @@ def whole_number(text: str) -> int | None:
     if len(digits) > MAX_DIGITS:
         return None
     return -int(digits) if found["sign"] else int(digits)
+
+
+def extract_answer(text: str) -> int | None:
+    r"""Return the whole number after the last `####`; None if there is none or it is malformed.
+
+    Commas or spaces between groups of three digits, a minus, a dollar sign and a closing full stop
+    are accepted. Any other text after the mark on its line, or more than 1,000 digits, makes the
+    answer malformed.
+
+    Example:
+        >>> extract_answer("She has 40 * 30 = 1200 cards.\n#### 1,200")
+        1200
+        >>> extract_answer("no answer") is None
+        True
+    """
+    _, mark, rest = text.rpartition(MARK)
+    if not mark:
+        return None
+    lines = rest.strip().splitlines()
+    return whole_number(lines[0]) if lines else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from benchmarks.number_faults import find_faults
 
 from d2f.problems.number_variants import Collection, Variant, make_variants, strip_annotations
 from d2f.problems.number_variants.annotate import annotate
-from d2f.problems.number_variants.faults import find_faults
 from d2f.problems.number_variants.numbers import find_numbers
 from d2f.problems.number_variants.redraw import plan_redraw
 from d2f.problems.number_variants.worked_problem import read_problem

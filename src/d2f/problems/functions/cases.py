@@ -11,8 +11,6 @@ from d2f.problems.functions.inputs import InputSource
 from d2f.problems.functions.operation import Argument
 from d2f.problems.functions.pipeline import Pipeline, Step
 
-__all__ = ["Case", "CaseSource", "run"]
-
 Case = tuple[list[Any], list[Any]]
 """Arguments of a call, and the values before the first step and after each step."""
 

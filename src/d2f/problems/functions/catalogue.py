@@ -6,8 +6,6 @@ from d2f.problems.functions.numbers import NUMBERS
 from d2f.problems.functions.operation import TYPES, Operation
 from d2f.problems.functions.strings import STRINGS
 
-__all__ = ["ENDING", "OPERATIONS", "PASSING"]
-
 OPERATIONS: dict[str, Operation] = {operation.id: operation for operation in (*NUMBERS, *STRINGS)}
 """All operations by their ids."""
 

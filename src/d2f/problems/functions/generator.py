@@ -13,8 +13,6 @@ from d2f.problems.functions.wording import describe
 from d2f.problems.mixing import problem_stream
 from d2f.problems.plan import split_of
 
-__all__ = ["generate_function_problem", "generate_function_problems", "split_of_operations"]
-
 _DEFAULT = FunctionConfig()
 _ATTEMPTS = 4
 

@@ -8,8 +8,6 @@ from typing import Any
 from d2f.problems.functions.operation import Argument
 from d2f.problems.functions.pipeline import LETTERS, Pipeline
 
-__all__ = ["EMPTY", "InputSource"]
-
 EMPTY: dict[str, Any] = {"ints": [], "strs": [], "int": 0, "str": ""}
 """The edge case of each type."""
 

@@ -6,8 +6,6 @@ from functools import partial
 
 from d2f.problems.functions.operation import Operation, define
 
-__all__ = ["NUMBERS"]
-
 _list = partial(define, "ints", "ints", "")
 _fold = partial(define, "ints", "int")
 _test = partial(define, "ints", "bool", "answer")

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["TYPES", "Argument", "Operation", "define"]
-
 TYPES = ("ints", "int", "strs", "str", "bool")
 """Names of the types list[int], int, list[str], str and bool."""
 

@@ -10,8 +10,6 @@ from typing import Any
 from d2f.problems.functions.catalogue import ENDING, PASSING
 from d2f.problems.functions.operation import Argument, Operation
 
-__all__ = ["PARAMETERS", "PLAIN_NAMES", "SEPARATORS", "Pipeline", "Step", "sample_pipeline"]
-
 PARAMETERS = {
     "ints": "xs values data items".split(),
     "int": "n num value z".split(),

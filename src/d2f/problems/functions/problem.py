@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from d2f.errors import ConfigError
 
-__all__ = ["MOST_STEPS", "FunctionConfig", "FunctionProblem", "program"]
-
 MOST_STEPS = 4
 
 

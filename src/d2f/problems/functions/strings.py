@@ -6,8 +6,6 @@ from functools import partial
 
 from d2f.problems.functions.operation import Operation, define
 
-__all__ = ["STRINGS"]
-
 _text = partial(define, "str", "str", "")
 _count = partial(define, "str", "int")
 _ask = partial(define, "str", "bool", "answer")

@@ -6,8 +6,6 @@ from random import Random
 
 from d2f.problems.functions.pipeline import Pipeline, choose, write_argument
 
-__all__ = ["describe", "third_person"]
-
 _FIRST: dict[str, dict[str, tuple[str, ...]]] = {
     "ints": {
         "them": ("the numbers in {p}", "the elements of {p}"),
