@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 
 from d2f import Engine, EngineConfig, Request, load_model
-from d2f.cli.console import write_json
 from d2f.evaluation.environment import describe_environment
+from d2f.evaluation.results import write_json
 
 TEXT = """The river rises in the hills above the town, where it is no wider than a step. Below the
 mill it takes in two streams, turns west through meadows that it floods in most springs, and reaches

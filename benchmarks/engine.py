@@ -25,12 +25,12 @@ from bursts import mixed_requests, run_bursts
 from d2f import Engine, EngineConfig, Request, load_model
 from d2f.cli.bench_race import problem_field, race_report, shape_field
 from d2f.cli.bench_step import engine_gaps, summarize
-from d2f.cli.console import write_json
 from d2f.cli.device import choose_device, fastest_dtype
 from d2f.decoding import reference
 from d2f.engine.steady import SteadyStep
 from d2f.evaluation.environment import describe_environment
 from d2f.evaluation.rates import measure_rates
+from d2f.evaluation.results import write_json
 from d2f.evaluation.step import measure_step
 from d2f.models.presets import autoregressive_twin, preset_spec, random_model
 from d2f.models.transformer import Transformer

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from d2f.cli.bench_train_setup import TrainOptions
-from d2f.cli.console import write_json
 from d2f.diffusion.layout import BlockLayout, visible
 from d2f.evaluation.environment import describe_environment
+from d2f.evaluation.results import write_json
 from d2f.ops.attention import AttentionMask, attention
 from d2f.ops.tiled_attention import tiled_attention, tiled_mask
 from d2f.training.chunked_loss import TeacherStates, chunked_loss

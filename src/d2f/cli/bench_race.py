@@ -20,10 +20,11 @@ from d2f.cli.bench_options import (
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, plain_table, write_json, write_numbers
+from d2f.cli.console import check_writable, log, out, plain_table, write_numbers
 from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError
 from d2f.errors import ConfigError, counted
+from d2f.evaluation.results import write_json
 
 if TYPE_CHECKING:
     from d2f.engine.engine import Engine

@@ -15,10 +15,11 @@ from d2f.cli.bench_options import (
     numbers,
 )
 from d2f.cli.bench_train_setup import TrainOptions
-from d2f.cli.console import check_writable, log, out, plain_table, shown, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, shown
 from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError, usage
 from d2f.errors import ConfigError, counted
+from d2f.evaluation.results import write_json
 
 if TYPE_CHECKING:
     from d2f.cli.bench_train_setup import TrainSetup

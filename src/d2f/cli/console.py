@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from d2f.errors import ConfigError
+from d2f.evaluation.results import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,13 +27,6 @@ def explain_blank(text: str) -> None:
     """Say on stderr that an answer has no text, since empty output looks like a failure."""
     if not text.strip():
         log.print("the answer ended without a text", style="dim")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def plain_table(gap: int = 1, *, names: Sequence[str] = (), numbers: Sequence[str] = ()) -> Table:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.bench_options import DeviceOption, DtypeOption
-from d2f.cli.console import check_writable, log, out, plain_table, say, write_json
+from d2f.cli.console import check_writable, log, out, plain_table, say
 from d2f.cli.usage import usage
 from d2f.errors import ConfigError, counted
+from d2f.evaluation.results import write_json
 
 if TYPE_CHECKING:
     from d2f.evaluation.race import Tally

@@ -11,8 +11,8 @@ from d2f.evaluation.harness_scoring import (
     CodeEval,
     CodeScorer,
     MathScorer,
-    TextScorer,
     cut,
+    score_texts,
     stop_strings,
 )
 from d2f.evaluation.harness_source import (
@@ -60,16 +60,7 @@ def load_harness_task(
     num_fewshot: int | None = None,
     clean_up: str = "ours",
 ) -> HarnessTask:
-    """Load one of lm-eval's benchmarks.
-
-    Args:
-        name: One of `HARNESS_TASKS`.
-        num_examples: The first so many problems; None, or more than there are: all.
-        split: "test", or "validation": other problems, to choose settings on.
-        data: A folder of the public files (`benchmark_files.FILES`); None: from the hub.
-        offline: Ask no network: what the hub's cache has will do.
-        num_fewshot: Examples in the prompt; None: as many as the benchmark demands.
-        clean_up: How a program is found in an answer; "ours" or "paper" (`CodeScorer`).
+    """Load one of lm-eval's benchmarks, one of `HARNESS_TASKS`; arguments as in `load_task`.
 
     Raises:
         ConfigError: lm-eval is missing, a file is missing or broken, the hub does not give the
@@ -121,29 +112,10 @@ class HarnessTask:
         num_examples: int | None,
         scorer: Scorer,
     ) -> None:
-        self._name = name
-        self._parts = parts
-        self._num_fewshot = num_fewshot
-        self._num_examples = num_examples
-        self._score = scorer
+        self.name, self.num_fewshot = name, num_fewshot
+        self.stop = () if name == "humaneval" else stop_strings(parts[0])
+        self._parts, self._num_examples, self._score = parts, num_examples, scorer
         self._examples: list[Example] | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the task in lm-eval."""
-        return self._name
-
-    @property
-    def num_fewshot(self) -> int:
-        """Examples in each prompt."""
-        return self._num_fewshot
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-        if self._name == "humaneval":
-            return ()
-        return stop_strings(self._parts[0])
 
     def examples(self) -> Sequence[Example]:
         """The problems, in the data's order."""
@@ -177,7 +149,7 @@ class HarnessTask:
                 id=_id(doc, len(self._examples) + i),
                 prompt=prompt,
                 messages=tuple(messages),
-                response=_GOLD[self._name](doc),
+                response=_GOLD[self.name](doc),
                 source=(number, doc),
             )
             for i, (doc, prompt, messages) in enumerate(zip(docs, plain, chats, strict=True))
@@ -193,7 +165,7 @@ class HarnessTask:
                 "fewshot_as_multiturn": True,
                 "chat_template": lambda messages, add_generation_prompt: messages,
             }
-        return [part.fewshot_context(doc, self._num_fewshot, **form) for doc in docs]
+        return [part.fewshot_context(doc, self.num_fewshot, **form) for doc in docs]
 
 
 def _id(doc: Mapping[str, Any], number: int) -> str:
@@ -225,7 +197,7 @@ def _scorer(name: str, code_eval: CodeEval | None, clean_up: str) -> Scorer:
     if code_eval is not None:
         return CodeScorer(code_eval, clean_up=clean_up)
     if name.startswith("gsm8k"):
-        return TextScorer("flexible-extract")
+        return score_texts
     return MathScorer(find_lm_eval(name) / "tasks" / "minerva_math" / "utils.py")
 
 
@@ -242,14 +214,9 @@ def load_gsm8k_variants(
 ) -> HarnessTask:
     """Load a part of GSM8K's training problems, put and judged as lm-eval's gsm8k without examples.
 
-    Args:
-        num_examples: The first so many problems; None, or more than there are: all.
-        seed: That of the training data, or the parts are others than those left out of it.
-        split: "test": 1,000 known problems with numbers that no training row has; "validation":
-            the 500 problems that neither training rows nor variants are made of, to choose
-            settings on.
-        data: A folder of the public files; None: from the hub.
-        offline: Ask no network.
+    The split "test" has 1,000 known problems with numbers that no training row has, and
+    "validation" the 500 problems that neither training rows nor variants are made of. `seed` must
+    be that of the training data; the other arguments are those of `load_task`.
 
     Raises:
         ConfigError: lm-eval is missing, or the training problems cannot be had.
@@ -283,5 +250,5 @@ def load_gsm8k_variants(
         [part],
         num_fewshot=0,
         num_examples=num_examples,
-        scorer=TextScorer("flexible-extract"),
+        scorer=score_texts,
     )

@@ -28,6 +28,9 @@ from d2f.evaluation.code_paper import paper_solution
 from d2f.evaluation.sandbox import run_programs
 from d2f.evaluation.task import Verdict
 
+_FLEXIBLE = "flexible-extract"
+_EXACT_MATCH = f"exact_match,{_FLEXIBLE}"
+
 
 def stop_strings(task: Any) -> tuple[str, ...]:
     """Give the strings at which lm-eval cuts the answers to a task."""
@@ -74,27 +77,24 @@ def first_metric(metrics: Mapping[str, float]) -> float:
     return next(iter(metrics.values()))
 
 
-class TextScorer:
-    """Marks answers by what the task's filters find in them; one filter decides."""
+def score_texts(task: Any, docs: Sequence[Any], texts: Sequence[str]) -> list[Verdict]:
+    """Mark one text per problem of GSM8K by what the task's filters find in it.
 
-    def __init__(self, deciding: str) -> None:
-        self._deciding = deciding
-
-    def __call__(self, task: Any, docs: Sequence[Any], texts: Sequence[str]) -> list[Verdict]:
-        """Mark one text per problem."""
-        return [self._verdict(task, doc, text) for doc, text in zip(docs, texts, strict=True)]
-
-    def _verdict(self, task: Any, doc: Any, text: str) -> Verdict:
+    lm-eval's filter `flexible-extract` decides.
+    """
+    verdicts = []
+    for doc, text in zip(docs, texts, strict=True):
         scores = official_scores(task, doc, text)
-        first = f"exact_match,{self._deciding}"
-        answer = str(filtered_answers(task, doc, text)[self._deciding])
-        correct = scores[first] == 1
-        return Verdict(
-            correct=correct,
-            answer=answer,
-            reason=None if correct else "another answer",
-            metrics={first: scores[first], **scores},
+        correct = scores[_EXACT_MATCH] == 1
+        verdicts.append(
+            Verdict(
+                correct=correct,
+                answer=str(filtered_answers(task, doc, text)[_FLEXIBLE]),
+                reason=None if correct else "another answer",
+                metrics={_EXACT_MATCH: scores[_EXACT_MATCH], **scores},
+            )
         )
+    return verdicts
 
 
 _START_SECONDS = 120.0

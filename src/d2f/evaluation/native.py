@@ -25,11 +25,7 @@ def load_native_task(
 
     The answer to a word problem is correct if it ends with `####` and the right number.
 
-    Args:
-        name: One of `NATIVE_TASKS`.
-        num_examples: How many problems; None: 1,000.
-        seed: Other seeds give other problems.
-        split: "test", or "validation": problems of other structures, to choose settings on.
+    "validation" has problems of other structures than "test"; arguments as in `load_task`.
 
     Raises:
         ConfigError: More problems than anyone waits for.
@@ -52,11 +48,7 @@ def functions_task(
 ) -> ListedTask:
     """Generate Python functions to write; an answer that passes hidden tests is correct.
 
-    Args:
-        count: How many problems.
-        seed: Other seeds give other problems.
-        split: "test" or "validation".
-        execute: Runs the answers with their tests; by default in the sandbox.
+    `execute` runs the answers with their tests.
     """
 
     def mark(examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:

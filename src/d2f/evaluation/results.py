@@ -231,14 +231,29 @@ def append_lines(path: Path, records: Iterable[Record]) -> None:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)  # it takes room that a full disk needs
+        _name_file(error, path)
+        raise
+
+
 def write_lines(path: Path, records: Iterable[Record]) -> None:
     """Write a JSONL file whole or not at all."""
-    _replace(path, "".join(_line(record) for record in records))
+    write_text(path, "".join(_line(record) for record in records))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all; nan becomes null."""
-    _replace(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
@@ -259,20 +274,6 @@ def plain(value: Any) -> Any:
 
 def _line(record: Record) -> str:
     return json.dumps(plain(record), allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)  # it takes room that a full disk needs
-        _name_file(error, path)
-        raise
 
 
 def _name_file(error: BaseException, path: Path) -> None:

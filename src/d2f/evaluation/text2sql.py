@@ -164,11 +164,7 @@ def load_text_to_sql(
 ) -> ListedTask:
     """Load the questions of a split; an answer is correct if its SQL has the same form as gold.
 
-    Args:
-        name: One of `d2f.problems.text2sql.TEXT_TO_SQL`.
-        num_examples: The first so many questions; None, or more than there are: all.
-        split: "test", or "validation": other questions, to choose settings on.
-        data: The folder of the files, or the one above it.
+    Arguments are those of `load_task`, `name` one of `d2f.problems.text2sql.TEXT_TO_SQL`.
 
     Raises:
         ConfigError: No folder is named, or the file is missing or broken.

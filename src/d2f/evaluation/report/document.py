@@ -13,7 +13,7 @@ from d2f.evaluation.report.figures import Drawing, Panel, draw_figures
 from d2f.evaluation.report.methods import method_tables, varied_table
 from d2f.evaluation.report.rows import Comparison, Results
 from d2f.evaluation.report.table import Table, commit
-from d2f.evaluation.results import EXPERIMENTS
+from d2f.evaluation.results import EXPERIMENTS, write_text
 
 FILE = "README.md"
 TABLES_FILE = "tables.json"
@@ -98,16 +98,9 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawings = draw_figures(report.results.comparisons, folder, panels) if figures else []
-    _write(folder / TABLES_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
-    _write(folder / FILE, markdown(report, drawings, command))
+    write_text(folder / TABLES_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_text(folder / FILE, markdown(report, drawings, command))
     return folder / FILE
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
