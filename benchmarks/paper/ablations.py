@@ -21,11 +21,19 @@ from d2f.evaluation.report.methods import (
     speed_ratio,
 )
 from d2f.evaluation.report.rows import Comparison, Row, paired_difference
-from d2f.evaluation.report.table import Column, Table, median, minus, ratio
+from d2f.evaluation.report.table import Column, Table, median, ratio
 from d2f.evaluation.results import METHODS
 
 from .methods import paper_ratios
-from .published import LABEL, Counterpart, PaperRow, ablation_counterpart, counterparts
+from .published import (
+    LABEL,
+    Counterpart,
+    PaperRow,
+    ablation_counterpart,
+    counterparts,
+    gap,
+    minus,
+)
 
 NOISE_LEVEL = THRESHOLDS[:2]
 
@@ -71,7 +79,7 @@ def threshold_table(comparison: Comparison) -> Table | None:
     if published:
         columns += [
             Column(key="paper_tps", header=f"{LABEL}: x first", form=show.times),
-            Column(key="paper_score", header="score - first's", form=show.gap),
+            Column(key="paper_score", header="score - first's", form=gap),
         ]
     first = ", ".join(map(str, thresholds_of(base)))
     notes = [f"First: activate, confidence, add = {first}.", *show.conditions(rows)]
@@ -117,12 +125,12 @@ def noise_table(comparison: Comparison) -> Table | None:
         Column(key="tokens_per_forward", header="tokens/forward, mean ± sd"),
         Column(key="score", header="score, %, mean ± sd"),
         Column(key="over_random", header="x random", form=show.times),
-        Column(key="score_gap", header="score - random's", form=show.gap),
+        Column(key="score_gap", header="score - random's", form=gap),
     ]
     if published:
         columns += [
             Column(key="paper_tps", header=f"{LABEL}: x random", form=show.times),
-            Column(key="paper_score", header="score - random's", form=show.gap),
+            Column(key="paper_score", header="score - random's", form=gap),
         ]
     notes = ["Standard deviations are over seeds of the training.", *show.conditions(rows)]
     title = f"Noise schedule: {comparison.title}"
@@ -292,7 +300,7 @@ def _against_vanilla(name: str, heading: str, comparison: Comparison, rows: Sequ
         columns += [
             Column(key=f"{key}_tps", header=f"{key}: x vanilla", form=show.times),
             Column(key=f"{key}_latency", header="x latency", form=show.times),
-            Column(key=f"{key}_score", header="score, points", form=show.gap),
+            Column(key=f"{key}_score", header="score, points", form=gap),
         ]
     names = "; ".join(counterpart.name for counterpart in stand)
     notes = [f"{LABEL}: {names}."] if stand else []

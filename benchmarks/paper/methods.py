@@ -13,9 +13,9 @@ from d2f.evaluation.report.methods import (
     speed_ratio,
 )
 from d2f.evaluation.report.rows import Comparison, Row
-from d2f.evaluation.report.table import Column, Table, minus, ratio
+from d2f.evaluation.report.table import Column, Table, ratio
 
-from .published import LABEL, Counterpart, counterparts, over_autoregressive
+from .published import LABEL, Counterpart, counterparts, gap, minus, over_autoregressive
 
 _TAILS = (
     "The paper counts Dream's tokens with the tail behind the answer, and here answers are "
@@ -74,7 +74,7 @@ def _ratio_columns(key: str, name: str) -> list[Column]:
     return [
         Column(key=f"{key}_tps", header=f"{name}: x tokens/s", form=show.times),
         Column(key=f"{key}_latency", header="x latency", form=show.times),
-        Column(key=f"{key}_score", header="score, points", form=show.gap),
+        Column(key=f"{key}_score", header="score, points", form=gap),
     ]
 
 

@@ -144,3 +144,13 @@ def ablation_counterpart(task: str) -> Counterpart | None:
     """
     test_set = _TEST_SETS.get(task, ("",))[0]
     return Counterpart(family="Dream", test_set=test_set) if test_set else None
+
+
+def gap(value: float) -> str:
+    """Write a difference of scores, in points."""
+    return f"{value:+.1f}"
+
+
+def minus(one: float | None, other: float | None) -> float | None:
+    """Take the other from the one, where both are there."""
+    return None if one is None or other is None else one - other

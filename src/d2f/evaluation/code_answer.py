@@ -100,11 +100,6 @@ def humaneval_program(prompt: str, completion: str, test: str, entry_point: str)
 def mbpp_solution(text: str, tests: str, setup: str = "") -> str:
     r"""Find the program in an answer to an MBPP problem, without the tests.
 
-    Args:
-        text: What the model wrote.
-        tests: The problem's assertions.
-        setup: What they need and the problem brings along.
-
     Example:
         >>> print(mbpp_solution("Here:\n```\ndef f(x):\n    return x\n```", "assert f(1) == 1"))
         def f(x):

@@ -147,10 +147,6 @@ def is_readable(line: str) -> bool:
 def names_read(source: str, without: Set[str] = BUILTINS) -> list[str]:
     r"""List the names that a program, such as a problem's tests, needs from elsewhere, sorted.
 
-    Args:
-        source: The program.
-        without: Names that are there anyway.
-
     Example:
         >>> names_read("import math\nassert math.floor(f(len('a'))) == 1")
         ['f']

@@ -190,13 +190,7 @@ Reading = tuple[Piece, ...]
 
 
 def readings(lines: Sequence[str], prompt: str, search: Search) -> Iterator[Reading]:
-    """List the readings of an answer as code, the most literal first, and none twice.
-
-    Args:
-        lines: The answer.
-        prompt: What it may go on with.
-        search: Of statements in the answer.
-    """
+    """List the readings of an answer as code, the most literal first, and none twice."""
     seen: set[Reading] = set()
     for reading in _all_readings(lines, prompt, search):
         if reading not in seen:

@@ -17,10 +17,6 @@ _LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
 def needed_statements(statements: Sequence[Statement], wanted: Iterable[str]) -> list[Statement]:
     """Select the statements that the wanted names need, in order.
 
-    Args:
-        statements: All of them.
-        wanted: Names of the functions that will be called.
-
     Example:
         >>> from d2f.evaluation.code_parsing import (find_statements)
         >>> lines = ["T = {}", "def f(x):", "    return T[x]", "T[1] = 2", "print(f(0))"]

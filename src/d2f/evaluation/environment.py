@@ -14,10 +14,6 @@ from d2f.provenance import describe_code
 def describe_environment(*, device: str, dtype: str) -> dict[str, Any]:
     """Describe processor, number format, versions, commit and time, for every result file.
 
-    Args:
-        device: As torch names it.
-        dtype: Number format of the weights.
-
     Example:
         >>> describe_environment(device="cpu", dtype="float32")["device"]
         'cpu'

@@ -44,13 +44,6 @@ LoadModel = Callable[[str], LoadedModel]
 class EvalRow:
     """A row with everything that its problems need.
 
-    Args:
-        settings: The row.
-        recipe: The whole.
-        task: The benchmark.
-        examples: All problems of the recipe.
-        loaded: The row's model.
-
     Raises:
         ConfigError: The row asks for what its model cannot do.
     """

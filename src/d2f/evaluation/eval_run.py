@@ -111,9 +111,6 @@ class Evaluation:
 
         What is measured is on the disk at once; after an interruption the same call goes on.
 
-        Args:
-            reporter: Is told of the progress.
-
         Returns:
             The summary of each row, as its folder has it.
         """

@@ -32,12 +32,7 @@ class Racer:
 class SpeedGroup:
     """Rows that are measured side by side.
 
-    Args:
-        racers: The rows.
-        batch_size: Of all of them.
-        num_runs: Rounds that count.
-        settings: What the times depend on beside the rows' own settings: machine, versions.
-        reporter: Is told of each round.
+    `settings` has what the times depend on beside the rows' own settings: machine, versions.
     """
 
     def __init__(

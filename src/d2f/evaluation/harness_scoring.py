@@ -287,12 +287,8 @@ class CodeScorer:
 
     `pass@1` decides: it marks the program that the clean-up finds in an answer (`code_answer`).
     Beside it stands lm-eval's own number, always of the text cut at lm-eval's stop strings:
-    `pass@1,create_test` or `pass_at_1,none`.
-
-    Args:
-        code_eval: What lm-eval's functions ask to run programs.
-        clean_up: "ours"; or "paper", as the authors of D2F do: `code_paper` for HumanEval, and on
-            MBPP nothing, so that lm-eval's own number decides.
+    `pass@1,create_test` or `pass_at_1,none`. With the clean-up "paper" a program is found as the
+    authors of D2F do: by `code_paper` for HumanEval, and on MBPP lm-eval's own number decides.
     """
 
     def __init__(self, code_eval: CodeEval, *, clean_up: str = "ours") -> None:

@@ -65,10 +65,6 @@ class Connection:
     async def ask(self, request: bytes, *, timeout: float) -> Exchange:
         """Send a request whole and wait for the end of its answer.
 
-        Args:
-            request: The head and the body.
-            timeout: Seconds for the whole exchange.
-
         Returns:
             The exchange; where there is no answer it has a `fault`.
         """

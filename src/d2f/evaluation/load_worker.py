@@ -130,11 +130,7 @@ class ServedAnswer:
 def read_answer(exchange: Exchange, *, prompt: int, start: float, streamed: bool) -> ServedAnswer:
     """Read an answer from the body of an exchange, or put it together from its events.
 
-    Args:
-        exchange: What came over the wire.
-        prompt: The number of the prompt.
-        start: The time of `time.perf_counter` when the load began.
-        streamed: Whether events were asked for.
+    `start` is the time of `time.perf_counter` when the load began.
 
     Example:
         >>> exchange = Exchange(began=0.0, status=200, complete=True, seconds=0.5)

@@ -73,11 +73,6 @@ def _format(path: str | Path) -> str:
 def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str) -> None:
     """Draw tokens per second and tokens per forward of each row as bars, into a file.
 
-    Args:
-        rows: `Row.summary()` of each runner.
-        path: Where the picture goes; its ending says of which kind it is.
-        title: What ran where.
-
     Raises:
         ConfigError: matplotlib is not installed.
     """

@@ -63,10 +63,6 @@ class QuickScore:
     def of(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Answer all problems and judge the answers.
 
-        Args:
-            model: In evaluation mode.
-            prompts: What `prompts` gave.
-
         Returns:
             `score` with its `standard_error`, `num_problems`, `num_errors`, `tokens_per_forward`
             (None without an answer), `mean_tokens` and `seconds`.

@@ -119,9 +119,7 @@ def race_by_problem(
 ) -> list[Tally]:
     """Let every entrant answer problem 1, then problem 2, and so on, one problem at a time.
 
-    Args:
-        entrants: Each runs once unclocked before.
-        on_answer: Called after each answer with the entrant's name and whether it was right.
+    Each entrant runs once unclocked before.
 
     Raises:
         ConfigError: An entrant has no requests.
@@ -204,12 +202,6 @@ def race_by_run(
 ) -> list[Result]:
     """Let all entrants answer all their requests `num_runs` times, in turns.
 
-    Args:
-        entrants: Who takes part.
-        batch_size: Of their engines.
-        num_runs: Runs that count, of each entrant.
-        on_run: Called after each of them.
-
     Raises:
         ConfigError: `num_runs` is below 1.
         RequestError: A request cannot be served.
@@ -261,11 +253,6 @@ def speed_ratios(
 
     `overtaken_at` is the smallest batch size from which on the ratio stays below 1, None if there
     is none among those measured.
-
-    Args:
-        rows: Summaries of `Result`.
-        fast: Name of the one.
-        slow: Name of the other.
 
     Example:
         >>> speed = {"tokens_per_second": {"median": 1.0}, "decode_tokens_per_second": None}

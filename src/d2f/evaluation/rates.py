@@ -60,9 +60,6 @@ def measure_rates(device: str, dtype: str) -> Rates:
 def nominal_bf16_rate(processor: str) -> float | None:
     """Give the maker's rate of dense bf16 products, in FLOP/s; None: not known here.
 
-    Args:
-        processor: The device's name.
-
     Example:
         >>> nominal_bf16_rate("NVIDIA H100 80GB HBM3")
         989000000000000.0

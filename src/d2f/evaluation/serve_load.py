@@ -347,9 +347,8 @@ def first_block_seconds(engine: Engine, requests: Sequence[Request]) -> list[flo
 def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
     """The time to the first text of an idle server, beside the engine's own time for a block.
 
-    Args:
-        turn: A streamed turn with `provisional`, of one client that asked each prompt once.
-        block_seconds: The result of `first_block_seconds` for each prompt.
+    One client has asked each prompt once in a streamed turn with `provisional`; `block_seconds` has
+    what `first_block_seconds` gave for each prompt.
     """
     pairs = [
         (answer.first_text, block_seconds[answer.prompt])

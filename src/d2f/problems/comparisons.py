@@ -4,63 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2f.problems.relation import Relation, parse_ops
+from d2f.problems.relation import Relation, relation
 
 
-def _compare(
-    id: str, ops: str, *text: str, c: str = "", takes: str = "cmp", divisor: int = 1, **rest: Any
-) -> Relation:
-    consts = (("c", c),) if c else ()
-    return Relation(
-        id=id, takes=takes, ops=parse_ops(ops), text=text, consts=consts, divisor=divisor, **rest
-    )
+def _compare(id: str, ops: str, *text: str, takes: str = "cmp", **rest: Any) -> Relation:
+    return relation(id, takes, ops, *text, **rest)
 
 
-_HALF = "Half {w.as_} {a.tail} is {calc} {w.u}."
-_TWICE = "Twice {w.as_} {a.tail} is {calc} {w.u}."
+_HALF = "Half {w.as_} {a.ref} is {calc} {w.u}."
+_TWICE = "Twice {w.as_} {a.ref} is {calc} {w.u}."
 
 COMPARISONS: tuple[Relation, ...] = (
-    _compare("more", "a+c", "{w.does} {c}{w.more} than {a.tail}.", c="add"),
-    _compare("fewer", "a-c", "{w.does} {c}{w.less} than {a.tail}.", c="sub"),
-    _compare("inverse_fewer", "a+c", "{a.does} {c}{a.less} than {w.tail}.", c="add",
+    _compare("more", "a+c", "{w.does} {c}{w.more} than {a.ref}.", c="add"),
+    _compare("fewer", "a-c", "{w.does} {c}{w.less} than {a.ref}.", c="sub"),
+    _compare("inverse_fewer", "a+c", "{a.does} {c}{a.less} than {w.ref}.", c="add",
              peers_only=True),
-    _compare("inverse_more", "a-c", "{a.does} {c}{a.more} than {w.tail}.", c="sub",
+    _compare("inverse_more", "a-c", "{a.does} {c}{a.more} than {w.ref}.", c="sub",
              peers_only=True),
-    _compare("double", "a*2", "{w.does} twice {w.as_} {a.tail}.",
-             "{w.does} two times {w.as_} {a.tail}."),
-    _compare("triple", "a*3", "{w.does} three times {w.as_} {a.tail}.",
-             "{w.does} 3 times {w.as_} {a.tail}."),
-    _compare("times", "a*c", "{w.does} {c} times {w.as_} {a.tail}.", c="mul"),
-    _compare("half", "a/2", "{w.does} half {w.as_} {a.tail}.",
-             "{w.does} only half {w.as_} {a.tail}.", divisor=2),
-    _compare("third", "a/3", "{w.does} a third {w.as_} {a.tail}.",
-             "{w.does} one third {w.as_} {a.tail}.", divisor=3),
-    _compare("quarter", "a/4", "{w.does} a quarter {w.as_} {a.tail}.",
-             "{w.does} one fourth {w.as_} {a.tail}.", divisor=4),
-    _compare("inverse_double", "a/2", "{a.does} twice {a.as_} {w.tail}.", divisor=2,
+    _compare("double", "a*2", "{w.does} twice {w.as_} {a.ref}.",
+             "{w.does} two times {w.as_} {a.ref}."),
+    _compare("triple", "a*3", "{w.does} three times {w.as_} {a.ref}.",
+             "{w.does} 3 times {w.as_} {a.ref}."),
+    _compare("times", "a*c", "{w.does} {c} times {w.as_} {a.ref}.", c="mul"),
+    _compare("half", "a/2", "{w.does} half {w.as_} {a.ref}.",
+             "{w.does} only half {w.as_} {a.ref}.", divisor=2),
+    _compare("third", "a/3", "{w.does} a third {w.as_} {a.ref}.",
+             "{w.does} one third {w.as_} {a.ref}.", divisor=3),
+    _compare("quarter", "a/4", "{w.does} a quarter {w.as_} {a.ref}.",
+             "{w.does} one fourth {w.as_} {a.ref}.", divisor=4),
+    _compare("inverse_double", "a/2", "{a.does} twice {a.as_} {w.ref}.", divisor=2,
              peers_only=True),
-    _compare("inverse_times", "a/c", "{a.does} {c} times {a.as_} {w.tail}.", c="div",
+    _compare("inverse_times", "a/c", "{a.does} {c} times {a.as_} {w.ref}.", c="div",
              peers_only=True),
-    _compare("inverse_half", "a*2", "{a.does} half {a.as_} {w.tail}.", peers_only=True),
-    _compare("percent_50", "a/2", "{w.does} 50% {w.as_} {a.tail}.", divisor=2),
-    _compare("percent_25", "a/4", "{w.does} 25% {w.as_} {a.tail}.", divisor=4),
-    _compare("percent_20", "a/5", "{w.does} 20% {w.as_} {a.tail}.", divisor=5),
-    _compare("percent_10", "a/10", "{w.does} 10% {w.as_} {a.tail}.", divisor=10),
-    _compare("two_thirds", "a/3;t*2", "{w.does} 2/3 {w.as_} {a.tail}.",
-             "{w.does} two thirds {w.as_} {a.tail}.", divisor=3,
-             mid="One third {w.as_} {a.tail} is {calc} {w.u}."),
-    _compare("three_quarters", "a/4;t*3", "{w.does} 3/4 {w.as_} {a.tail}.",
-             "{w.does} three fourths {w.as_} {a.tail}.", divisor=4,
-             mid="A quarter {w.as_} {a.tail} is {calc} {w.u}."),
-    _compare("half_more", "a/2;a+t", "{w.does} 50%{w.pct_more} than {a.tail}.", divisor=2,
-             mid="Half {w.as_} {a.tail} is {calc} {w.u}."),
-    _compare("quarter_less", "a/4;a-t", "{w.does} 25%{w.pct_less} than {a.tail}.", divisor=4,
-             mid="A quarter {w.as_} {a.tail} is {calc} {w.u}."),
-    _compare("more_than_twice", "a*2;t+c", "{w.does} {c}{w.more} than twice {w.as_short} {a.tail}.",
+    _compare("inverse_half", "a*2", "{a.does} half {a.as_} {w.ref}.", peers_only=True),
+    _compare("percent_50", "a/2", "{w.does} 50% {w.as_} {a.ref}.", divisor=2),
+    _compare("percent_25", "a/4", "{w.does} 25% {w.as_} {a.ref}.", divisor=4),
+    _compare("percent_20", "a/5", "{w.does} 20% {w.as_} {a.ref}.", divisor=5),
+    _compare("percent_10", "a/10", "{w.does} 10% {w.as_} {a.ref}.", divisor=10),
+    _compare("two_thirds", "a/3;t*2", "{w.does} 2/3 {w.as_} {a.ref}.",
+             "{w.does} two thirds {w.as_} {a.ref}.", divisor=3,
+             mid="One third {w.as_} {a.ref} is {calc} {w.u}."),
+    _compare("three_quarters", "a/4;t*3", "{w.does} 3/4 {w.as_} {a.ref}.",
+             "{w.does} three fourths {w.as_} {a.ref}.", divisor=4,
+             mid="A quarter {w.as_} {a.ref} is {calc} {w.u}."),
+    _compare("half_more", "a/2;a+t", "{w.does} 50%{w.pct_more} than {a.ref}.", divisor=2,
+             mid="Half {w.as_} {a.ref} is {calc} {w.u}."),
+    _compare("quarter_less", "a/4;a-t", "{w.does} 25%{w.pct_less} than {a.ref}.", divisor=4,
+             mid="A quarter {w.as_} {a.ref} is {calc} {w.u}."),
+    _compare("more_than_twice", "a*2;t+c", "{w.does} {c}{w.more} than twice {w.as_short} {a.ref}.",
              c="add", mid=_TWICE),
-    _compare("less_than_twice", "a*2;t-c", "{w.does} {c}{w.less} than twice {w.as_short} {a.tail}.",
+    _compare("less_than_twice", "a*2;t-c", "{w.does} {c}{w.less} than twice {w.as_short} {a.ref}.",
              c="sub", mid=_TWICE),
-    _compare("more_than_half", "a/2;t+c", "{w.does} {c}{w.more} than half {w.as_short} {a.tail}.",
+    _compare("more_than_half", "a/2;t+c", "{w.does} {c}{w.more} than half {w.as_short} {a.ref}.",
              c="add", divisor=2, mid=_HALF),
     _compare("sum", "a+b", "{w.does} {w.as_} {a.ref} and {b.ref} together.", other="same",
              commutes=True),

@@ -43,5 +43,5 @@ def distract(rng: Random, stranger: Wording, known: Wording | None) -> str:
     """Return a sentence in the story's wording about a person who plays no part in it."""
     number = 2 + int(rng.random() * 28)
     if known is not None and rng.random() < 0.4:
-        return f"{stranger.does} {number}{stranger.more} than {known.tail}."
+        return f"{stranger.does} {number}{stranger.more} than {known.ref}."
     return f"{stranger.does} {number} {stranger.u}{stranger.p}."

@@ -8,8 +8,9 @@ shuffled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from typing import Any
 
 from d2f.problems.words import SINGULAR
 
@@ -29,7 +30,10 @@ class Subject:
     plural: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_ASK = "How many {u} {do} {r} {v}{p}?"
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One kind of quantity.
 
@@ -45,78 +49,43 @@ class Frame:
     """The verb in third person and bare form, separated by a slash."""
     unit: str
     """The plural counted noun; `@` stands for the item of the quantity."""
-    items: str
-    """The word group from which the item is drawn if this frame opens a story."""
-    post: str
-    """Words behind the noun (" left", " each day")."""
-    style: str
-    """Wording of comparisons: `count` (as many), `much`, `long` or `far`."""
-    who: str
-    """The class of subject: `person`, `day`, `color` or `priced`."""
-    lead: str
-    """The subject at the start of a sentence; `{n}` is its name, `{x}` its item."""
-    ref: str
-    """The quantity's subject inside a sentence."""
-    tail: str
-    """Words behind "than" and "as"."""
-    ask: str
-    total: str
-    mean: str
-    diff: str
-    peer: str
-    """Id of the frame that a comparison with this one creates."""
-    base: tuple[int, int] | None
+    base: tuple[int, int] | None = None
     """The range of given values; None for frames whose values are always computed."""
-    most: int
+    _: KW_ONLY
+    items: str = ""
+    """The word group from which the item is drawn if this frame opens a story."""
+    post: str = ""
+    """Words behind the noun (" left", " each day")."""
+    style: str = "count"
+    """Wording of comparisons: `count` (as many), `much`, `long` or `far`."""
+    who: str = "person"
+    """The class of subject: `person`, `day`, `color` or `priced`."""
+    lead: str = "{n}"
+    """The subject at the start of a sentence; `{n}` is its name, `{x}` its item."""
+    ref: str = ""
+    """The quantity's subject inside a sentence; none: `lead`. It stands behind "than", too."""
+    ask: str = _ASK
+    total: str = "How many {u} do {a} and {b} {v}{p} together?"
+    mean: str = ""
+    """None: `total` with "on average"."""
+    diff: str = "How many more {u} does {a} {v}{p} than {b}?"
+    peer: str = ""
+    """Id of the frame that a comparison with this one creates; none: its own."""
+    most: int = 999
     """Largest value of this frame under any settings."""
 
+    def __post_init__(self) -> None:
+        """Fill in what follows from other fields."""
+        object.__setattr__(self, "ref", self.ref or self.lead)
+        object.__setattr__(self, "mean", self.mean or self.total.replace("together", "on average"))
+        object.__setattr__(self, "peer", self.peer or self.id)
 
-_ASK = "How many {u} {do} {r} {v}{p}?"
 
 FRAMES: dict[str, Frame] = {}
 
 
-def _frame(
-    id: str,
-    tags: str,
-    verb: str,
-    unit: str,
-    base: tuple[int, int] | None = None,
-    *,
-    items: str = "",
-    post: str = "",
-    style: str = "count",
-    who: str = "person",
-    lead: str = "{n}",
-    ref: str = "",
-    tail: str = "",
-    ask: str = _ASK,
-    total: str = "How many {u} do {a} and {b} {v}{p} together?",
-    mean: str = "",
-    diff: str = "How many more {u} does {a} {v}{p} than {b}?",
-    peer: str = "",
-    most: int = 999,
-) -> None:
-    FRAMES[id] = Frame(
-        id=id,
-        tags=frozenset(tags.split()),
-        verb=verb,
-        unit=unit,
-        items=items,
-        post=post,
-        style=style,
-        who=who,
-        lead=lead,
-        ref=ref or lead,
-        tail=tail or ref or lead,
-        ask=ask,
-        total=total,
-        mean=mean or total.replace("together", "on average"),
-        diff=diff,
-        peer=peer or id,
-        base=base,
-        most=most,
-    )
+def _frame(id: str, tags: str, *rest: Any, **options: Any) -> None:
+    FRAMES[id] = Frame(id, frozenset(tags.split()), *rest, **options)
 
 
 # Things that people own. The tag "item" admits changes of a stock, "goods" uses of one.
@@ -302,7 +271,6 @@ class Wording:
     lead: str
     does: str
     ref: str
-    tail: str
     u: str
     p: str
     one: str
@@ -345,9 +313,9 @@ def word_quantity(frame: Frame, subject: Subject, item: str) -> Wording:
     unit = item if frame.unit == "@" else frame.unit
     name = subject.name
     slots = {"n": name, "N": name[0].upper() + name[1:], "x": item}
-    lead, ref, tail = (text.format(**slots) for text in (frame.lead, frame.ref, frame.tail))
+    lead, ref = frame.lead.format(**slots), frame.ref.format(**slots)
     if subject.plural:
-        lead, ref, tail = f"Together {name}", f"{name} together", f"{name} together"
+        lead, ref = f"Together {name}", f"{name} together"
     post = frame.post
     ask = frame.ask.format(
         u=unit, do="do" if subject.plural else "does", r=ref, v=bare, p=post,
@@ -362,7 +330,6 @@ def word_quantity(frame: Frame, subject: Subject, item: str) -> Wording:
         lead=lead,
         does=f"{lead} {verb}",
         ref=ref,
-        tail=tail,
         u=unit,
         p=post,
         one=SINGULAR.get(unit) or unit.removesuffix("s"),

@@ -18,8 +18,6 @@ RELATIONS: dict[str, Relation] = {rel.id: rel for rel in (*COMPARISONS, *STORIES
 QUESTION_CATALOGUE: dict[str, Relation | None] = {DIRECT: None} | {q.id: q for q in QUESTIONS}
 """All questions by their ids; the direct one computes nothing and has no relation."""
 
-Catalogue = dict[str, tuple[tuple[Relation, ...], ...]]
-
 
 def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Relation, ...]]:
     """Return the relations that can take each frame as their first input."""

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2f.problems.relation import Relation, parse_ops
+from d2f.problems.relation import Relation, relation
 
 DIRECT = "direct"
 """Id of the question that asks for the last quantity itself."""
 
 
-def _ask(
-    id: str, takes: str, ops: str, *text: str, c: str = "", k: str = "", **rest: Any
-) -> Relation:
-    consts = tuple((name, kind) for name, kind in (("c", c), ("k", k)) if kind)
-    return Relation(
-        id=id, takes=takes, ops=parse_ops(ops), text=text, consts=consts, ask=True, out="",
-        **rest,
-    )  # fmt: skip
+def _ask(id: str, takes: str, ops: str, *text: str, **rest: Any) -> Relation:
+    return relation(id, takes, ops, *text, ask=True, out="", **rest)
 
 
 _TOGETHER = "{a.ref_up} and {b.ref} together: {calc} {a.u}."

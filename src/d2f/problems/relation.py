@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 Op = tuple[str, str | int, str | int]
 
@@ -75,3 +76,16 @@ class Relation:
         object.__setattr__(self, "drawn_divisor", self.consts[:1] == (("c", "div"),))
         halves = self.ops == (("+", "a", "b"), ("/", "t", 2))
         object.__setattr__(self, "halves_sum", halves)
+
+
+def relation(
+    id: str, takes: str, ops: str, *text: str, c: str = "", k: str = "", **rest: Any
+) -> Relation:
+    """Build a relation from the written form of its operations and the kinds of its constants.
+
+    Example:
+        >>> relation("more", "cmp", "a+c", "{w.does} {c}{w.more} than {a.ref}.", c="add").consts
+        (('c', 'add'),)
+    """
+    consts = tuple((name, kind) for name, kind in (("c", c), ("k", k)) if kind)
+    return Relation(id=id, takes=takes, ops=parse_ops(ops), text=text, consts=consts, **rest)

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2f.problems.relation import Relation, parse_ops
+from d2f.problems.relation import Relation, relation
 
 
-def _story(
-    id: str, takes: str, out: str, ops: str, *text: str, c: str = "", k: str = "", **rest: Any
-) -> Relation:
-    consts = tuple((name, kind) for name, kind in (("c", c), ("k", k)) if kind)
-    return Relation(
-        id=id,
-        takes=takes,
-        out=out,
-        ops=parse_ops(ops),
-        text=text,
-        consts=consts,
-        **{"who": "same", **rest},
-    )
+def _story(id: str, takes: str, out: str, ops: str, *text: str, **rest: Any) -> Relation:
+    return relation(id, takes, ops, *text, out=out, **{"who": "same", **rest})
 
 
 _THINGS = (

@@ -48,9 +48,6 @@ class Report:
 def build_report(results: Results) -> Report:
     """Fill all tables whose rows are there.
 
-    Args:
-        results: What `load_results` found.
-
     Example:
         `build_report(load_results([Path("results")])).tables("methods")`
     """
@@ -79,13 +76,6 @@ def write_report(
     panels: Sequence[Panel] | None = None,
 ) -> Path:
     """Write README.md, the pictures, and tables.json with all numbers unrounded.
-
-    Args:
-        report: What `build_report` made.
-        folder: Made where it is missing.
-        figures: Draw the pictures.
-        command: What was typed, for the page's end.
-        panels: The pictures, where they are not those of `d2f report`.
 
     Returns:
         The page.

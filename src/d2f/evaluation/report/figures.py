@@ -199,15 +199,7 @@ def draw_scores(
     cost: str,
     name_of: Callable[[Curve], str] = lambda curve: curve.name,
 ) -> bool:
-    """Draw the scores of all curves against a cost; False where no row has both.
-
-    Args:
-        axis: Of matplotlib.
-        comparison: Whose curves.
-        cost_of: The cost of a row.
-        cost: What it is called.
-        name_of: The legend's name of a curve.
-    """
+    """Draw the scores of all curves against a cost; False where no row has both."""
     drawn = draw_curves(axis, comparison, cost_of, lambda row: row.score, name_of)
     axis.set_xlabel(cost)
     _score_axis(axis, comparison)

@@ -57,9 +57,6 @@ _SETTINGS = (
 def method_tables(comparison: Comparison) -> list[Table]:
     """Make the tables of the experiment `methods`: results, what makes the ratios, settings.
 
-    Args:
-        comparison: One model family on one test set.
-
     Returns:
         Three tables; none where the experiment was not run.
 

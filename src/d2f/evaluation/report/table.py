@@ -54,11 +54,6 @@ def points(value: float) -> str:
     return f"{value:.1f}"
 
 
-def gap(value: float) -> str:
-    """Write a difference of scores, in points."""
-    return f"{value:+.1f}"
-
-
 def interval(value: Difference) -> str:
     """Write a difference and the ends of its 95% interval.
 
@@ -151,11 +146,6 @@ def ratio(one: float | None, other: float | None) -> float | None:
         (1.5, None, None)
     """
     return one / other if one is not None and other else None
-
-
-def minus(one: float | None, other: float | None) -> float | None:
-    """Take the other from the one, where both are there."""
-    return None if one is None or other is None else one - other
 
 
 def median(value: Spread | None) -> float | None:
