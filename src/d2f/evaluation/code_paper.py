@@ -10,9 +10,10 @@ For figures beside the paper's; `code_answer` judges better. No function here ra
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from d2f.evaluation.code_parsing import is_readable, parse_or_refuse, source_of, split_lines
+from d2f.evaluation.code_statements import reached
 
 _MAX_LINES = 100
 _MAX_PARSED_LINES = 100_000
@@ -130,13 +131,11 @@ def _defined_names(node: ast.stmt) -> list[str]:
     return [part.id for part in stored if isinstance(part.ctx, ast.Store)]
 
 
-def _reachable(entry_point: str, definitions: dict[str, ast.stmt]) -> set[ast.stmt]:
+def _reachable(entry_point: str, definitions: Mapping[str, ast.stmt]) -> set[ast.stmt]:
     """Find the definitions that a name leads to, its own among them."""
-    found: set[ast.stmt] = set()
-    names = [entry_point]
-    while names:
-        node = definitions.pop(names.pop(), None)
-        if node is not None and node not in found:
-            found.add(node)
-            names += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-    return found
+    links = {
+        name: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        for name, node in definitions.items()
+    }
+    names = reached({entry_point}, links)
+    return {node for name, node in definitions.items() if name in names}

@@ -227,11 +227,12 @@ def _moved_bodies(pieces: Reading, indent: int, search: Search) -> Iterator[Read
     """Put the body of the prompt's function back to where it belongs."""
     bodies = [number for number, piece in enumerate(pieces) if _has_strays(piece, search)]
     number = bodies[-1] if bodies else 0
-    changes = [_first_moved_left, _first_moved, moved]
-    if not bodies:  # with no `return`, to move too little shows less than to move too much
-        changes = [_first_moved_left, moved, _first_moved]
-    for change in changes:
-        yield (*pieces[:number], change(pieces[number], indent), *pieces[number + 1 :])
+    body = pieces[number]
+    # Some tokenizers begin an answer with a space.
+    left, first, whole = _first_moved(body, 0), _first_moved(body, indent), moved(body, indent)
+    # With no `return`, to move too little shows less than to move too much.
+    for changed in (left, first, whole) if bodies else (left, whole, first):
+        yield (*pieces[:number], changed, *pieces[number + 1 :])
 
 
 def _piece(block: Block) -> Piece:
@@ -258,14 +259,6 @@ def _tabs_as_spaces(piece: Piece) -> Piece:
     return Piece(tuple(map(spaced, piece.lines)), piece.closed)
 
 
-def _first_moved_left(piece: Piece, indent: int) -> Piece:
-    """Move the first line to the margin: some tokenizers begin an answer with a space."""
-    lines = list(piece.lines)
-    if piece.first is not None:
-        lines[piece.first] = lines[piece.first].lstrip()
-    return Piece(tuple(lines), piece.closed)
-
-
 def moved(piece: Piece, indent: int) -> Piece:
     """Move a piece so that it begins at an indentation."""
     more = indent - piece.indent
@@ -277,7 +270,7 @@ def moved(piece: Piece, indent: int) -> Piece:
 
 
 def _first_moved(piece: Piece, indent: int) -> Piece:
-    """Indent the first line, which alone has lost its indentation."""
+    """Move the first line alone to an indentation."""
     lines = list(piece.lines)
     if piece.first is not None:
         lines[piece.first] = " " * indent + lines[piece.first].lstrip()

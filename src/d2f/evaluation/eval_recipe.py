@@ -57,9 +57,7 @@ class ScoreSettings:
     """Most problems that are answered together."""
 
     def __post_init__(self) -> None:
-        for name in ("num_problems", "batch_size"):
-            at_least(f"score.{name}", getattr(self, name), 1)
-        check_batch_size("score.batch_size", self.batch_size)
+        _check_counts(self, "score.", "num_problems", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,7 @@ class SpeedSettings:
     """Problems that are answered together."""
 
     def __post_init__(self) -> None:
-        for name in ("num_problems", "num_runs", "batch_size"):
-            at_least(f"speed.{name}", getattr(self, name), 1)
-        check_batch_size("speed.batch_size", self.batch_size)
+        _check_counts(self, "speed.", "num_problems", "num_runs", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +139,8 @@ class RowSettings:
         object.__setattr__(self, "label", self.label or self.name)
         if self.method != self.strategy:
             one_of("method", self.method, tuple(METHODS))
-        check_limit(self.max_new_tokens)
-        for name in ("num_problems", "speed_problems", "speed_batch_size"):
-            at_least(name, getattr(self, name), 1)
-        check_batch_size("speed_batch_size", self.speed_batch_size)
+        _check_limit(self.max_new_tokens)
+        _check_counts(self, "", "num_problems", "speed_problems", "speed_batch_size")
         at_least("temperature", self.temperature, 0)
         check_decoding(self.strategy, self.policy, self.options)
 
@@ -201,7 +195,7 @@ class EvalRecipe:
             raise ConfigError("output is empty; name the folder to write to")
         one_of("experiment", self.experiment, EXPERIMENTS)
         one_of("clean_up", self.clean_up, CLEAN_UPS)
-        check_limit(self.max_new_tokens)
+        _check_limit(self.max_new_tokens)
         at_least("num_fewshot", self.num_fewshot, 0)
         if self.score is None and self.speed is None:
             raise ConfigError("the recipe measures nothing; it needs [score] or [speed] or both")
@@ -279,22 +273,17 @@ class EvalRecipe:
         return replace(self, rows=rows or self.rows)
 
 
-def check_batch_size(name: str, value: int | None) -> None:
-    """Refuse more problems at a time than any machine has memory for.
+def _check_counts(settings: object, table: str, *names: str) -> None:
+    """Refuse counts below 1, and batches for which no machine has the memory."""
+    for name in names:
+        value = getattr(settings, name)
+        at_least(f"{table}{name}", value, 1)
+        if name.endswith("batch_size") and value is not None and value > MOST_TOGETHER:
+            raise ConfigError(f"{table}{name} is {value}; it must be at most {MOST_TOGETHER}")
 
-    Raises:
-        ConfigError: There are.
-    """
-    if value is not None and value > MOST_TOGETHER:
-        raise ConfigError(f"{name} is {value}; it must be at most {MOST_TOGETHER}")
 
-
-def check_limit(limit: int | str | None) -> None:
-    """Refuse what is neither a number of tokens nor `gold`.
-
-    Raises:
-        ConfigError: It is not.
-    """
+def _check_limit(limit: int | str | None) -> None:
+    """Refuse what is neither a number of tokens nor `gold`."""
     if isinstance(limit, str):
         if limit != GOLD:
             raise ConfigError(f'max_new_tokens is {limit!r}; it must be a number or "{GOLD}"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -123,8 +124,7 @@ class Evaluation:
         if self._recipe.score is None:
             return
         batch_size = self._recipe.score.batch_size
-        engines = Engines(self._rows, self._backend)
-        try:
+        with closing(Engines(self._rows, self._backend)) as engines:
             for row in self._rows:
                 if not row.settings.score:
                     continue
@@ -138,8 +138,6 @@ class Evaluation:
                 )
                 self._note_environment(row, new)
                 self._summarise(row)
-        finally:
-            engines.close()
 
     def _speed(self, reporter: Reporter) -> None:
         recipe = self._recipe
@@ -161,11 +159,8 @@ class Evaluation:
             )
             if group.done:
                 continue
-            engines = Engines([racer.row for racer in racers], self._backend)
-            try:
+            with closing(Engines([racer.row for racer in racers], self._backend)) as engines:
                 group.measure(engines)
-            finally:
-                engines.close()
             for racer in racers:
                 self._note_environment(racer.row, True)
 

@@ -200,34 +200,6 @@ class ServerReading:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CpuShare:
-    """CPU time of a server between two readings."""
-
-    engine_seconds: float
-    other_seconds: float
-    """CPU time of all threads but the engine's."""
-    tokens: float
-
-    @classmethod
-    def between(cls, before: ServerReading, after: ServerReading) -> CpuShare | None:
-        """The share between two readings; None where a metric is missing.
-
-        Example:
-            >>> reading = ServerReading.parse("d2f_tokens_total 5")
-            >>> CpuShare.between(reading, reading) is None
-            True
-        """
-        pairs = [
-            (getattr(before, name), getattr(after, name))
-            for name in ("engine_cpu_seconds", "process_cpu_seconds", "tokens")
-        ]
-        if any(one is None or other is None for one, other in pairs):
-            return None
-        engine, process, tokens = (other - one for one, other in pairs)
-        return cls(engine_seconds=engine, other_seconds=process - engine, tokens=tokens)
-
-
 def read_server(url: str, api_key: str | None = None) -> ServerReading:
     """Read a server's metrics.
 

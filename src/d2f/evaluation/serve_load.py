@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2f.errors import ConfigError, D2FError
 from d2f.evaluation.load_worker import ServedAnswer
-from d2f.evaluation.measured_server import CpuShare, ServerReading, Target, read_server
+from d2f.evaluation.measured_server import ServerReading, Target, read_server
 from d2f.evaluation.metrics import percentile, ratio
 
 if TYPE_CHECKING:
@@ -305,15 +305,22 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
     return {f"p{percent}": 1000 * percentile(seconds, percent) for percent in _PERCENTS}
 
 
+def _spent(turn: Turn) -> tuple[float, float, float] | None:
+    """CPU seconds of the engine's thread and of all others, and tokens; None if one is unknown."""
+    names = ("engine_cpu_seconds", "process_cpu_seconds", "tokens")
+    pairs = [(getattr(turn.before, name), getattr(turn.after, name)) for name in names]
+    if any(None in pair for pair in pairs):
+        return None
+    engine, process, tokens = (after - before for before, after in pairs)
+    return engine, process - engine, tokens
+
+
 def _cpu(turns: Sequence[Turn]) -> dict[str, float] | None:
     """The server's CPU time per token, in the engine's thread and outside of it."""
-    shares = [CpuShare.between(turn.before, turn.after) for turn in turns]
-    found = [share for share in shares if share is not None]
-    tokens = sum(share.tokens for share in found)
+    spent = [found for turn in turns if (found := _spent(turn)) is not None]
+    engine, other, tokens = (sum(found[part] for found in spent) for part in range(3))
     if tokens == 0:
         return None
-    engine = sum(share.engine_seconds for share in found)
-    other = sum(share.other_seconds for share in found)
     return {
         "engine_ms_per_token": 1000 * engine / tokens,
         "other_ms_per_token": 1000 * other / tokens,

@@ -176,22 +176,6 @@ def _bar_rows(comparison: Comparison) -> list[Row]:
     return found
 
 
-def _throughput(axis: Any, comparison: Comparison) -> bool:
-    return draw_scores(
-        axis, comparison, lambda row: median(row.tokens_per_second), "tokens per second"
-    )
-
-
-def draw_latency(axis: Any, comparison: Comparison) -> bool:
-    """Draw the scores of all curves against seconds per problem."""
-    label = "seconds per problem (left is faster)"
-    return draw_scores(axis, comparison, lambda row: median(row.seconds_per_problem), label)
-
-
-def _parallelism(axis: Any, comparison: Comparison) -> bool:
-    return draw_scores(axis, comparison, parallelism, "tokens per forward")
-
-
 def draw_scores(
     axis: Any,
     comparison: Comparison,
@@ -283,27 +267,31 @@ def _score_axis(axis: Any, comparison: Comparison) -> None:
     axis.set_ylim(floor, 100.3)
 
 
+def _score_panel(name: str, title: str, cost_of: Callable[[Row], float | None], cost: str) -> Panel:
+    """Make the picture of all curves' scores against a cost."""
+
+    def draw(axis: Any, comparison: Comparison) -> bool:
+        return draw_scores(axis, comparison, cost_of, cost)
+
+    return Panel(name=name, title=f"Score against {title}", draw=draw, height=CURVES_HEIGHT)
+
+
 CURVES_HEIGHT = 5.4
-LATENCY = Panel(
-    name="score-seconds",
-    title="Score against seconds per problem",
-    draw=draw_latency,
-    height=CURVES_HEIGHT,
+LATENCY = _score_panel(
+    "score-seconds",
+    "seconds per problem",
+    lambda row: median(row.seconds_per_problem),
+    "seconds per problem (left is faster)",
 )
 PANELS = (
     Panel(name="speed", title="Tokens per second at batch 1", draw=draw_bars),
-    Panel(
-        name="score-speed",
-        title="Score against tokens per second",
-        draw=_throughput,
-        height=CURVES_HEIGHT,
+    _score_panel(
+        "score-speed",
+        "tokens per second",
+        lambda row: median(row.tokens_per_second),
+        "tokens per second",
     ),
     LATENCY,
-    Panel(
-        name="score-parallelism",
-        title="Score against tokens per forward",
-        draw=_parallelism,
-        height=CURVES_HEIGHT,
-    ),
+    _score_panel("score-parallelism", "tokens per forward", parallelism, "tokens per forward"),
 )
 """The pictures of `d2f report`."""
