@@ -195,8 +195,7 @@ def warm_up(
 ) -> dict[int, str]:
     """Answer problems until the engine captures nothing new, and forget their prompts.
 
-    Returns:
-        Why a problem has no answer, by its number.
+    The result says why a problem has no answer, by its number.
     """
     failed: dict[int, str] = {}
     for _ in range(MOST_WARM_UPS):
@@ -300,14 +299,9 @@ def fitted_engine(
     longest: int,
     memory_share: float,
 ) -> Engine:
-    """Make an engine with no larger a cache than a full batch can fill.
+    """Make an engine with no larger a cache than a full batch of `longest` positions can fill.
 
-    Args:
-        model: What it decodes.
-        config: All but the size of the cache.
-        tokenizer: For stop strings.
-        longest: Positions of a prompt and its answer, at most.
-        memory_share: Of the free memory, at most; another engine may come.
+    It takes at most `memory_share` of the free memory; another engine may come.
     """
     enough = enough_bytes(
         model.spec,

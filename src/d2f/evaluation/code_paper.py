@@ -33,10 +33,6 @@ def extract_code(text: str) -> str:
 def sanitize(code: str, entry_point: str) -> str:
     r"""Take the part of a text that defines a function.
 
-    Args:
-        code: Python among other things, such as prose before and behind it.
-        entry_point: Name of the wanted function.
-
     Returns:
         Of the longest parseable run of lines: the imports, then the functions, classes and
         variables that `entry_point` leads to, in their order. A function counts only if it returns

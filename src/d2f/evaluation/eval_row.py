@@ -226,10 +226,6 @@ class EvalRow:
 class Engines:
     """Makes engines when they are asked for, one for each model and batch size, and keeps them.
 
-    Args:
-        rows: Whatever they will be asked to answer.
-        backend: As `EngineConfig` takes it.
-
     Example:
         `Engines(rows).of(rows[0], batch_size=64).generate([rows[0].request(0)])`
     """

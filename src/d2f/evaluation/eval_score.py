@@ -66,10 +66,8 @@ def score_row(
 ) -> bool:
     """Answer and judge those of the first `count` problems that an earlier run has not.
 
-    What was answered is written before this returns, also when it is interrupted.
-
-    Returns:
-        Whether there were any.
+    What was answered is written before this returns, also when it is interrupted. The result is
+    whether there were any.
     """
     records = {i: r for i, r in known_problems(row, folder).items() if i < count}
     todo = [index for index in range(count) if index not in records]

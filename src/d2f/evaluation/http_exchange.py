@@ -63,11 +63,7 @@ class Connection:
         return self._wire is not None and self._wire.open
 
     async def ask(self, request: bytes, *, timeout: float) -> Exchange:
-        """Send a request whole and wait for the end of its answer.
-
-        Returns:
-            The exchange; where there is no answer it has a `fault`.
-        """
+        """Send a request whole and wait for the end of its answer; without one it has a `fault`."""
         exchange = Exchange(began=time.perf_counter())
         try:
             async with asyncio.timeout(timeout):

@@ -57,9 +57,7 @@ class Target:
 class ServerProcess:
     """A `d2f serve` of our own on this machine's loopback address, from its start to its end.
 
-    Args:
-        arguments: Arguments of `d2f serve`, beside the host and the port.
-        num_threads: The number of threads of its matrix products.
+    It gets these arguments beside the host and the port, and so many threads for its products.
 
     Raises:
         D2FError: It does not start; the error has its last line.

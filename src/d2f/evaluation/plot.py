@@ -16,12 +16,7 @@ MUTED = "#8d99ae"
 
 
 def new_figure(width: float, height: float, *, without: str) -> Any:
-    """Make an empty figure of matplotlib, sizes in inches.
-
-    Args:
-        width: From left to right.
-        height: From top to bottom.
-        without: The option that leaves the plots out.
+    """Make an empty figure of matplotlib, sizes in inches; option `without` leaves plots out.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -98,10 +98,7 @@ class Tally:
 
 
 def paired_difference(one: Tally, other: Tally) -> tuple[float, float]:
-    """Take the score of `other` from that of `one` on their common problems.
-
-    Returns:
-        The difference and its standard error.
+    """Take the score of `other` from that of `one` on their common problems, with its error.
 
     Example:
         >>> paired_difference(Tally("a"), Tally("b"))

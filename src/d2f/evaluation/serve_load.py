@@ -132,14 +132,9 @@ def run_turn(
 ) -> Turn:
     """Let clients ask the pool's prompts in turn, each the next one when it has its answer.
 
-    Args:
-        target: The server.
-        pool: Prompts and right answers.
-        mode: `streamed` or `plain`.
-        num_clients: The number of requests at a time.
-        seconds: How long requests are begun; None: until each prompt was asked once.
-        first: Number of the prompt that is asked first.
-        provisional: Whether streams are asked for the engine's own clock and counts.
+    They begin requests for so many `seconds` (None: until each prompt was asked once), from the
+    prompt with the number `first` on. With `provisional`, streams are asked for the engine's own
+    clock and counts.
 
     Raises:
         D2FError: The server's metrics cannot be read, or there is no load generator.

@@ -36,11 +36,7 @@ class Example:
     """What the task's judge needs, for the task alone."""
 
     def encode(self, tokenizer: Tokenizer, chat: bool | None = None) -> list[int]:
-        """Put the problem into tokens.
-
-        Args:
-            tokenizer: Of the model.
-            chat: Whether to use the chat template; None: if there is one.
+        """Put the problem into tokens; `chat` None: with the chat template if there is one.
 
         Raises:
             RequestError: The chat template refuses it.

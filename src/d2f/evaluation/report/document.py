@@ -75,10 +75,10 @@ def write_report(
     command: str,
     panels: Sequence[Panel] | None = None,
 ) -> Path:
-    """Write README.md, the pictures, and tables.json with all numbers unrounded.
+    """Write README.md, the pictures, and tables.json with all numbers unrounded; return the page.
 
-    Returns:
-        The page.
+    `panels` are the pictures where they are not those of `d2f report`, and `command` is what was
+    typed, for the page's end.
 
     Raises:
         ConfigError: There are figures to draw, and matplotlib is not installed.

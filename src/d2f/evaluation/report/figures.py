@@ -62,12 +62,7 @@ class Panel:
 def draw_figures(
     comparisons: Sequence[Comparison], folder: Path, panels: Sequence[Panel] | None = None
 ) -> list[Drawing]:
-    """Write all pictures whose rows are there.
-
-    Args:
-        comparisons: What to draw, a panel each.
-        folder: Where the PNG files go.
-        panels: The pictures; None: those of `d2f report`.
+    """Write all pictures (by default those of `d2f report`) whose rows are there.
 
     Raises:
         ConfigError: matplotlib is not installed.

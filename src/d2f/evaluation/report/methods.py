@@ -55,10 +55,7 @@ _SETTINGS = (
 
 
 def method_tables(comparison: Comparison) -> list[Table]:
-    """Make the tables of the experiment `methods`: results, what makes the ratios, settings.
-
-    Returns:
-        Three tables; none where the experiment was not run.
+    """Make the three tables of the experiment `methods`: results, what makes the ratios, settings.
 
     Example:
         `print(method_tables(comparison)[0].markdown())`
@@ -98,12 +95,9 @@ def method_tables(comparison: Comparison) -> list[Table]:
 
 
 def varied_table(comparison: Comparison, experiment: str) -> Table | None:
-    """Make the table of an experiment that varies settings: each row against the first one.
+    """Make the table of an experiment that varies settings, if it was run: rows against the first.
 
     The columns begin with the labels that the recipe gives its rows, as `add_threshold`.
-
-    Returns:
-        None where the experiment was not run.
 
     Example:
         `print(varied_table(comparison, "thresholds").markdown())`

@@ -269,10 +269,8 @@ def paired_difference(one: Row, other: Row) -> Difference | None:
 
     Rows may have answered different numbers of problems: the first ones count, if the files of
     problems show them to be the same. Without these files both need the same number. Where no
-    answers differ, the interval is that of the rule of three: 3 / n to both sides.
-
-    Returns:
-        None where the problems of a row are not known or not the same.
+    answers differ, the interval is that of the rule of three: 3 / n to both sides. None where the
+    problems of a row are not known or not the same.
 
     Example:
         `paired_difference(pipelined, vanilla).low` above -1: at most a point is lost.
