@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError
 from d2f.evaluation.harness import (
     GSM8K_VARIANTS,
     HARNESS_TASKS,
@@ -15,6 +15,7 @@ from d2f.evaluation.native import NATIVE_TASKS, load_native_task
 from d2f.evaluation.task import CLEAN_UPS, CLEANED_TASKS, Task
 from d2f.evaluation.text2sql import load_text_to_sql
 from d2f.problems.text2sql import TEXT_TO_SQL
+from d2f.recipe import one_of
 
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, GSM8K_VARIANTS, *TEXT_TO_SQL)
 """The names that a recipe may give."""
@@ -58,12 +59,9 @@ def load_task(
         >>> task.judge([example], [example.response])[0].correct
         True
     """
-    if name not in TASKS:
-        raise ConfigError(unknown_name("task", name, TASKS))
-    if split not in _SPLITS:
-        raise ConfigError(unknown_name("split", split, _SPLITS))
-    if clean_up not in CLEAN_UPS:
-        raise ConfigError(unknown_name("clean_up", clean_up, CLEAN_UPS))
+    one_of("task", name, TASKS)
+    one_of("split", split, _SPLITS)
+    one_of("clean_up", clean_up, CLEAN_UPS)
     if clean_up == "paper" and name not in CLEANED_TASKS:
         raise ConfigError(
             f'clean_up is "paper", but the paper cleans up no answers to {name}; leave it out'

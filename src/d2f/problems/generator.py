@@ -7,10 +7,9 @@ from random import Random
 
 from d2f.problems.distractors import distract, draw_fact
 from d2f.problems.frames import Subject, Wording, word_quantity
-from d2f.problems.mixing import problem_stream
 from d2f.problems.numbers import Filled, fill_numbers
 from d2f.problems.plan import Plan, sample_plan, split_of
-from d2f.problems.problem import Problem, ProblemConfig
+from d2f.problems.problem import Problem, ProblemConfig, problem_stream
 from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
 
 _PEOPLE = tuple(Subject(*person) for person in PEOPLE)

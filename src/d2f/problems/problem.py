@@ -1,14 +1,16 @@
-"""A word problem, and the settings of its difficulty."""
+"""A word problem, the settings of its difficulty, and the random stream that it is drawn from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 
 from d2f.errors import ConfigError
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 MOST_STEPS = 7
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,3 +74,33 @@ class ProblemConfig:
             raise ConfigError(f"max_value must be in [100, 999], got {self.max_value}")
         if self.max_words < 60:
             raise ConfigError(f"max_words must be at least 60, got {self.max_words}")
+
+
+def mix(seed: int, index: int, part: int) -> int:
+    """Hash three numbers to 64 bits, so that neighbouring numbers give unrelated streams.
+
+    Example:
+        >>> mix(0, 0, 1) == mix(0, 1, 0)
+        False
+    """
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + part + 1) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return x ^ (x >> 31)
+
+
+def problem_stream(seed: int, index: int, split: str) -> Random:
+    """Return the random stream of one problem, which depends on the three arguments alone.
+
+    Raises:
+        ValueError: The split is unknown or the index negative.
+
+    Example:
+        >>> problem_stream(0, 5, "test").random() == problem_stream(0, 5, "test").random()
+        True
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}")
+    return Random(mix(seed, index, SPLITS.index(split)))

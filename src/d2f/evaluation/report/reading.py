@@ -18,6 +18,9 @@ _NUMBER_LABELS = (
     "activate_threshold", "confidence_threshold", "add_threshold", "block_size", "batch_size",
     "num_steps",
 )  # fmt: skip
+_TABLES = (
+    "labels", "policy", "options", "environment", "recipe", "model", "grid", "score", "speed",
+)  # fmt: skip
 _NAMES = ("row", "method", "experiment", "family", "test_set")
 
 
@@ -76,15 +79,12 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
     for key in _NAMES:
         if not isinstance(summary.get(key), str):
             return f"'{key}' is no text"
-    for key in ("labels", "policy", "options", "environment", "recipe", "model", "grid"):
+    for key in _TABLES:
         if not isinstance(summary.get(key), dict | None):
             return f"'{key}' is no table"
     for key in _NUMBER_LABELS:
         if not _is_number_or_none((summary.get("labels") or {}).get(key)):
             return f"labels.{key} is no number"
-    for part in ("score", "speed"):
-        if not isinstance(summary.get(part), dict | None):
-            return f"'{part}' is no table"
     score, speed = summary.get("score"), summary.get("speed")
     for part in filter(None, (score, speed)):
         if not isinstance(part.get("with_tail"), dict | None):
