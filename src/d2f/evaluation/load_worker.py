@@ -103,8 +103,6 @@ class ServedAnswer:
     status: int | None = None
     fault: str | None = None
     """The fault in the form of the answer; its text is judged elsewhere."""
-    retry_after: float | None = None
-    """Seconds that a refusal asks to wait."""
     first_text: float | None = None
     """Seconds until the first committed text."""
     first_text_engine: float | None = None
@@ -148,8 +146,6 @@ def read_answer(exchange: Exchange, *, prompt: int, start: float, streamed: bool
         fault=exchange.fault,
     )
     if exchange.status != 200:
-        wait = exchange.headers.get("retry-after", "")
-        answer.retry_after = float(wait) if wait.isdigit() else None
         answer.fault = answer.fault or _message(exchange)
         return answer
     try:
