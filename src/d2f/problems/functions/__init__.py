@@ -11,12 +11,12 @@ Example:
     >>> exec(program(problem, problem.response))
 """
 
-from d2f.problems.functions.catalogue import OPERATIONS
 from d2f.problems.functions.generator import (
     generate_function_problem,
     generate_function_problems,
     split_of_operations,
 )
+from d2f.problems.functions.pipeline import OPERATIONS
 from d2f.problems.functions.problem import FunctionConfig, FunctionProblem, program
 
 __all__ = [

@@ -125,7 +125,7 @@ class CaseSource:
     """Draws the calls of one function, without repetition.
 
     Example:
-        >>> from d2f.problems.functions.catalogue import OPERATIONS
+        >>> from d2f.problems.functions.pipeline import OPERATIONS
         >>> pipeline = Pipeline([Step(OPERATIONS["ints.sum"])], "f", ["xs"])
         >>> [len(CaseSource(Random(0), pipeline).hidden(count)) for count in (6, 8)]
         [6, 8]

@@ -24,8 +24,7 @@ class InputSource:
     """Draws inputs of one function; the same stream gives the same inputs.
 
     Example:
-        >>> from d2f.problems.functions.catalogue import OPERATIONS
-        >>> from d2f.problems.functions.pipeline import Step
+        >>> from d2f.problems.functions.pipeline import OPERATIONS, Step
         >>> pipeline = Pipeline([Step(OPERATIONS["ints.sum"])], "f", ["xs"])
         >>> source = InputSource(Random(0), pipeline)
         >>> isinstance(source.draw(short=True)[0], list)

@@ -1,4 +1,7 @@
-"""Pipelines: the operations of a function, with their arguments and all names."""
+"""Pipelines: the operations of a function, with their arguments and all names.
+
+The catalogue of all operations stands here too.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,24 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from d2f.problems.functions.catalogue import ENDING, PASSING
-from d2f.problems.functions.operation import Argument, Operation
+from d2f.problems.functions.numbers import NUMBERS
+from d2f.problems.functions.operation import TYPES, Argument, Operation
+from d2f.problems.functions.strings import STRINGS
+
+OPERATIONS: dict[str, Operation] = {operation.id: operation for operation in (*NUMBERS, *STRINGS)}
+"""All operations by their ids."""
+
+ENDING: dict[str, tuple[Operation, ...]] = {
+    kind: tuple(operation for operation in OPERATIONS.values() if operation.takes == kind)
+    for kind in TYPES
+}
+"""Operations by the type that they take; each may be the last of a function."""
+
+PASSING: dict[str, tuple[Operation, ...]] = {
+    kind: tuple(operation for operation in operations if operation.gives != "bool")
+    for kind, operations in ENDING.items()
+}
+"""The same, without operations whose result no other operation takes."""
 
 PARAMETERS = {
     "ints": "xs values data items".split(),
