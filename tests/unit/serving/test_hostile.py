@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -300,7 +301,8 @@ def test_heads(server, path):
 
 def test_what_is_no_http(server):
     for data in (b"\0" * 100, b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"A" * 100_000):
-        server.send(data, half_close=True)
+        with contextlib.suppress(ConnectionError):  # the server may hang up before all is read
+            server.send(data, half_close=True)
     assert alive(server)
 
 
