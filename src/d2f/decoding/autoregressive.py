@@ -11,10 +11,6 @@ from torch import Tensor
 from d2f.decoding.batch import BlockState, BlockView, decoded_prefix
 from d2f.decoding.paged import PagedDecoder, StepShape, make_record
 from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
-from d2f.errors import ConfigError
-from d2f.models.cache import PagedCache
-from d2f.models.transformer import Transformer
-from d2f.ops.backend import Backend
 
 
 class AutoregressiveDecoder(PagedDecoder):
@@ -25,17 +21,6 @@ class AutoregressiveDecoder(PagedDecoder):
 
     one_token = True
     num_recomputed = 1  # The last token's hidden state is needed.
-
-    def __init__(
-        self,
-        model: Transformer,
-        cache: PagedCache,
-        backend: Backend,
-        imposed: tuple[int, ...] | None = None,
-    ) -> None:
-        if imposed is not None:
-            raise ConfigError("an autoregressive model accepts one token per forward; impose none")
-        super().__init__(model, cache, backend)
 
     def begin(self, row: HostRow, num_cached: int) -> tuple[RowState[int], list[bool]]:
         """All tokens so far are computed that are not cached, the last one in any case."""

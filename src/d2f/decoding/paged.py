@@ -26,6 +26,7 @@ from d2f.decoding.alternatives import (
 )
 from d2f.decoding.batch import BlockView
 from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
+from d2f.errors import ConfigError
 from d2f.models.cache import PagedCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import Backend
@@ -100,6 +101,9 @@ class PagedDecoder(ABC):
         imposed: How many tokens each row accepts in its first, second, … forward, whatever the
             model says; the last number holds for all later ones. For measuring speed with random
             weights. None: the model decides.
+
+    Raises:
+        ConfigError: Acceptance is imposed on a decoder of one token per forward.
     """
 
     one_token: ClassVar[bool] = False
@@ -114,6 +118,8 @@ class PagedDecoder(ABC):
         backend: Backend,
         imposed: tuple[int, ...] | None = None,
     ) -> None:
+        if imposed is not None and self.one_token:
+            raise ConfigError("an autoregressive model accepts one token per forward; impose none")
         self.model, self.cache, self.backend = model, cache, backend
         self.imposed_F = None if imposed is None else torch.tensor(imposed, device=model.device)
 

@@ -145,8 +145,9 @@ class Engine:
         """
         decoder = strategy.decoder_class
         key = decoder if issubclass(decoder, PagedDecoder) else UnpagedLane
-        if key not in self._lanes:
+        if not self._lanes:
             self.model.prepare_steps()
+        if key not in self._lanes:
             paged = key is not UnpagedLane
             self._lanes[key] = self._paged_lane(decoder) if paged else self._unpaged_lane()
         return self._lanes[key]
