@@ -1,8 +1,7 @@
-"""Models from checkpoints and back, and models with fresh weights."""
+"""Models from checkpoints and back."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -46,7 +45,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_INIT_STD = 0.02
 _TRUNK = "model."
 """What stands before the names of the trunk in a whole model, and is missing where it was saved by
 itself."""
@@ -117,8 +115,8 @@ def load_model(
         if warning is not None and not known:
             warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or main_dtype(stored)
-    for name, (module, attribute) in places.items():
-        _assign(module, attribute, read_tensor(stored[name], target, kept))
+    for name, place in places.items():
+        setattr(*place, nn.Parameter(read_tensor(stored[name], target, kept), requires_grad=False))
     model.eval()
     if adapter_folder is not None:
         reading = with_adapter(spec, adapter_folder)
@@ -242,10 +240,6 @@ def main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     return torch.float32 if most == torch.float64 else most
 
 
-def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
-    setattr(module, attribute, nn.Parameter(value, requires_grad=False))
-
-
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device that an option names; None: the GPU if there is one, else the CPU.
 
@@ -360,41 +354,6 @@ def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
         shards[-1].append(name)
         used += size
     return shards
-
-
-def build_model(
-    spec: ModelSpec,
-    *,
-    seed: int = 0,
-    device: str | torch.device | None = "cpu",
-    dtype: str | torch.dtype | None = torch.float32,
-) -> Transformer:
-    """A model with fresh random weights, the same on every device for the same seed.
-
-    Matrices are normal with deviation 0.02, those that write to the residual stream scaled down by
-    sqrt(2 * layers); norms are 1 and biases 0.
-
-    Example:
-        >>> from d2f.testing import tiny_spec
-        >>> build_model(tiny_spec("llada"), seed=1).embed.weight.std().item() < 0.03
-        True
-    """
-    generator = torch.Generator().manual_seed(seed)
-    target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.float32
-    with torch.device("meta"):
-        model = Transformer(spec)
-    for ours in published_modules(spec).values():
-        module = model.get_submodule(ours)
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 2:
-                value = torch.randn(parameter.shape, generator=generator) * _INIT_STD
-                if ours.endswith(("o_proj", "down_proj")):
-                    value /= math.sqrt(2 * spec.num_layers)
-            else:
-                fill = 0.0 if attribute == "bias" else 1.0
-                value = torch.full(parameter.shape, fill)
-            _assign(module, attribute, value.to(target, to_dtype))
-    return model.eval()
 
 
 def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:

@@ -1,4 +1,4 @@
-"""Shapes of published models, for measuring speed without their weights."""
+"""Models with fresh random weights, and the shapes of published ones to measure speed with."""
 
 from __future__ import annotations
 
@@ -36,6 +36,42 @@ def preset_spec(name: str, *, num_layers: int | None = None) -> ModelSpec:
     if num_layers < 1:
         raise ConfigError(f"num_layers is {num_layers}; it must be at least 1")
     return replace(PRESETS[name], num_layers=num_layers)
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = "cpu",
+    dtype: str | torch.dtype | None = torch.float32,
+) -> Transformer:
+    """A model with fresh random weights, the same on every device for the same seed.
+
+    Matrices are normal with deviation 0.02, those that write to the residual stream scaled down by
+    sqrt(2 * layers); norms are 1 and biases 0.
+
+    Example:
+        >>> from d2f.testing import tiny_spec
+        >>> build_model(tiny_spec("llada"), seed=1).embed.weight.std().item() < 0.03
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.float32
+    with torch.device("meta"):
+        model = Transformer(spec)
+    for ours in published_modules(spec).values():
+        module = model.get_submodule(ours)
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 2:
+                value = torch.randn(parameter.shape, generator=generator) * _INIT_STD
+                if ours.endswith(("o_proj", "down_proj")):
+                    value /= math.sqrt(2 * spec.num_layers)
+            else:
+                fill = 0.0 if attribute == "bias" else 1.0
+                value = torch.full(parameter.shape, fill)
+            parameter = nn.Parameter(value.to(target, to_dtype), requires_grad=False)
+            setattr(module, attribute, parameter)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from d2f.errors import ConfigError, unknown_name
-from d2f.models.checkpoint import build_model
 from d2f.models.families import FAMILIES, spec_from_config
 from d2f.models.lora import LoraConfig, adapter_parameters, attach_adapter
+from d2f.models.presets import build_model
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 

@@ -10,7 +10,7 @@ import torch
 
 from d2f.errors import ConfigError, TrainingError, counted, unknown_name
 from d2f.hub import resolve_folder
-from d2f.models.checkpoint import as_diffusion, build_model, load_model, read_spec
+from d2f.models.checkpoint import as_diffusion, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
 from d2f.models.lora import (
     adapter_parameters,
@@ -20,6 +20,7 @@ from d2f.models.lora import (
     with_adapter,
 )
 from d2f.models.lora_declaration import read_declaration
+from d2f.models.presets import build_model
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
 from d2f.models import checkpoint
-from d2f.models.checkpoint import as_diffusion, build_model, load_model, save_model
+from d2f.models.checkpoint import as_diffusion, load_model, save_model
 from d2f.models.families import FAMILIES, config_from_spec, spec_from_config
+from d2f.models.presets import build_model
 from d2f.testing import (
     tiny_adapter,
     tiny_config,
