@@ -6,7 +6,7 @@ Shapes: R rank, I inputs, O outputs of a projection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,22 +33,19 @@ from d2f.models.lora_declaration import (
 from d2f.models.lora_folder import (
     FLOAT_STEM,
     INT8_STEM,
-    StoredAdapter,
-    parameter_places,
     read_adapter,
+    require_equal_copies,
+    require_same_base,
 )
 from d2f.models.lora_int8 import to_int8
-from d2f.models.lora_tensors import MERGE, lora_keys, scale_key
+from d2f.models.lora_tensors import lora_keys, scale_key
 from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     GENERATION_FILE,
     POLICY_FILE,
-    StoredTensor,
     read_max_new_tokens,
     read_policy,
-    read_tensor,
     replaced_folder,
-    some_names,
     write_json,
 )
 from d2f.models.transformer import Transformer, published_parameters
@@ -189,12 +186,12 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
             f"{folder} reads its base as a diffusion model; use load_model(base, adapter=…), or "
             f"as_diffusion(model, mask_token_id={declared.mask_token_id}) first"
         )
-    _require_equal_copies(folder, found.copies, model)
+    require_equal_copies(folder, found.copies, model)
     expected = None if declared is None else declared.fingerprint
     # It reads all weights, so only where it is compared or may be saved again.
     fingerprint = None if merge and expected is None else _fingerprint(model)
     if expected is not None and fingerprint is not None:
-        _require_same_base(folder, found, expected, fingerprint)
+        require_same_base(folder, found, expected, fingerprint)
     new = {}
     for published, ours in found.targets.items():
         base = model.get_submodule(ours)
@@ -234,19 +231,6 @@ def use_config(model: Transformer, config: LoraConfig) -> None:
         module.config = config
 
 
-def _require_same_base(
-    folder: Path, found: StoredAdapter, expected: Fingerprint, fingerprint: Fingerprint
-) -> None:
-    """Refuse a model of the same shape that is not the base."""
-    difference = expected.difference(fingerprint)
-    if difference is not None:
-        name = f"'{found.base_model}'" if found.base_model else "the one that it was trained on"
-        raise CheckpointError(
-            f"{folder} is an adapter for another model of this shape: {difference}; load {name}, "
-            "in any precision"
-        )
-
-
 def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
     """The spec of a model with the adapter of this folder.
 
@@ -271,26 +255,6 @@ def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
         recommended_max_new_tokens=read_max_new_tokens(folder) or spec.recommended_max_new_tokens,
         distilled=distilled,
     )
-
-
-def _require_equal_copies(
-    folder: Path, copies: Mapping[str, StoredTensor], model: Transformer
-) -> None:
-    """Refuse tensors beside the adapter that differ from the model's own."""
-    places = parameter_places(model.spec, model)
-    different = []
-    for name, tensor in copies.items():
-        own = getattr(*places[name]).detach()
-        saved = read_tensor(tensor, own.device)
-        # One of them may have been rounded to a narrower type.
-        types = (saved.dtype, own.dtype)
-        if not any(torch.equal(saved.to(kind), own.to(kind)) for kind in types):
-            different.append(name)
-    if different:
-        raise CheckpointError(
-            f"{folder} holds {some_names(different)} otherwise than the model, so it was trained "
-            f"with the adapter or is another model's; {MERGE}"
-        )
 
 
 def _require_no_adapter(model: Transformer) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from d2f.errors import CheckpointError, ConfigError
 from d2f.gguf.folder import linked_gguf
+from d2f.models.base_fingerprint import Fingerprint
 from d2f.models.lora_config import LoraConfig, read_config
 from d2f.models.lora_declaration import (
     CONFIG_FILE,
@@ -32,7 +33,9 @@ from d2f.models.storage import (
     compare_tensors,
     read_headers,
     read_json,
+    read_tensor,
     read_tensors,
+    some_names,
 )
 from d2f.models.transformer import Transformer, published_parameters
 
@@ -189,6 +192,39 @@ def _check_copies(
             )
         kept[name] = tensor
     return kept
+
+
+def require_same_base(
+    folder: Path, found: StoredAdapter, expected: Fingerprint, fingerprint: Fingerprint
+) -> None:
+    """Refuse a model of the same shape that is not the base; raises `CheckpointError`."""
+    difference = expected.difference(fingerprint)
+    if difference is not None:
+        name = f"'{found.base_model}'" if found.base_model else "the one that it was trained on"
+        raise CheckpointError(
+            f"{folder} is an adapter for another model of this shape: {difference}; load {name}, "
+            "in any precision"
+        )
+
+
+def require_equal_copies(
+    folder: Path, copies: Mapping[str, StoredTensor], model: Transformer
+) -> None:
+    """Refuse tensors beside the adapter that differ from the model's; raises `CheckpointError`."""
+    places = parameter_places(model.spec, model)
+    different = []
+    for name, tensor in copies.items():
+        own = getattr(*places[name]).detach()
+        saved = read_tensor(tensor, own.device)
+        # One of them may have been rounded to a narrower type.
+        types = (saved.dtype, own.dtype)
+        if not any(torch.equal(saved.to(kind), own.to(kind)) for kind in types):
+            different.append(name)
+    if different:
+        raise CheckpointError(
+            f"{folder} holds {some_names(different)} otherwise than the model, so it was trained "
+            f"with the adapter or is another model's; {MERGE}"
+        )
 
 
 def parameter_places(
