@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.training.test_evaluations import LORA, Notes, config_for, files, stored
+from tests.unit.training.test_evaluations import LORA, Notes, config_for, files
+from tests.unit.training.tiny_run import stored_weights
 
 from d2f.errors import CheckpointError, TrainingError
 from d2f.models.checkpoint import load_model
@@ -63,7 +64,7 @@ def test_a_full_disk_at_a_checkpoint(files, monkeypatch, lora, place, name, erro
     assert train(config, device="cpu", resume=True).steps == 6
     plain = config_for(files, "d2f", "plain", lora=lora)
     train(plain, device="cpu")
-    one, other = (stored(Path(c.output) / "final") for c in (config, plain))
+    one, other = (stored_weights(Path(c.output) / "final") for c in (config, plain))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
