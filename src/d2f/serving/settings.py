@@ -88,9 +88,16 @@ class ServeSettings:
     """Origins whose web pages may use the server from a browser; `*`: all."""
 
     def __post_init__(self) -> None:
+        for name in (*_COUNTS, "port"):
+            value = getattr(self, name)
+            unlimited = value is None and name.endswith("_tokens")
+            if type(value) is not int and not unlimited:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number")
         for name in _COUNTS:
             at_least(name, getattr(self, name), 1)
         for name in _SECONDS:
+            if type(getattr(self, name)) not in (int, float):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a number")
             at_least(name, getattr(self, name), 0)
             if math.isinf(getattr(self, name)):
                 raise ConfigError(f"{name} is infinite; it must be a finite number of seconds")
