@@ -1,4 +1,4 @@
-"""What pytest must not collect."""
+"""Files that pytest must not collect."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""What users may rely on, and that importing it is cheap and complete."""
+"""Public names are there for users, and importing them is cheap and complete."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""What the README tells people to type works.
+"""Commands and code that the README tells people to type work.
 
 Python blocks are executed and `d2f` lines of bash blocks are run, each in an empty folder that has
 the repository's recipes. A block after `<!-- not run: reason -->` is only checked: its Python must

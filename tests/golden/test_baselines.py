@@ -1,4 +1,4 @@
-"""What the published samplers of LLaDA, Dream and Fast-dLLM decode: ids and forwards, exactly."""
+"""The published samplers of LLaDA, Dream and Fast-dLLM decode exactly these ids and forwards."""
 
 import json
 from pathlib import Path

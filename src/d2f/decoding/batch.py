@@ -18,6 +18,12 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
 from d2f.ops.sampling import CONFIDENCE_CODES, Sampling
 
+NOT_FINITE = (
+    "the model's logits are not finite, so there is no answer; its weights may be broken, or the "
+    "temperature too close to 0"
+)
+"""Why a response has no answer."""
+
 
 class BlockState(Enum):
     """The life of a block, in order."""
@@ -219,10 +225,7 @@ class Decoded:
             ([5, 9], [0.8, 0.7])
         """
         if not finite:
-            raise RequestError(
-                "the model's logits are not finite, so there is no answer; its weights may be "
-                "broken, or the temperature too close to 0"
-            )
+            raise RequestError(NOT_FINITE)
         token_ids, reason = cut_at_eos(decoded_prefix(self.tokens), eos_token_ids)
         known = self.probabilities[: len(token_ids)]
         assert None not in known, "a decoded token has a probability"

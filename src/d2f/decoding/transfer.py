@@ -1,4 +1,4 @@
-"""Which predictions of a block are kept: the rules of the samplers without a pipeline.
+"""Rules of the samplers without a pipeline: they choose the predictions of a block that are kept.
 
 Shapes: B sequences, K positions of a block. Nothing here waits for the host.
 """

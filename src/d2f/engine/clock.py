@@ -1,4 +1,4 @@
-"""When the steps of an engine ran, as the device's own clock tells it."""
+"""Times at which the steps of an engine ran, told by the device's own clock."""
 
 from __future__ import annotations
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.batch import BlockView
+from d2f.decoding.batch import NOT_FINITE, BlockView
 from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape
 from d2f.decoding.rows import RowSizes, RowStorage, power_of_two
 from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
 from d2f.engine.request import Progress, Task
-from d2f.engine.runner import FREE_TOKENS, Pending, Runner, captured_shape, round_up
+from d2f.engine.runner import Pending, Runner, StepSizer
 from d2f.errors import D2FError, RequestError, counted
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
@@ -74,18 +72,19 @@ class PagedLane:
         self.pool, self.prompts = pool, prompts
         self._key = type(decoder)
         longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
-        self._max_end = -(-longest // cache.page_size) * cache.page_size
+        max_end = -(-longest // cache.page_size) * cache.page_size
         self._least_sizes = RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1)
         if use_graphs:
             # Graphs are lost when rows need more room, so most requests should find enough.
-            self._least_sizes = replace(USUAL_SIZES, prompt_length=power_of_two(self._max_end))
+            self._least_sizes = replace(USUAL_SIZES, prompt_length=power_of_two(max_end))
         storage = RowStorage.for_model(
             model,
             self._least_sizes,
             max_rows=max_rows,
-            num_pages=self._max_end // cache.page_size,
+            num_pages=max_end // cache.page_size,
         )
         self.runner = Runner(decoder, storage, use_graphs=use_graphs)
+        self._sizer = StepSizer(self.runner, max_rows, max_end, exact=not overlap)
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         """By row."""
@@ -181,7 +180,7 @@ class PagedLane:
             self._apply()
         self._secure_pages()
         joined = self._admit()
-        return joined, self._shape() if self.running else None
+        return joined, self._sizer.shape(self.running) if self.running else None
 
     def _secure_pages(self) -> None:
         """Pages for all that the next step may write; the youngest give way to older ones."""
@@ -313,83 +312,6 @@ class PagedLane:
     def _places(self, sizes: RowSizes) -> int:
         return self._max_rows * sizes.num_blocks * sizes.block_size
 
-    def _shape(self) -> StepShape:
-        """The size of the next step: exact on a CPU, the smallest captured one that fits else."""
-        decoder, spans = self.decoder, [self._span(task) for task in self.running]
-        prompts = [len(task.asked.prompt) for task in self.running]
-        prefill = any(start < prompt for (start, _), prompt in zip(spans, prompts, strict=True))
-        if prefill or any(task.stalled for task in self.running):
-            # Nothing may sit out: a step that reads prompts must not be mistaken for another.
-            spans = [
-                (min(t.state.start, s), e) for t, (s, e) in zip(self.running, spans, strict=True)
-            ]
-        counts, kinds = [end - start for start, end in spans], self._kinds()
-        num_rows, tokens, longest = len(self.running), sum(counts), max(counts)
-        if not self._overlap:
-            return StepShape(
-                num_rows=num_rows,
-                num_tokens=tokens,
-                num_candidates=max(sum(map(decoder.num_candidates, self.running)), 1),
-                max_count=longest,
-                max_end=max(end for _, end in spans),
-                prefill=prefill,
-                **kinds,
-            )
-        if not prefill:
-            return captured_shape(
-                num_rows,
-                self._bucket(counts),
-                longest,
-                one_token=decoder.one_token,
-                max_rows=self._max_rows,
-                max_end=self._max_end,
-                **kinds,
-            )
-        num_rows = min(power_of_two(num_rows), self._max_rows)
-        candidates = sum(
-            end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
-        )
-        if self.runner.captures_prompts(num_rows, tokens):
-            # Few shapes: what may be larger than it need be is.
-            tokens, candidates = round_up(tokens), max(power_of_two(candidates), 32)
-            longest = tokens
-        return StepShape(
-            num_rows=num_rows,
-            num_tokens=tokens,
-            num_candidates=num_rows if decoder.one_token else candidates,
-            max_count=longest,
-            max_end=self._max_end,
-            prefill=True,
-            **kinds,
-        )
-
-    def _kinds(self) -> dict[str, Any]:
-        """What the step has to do for some row; part of its shape."""
-        asked = [task.asked for task in self.running]
-        sampled = [one for one in asked if one.temperature > 0]
-        return {
-            "sampled": bool(sampled),
-            "truncated": any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in sampled),
-            "ranked": any(one.policy.confidence != "probability" for one in asked),
-            # All that may be asked for, so that there are few shapes.
-            "num_alternatives": min(MOST_ALTERNATIVES, self.decoder.model.spec.vocab_size)
-            if any(task.request.num_alternatives for task in self.running)
-            else 0,
-        }
-
-    def _bucket(self, counts: list[int]) -> int:
-        """Query tokens of a step without a prompt.
-
-        A bound for all rows would compute up to a block more for each of them. Where tokens cost,
-        what the rows had last and an eighth more must do; rows that do not fit sit one step out,
-        and the next step then has room for all.
-        """
-        bound = sum(counts)
-        if bound > FREE_TOKENS and not any(task.stalled for task in self.running):
-            known = sum(task.state.end - task.state.start for task in self.running)
-            bound = min(bound, max(known + known // 8, FREE_TOKENS, max(counts)))
-        return round_up(bound)
-
     # ------------------------------------------------------------------------------------- run
 
     def _run(self, joined: list[Task], shape: StepShape | None) -> None:
@@ -453,11 +375,7 @@ class PagedLane:
             return
         task.report(record)
         if not record.finite:
-            self._fail(
-                task,
-                "the model's logits are not finite, so there is no answer; its weights may be "
-                "broken, or the temperature too close to 0",
-            )
+            self._fail(task, NOT_FINITE)
             return
         try:
             stops = bool(record.tokens) and task.reaches_stop()

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2f.decoding.alternatives import MOST_ALTERNATIVES
 from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape, read_record
 from d2f.decoding.rows import RowStorage, power_of_two
 from d2f.engine.clock import StepClock, StepTime
+from d2f.engine.request import Task
 
 PROMPT_ROWS, PROMPT_TOKENS = 4, 512
 """Steps with prompts are captured up to so many rows and tokens, whatever the model's size."""
@@ -196,3 +198,96 @@ class Runner:
         self._graphs[shape] = graph, record
         if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
+
+
+@dataclass(frozen=True)
+class StepSizer:
+    """Chooses the shapes of a runner's steps: exact ones, or the smallest captured that fit.
+
+    Args:
+        runner: It runs the steps.
+        max_rows: Rows of its storage.
+        max_end: A bound for the end of every row.
+        exact: The host knows where every row stands, so no step need be larger than its rows.
+    """
+
+    runner: Runner
+    max_rows: int
+    max_end: int
+    exact: bool
+
+    def shape(self, running: Sequence[Task]) -> StepShape:
+        """The shape of the next step of some requests, by their rows."""
+        decoder = self.runner.decoder
+        spans = [decoder.span(task, task.num_in_flight) for task in running]
+        prompts = [len(task.asked.prompt) for task in running]
+        prefill = any(start < prompt for (start, _), prompt in zip(spans, prompts, strict=True))
+        if prefill or any(task.stalled for task in running):
+            # Nothing may sit out: a step that reads prompts must not be mistaken for another.
+            spans = [(min(t.state.start, s), e) for t, (s, e) in zip(running, spans, strict=True)]
+        counts, kinds = [end - start for start, end in spans], self._kinds(running)
+        num_rows, tokens, longest = len(running), sum(counts), max(counts)
+        if self.exact:
+            return StepShape(
+                num_rows=num_rows,
+                num_tokens=tokens,
+                num_candidates=max(sum(map(decoder.num_candidates, running)), 1),
+                max_count=longest,
+                max_end=max(end for _, end in spans),
+                prefill=prefill,
+                **kinds,
+            )
+        if not prefill:
+            return captured_shape(
+                num_rows,
+                self._bucket(running, counts),
+                longest,
+                one_token=decoder.one_token,
+                max_rows=self.max_rows,
+                max_end=self.max_end,
+                **kinds,
+            )
+        num_rows = min(power_of_two(num_rows), self.max_rows)
+        candidates = sum(
+            end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
+        )
+        if self.runner.captures_prompts(num_rows, tokens):
+            # Few shapes: what may be larger than it need be is.
+            tokens, candidates = round_up(tokens), max(power_of_two(candidates), 32)
+            longest = tokens
+        return StepShape(
+            num_rows=num_rows,
+            num_tokens=tokens,
+            num_candidates=num_rows if decoder.one_token else candidates,
+            max_count=longest,
+            max_end=self.max_end,
+            prefill=True,
+            **kinds,
+        )
+
+    def _kinds(self, running: Sequence[Task]) -> dict[str, Any]:
+        """The work that some row asks for; part of the step's shape."""
+        asked = [task.asked for task in running]
+        sampled = [one for one in asked if one.temperature > 0]
+        return {
+            "sampled": bool(sampled),
+            "truncated": any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in sampled),
+            "ranked": any(one.policy.confidence != "probability" for one in asked),
+            # All that may be asked for, so that there are few shapes.
+            "num_alternatives": min(MOST_ALTERNATIVES, self.runner.decoder.model.spec.vocab_size)
+            if any(task.request.num_alternatives for task in running)
+            else 0,
+        }
+
+    def _bucket(self, running: Sequence[Task], counts: Sequence[int]) -> int:
+        """Query tokens of a step without a prompt.
+
+        A bound for all rows would compute up to a block more for each of them. Where tokens cost,
+        what the rows had last and an eighth more must do; rows that do not fit sit one step out,
+        and the next step then has room for all.
+        """
+        bound = sum(counts)
+        if bound > FREE_TOKENS and not any(task.stalled for task in running):
+            known = sum(task.state.end - task.state.start for task in running)
+            bound = min(bound, max(known + known // 8, FREE_TOKENS, max(counts)))
+        return round_up(bound)

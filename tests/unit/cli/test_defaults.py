@@ -1,4 +1,4 @@
-"""What the commands do of themselves: strategy, length, and a word about an adapter."""
+"""Commands choose a strategy and a length by themselves, and say a word about an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a command computes with."""
+"""A command chooses the number of threads to compute with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What could have stood where a token was accepted, by every strategy."""
+"""Every strategy tells the tokens that could have stood where one was accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for every layout and policy: the pipeline is exact, however it is run."""
+"""The pipeline is exact for every layout and policy, however it is run."""
 
 import torch
 from hypothesis import HealthCheck, given, settings

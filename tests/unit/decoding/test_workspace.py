@@ -1,4 +1,4 @@
-"""What batches leave to the next one: captured steps fit it, and do not pile up."""
+"""Batches leave captured steps to the next one, which fit it and do not pile up."""
 
 import copy
 import types

@@ -1,4 +1,4 @@
-"""What a model is decoded with when nobody says: one rule, from what its checkpoint carries."""
+"""One rule, from the contents of a checkpoint, decodes a model when nobody names a strategy."""
 
 from __future__ import annotations
 

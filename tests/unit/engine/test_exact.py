@@ -24,8 +24,7 @@ from tests.unit.engine.workload import (
 
 import d2f
 from d2f.decoding.batch import GenerationResult, cut_at_eos
-from d2f.engine.paged import PagedLane
-from d2f.engine.runner import Pending
+from d2f.engine.runner import Pending, StepSizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in-step", "overlapped"])
@@ -195,13 +194,13 @@ def test_rows_that_do_not_fit_sit_out(name, pages, monkeypatch):
     engine = make_engine(
         cached_model(name), pages, overlap=True, max_batch_size=16, prefill_tokens=32
     )
-    lane, bucket = lane_of(engine), PagedLane._bucket
+    lane, bucket = lane_of(engine), StepSizer._bucket
     too_small = stalls = 0
 
-    def small_bucket(self, counts):
+    def small_bucket(self, running, counts):
         nonlocal too_small
-        enough = bucket(self, counts)
-        if any(task.stalled for task in self.running) or rng.random() < 0.3:
+        enough = bucket(self, running, counts)
+        if any(task.stalled for task in running) or rng.random() < 0.3:
             return enough
         too_small += 1
         return max(1, rng.randint(enough // 3, enough))
@@ -214,7 +213,7 @@ def test_rows_that_do_not_fit_sit_out(name, pages, monkeypatch):
             # One that comes back computes all of its response's blocks in its first step.
             lane._preempt(rng.choice(lane.running))
 
-    monkeypatch.setattr(PagedLane, "_bucket", small_bucket)
+    monkeypatch.setattr(StepSizer, "_bucket", small_bucket)
     outputs = drive(engine, cases, rng, burst=2, on_step=count_stalls)
     assert len(outputs) == len(cases)
     assert too_small > 30

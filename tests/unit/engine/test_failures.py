@@ -1,4 +1,4 @@
-"""What goes wrong with one request is that request's alone."""
+"""A fault of one request is that request's alone."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What an engine tells of its requests while they wait and run."""
+"""An engine tells of its requests while they wait and run."""
 
 import itertools
 

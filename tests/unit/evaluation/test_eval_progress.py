@@ -1,4 +1,4 @@
-"""What a run tells: bars on a terminal, a line now and then elsewhere."""
+"""A run tells its progress: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

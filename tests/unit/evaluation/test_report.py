@@ -1,4 +1,4 @@
-"""What is written beside the numbers: the environment and the plot."""
+"""The environment and the plot are written beside the numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an answer ends: as the published files say it, and as transformers ends it."""
+"""An answer ends where the published files say, and as transformers ends it."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Which backend is taken where, and how a wrong wish is refused."""
+"""Each backend is taken where it runs, and a wrong wish is refused."""
 
 import dataclasses
 import inspect

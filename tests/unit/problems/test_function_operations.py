@@ -1,4 +1,4 @@
-"""What each operation of the functions to write computes, told by hand."""
+"""Each operation of the functions to write computes a result that is told by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a response ends, as clients say it: `stop_token_ids`, `replace_eos`, special tokens."""
+"""A response ends where clients say: `stop_token_ids`, `replace_eos`, special tokens."""
 
 from __future__ import annotations
 

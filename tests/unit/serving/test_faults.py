@@ -1,4 +1,4 @@
-"""What breaks ends what it must, and nothing else."""
+"""A fault ends the requests and servers that it must, and nothing else."""
 
 import asyncio
 import logging

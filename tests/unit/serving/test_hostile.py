@@ -1,4 +1,4 @@
-"""What nobody should send, and clients that go away."""
+"""Requests that nobody should send, and clients that go away."""
 
 from __future__ import annotations
 

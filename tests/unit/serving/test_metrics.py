@@ -1,4 +1,4 @@
-"""What the server counts."""
+"""The server counts its requests, tokens and times."""
 
 from d2f import GenerationResult
 from d2f.serving.metrics import ERRORS, Metrics

@@ -1,4 +1,4 @@
-"""What a refused client is told is what the queue then needs, on a clock of the test's own."""
+"""A refused client is told the time that the queue then needs, on a clock of the test's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/serving.md shows works: its Python against a live server, its commands and tables."""
+"""Examples of docs/serving.md work: Python against a live server, commands and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a computation allocates, counted from its operations instead of the process."""
+"""The memory that a computation allocates, counted from its operations and not the process."""
 
 from __future__ import annotations
 

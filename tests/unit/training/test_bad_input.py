@@ -1,4 +1,4 @@
-"""What goes wrong in a run: one clear message, and nothing lost but the step in flight."""
+"""A fault in a run gives one clear message and loses nothing but the step in flight."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What a step keeps for its backward pass: recomputed layers, frozen weights, tiles on a GPU."""
+"""A step keeps little for its backward pass: recomputed layers, frozen weights, tiles on a GPU."""
 
 from __future__ import annotations
 

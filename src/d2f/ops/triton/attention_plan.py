@@ -1,4 +1,4 @@
-"""Which program of the attention kernels answers what: tiles of queries, splits of keys.
+"""The plan of the attention kernels: tiles of queries and splits of keys for each program.
 
 Where the keys of a row are split follows from its end alone, never from the batch or the pages.
 
