@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from d2f.cli.bench_serve import DTYPE, make_pool
-from d2f.evaluation.http_exchange import Connection, Exchange
-from d2f.evaluation.load_worker import Task, load, read_answer
-from d2f.evaluation.measured_server import ServerProcess, ServerReading, Target, read_server
-from d2f.evaluation.serve_load import Expected, judge, run_turn
+from load.answers import DTYPE, Expected, judge, make_pool
+from load.client import Connection, Exchange, load, read_answer
+from load.server import ServerProcess, ServerReading, Target, read_server
+from load.turns import make_task, run_turn
 
 NUM_KILLED = 200
 NUM_BROKEN = 1000
@@ -91,13 +90,9 @@ def post(target: Target, body: Any, path: str = COMPLETIONS, **headers: str) -> 
     return "\r\n".join(lines).encode("latin-1") + data
 
 
-def address(target: Target) -> tuple[str, int]:
-    host, _, port = urlsplit(target.url).netloc.partition(":")
-    return host, int(port)
-
-
 def connection(target: Target) -> Connection:
-    return Connection(*address(target))
+    parts = urlsplit(target.url)
+    return Connection(parts.hostname or "", parts.port or 80)
 
 
 # ------------------------------------------------------------------------------- clients that die
@@ -263,25 +258,10 @@ async def stop_under_load(
     target: Target, pool: Sequence[Expected], server: ServerProcess
 ) -> list[Check]:
     """Send SIGTERM while streamed and whole answers are in progress."""
-    host, port = address(target)
     start = time.perf_counter()
     loads = {
-        streamed: Task(
-            host=host,
-            port=port,
-            path=COMPLETIONS,
-            headers={},
-            bodies=[
-                {"model": target.model, "prompt": expected.prompt, "max_tokens": MAX_TOKENS}
-                | {"stream": streamed}
-                | ({"stream_options": {"include_usage": True}} if streamed else {})
-                for expected in pool
-            ],
-            first=0,
-            streamed=streamed,
-            num_clients=NUM_CLIENTS // 2,
-            seconds=6.0,
-            timeout=REQUEST_SECONDS,
+        streamed: make_task(
+            target, pool, streamed=streamed, num_clients=NUM_CLIENTS // 2, seconds=6.0
         )
         for streamed in (True, False)
     }

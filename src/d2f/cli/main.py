@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 
 from d2f import __version__
 from d2f.cli.bench_race import race_command
-from d2f.cli.bench_serve import serve_command as bench_serve_command
 from d2f.cli.bench_step import step_command
 from d2f.cli.bench_train import train_command as bench_train_command
 from d2f.cli.chat import chat_command
@@ -70,13 +69,11 @@ for _name, _command in _COMMANDS.items():
     app.command(_name, cls=Command)(_command)
 bench = typer.Typer(
     no_args_is_help=True,
-    help="Measure speed: of one step, of whole answers, of training, of a server. "
-    "Example:  d2f bench race",
+    help="Measure speed: of one step, of whole answers, of training. Example:  d2f bench race",
 )
 bench.command("step", cls=Command)(step_command)
 bench.command("race", cls=Command)(race_command)
 bench.command("train", cls=Command)(bench_train_command)
-bench.command("serve", cls=Command)(bench_serve_command)
 app.add_typer(bench, name="bench")
 app.add_typer(recipes_app, name="recipes")
 

@@ -27,7 +27,6 @@ WHERE = {
     "d2f.models.presets.random_model": [["bench", "race", "--shape", "llada-8b", "--accept", "4"]],
     "d2f.training.run.train": [["train", "tiny_cpu_autoregressive"]],
     "d2f.evaluation.rates.measure_rates": [["bench", "train"]],
-    "d2f.evaluation.measured_server.ServerProcess": [["bench", "serve"]],
     "d2f.evaluation.eval_run.Evaluation.run": [
         ["eval", "word_problems", "--output", "o", "--num-problems", "2"]
     ],

@@ -43,7 +43,6 @@ OTHERWISE = {
     "--batch": ["0", "1,x", ""],
     "--window": ["0", "x"],
     "--kv-length": ["-1", "1.5"],
-    "--mode": ["fast"],
     "--micro-batch": ["0", "x"],
     "--checkpointing": ["perhaps"],
     "--sharding": ["half"],
@@ -51,7 +50,6 @@ OTHERWISE = {
     "--set": ["nothing", "=1", "no_such_key=1"],
     "--rows": ["pipelind", ""],
     "--race-model": ["teacher", "=x", "x="],
-    "--url": ["ftp://x", "nothing"],
     "--column": ["prompt", "promt=x"],
     ("generate", "--algorithm"): ["entropi"],
     ("demo", "--plot"): ["race.xyz"],
@@ -115,7 +113,6 @@ def nothing_begins(monkeypatch, tmp_path):
     monkeypatch.setattr("d2f.models.presets.random_model", stop)
     monkeypatch.setattr("d2f.evaluation.rates.measure_rates", stop)
     monkeypatch.setattr("d2f.training.run.train", stop)
-    monkeypatch.setattr("d2f.evaluation.measured_server.ServerProcess", stop)
 
 
 @pytest.mark.parametrize(("path", "option", "value"), list(cases()))
@@ -139,7 +136,6 @@ def test_a_wrong_value_is_wrong_use(d2f, path, option, value):
         ["bench", "race", "--accept", "1"],
         ["bench", "race", "--shape", "llada-8b"],
         ["bench", "race", "--model", "x"],
-        ["bench", "serve", "--api-key", "x"],
         ["bench", "train", "--lora", "4", "--full"],
         ["serve", "--host", "0.0.0.0"],
     ],

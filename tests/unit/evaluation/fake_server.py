@@ -7,7 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from d2f.evaluation.serve_load import Expected
+from benchmarks.load.answers import Expected
 
 POOL = [
     Expected(prompt="1+1?", text="One and one are 2.\n#### 2", num_tokens=9, finish_reason="stop"),

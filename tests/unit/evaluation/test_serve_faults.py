@@ -7,15 +7,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from benchmarks.load.server import Target
 from tests.unit.evaluation.fake_server import POOL, FakeServer
-
-from d2f.evaluation.measured_server import Target
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "serve_faults.py"
 
 
 @pytest.fixture
 def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("serve_faults", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,33 +8,31 @@ import socket
 import threading
 
 import pytest
+from benchmarks.load import client
+from benchmarks.load import server as measured
+from benchmarks.load.answers import VERDICTS, first_block_seconds, judge
+from benchmarks.load.client import Connection, ServedAnswer, Task, run
+from benchmarks.load.server import ServerProcess, Target, fetch
+from benchmarks.load.turns import (
+    count_wrong,
+    idle_report,
+    plan_turns,
+    run_load,
+    run_turn,
+    summarize,
+)
 from tests.unit.evaluation.fake_server import FAULTS, POOL, STREAMED_ONLY, FakeServer
 
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, D2FError
-from d2f.evaluation import load_worker, measured_server
-from d2f.evaluation.http_exchange import Connection
-from d2f.evaluation.load_worker import ServedAnswer, Task, run
-from d2f.evaluation.measured_server import ServerProcess, Target, fetch
-from d2f.evaluation.serve_load import (
-    VERDICTS,
-    count_wrong,
-    first_block_seconds,
-    idle_report,
-    judge,
-    plan_turns,
-    run_load,
-    run_turn,
-    summarize,
-)
 from d2f.testing import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(load_worker, "_PAUSE", 0.01)
+    monkeypatch.setattr(client, "_PAUSE", 0.01)
 
 
 def ask_all(server, *, streamed=True, num_clients=1, seconds=None, timeout=5.0):
@@ -252,6 +250,6 @@ def test_a_server_that_is_not_there_is_said_to_be():
 
 
 def test_a_server_that_does_not_start_says_why(monkeypatch):
-    monkeypatch.setattr(measured_server, "START_SECONDS", 20.0)
+    monkeypatch.setattr(measured, "START_SECONDS", 20.0)
     with pytest.raises(D2FError, match=r"did not start: .*"):
         ServerProcess(["--no-such-option"])

@@ -1,7 +1,7 @@
 """Load on a server by many clients at once, streamed and plain in turns; every answer is checked.
 
-The load comes from a process of its own (`load_worker`), which is started anew for each turn. A
-turn is over when its last request is answered, so that what the server counted between two turns
+The load comes from a process of its own (`client`), which is started anew for each turn. A turn is
+over when its last request is answered, so that what the server counted between two turns
 belongs to one of them.
 """
 
@@ -10,97 +10,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from d2f.errors import ConfigError, D2FError
-from d2f.evaluation.load_worker import ServedAnswer
-from d2f.evaluation.measured_server import ServerReading, Target, read_server
 from d2f.evaluation.metrics import percentile, ratio
 
-if TYPE_CHECKING:
-    from d2f.engine.engine import Engine
-    from d2f.engine.request import Request
+from . import client
+from .answers import VERDICTS, Expected, judge
+from .client import ServedAnswer, Task
+from .server import ServerReading, Target, read_server
 
 MODES = ("streamed", "plain")
 TURN_SECONDS = 15.0
 REQUEST_SECONDS = 120.0
 """Most seconds of one request; one that takes longer counts as lost."""
 _PERCENTS = (50, 95, 99)
-VERDICTS = ("right", "lost", "doubled", "mixed", "wrong", "refused", "failed")
-"""The verdicts on an answer. `refused` is a 429, `failed` another error that the server told; an
-answer that never came to its end, or lacks a part, is `lost`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """A prompt and the engine's own answer."""
-
-    prompt: str
-    text: str
-    num_tokens: int
-    finish_reason: str
-    """The protocol's word: `stop` or `length`."""
-
-
-def judge(answer: ServedAnswer, pool: Sequence[Expected]) -> str:
-    """The verdict on an answer, one of `VERDICTS`.
-
-    Args:
-        answer: An answer to one of the pool's prompts.
-        pool: All prompts of the run; they tell an answer with a part of another one (`mixed`) from
-            an answer that is wrong by itself.
-
-    Example:
-        >>> ends = {"num_tokens": 2, "finish_reason": "stop"}
-        >>> pool = [Expected(prompt="1+1", text="= 2", **ends)]
-        >>> judge(ServedAnswer(prompt=0, began=0.0, seconds=0.1, status=429), pool)
-        'refused'
-    """
-    if answer.status == 429:
-        return "refused"
-    if answer.status is None:
-        return "lost"
-    if answer.status != 200:
-        return "failed"
-    if len(answer.finish_reasons) > 1 or len(answer.choices) > 1 or answer.num_done > 1:
-        return "doubled"
-    if len(answer.ids) > 1:
-        return "mixed"
-    if answer.fault is not None or not answer.finish_reasons or answer.num_done == 0:
-        return "lost"
-    expected = pool[answer.prompt]
-    if answer.text != expected.text:
-        others = [other.text for number, other in enumerate(pool) if number != answer.prompt]
-        return _difference(answer.text, expected.text, others)
-    same_end = answer.finish_reasons == [expected.finish_reason]
-    same_count = answer.usage.get("completion_tokens") == expected.num_tokens
-    return "right" if same_end and same_count else "wrong"
-
-
-def _difference(text: str, expected: str, others: Sequence[str]) -> str:
-    """The verdict on a text that is not the expected one."""
-    head = _num_alike(text, expected)
-    tail = _num_alike(text[head:][::-1], expected[head:][::-1])
-    added = text[head : len(text) - tail]
-    missing = expected[head : len(expected) - tail]
-    if not added:
-        return "lost"
-    if not missing and added in expected:
-        return "doubled"
-    # Answers are alike in places, so a foreign part of a few characters proves nothing.
-    foreign = text in others or (len(added) > 8 and any(added in other for other in others))
-    return "mixed" if foreign else "wrong"
-
-
-def _num_alike(one: str, other: str) -> int:
-    """The number of characters at the beginning that are the same in both."""
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,35 +67,18 @@ def run_turn(
     Raises:
         D2FError: The server's metrics cannot be read, or there is no load generator.
     """
-    streamed = mode == "streamed"
-    parts = urllib.parse.urlsplit(target.url)
-    options = {"include_usage": True} | ({"include_provisional": True} if provisional else {})
-    bodies: list[dict[str, Any]] = [
-        {
-            "model": target.model,
-            "prompt": expected.prompt,
-            "max_tokens": target.max_tokens,
-            "temperature": 0,
-            "stream": streamed,
-        }
-        | ({"stream_options": options} if streamed else {})
-        for expected in pool
-    ]
-    task = {
-        "host": parts.hostname,
-        "port": parts.port or 80,
-        "path": "/v1/completions",
-        "headers": {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {},
-        "bodies": bodies,
-        "first": first % len(pool),
-        "streamed": streamed,
-        "num_clients": num_clients,
-        "seconds": seconds,
-        "timeout": REQUEST_SECONDS,
-    }
+    task = make_task(
+        target,
+        pool,
+        streamed=mode == "streamed",
+        num_clients=num_clients,
+        seconds=seconds,
+        first=first,
+        provisional=provisional,
+    )
     before = read_server(target.url, target.api_key)
     most = (seconds or REQUEST_SECONDS * len(pool)) + 2 * REQUEST_SECONDS
-    report = _run_worker(task, most)
+    report = _run_client(task, most)
     answers = [ServedAnswer(**answer) for answer in report["answers"]]
     return Turn(
         mode=mode,
@@ -181,11 +92,44 @@ def run_turn(
     )
 
 
-def _run_worker(task: dict[str, Any], seconds: float) -> dict[str, Any]:
+def make_task(
+    target: Target,
+    pool: Sequence[Expected],
+    *,
+    streamed: bool,
+    num_clients: int,
+    seconds: float | None,
+    first: int = 0,
+    provisional: bool = False,
+) -> Task:
+    """The requests of a turn; see `run_turn`."""
+    parts = urllib.parse.urlsplit(target.url)
+    options = {"include_usage": True} | ({"include_provisional": True} if provisional else {})
+    common = {
+        "model": target.model,
+        "max_tokens": target.max_tokens,
+        "temperature": 0,
+        "stream": streamed,
+    } | ({"stream_options": options} if streamed else {})
+    return Task(
+        host=parts.hostname or "",
+        port=parts.port or 80,
+        path="/v1/completions",
+        headers={"Authorization": f"Bearer {target.api_key}"} if target.api_key else {},
+        bodies=[common | {"prompt": expected.prompt} for expected in pool],
+        first=first % len(pool),
+        streamed=streamed,
+        num_clients=num_clients,
+        seconds=seconds,
+        timeout=REQUEST_SECONDS,
+    )
+
+
+def _run_client(task: Task, seconds: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "d2f.evaluation.load_worker"],
-            input=json.dumps(task),
+            [sys.executable, client.__file__],
+            input=json.dumps(asdict(task)),
             capture_output=True,
             text=True,
             timeout=seconds,
@@ -286,11 +230,13 @@ def _row(mode: str, turns: Sequence[Turn]) -> dict[str, Any]:
         "request_ms": milliseconds([answer.seconds for answer in answers]),
         "cpu": _cpu(turns),
         "load_cpu_share": ratio(sum(turn.load_cpu_seconds for turn in turns), seconds),
-        "resident_mb": [
-            None if turn.after.resident_bytes is None else turn.after.resident_bytes / 1e6
-            for turn in turns
-        ],
+        "resident_mb": [megabytes(turn.after.resident_bytes) for turn in turns],
     }
+
+
+def megabytes(size: float | None) -> float | None:
+    """Bytes in MB, where they are known."""
+    return None if size is None else size / 1e6
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -327,23 +273,6 @@ def count_wrong(turns: Sequence[Turn]) -> int:
     """The number of answers that are not the engine's own although the server told no error."""
     kinds = ("lost", "doubled", "mixed", "wrong")
     return sum(verdict in kinds for turn in turns for verdict in turn.verdicts)
-
-
-def first_block_seconds(engine: Engine, requests: Sequence[Request]) -> list[float]:
-    """The seconds that the engine alone takes for all forwards of each answer's first block.
-
-    The requests run one at a time, each with a prompt that is new to the engine, after one run that
-    does not count.
-    """
-    found = []
-    for request in [*requests[:1], *requests]:
-        engine.forget_prompts()
-        start = time.perf_counter()
-        for output in engine.stream(request):
-            if output.result is not None or None not in output.blocks[0].token_ids:
-                break
-        found.append(time.perf_counter() - start)
-    return found[1:]
 
 
 def idle_report(turn: Turn, block_seconds: Sequence[float]) -> dict[str, Any]:
