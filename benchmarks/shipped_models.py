@@ -22,9 +22,9 @@ from typing import Any
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, load_model
 from d2f.cli.device import choose_device, fastest_dtype
-from d2f.evaluation.answering import answer_all
+from d2f.evaluation.answering import timed_run
 from d2f.evaluation.environment import describe_environment
-from d2f.evaluation.race import Tally, gold_limit, paired_difference
+from d2f.evaluation.race import Tally, gold_limit, lines_of, paired_difference
 from d2f.problems import Problem, extract_answer, generate_problems
 from d2f.shipped import shipped_model
 from d2f.text import Tokenizer
@@ -44,12 +44,10 @@ def score_problems(
     The seconds of an answer are the whole run's, shared out evenly: a throughput, not a latency.
     """
     prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
-    answers, seconds = answer_all(engine, [make_request(prompt) for prompt in prompts])
-    tally = Tally(name)
-    for problem, answer in zip(problems, answers, strict=True):
-        found = extract_answer(tokenizer.decode(answer.token_ids))
-        tally.add(answer, seconds / len(problems), found == problem.answer)
-    return tally
+    lines = lines_of(timed_run(engine, [make_request(prompt) for prompt in prompts]))
+    for problem, line in zip(problems, lines, strict=True):
+        line["correct"] = extract_answer(tokenizer.decode(line["token_ids"])) == problem.answer
+    return Tally(name, lines)
 
 
 class Scorer:
@@ -92,7 +90,7 @@ class Scorer:
             f"{name:34s} {s['score']:.2%} ±{s['score_standard_error']:.2%}  "
             f"{s['tokens_per_forward']:5.2f} tokens/forward  {s['mean_tokens']:.1f} tokens  "
             f"{s['query_tokens_per_forward']:.0f} computed/forward  "
-            f"{sum(counts.seconds for counts in row.counts):.1f} s",
+            f"{sum(line['seconds'] for line in row.lines):.1f} s",
             file=sys.stderr,
             flush=True,
         )

@@ -269,8 +269,7 @@ def race_report(
             kind: _engine(entered, kind, batch, page_size, backend) for kind in entered.models
         }
         entrants = entered.entrants(max(num_prompts, batch), engines)
-        results = race_by_run(entrants, batch, num_runs=runs, on_run=on_run)
-        rows += [result.summary() for result in results]
+        rows += race_by_run(entrants, batch, num_runs=runs, on_run=on_run)
         for engine in engines.values():
             engine.close()
         if record_trace is not None and batch == batches[0]:

@@ -14,7 +14,6 @@ from d2f.evaluation.eval_row import EvalRow
 from d2f.evaluation.metrics import (
     DECODED,
     OF_TOKENS,
-    Counts,
     answer_metrics,
     ratio,
     standard_error,
@@ -144,10 +143,10 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
     """
     count, right = len(records), sum(record["correct"] for record in records)
     good = [record for record in records if record["error"] is None]
-    metrics = answer_metrics([Counts.of(record) for record in good])
+    metrics = answer_metrics(good)
     tails: Record = {}
     if good and counts_tails(good):
-        counted = answer_metrics([Counts.of(record, DECODED) for record in good])
+        counted = answer_metrics(good, DECODED)
         tails = {"with_tail": {name: counted[name] for name in OF_TOKENS}}
     names = dict.fromkeys(name for record in records for name in record["metrics"])
     return {

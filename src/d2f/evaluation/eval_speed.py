@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2f.engine.engine import Engine
-from d2f.evaluation.answering import timed_run, warm_up
+from d2f.evaluation.answering import warm_up
 from d2f.evaluation.eval_progress import Reporter
 from d2f.evaluation.eval_row import Engines, EvalRow
 from d2f.evaluation.eval_score import counts_tails
-from d2f.evaluation.metrics import DECODED, OF_TOKENS, Counts, answer_metrics, ratio, spread
+from d2f.evaluation.metrics import DECODED, OF_TOKENS, answer_metrics, ratio, spread
+from d2f.evaluation.race import Entrant, lines_of, speed_summary, take_turns
 from d2f.evaluation.results import Record, RowFolder
 
 
@@ -131,52 +131,32 @@ class SpeedGroup:
         }
 
     def _round(self, engines: Engines, indices: Mapping[str, Sequence[int]]) -> list[list[Record]]:
-        """Run one round, and give the lines of each row."""
-        lines: dict[str, list[Record]] = {racer.row.name: [] for racer in self._racers}
-        if self._batch_size == 1:
-            for index in sorted({index for some in indices.values() for index in some}):
-                for racer in self._racers:
-                    if index in indices[racer.row.name]:
-                        lines[racer.row.name] += _timed(
-                            racer.row, engines.of(racer.row, 1), [index]
-                        )
-        else:
-            for racer in self._racers:
-                engine = engines.of(racer.row, self._batch_size)
-                lines[racer.row.name] = _timed(racer.row, engine, indices[racer.row.name])
-        for racer in self._racers:
-            _judge(racer.row, lines[racer.row.name])
-        return list(lines.values())
+        """Run one round, and give the judged lines of each row."""
+        entrants = [
+            Entrant(
+                name=racer.row.name,
+                engine=engines.of(racer.row, self._batch_size),
+                requests=[racer.row.request(index) for index in indices[racer.row.name]],
+            )
+            for racer in self._racers
+        ]
+        lines: dict[str, list[Record]] = {entrant.name: [] for entrant in entrants}
+        for entrant, run in take_turns(entrants, together=self._batch_size > 1):
+            lines[entrant.name] += lines_of(run)
+        return [
+            _judged(racer.row, indices[racer.row.name], lines[racer.row.name])
+            for racer in self._racers
+        ]
 
 
-def _timed(row: EvalRow, engine: Engine, indices: Sequence[int]) -> list[Record]:
-    """Time problems that are answered together; each gets an equal share of the run's seconds."""
-    if not indices:
-        return []
-    run = timed_run(engine, [row.request(index) for index in indices])
-    share = 1 / len(indices)
-    return [
-        {
-            "index": index,
-            "num_tokens": answer.num_tokens,
-            "num_decoded_tokens": answer.num_decoded_tokens,
-            "num_forwards": answer.num_forwards,
-            "num_query_tokens": answer.num_query_tokens,
-            "seconds": run.seconds * share,
-            "decode_tokens": run.decode_tokens * share,
-            "decode_seconds": run.decode_seconds * share,
-            "token_ids": answer.token_ids,
-        }
-        for index, answer in zip(indices, run.answers, strict=True)
-    ]
-
-
-def _judge(row: EvalRow, lines: Sequence[Record]) -> None:
-    """Put a verdict in place of each line's tokens."""
+def _judged(row: EvalRow, indices: Sequence[int], lines: Sequence[Record]) -> list[Record]:
+    """Name each line's problem, and put a verdict in place of its tokens."""
     texts = [row.text(line.pop("token_ids")) for line in lines]
-    verdicts = row.judge([line["index"] for line in lines], texts)
-    for line, verdict in zip(lines, verdicts, strict=True):
-        line["correct"] = verdict.correct
+    verdicts = row.judge(indices, texts)
+    return [
+        {"index": index, **line, "correct": verdict.correct}
+        for index, line, verdict in zip(indices, lines, verdicts, strict=True)
+    ]
 
 
 def whole_rounds(lines: Sequence[Record], indices: Sequence[int]) -> set[int]:
@@ -198,29 +178,12 @@ def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | Non
         rounds.setdefault(line["round"], []).append(line)
     if not rounds:
         return None
-    runs = [answer_metrics([Counts.of(line) for line in some]) for some in rounds.values()]
-    metrics = answer_metrics([Counts.of(line) for line in lines])
-    decoded = [
-        _total(some, "decode_tokens") / _total(some, "decode_seconds")
-        for some in rounds.values()
-        if _total(some, "decode_seconds") > 0
-    ]
-    names = (
-        "tokens_per_forward", "mean_of_tokens_per_forward", "query_tokens_per_forward",
-        "computed_per_answered", "mean_tokens",
-    )  # fmt: skip
-    forwards = spread([run["milliseconds_per_forward"] for run in runs])
-    assert forwards is not None
     tails = {"with_tail": _with_tail(list(rounds.values()))} if counts_tails(lines) else {}
     return {
         "num_problems": len(rounds[min(rounds)]),
         "num_runs": len(rounds),
         "batch_size": batch_size,
-        "tokens_per_second": spread([run["tokens_per_second"] for run in runs]),
-        "decode_tokens_per_second": spread(decoded),
-        "seconds_per_problem": spread([run["seconds_per_problem"] for run in runs]),
-        "milliseconds_per_forward": forwards["median"],
-        **{name: metrics[name] for name in names},
+        **speed_summary(list(rounds.values())),
         **tails,
         "score": ratio(_total(lines, "correct"), len(lines)),
     }
@@ -228,7 +191,6 @@ def summarise_speed(lines: Sequence[Record], *, batch_size: int) -> Record | Non
 
 def _with_tail(rounds: Sequence[Sequence[Record]]) -> Record:
     """Give the metrics that depend on which tokens count, with all decoded tokens counted."""
-    counts = [[Counts.of(line, DECODED) for line in some] for some in rounds]
-    metrics = answer_metrics([count for some in counts for count in some])
-    speeds = spread([answer_metrics(some)["tokens_per_second"] for some in counts])
+    metrics = answer_metrics([line for some in rounds for line in some], DECODED)
+    speeds = spread(answer_metrics(some, DECODED)["tokens_per_second"] for some in rounds)
     return {name: metrics[name] for name in OF_TOKENS} | {"tokens_per_second": speeds}

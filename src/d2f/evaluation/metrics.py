@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 OF_TOKENS = (
@@ -16,26 +16,9 @@ DECODED = "num_decoded_tokens"
 """What a line counts of all that was decoded, the tail behind the answer too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What is counted of one answer."""
-
-    num_tokens: int
-    """Up to and including the first EOS, or up to a stop string; or all that were decoded."""
-    num_forwards: int
-    num_query_tokens: int
-    """Tokens computed in these forwards."""
-    seconds: float
-    """Wall time."""
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], tokens: str = "num_tokens") -> Counts:
-        """Read a line of `problems.jsonl` or `speed.jsonl`; `tokens` names what it counts."""
-        counts = {name: record[name] for name in cls.__dataclass_fields__}
-        return cls(**counts | {"num_tokens": record[tokens]})
-
-
-def answer_metrics(answers: Sequence[Counts]) -> dict[str, float]:
+def answer_metrics(
+    answers: Sequence[Mapping[str, Any]], tokens: str = "num_tokens"
+) -> dict[str, float]:
     """Speed of several answers and what explains it; nan where there is nothing to divide by.
 
     - `tokens_per_second`: all tokens / all seconds
@@ -45,28 +28,31 @@ def answer_metrics(answers: Sequence[Counts]) -> dict[str, float]:
     - `milliseconds_per_forward`: in a batch, a forward's share of its step
     - `seconds_per_problem`, `mean_tokens`
 
+    Args:
+        answers: Lines of `problems.jsonl` or `speed.jsonl`.
+        tokens: The count that stands for an answer's tokens: those up to and with the first EOS,
+            or `DECODED`.
+
     Example:
-        >>> counts = Counts(num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5)
-        >>> metrics = answer_metrics([counts])
+        >>> line = {"num_tokens": 10, "num_forwards": 2, "num_query_tokens": 40, "seconds": 0.5}
+        >>> metrics = answer_metrics([line])
         >>> metrics["tokens_per_second"], metrics["tokens_per_forward"]
         (20.0, 5.0)
     """
     count = len(answers)
-    tokens = sum(answer.num_tokens for answer in answers)
-    forwards = sum(answer.num_forwards for answer in answers)
-    queries = sum(answer.num_query_tokens for answer in answers)
-    seconds = sum(answer.seconds for answer in answers)
+    names = (tokens, "num_forwards", "num_query_tokens", "seconds")
+    answered, forwards, queries, seconds = (sum(a[name] for a in answers) for name in names)
     return {
-        "tokens_per_second": ratio(tokens, seconds),
-        "tokens_per_forward": ratio(tokens, forwards),
+        "tokens_per_second": ratio(answered, seconds),
+        "tokens_per_forward": ratio(answered, forwards),
         "mean_of_tokens_per_forward": ratio(
-            sum(ratio(answer.num_tokens, answer.num_forwards) for answer in answers), count
+            sum(ratio(answer[tokens], answer["num_forwards"]) for answer in answers), count
         ),
         "query_tokens_per_forward": ratio(queries, forwards),
-        "computed_per_answered": ratio(queries, tokens),
+        "computed_per_answered": ratio(queries, answered),
         "milliseconds_per_forward": ratio(1000 * seconds, forwards),
         "seconds_per_problem": ratio(seconds, count),
-        "mean_tokens": ratio(tokens, count),
+        "mean_tokens": ratio(answered, count),
     }
 
 
@@ -133,7 +119,4 @@ def standard_deviation(values: Sequence[float]) -> float:
         >>> standard_deviation([1, 3, 5])
         2.0
     """
-    if len(values) < 2:
-        return math.nan
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else math.nan

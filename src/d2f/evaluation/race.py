@@ -1,25 +1,27 @@
-"""Race strategies on the same prompts: score, speed, and what makes the difference.
+"""Measure strategies side by side on the same prompts, and summarise their answers.
 
 The strategies take turns, so that a disturbance of the machine hits them alike: problem by problem
-at batch size 1 (`race_by_problem`), or run by run, where a run hands all prompts to an engine at
-once (`race_by_run`). Whatever an engine does once (compiling, capturing graphs) it does before,
-without a clock; no prompt is still cached when the clock starts.
+at batch size 1, or run by run, where a run hands all prompts to an engine at once. Whatever an
+engine does once (compiling, capturing graphs) it does before, without a clock; no prompt is still
+cached when the clock starts.
+
+An answer is a line, as `speed.jsonl` has them: `index`, `num_tokens`, `num_decoded_tokens`,
+`num_forwards`, `num_query_tokens`, `seconds`, `decode_tokens`, `decode_seconds`, and `correct`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, RequestError
-from d2f.evaluation.answering import Answer, Run, answer_all, timed_run, warm_up
+from d2f.evaluation.answering import Run, answer_all, timed_run, warm_up
 from d2f.evaluation.metrics import (
-    Counts,
     answer_metrics,
     mean_and_error,
     percentile,
@@ -27,6 +29,7 @@ from d2f.evaluation.metrics import (
     spread,
     standard_error,
 )
+from d2f.evaluation.results import Record
 from d2f.text import Tokenizer
 
 
@@ -40,11 +43,62 @@ class Entrant:
     requests: Sequence[Request]
     """The same prompts in the same order for all entrants; slow ones may have fewer."""
     is_right: Callable[[int, Sequence[int]], bool] | None = None
-    """Whether the answer to a request, by its number, is right."""
+    """Whether the answer to a request, by its number, is right; None: nobody can say."""
 
-    def judge(self, index: int, answer: Answer) -> bool:
-        """Say whether an answer is right; False where nobody can say."""
-        return self.is_right is not None and self.is_right(index, answer.token_ids)
+
+def take_turns(entrants: Sequence[Entrant], *, together: bool) -> Iterator[tuple[Entrant, Run]]:
+    """Time each entrant's requests, all of them `together` or one at a time, in turns.
+
+    One at a time, every entrant answers problem 1, then every one problem 2, and so on.
+
+    Raises:
+        RequestError: A request cannot be served.
+    """
+    most = max((len(entrant.requests) for entrant in entrants), default=0)
+    parts = [slice(None)] if together else [slice(i, i + 1) for i in range(most)]
+    for part in parts:
+        for entrant in entrants:
+            if requests := entrant.requests[part]:
+                yield entrant, timed_run(entrant.engine, requests)
+
+
+def lines_of(run: Run) -> list[Record]:
+    """Make the line of each answer with its `token_ids`; each has an equal share of the time."""
+    share = 1 / len(run.answers)
+    return [
+        {
+            "num_tokens": answer.num_tokens,
+            "num_decoded_tokens": answer.num_decoded_tokens,
+            "num_forwards": answer.num_forwards,
+            "num_query_tokens": answer.num_query_tokens,
+            "seconds": run.seconds * share,
+            "decode_tokens": run.decode_tokens * share,
+            "decode_seconds": run.decode_seconds * share,
+            "token_ids": answer.token_ids,
+        }
+        for answer in run.answers
+    ]
+
+
+def speed_summary(rounds: Sequence[Sequence[Record]]) -> Record:
+    """Summarise the lines of several rounds: speeds with their spread, and what explains them."""
+    runs = [answer_metrics(lines) for lines in rounds]
+    metrics = answer_metrics([line for lines in rounds for line in lines])
+    decoded = [
+        [sum(line[name] for line in lines) for name in ("decode_tokens", "decode_seconds")]
+        for lines in rounds
+    ]
+    names = (
+        "tokens_per_forward", "mean_of_tokens_per_forward", "query_tokens_per_forward",
+        "computed_per_answered", "mean_tokens",
+    )  # fmt: skip
+    return {
+        "tokens_per_second": spread(run["tokens_per_second"] for run in runs),
+        "decode_tokens_per_second": spread(tokens / s for tokens, s in decoded if s > 0),
+        "seconds_per_problem": spread(run["seconds_per_problem"] for run in runs),
+        "milliseconds_per_forward": percentile([r["milliseconds_per_forward"] for r in runs], 50),
+        **{name: metrics[name] for name in names},
+    }
 
 
 def gold_limit(responses: Sequence[str], tokenizer: Tokenizer, block_size: int) -> int:
@@ -62,38 +116,26 @@ def gold_limit(responses: Sequence[str], tokenizer: Tokenizer, block_size: int) 
 
 @dataclass
 class Tally:
-    """What an entrant's answers count, problem by problem."""
+    """The lines of an entrant's answers."""
 
     name: str
-    counts: list[Counts] = field(default_factory=list)
-    correct: list[bool] = field(default_factory=list)
-
-    def add(self, answer: Answer, seconds: float, correct: bool) -> None:
-        """Count one answer."""
-        self.counts.append(
-            Counts(
-                num_tokens=answer.num_tokens,
-                num_forwards=answer.num_forwards,
-                num_query_tokens=answer.num_query_tokens,
-                seconds=seconds,
-            )
-        )
-        self.correct.append(correct)
+    lines: list[Record] = field(default_factory=list)
 
     @property
-    def score(self) -> float:
-        """Share of right answers."""
-        return ratio(sum(self.correct), len(self.correct))
+    def correct(self) -> list[bool]:
+        """Whether each answer is right."""
+        return [line["correct"] for line in self.lines]
 
     def summary(self) -> dict[str, Any]:
         """Give the columns of `d2f demo --json`: score, speed, and what explains them."""
-        count = len(self.correct)
+        count = len(self.lines)
+        score = ratio(sum(self.correct), count)
         return {
             "name": self.name,
             "num_problems": count,
-            "score": self.score,
-            "score_standard_error": standard_error(self.score, count),
-            **answer_metrics(self.counts),
+            "score": score,
+            "score_standard_error": standard_error(score, count),
+            **answer_metrics(self.lines),
         }
 
 
@@ -126,68 +168,17 @@ def race_by_problem(
         if not entrant.requests:
             raise ConfigError(f"{entrant.name} has no problems to answer")
         answer_all(entrant.engine, entrant.requests[:1])
-    tallies = [Tally(entrant.name) for entrant in entrants]
-    for index in range(max((len(entrant.requests) for entrant in entrants), default=0)):
-        for entrant, tally in zip(entrants, tallies, strict=True):
-            if index < len(entrant.requests):
-                # The same problem was answered before, at least by the unclocked run.
-                entrant.engine.forget_prompts()
-                [answer], seconds = answer_all(entrant.engine, [entrant.requests[index]])
-                correct = entrant.judge(index, answer)
-                tally.add(answer, seconds, correct)
-                on_answer(entrant.name, correct)
-    return tallies
+    tallies = {entrant.name: Tally(entrant.name) for entrant in entrants}
+    for entrant, run in take_turns(entrants, together=False):
+        lines = tallies[entrant.name].lines
+        [line] = lines_of(run)
+        right = entrant.is_right is not None and entrant.is_right(len(lines), line["token_ids"])
+        lines.append(line | {"correct": right})
+        on_answer(entrant.name, right)
+    return list(tallies.values())
 
 
 # ------------------------------------------------------------------------------------ run by run
-
-
-@dataclass
-class Result:
-    """All runs of one entrant at one batch size."""
-
-    name: str
-    batch_size: int
-    runs: list[Run] = field(default_factory=list)
-    warm_up_seconds: float = 0.0
-    num_right: int | None = None
-    """Of the last run."""
-
-    def summary(self) -> dict[str, Any]:
-        """Give the columns of the table; speeds are medians over the runs, with both ends."""
-        runs, last = self.runs, self.runs[-1]
-        tokens, count = last.num_tokens, len(last.answers)
-        steps = [ms for run in runs for ms in run.steps_ms]
-        score = None if self.num_right is None else self.num_right / count
-        return {
-            "name": self.name,
-            "batch_size": self.batch_size,
-            "num_prompts": count,
-            "num_runs": len(runs),
-            "tokens_per_second": spread([run.num_tokens / run.seconds for run in runs]),
-            "decode_tokens_per_second": spread(
-                [r.decode_tokens / r.decode_seconds for r in runs if r.decode_seconds > 0]
-            ),
-            "tokens_per_forward": tokens / last.num_forwards,
-            "mean_of_tokens_per_forward": sum(
-                answer.num_tokens / max(len(forwards), 1)
-                for answer, forwards in zip(last.answers, last.accepted, strict=True)
-            )
-            / count,
-            "query_tokens_per_forward": last.num_query_tokens / last.num_forwards,
-            "milliseconds_per_step": percentile(
-                [1000 * r.seconds / max(len(r.steps_ms), 1) for r in runs], 50
-            ),
-            "step_ms_p50": percentile(steps, 50),
-            "step_ms_p99": percentile(steps, 99),
-            "seconds_per_prompt": percentile([r.seconds / count for r in runs], 50),
-            "mean_tokens": tokens / count,
-            "score": score,
-            "score_standard_error": None if score is None else standard_error(score, count),
-            "num_preemptions": last.num_preemptions,
-            "num_graphs_captured_in_runs": sum(run.num_captured for run in runs),
-            "warm_up_seconds": self.warm_up_seconds,
-        }
 
 
 def race_by_run(
@@ -196,8 +187,8 @@ def race_by_run(
     *,
     num_runs: int = 3,
     on_run: Callable[[str, Run], None] = lambda name, run: None,
-) -> list[Result]:
-    """Let all entrants answer all their requests `num_runs` times, in turns.
+) -> list[dict[str, Any]]:
+    """Let all entrants answer all their requests `num_runs` times, in turns; a row for each.
 
     Raises:
         ConfigError: `num_runs` is below 1.
@@ -208,23 +199,62 @@ def race_by_run(
     """
     if num_runs < 1:
         raise ConfigError(f"num_runs is {num_runs}; it must be at least 1")
-    results = [Result(entrant.name, batch_size) for entrant in entrants]
-    for entrant, result in zip(entrants, results, strict=True):
+    seconds = {}
+    for entrant in entrants:
         requests, start = entrant.requests, time.perf_counter()
         failed = warm_up(entrant.engine, range(len(requests)), requests.__getitem__)
         if failed:
             raise RequestError(next(iter(failed.values())))
-        result.warm_up_seconds = time.perf_counter() - start
+        seconds[entrant.name] = time.perf_counter() - start
+    runs: dict[str, list[Run]] = {entrant.name: [] for entrant in entrants}
     for _ in range(num_runs):
-        for entrant, result in zip(entrants, results, strict=True):
-            run = timed_run(entrant.engine, entrant.requests)
-            result.runs.append(run)
+        for entrant, run in take_turns(entrants, together=True):
+            runs[entrant.name].append(run)
             on_run(entrant.name, run)
-    for entrant, result in zip(entrants, results, strict=True):
-        if entrant.is_right is not None:
-            answers = result.runs[-1].answers
-            result.num_right = sum(entrant.judge(answer.index, answer) for answer in answers)
-    return results
+    return [
+        {
+            "name": entrant.name,
+            "batch_size": batch_size,
+            **summarise_runs(runs[entrant.name], entrant.is_right),
+            "warm_up_seconds": seconds[entrant.name],
+        }
+        for entrant in entrants
+    ]
+
+
+def summarise_runs(
+    runs: Sequence[Run], is_right: Callable[[int, Sequence[int]], bool] | None = None
+) -> dict[str, Any]:
+    """Summarise runs of the same requests; the score is that of the last run.
+
+    Speeds are medians over the runs, with both ends.
+    """
+    answers = runs[-1].answers
+    speed = speed_summary([lines_of(run) for run in runs])
+    steps = [ms for run in runs for ms in run.steps_ms]
+    score = None
+    if is_right is not None:
+        right = sum(is_right(answer.index, answer.token_ids) for answer in answers)
+        score = right / len(answers)
+    names = (
+        "tokens_per_second", "decode_tokens_per_second", "tokens_per_forward",
+        "mean_of_tokens_per_forward", "query_tokens_per_forward", "mean_tokens",
+    )  # fmt: skip
+    return {
+        "num_prompts": len(answers),
+        "num_runs": len(runs),
+        **{name: speed[name] for name in names},
+        "milliseconds_per_step": percentile(
+            [1000 * r.seconds / max(len(r.steps_ms), 1) for r in runs], 50
+        ),
+        "step_ms_p50": percentile(steps, 50),
+        "step_ms_p99": percentile(steps, 99),
+        "seconds_per_prompt": speed["seconds_per_problem"]["median"],
+        "score": score,
+        "score_standard_error": None if score is None else standard_error(score, len(answers)),
+        "num_preemptions": runs[-1].num_preemptions,
+        "num_graphs_captured_in_runs": sum(run.num_captured for run in runs),
+    }
 
 
 def acceptance_trace(run: Run) -> list[int]:
@@ -243,10 +273,8 @@ def acceptance_trace(run: Run) -> list[int]:
         trace.append(max(1, round(sum(reached) / len(reached))))
 
 
-def speed_ratios(
-    rows: Sequence[Mapping[str, Any]], fast: str = "pipelined", slow: str = "autoregressive"
-) -> dict[str, Any]:
-    """Divide tokens/s of one entrant by those of another, and say where the other overtakes.
+def speed_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Divide tokens/s of pipelined by those of autoregression, and say where that overtakes.
 
     `overtaken_at` is the smallest batch size from which on the ratio stays below 1, None if there
     is none among those measured.
@@ -256,23 +284,28 @@ def speed_ratios(
         >>> speed_ratios([speed | {"name": "pipelined", "batch_size": 1}])["by_batch_size"]
         []
     """
-    table = []
-    for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
-        of = {row["name"]: row for row in rows if row["batch_size"] == batch_size}
-        if fast not in of or slow not in of:
+    keys = {"end_to_end": "tokens_per_second", "decode_only": "decode_tokens_per_second"}
+    by_place = {(row["name"], row["batch_size"]): row for row in rows}
+    table: list[dict[str, Any]] = []
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        fast, slow = (by_place.get((name, size)) for name in ("pipelined", "autoregressive"))
+        if fast is None or slow is None:
             continue
-        line: dict[str, Any] = {"batch_size": batch_size}
-        for short, key in (
-            ("end_to_end", "tokens_per_second"),
-            ("decode_only", "decode_tokens_per_second"),
-        ):
-            one, other = of[fast][key], of[slow][key]
-            line[short] = one["median"] / other["median"] if one and other else None
-        table.append(line)
-    overtaken: dict[str, int | None] = {"end_to_end": None, "decode_only": None}
-    for kind in overtaken:
+        table.append(
+            {"batch_size": size}
+            | {
+                kind: fast[key]["median"] / slow[key]["median"] if fast[key] and slow[key] else None
+                for kind, key in keys.items()
+            }
+        )
+    overtaken: dict[str, int | None] = dict.fromkeys(keys)
+    for kind in keys:
         for line in reversed(table):
             if line[kind] is None or line[kind] >= 1:
                 break
             overtaken[kind] = line["batch_size"]
-    return {"of": f"{fast} / {slow}", "by_batch_size": table, "overtaken_at": overtaken}
+    return {
+        "of": "pipelined / autoregressive",
+        "by_batch_size": table,
+        "overtaken_at": overtaken,
+    }

@@ -147,7 +147,7 @@ def test_speed_has_a_line_for_each_problem_and_round(finished):
 def test_a_finished_run_measures_nothing_again(finished, monkeypatch):
     folder, returned = finished
     monkeypatch.setattr(eval_score, "Answering", None)
-    monkeypatch.setattr(eval_speed, "timed_run", None)
+    monkeypatch.setattr(eval_speed, "take_turns", None)
     assert make_evaluation(folder, speed=True).run() == returned
     # A recipe that says other things about the same answers gets them, under their new names.
     summaries = make_evaluation(folder, "family=other", "rows.vanilla.label=V", speed=True).run()

@@ -10,7 +10,6 @@ from benchmarks.shipped_models import score_problems
 from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
 from d2f.errors import ConfigError
-from d2f.evaluation.answering import Answer
 from d2f.evaluation.race import Entrant, Tally, gold_limit, paired_difference, race_by_problem
 from d2f.problems import Problem
 from d2f.testing import tiny_model, write_tokenizer
@@ -34,23 +33,23 @@ def make_problem(prompt, response="#### 7"):
 PROBLEMS = [make_problem("1+6="), make_problem("What is 3 and 4?"), make_problem("7")]
 
 
-def tally(*rights, num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5):
-    found = Tally("x")
-    for right in rights:
-        answer = Answer(
-            index=0,
-            token_ids=[7] * num_tokens,
-            num_forwards=num_forwards,
-            num_query_tokens=num_query_tokens,
-        )
-        found.add(answer, seconds, bool(right))
-    return found
+def line(right, num_tokens=10, num_forwards=2, num_query_tokens=40, seconds=0.5):
+    return {
+        "num_tokens": num_tokens,
+        "num_forwards": num_forwards,
+        "num_query_tokens": num_query_tokens,
+        "seconds": seconds,
+        "correct": bool(right),
+    }
+
+
+def tally(*rights):
+    return Tally("x", [line(right) for right in rights])
 
 
 def test_summary_by_hand():
-    found = tally(True)
-    slow = Answer(index=1, token_ids=[7] * 30, num_forwards=10, num_query_tokens=160)
-    found.add(slow, 1.5, False)
+    slow = line(False, num_tokens=30, num_forwards=10, num_query_tokens=160, seconds=1.5)
+    found = Tally("x", [line(True), slow])
     summary = found.summary()
     expected = {
         "name": "x",
@@ -112,13 +111,13 @@ def test_race_takes_the_problems_in_turn(tokenizer):
         ("ar", False),
     ]  # fmt: skip
     assert [row.correct for row in rows] == [[False, True, False], [False], [False, True]]
-    assert rows[0].score == pytest.approx(1 / 3)
-    for counts in (counts for row in rows for counts in row.counts):
-        assert 1 <= counts.num_tokens <= 9
-        assert counts.seconds > 0
+    assert rows[0].summary()["score"] == pytest.approx(1 / 3)
+    for found in (found for row in rows for found in row.lines):
+        assert 1 <= found["num_tokens"] <= 9
+        assert found["seconds"] > 0
     assert rows[0].summary()["tokens_per_forward"] == 1
-    for counts, problem in zip(rows[0].counts, PROBLEMS, strict=True):
-        assert counts.num_query_tokens == len(problem.prompt) + counts.num_tokens - 1
+    for found, problem in zip(rows[0].lines, PROBLEMS, strict=True):
+        assert found["num_query_tokens"] == len(problem.prompt) + found["num_tokens"] - 1
 
 
 def test_race_refuses_an_entrant_without_problems(tokenizer):
@@ -137,13 +136,13 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
         return row
 
     alone, batched = score(1), score(4)
-    assert len(alone.counts) == 5
+    assert len(alone.lines) == 5
     assert alone.correct == batched.correct
-    for one, other in zip(alone.counts, batched.counts, strict=True):
+    for one, other in zip(alone.lines, batched.lines, strict=True):
         for name in ("num_tokens", "num_forwards", "num_query_tokens"):
-            assert getattr(one, name) == getattr(other, name)
+            assert one[name] == other[name]
     # The clock is shared out evenly.
-    assert len({counts.seconds for counts in batched.counts}) == 1
+    assert len({found["seconds"] for found in batched.lines}) == 1
 
 
 def test_right_answers_are_recognised(tokenizer):
@@ -162,4 +161,4 @@ def test_right_answers_are_recognised(tokenizer):
         "x", Known(tiny_model("llada")), tokenizer, PROBLEMS, lambda ids: Request(prompt_ids=ids)
     )
     assert row.correct == [True, False, False]
-    assert row.score == pytest.approx(1 / 3)
+    assert row.summary()["score"] == pytest.approx(1 / 3)
