@@ -114,8 +114,8 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
         say(
             f"{strategy:15} batch {batch:3} window {window:3} cached {length:6}: "
-            f"{row.milliseconds:.3f} ms, {row.ratio_to_floor:.3f} x floor, "
-            f"{row.share_of_matmul_rate:.1%} of matmul"
+            f"{row['milliseconds']:.3f} ms, {row['ratio_to_floor']:.3f} x floor, "
+            f"{row['share_of_matmul_rate']:.1%} of matmul"
         )
         del step
         free_memory()

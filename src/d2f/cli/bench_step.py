@@ -25,6 +25,19 @@ if TYPE_CHECKING:
     from d2f.evaluation.step import StepCost
     from d2f.models.transformer import Transformer
 
+_COLUMNS = {
+    "batch": "{batch_size}",
+    "window": "{window}",
+    "cached": "{kv_length}",
+    "ms": "{milliseconds:.2f}",
+    "GB\nread": "{gb:.2f}",
+    "TFLOP": "{tflop:.2f}",
+    "floor\nms": "{floor_ms:.2f}",
+    "x\nfloor": "{ratio_to_floor:.2f}",
+    "of\nmatmul": "{share_of_matmul_rate:.0%}",
+    "query\nper s": "{query_tokens_per_second:.0f}",
+}
+
 
 @with_option_groups
 def step_command(
@@ -167,7 +180,7 @@ def summarize(rates: Rates, rows: list[StepCost], gaps: dict[str, Any] | None) -
 
     return {
         "rates": rates.to_dict(),
-        "steps": [row.to_dict() for row in rows],
+        "steps": rows,
         "step_over_autoregressive": step_ratio(rows),
         "added_time_over_reading_added_kv": kv_ratio(rows, rates),
         "engine": gaps,
@@ -199,8 +212,15 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{long} cached: {line['added_ms']:.2f} ms more, [bold]{line['ratio']:.2f}x[/bold] "
             f"reading the added keys and values ({line['added_read_ms']:.2f} ms)"
         )
-    if report["engine"] is not None:
-        _print_engine(report["engine"])
+    if engine := report["engine"]:
+        out.print(
+            f"The engine at batch {engine['batch_size']}, window {engine['window']} (1 token "
+            f"imposed per forward): device idle [bold]{engine['idle_share']:.1%}[/bold] of the "
+            f"time between decode-only steps, at most {engine['idle_share_at_most']:.1%}; step p50 "
+            f"{engine['step_ms_p50']:.2f} ms, p99 {engine['step_ms_p99']:.2f} ms; the host's own "
+            f"work {engine['host_ms_per_step']:.2f} ms per step; start-up "
+            f"{engine['seconds_to_start']:.1f} s"
+        )
     out.print(
         "\nfloor: reading all weights but the embeddings once, at the rate of a copy; x floor: how "
         "many times longer the step takes, so 1 is a step bound by memory alone. of matmul: share "
@@ -211,33 +231,11 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _table(steps: list[dict[str, Any]]) -> Any:
-    columns = (
-        "batch", "window", "cached", "ms", "GB\nread", "TFLOP", "floor\nms", "x\nfloor",
-        "of\nmatmul", "query\nper s",
-    )  # fmt: skip
-    table = plain_table(names=[""], numbers=columns)
+    table = plain_table(names=[""], numbers=tuple(_COLUMNS))
     for row in steps:
-        table.add_row(
-            row["strategy"],
-            str(row["batch_size"]),
-            str(row["window"]),
-            str(row["kv_length"]),
-            f"{row['milliseconds']:.2f}",
-            f"{(row['weight_bytes'] + row['kv_bytes']) / 1e9:.2f}",
-            f"{(row['product_flops'] + row['attention_flops']) / 1e12:.2f}",
-            f"{row['floor_ms']:.2f}",
-            f"{row['ratio_to_floor']:.2f}",
-            f"{row['share_of_matmul_rate']:.0%}",
-            f"{row['query_tokens_per_second']:.0f}",
-        )
+        shown = row | {
+            "gb": (row["weight_bytes"] + row["kv_bytes"]) / 1e9,
+            "tflop": (row["product_flops"] + row["attention_flops"]) / 1e12,
+        }
+        table.add_row(row["strategy"], *(form.format_map(shown) for form in _COLUMNS.values()))
     return table
-
-
-def _print_engine(engine: dict[str, Any]) -> None:
-    out.print(
-        f"The engine at batch {engine['batch_size']}, window {engine['window']} (1 token imposed "
-        f"per forward): device idle [bold]{engine['idle_share']:.1%}[/bold] of the time between "
-        f"decode-only steps, at most {engine['idle_share_at_most']:.1%}; step p50 "
-        f"{engine['step_ms_p50']:.2f} ms, p99 {engine['step_ms_p99']:.2f} ms; the host's own work "
-        f"{engine['host_ms_per_step']:.2f} ms per step; start-up {engine['seconds_to_start']:.1f} s"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from d2f.engine.clock import StepTime
@@ -16,47 +15,21 @@ from d2f.errors import ConfigError
 from d2f.evaluation.metrics import percentile
 from d2f.evaluation.rates import Rates
 
+_SIZES = (
+    "backend", "batch_size", "window", "kv_length", "max_positions", "weight_bytes", "kv_bytes",
+    "product_flops", "attention_flops", "seconds_to_capture",
+)  # fmt: skip
 
-@dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """The measured cost of one step: a row of `d2f bench step`."""
-
-    strategy: str
-    backend: str
-    batch_size: int
-    window: int
-    kv_length: int
-    max_positions: int
-    """Longest sequence that the engine would serve."""
-    num_steps: int
-    milliseconds: float
-    """Median."""
-    milliseconds_min: float
-    milliseconds_max: float
-    milliseconds_p99: float
-    weight_bytes: int
-    kv_bytes: int
-    product_flops: int
-    attention_flops: int
-    floor_ms: float
-    """Reading the weights once, at the rate of a copy."""
-    floor_with_kv_ms: float
-    """Reading the keys and values once, too."""
-    ratio_to_floor: float
-    share_of_matmul_rate: float
-    """Of all products, attention's too."""
-    share_of_matmul_rate_weights: float
-    """Of the products with weights alone."""
-    query_tokens_per_second: float
-    seconds_to_capture: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a result file."""
-        return asdict(self)
+StepCost = dict[str, Any]
+"""A row of `d2f bench step`; see `measure_step`."""
 
 
 def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> StepCost:
     """Run a step many times, after some runs that do not count.
+
+    `milliseconds` is the median. `floor_ms` is the time to read the weights once, at the rate of a
+    copy, and `floor_with_kv_ms` to read keys and values, too. `share_of_matmul_rate` is that of all
+    products, attention's too, and `share_of_matmul_rate_weights` of those with weights alone.
 
     Raises:
         ConfigError: `num_steps` is below 1.
@@ -65,7 +38,7 @@ def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> Step
         >>> from d2f.testing import tiny_model
         >>> step = SteadyStep(tiny_model("llada"), batch_size=1, window=8, kv_length=20)
         >>> rates = Rates(copy_bytes_per_second=1e9, matmul_flops_per_second=1e9, matmul_size=8)
-        >>> measure_step(step, rates, num_steps=2).floor_ms == step.weight_bytes / 1e6
+        >>> measure_step(step, rates, num_steps=2)["floor_ms"] == step.weight_bytes / 1e6
         True
     """
     if num_steps < 1:
@@ -76,70 +49,55 @@ def measure_step(step: SteadyStep, rates: Rates, *, num_steps: int = 30) -> Step
     median = percentile(times, 50)
     floor_ms = 1000 * step.weight_bytes / rates.copy_bytes_per_second
     possible = rates.matmul_flops_per_second * median / 1000
-    return StepCost(
-        strategy="autoregressive" if step.model.spec.architecture.causal else "pipelined",
-        backend=step.backend,
-        batch_size=step.batch_size,
-        window=step.window,
-        kv_length=step.kv_length,
-        max_positions=step.max_positions,
-        num_steps=num_steps,
-        milliseconds=median,
-        milliseconds_min=min(times),
-        milliseconds_max=max(times),
-        milliseconds_p99=percentile(times, 99),
-        weight_bytes=step.weight_bytes,
-        kv_bytes=step.kv_bytes,
-        product_flops=step.product_flops,
-        attention_flops=step.attention_flops,
-        floor_ms=floor_ms,
-        floor_with_kv_ms=floor_ms + 1000 * step.kv_bytes / rates.copy_bytes_per_second,
-        ratio_to_floor=median / floor_ms,
-        share_of_matmul_rate=(step.product_flops + step.attention_flops) / possible,
-        share_of_matmul_rate_weights=step.product_flops / possible,
-        query_tokens_per_second=1000 * step.num_tokens / median,
-        seconds_to_capture=step.seconds_to_capture,
-    )
+    return {
+        "strategy": "autoregressive" if step.model.spec.architecture.causal else "pipelined",
+        **{name: getattr(step, name) for name in _SIZES},
+        "num_steps": num_steps,
+        "milliseconds": median,
+        "milliseconds_min": min(times),
+        "milliseconds_max": max(times),
+        "milliseconds_p99": percentile(times, 99),
+        "floor_ms": floor_ms,
+        "floor_with_kv_ms": floor_ms + 1000 * step.kv_bytes / rates.copy_bytes_per_second,
+        "ratio_to_floor": median / floor_ms,
+        "share_of_matmul_rate": (step.product_flops + step.attention_flops) / possible,
+        "share_of_matmul_rate_weights": step.product_flops / possible,
+        "query_tokens_per_second": 1000 * step.num_tokens / median,
+    }
 
 
 def step_ratio(rows: Sequence[StepCost]) -> list[dict[str, Any]]:
     """Divide each row's time by that of the autoregressive row of its batch and cached length."""
 
     def key(row: StepCost) -> tuple[int, int, int]:
-        return row.batch_size, row.kv_length, row.max_positions
+        return row["batch_size"], row["kv_length"], row["max_positions"]
 
-    alone = {key(row): row for row in rows if row.strategy == "autoregressive"}
+    alone = {key(row): row for row in rows if row["strategy"] == "autoregressive"}
     return [
-        {
-            "batch_size": row.batch_size,
-            "window": row.window,
-            "kv_length": row.kv_length,
-            "ratio": row.milliseconds / alone[key(row)].milliseconds,
-        }
+        {name: row[name] for name in ("batch_size", "window", "kv_length")}
+        | {"ratio": row["milliseconds"] / alone[key(row)]["milliseconds"]}
         for row in rows
-        if row.strategy != "autoregressive" and key(row) in alone
+        if row["strategy"] != "autoregressive" and key(row) in alone
     ]
 
 
 def kv_ratio(rows: Sequence[StepCost], rates: Rates) -> list[dict[str, Any]]:
     """Divide the time that longer keys and values add by the time to read them once."""
-    found = []
-    groups: dict[tuple[str, int, int, int], list[StepCost]] = {}
+    names = ("strategy", "batch_size", "window")
+    groups: dict[tuple[Any, ...], list[StepCost]] = {}
     for row in rows:
-        key = (row.strategy, row.batch_size, row.window, row.max_positions)
-        groups.setdefault(key, []).append(row)
-    for (strategy, batch_size, window, _), group in groups.items():
-        short, long = (pick(group, key=lambda r: r.kv_length) for pick in (min, max))
-        if short.kv_length == long.kv_length:
+        groups.setdefault((*(row[n] for n in names), row["max_positions"]), []).append(row)
+    found = []
+    for key, group in groups.items():
+        short, long = (pick(group, key=lambda row: row["kv_length"]) for pick in (min, max))
+        if short["kv_length"] == long["kv_length"]:
             continue
-        added_ms = long.milliseconds - short.milliseconds
-        read_ms = 1000 * (long.kv_bytes - short.kv_bytes) / rates.copy_bytes_per_second
+        added_ms = long["milliseconds"] - short["milliseconds"]
+        read_ms = 1000 * (long["kv_bytes"] - short["kv_bytes"]) / rates.copy_bytes_per_second
         found.append(
             {
-                "strategy": strategy,
-                "batch_size": batch_size,
-                "window": window,
-                "kv_lengths": [short.kv_length, long.kv_length],
+                **dict(zip(names, key, strict=False)),
+                "kv_lengths": [short["kv_length"], long["kv_length"]],
                 "added_ms": added_ms,
                 "added_read_ms": read_ms,
                 "ratio": added_ms / read_ms,

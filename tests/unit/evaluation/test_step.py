@@ -111,7 +111,7 @@ def test_a_steady_autoregressive_step():
     records = step._start().read()
     assert [(record.state.start, record.state.end) for record in records] == [(20, 21)] * 2
     assert [token.place for record in records for token in record.tokens] == [1, 1]
-    assert measure_step(step, RATES, num_steps=2).strategy == "autoregressive"
+    assert measure_step(step, RATES, num_steps=2)["strategy"] == "autoregressive"
 
 
 @pytest.mark.parametrize("name", ["batch_size", "window", "kv_length", "page_size"])
@@ -137,18 +137,20 @@ def test_costs_and_ratios_by_hand():
         step = SteadyStep(which, batch_size=1, window=window, kv_length=length)
         rows.append(measure_step(step, RATES, num_steps=3))
     alone, short, long = rows
-    assert short.milliseconds_min <= short.milliseconds <= short.milliseconds_max
-    assert short.floor_ms == short.weight_bytes / 1e6
-    assert short.floor_with_kv_ms == pytest.approx((short.weight_bytes + short.kv_bytes) / 1e6)
-    assert short.ratio_to_floor == short.milliseconds / short.floor_ms
-    flops = short.product_flops + short.attention_flops
-    assert short.share_of_matmul_rate == pytest.approx(flops / (short.milliseconds * 1e6))
-    assert short.query_tokens_per_second == pytest.approx(8000 / short.milliseconds)
+    assert short["milliseconds_min"] <= short["milliseconds"] <= short["milliseconds_max"]
+    assert short["floor_ms"] == short["weight_bytes"] / 1e6
+    assert short["floor_with_kv_ms"] == pytest.approx(
+        (short["weight_bytes"] + short["kv_bytes"]) / 1e6
+    )
+    assert short["ratio_to_floor"] == short["milliseconds"] / short["floor_ms"]
+    flops = short["product_flops"] + short["attention_flops"]
+    assert short["share_of_matmul_rate"] == pytest.approx(flops / (short["milliseconds"] * 1e6))
+    assert short["query_tokens_per_second"] == pytest.approx(8000 / short["milliseconds"])
     [ratio] = step_ratio(rows)
-    assert ratio["ratio"] == short.milliseconds / alone.milliseconds
+    assert ratio["ratio"] == short["milliseconds"] / alone["milliseconds"]
     [added] = kv_ratio(rows, RATES)
-    assert added["added_ms"] == pytest.approx(long.milliseconds - short.milliseconds)
-    assert added["added_read_ms"] == pytest.approx((long.kv_bytes - short.kv_bytes) / 1e6)
+    assert added["added_ms"] == pytest.approx(long["milliseconds"] - short["milliseconds"])
+    assert added["added_read_ms"] == pytest.approx((long["kv_bytes"] - short["kv_bytes"]) / 1e6)
 
 
 def test_percentiles_by_hand():
