@@ -85,12 +85,12 @@ def curve_table(comparison: Comparison) -> Table | None:
         for row in curve.rows
     ]
     columns = [
-        Column(key="curve", header="curve", is_number=False),
-        Column(key="row", header="row", is_number=False),
-        Column(key="score", header="score, %", form=show.points),
-        Column(key="seconds_per_problem", header="s/problem", form=show.significant),
-        Column(key="tokens_per_second", header="tokens/s", form=show.significant),
-        Column(key="tokens_per_forward", header="tokens/forward", form=show.significant),
+        Column("curve", "curve", is_number=False),
+        Column("row", "row", is_number=False),
+        Column("score", "score, %", show.points),
+        Column("seconds_per_problem", "s/problem", show.significant),
+        Column("tokens_per_second", "tokens/s", show.significant),
+        Column("tokens_per_forward", "tokens/forward", show.significant),
     ]
     title = f"Score against cost: {comparison.title}"
     notes = ["Score against seconds per problem is what counts."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from d2f.engine.policy import STRATEGIES
@@ -10,17 +10,15 @@ from d2f.evaluation.report import table as show
 from d2f.evaluation.report.rows import Comparison, Difference, Row, paired_difference
 from d2f.evaluation.report.table import Column, Table, median, ratio
 
-METHOD = Column(key="label", header="method", is_number=False)
-SPEED = Column(key="tokens_per_second", header="tokens/s (lowest–highest)", form=show.spread)
-YIELD = Column(key="tokens_per_forward", header="tokens/forward", form=show.significant)
-LATENCY = Column(key="seconds_per_problem", header="s/problem", form=show.significant)
-LENGTH = Column(key="mean_tokens", header="tokens/answer", form=show.significant)
-SCORE = Column(key="score_text", header="score ± se, % (n)")
-OVER_AUTOREGRESSIVE = Column(key="over_autoregressive", header="x autoregressive", form=show.times)
-OVER_VANILLA = Column(key="over_vanilla", header="x vanilla", form=show.times)
-LATENCY_OVER_VANILLA = Column(
-    key="latency_over_vanilla", header="x vanilla's latency", form=show.times
-)
+METHOD = Column("label", "method", is_number=False)
+SPEED = Column("tokens_per_second", "tokens/s (lowest–highest)", show.spread)
+YIELD = Column("tokens_per_forward", "tokens/forward", show.significant)
+LATENCY = Column("seconds_per_problem", "s/problem", show.significant)
+LENGTH = Column("mean_tokens", "tokens/answer", show.significant)
+SCORE = Column("score_text", "score ± se, % (n)")
+OVER_AUTOREGRESSIVE = Column("over_autoregressive", "x autoregressive", show.times)
+OVER_VANILLA = Column("over_vanilla", "x vanilla", show.times)
+LATENCY_OVER_VANILLA = Column("latency_over_vanilla", "x vanilla's latency", show.times)
 _MAIN = (
     METHOD,
     SPEED,
@@ -30,27 +28,27 @@ _MAIN = (
     LATENCY_OVER_VANILLA,
     LENGTH,
     SCORE,
-    Column(key="over_twin", header="score - autoregressive's, points [95%] (n)", form=show.paired),
-    Column(key="difference", header="score - teacher's, points [95%] (n)", form=show.paired),
+    Column("over_twin", "score - autoregressive's, points [95%] (n)", show.paired),
+    Column("difference", "score - teacher's, points [95%] (n)", show.paired),
 )
 _REASONS = (
     METHOD,
-    Column(key="tokens_per_forward", header="tokens/forward, all", form=show.significant),
-    Column(key="mean_of_tokens_per_forward", header="mean of problems'", form=show.significant),
-    Column(key="forwards_per_problem", header="forwards/problem", form=show.significant),
-    Column(key="query_tokens_per_forward", header="query tokens/forward", form=show.significant),
-    Column(key="milliseconds_per_forward", header="ms/forward", form=show.significant),
-    Column(key="computed_per_answered", header="computed/answered", form=show.significant),
-    Column(key="decoded_per_answered", header="decoded/answered", form=show.significant),
-    Column(key="made_of", header="x autoregressive = tokens/forward × forwards/s"),
+    Column("tokens_per_forward", "tokens/forward, all", show.significant),
+    Column("mean_of_tokens_per_forward", "mean of problems'", show.significant),
+    Column("forwards_per_problem", "forwards/problem", show.significant),
+    Column("query_tokens_per_forward", "query tokens/forward", show.significant),
+    Column("milliseconds_per_forward", "ms/forward", show.significant),
+    Column("computed_per_answered", "computed/answered", show.significant),
+    Column("decoded_per_answered", "decoded/answered", show.significant),
+    Column("made_of", "x autoregressive = tokens/forward × forwards/s"),
 )
 _SETTINGS = (
     METHOD,
-    Column(key="model", header="model", is_number=False),
-    Column(key="settings", header="settings", is_number=False),
-    Column(key="grid", header="chosen from", is_number=False),
-    Column(key="num_timed", header="problems timed × runs"),
-    Column(key="decode_tokens_per_second", header="tokens/s, decode only", form=show.spread),
+    Column("model", "model", is_number=False),
+    Column("settings", "settings", is_number=False),
+    Column("grid", "chosen from", is_number=False),
+    Column("num_timed", "problems timed × runs"),
+    Column("decode_tokens_per_second", "tokens/s, decode only", show.spread),
 )
 
 
@@ -108,23 +106,23 @@ def varied_table(comparison: Comparison, experiment: str) -> Table | None:
     first = rows[0]
     lines = [
         {
-            **dict(row.summary.get("labels") or {}),
+            **row.summary["labels"],
             **base_line(row, None),
             "over_first": speed_ratio(row, first),
             "difference": _lead(row, first),
         }
         for row in rows
     ]
-    labels = dict.fromkeys(key for row in rows for key in row.summary.get("labels") or {})
+    labels = dict.fromkeys(key for row in rows for key in row.summary["labels"])
     columns = [
         METHOD,
-        *(Column(key=key, header=key.replace("_", " ")) for key in labels),
+        *(Column(key, key.replace("_", " ")) for key in labels),
         SPEED,
-        Column(key="over_first", header="x first", form=show.times),
+        Column("over_first", "x first", show.times),
         YIELD,
         LATENCY,
         SCORE,
-        Column(key="difference", header="score - first's, points [95%] (n)", form=show.paired),
+        Column("difference", "score - first's, points [95%] (n)", show.paired),
     ]
     return Table(
         name=experiment,
@@ -137,13 +135,9 @@ def varied_table(comparison: Comparison, experiment: str) -> Table | None:
 
 def _label_order(row: Row) -> list[tuple[str, float, str]]:
     """Sort rows by method, then by their labels: numbers by size, words by letter."""
-    labels = (row.summary.get("labels") or {}).values()
-    return [
-        (row.method, 0.0, ""),
-        *(
-            ("", value, "") if isinstance(value, int | float) else ("", 0.0, str(value))
-            for value in labels
-        ),
+    return [(row.method, 0.0, "")] + [
+        ("", value, "") if isinstance(value, int | float) else ("", 0.0, str(value))
+        for value in row.summary["labels"].values()
     ]
 
 
@@ -152,7 +146,7 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
     autoregressive = comparison.find("autoregressive")
     vanilla = comparison.find("vanilla")
     teacher = comparison.find("vanilla", "vanilla-eos-stop")
-    speed = row.summary.get("speed") or {}
+    speed, grid = row.summary["speed"], row.summary["grid"]
     return {
         **base_line(row, vanilla),
         "over_autoregressive": speed_ratio(row, autoregressive),
@@ -162,13 +156,15 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         "forwards_per_problem": ratio(row.number("mean_tokens"), row.number("tokens_per_forward")),
         "decoded_per_answered": row.decoded_per_answered,
         "made_of": _made_of(row, autoregressive),
-        "model": (row.summary.get("model") or {}).get("name"),
+        "model": row.summary["model"].get("name"),
         "settings": settings_text(row),
-        "grid": _grid_text(row.summary.get("grid")),
+        "grid": f"{grid.get('tried', '?')} settings, on {grid.get('where', 'other problems')}"
+        if grid
+        else None,
         "num_timed": f"{speed['num_problems']} × {speed['num_runs']}"
         if {"num_problems", "num_runs"} <= speed.keys()
         else None,
-        "decode_tokens_per_second": row.decode_tokens_per_second,
+        "decode_tokens_per_second": row.spread("decode_tokens_per_second"),
     }
 
 
@@ -211,25 +207,16 @@ def score_text(row: Row) -> str | None:
 
 def settings_text(row: Row) -> str:
     """Write strategy, policy and options in one line."""
-    summary = row.summary
-    parts: list[str] = [str(summary["strategy"])] if summary.get("strategy") else []
-    policy = summary.get("policy") or {}
-    record = STRATEGIES.get(summary.get("strategy") or "")
+    summary, strategy = row.summary, row.summary.get("strategy")
+    record = STRATEGIES.get(strategy or "")
+    policy = summary["policy"]
     effective = policy if record is None else {*record.heeds, *record.fixes}
-    found: dict[str, Any] = {key: value for key, value in policy.items() if key in effective}
-    found |= summary.get("options") or {}
-    if summary.get("max_new_tokens") is not None:
-        found["max_new_tokens"] = summary["max_new_tokens"]
+    found = {key: value for key, value in policy.items() if key in effective}
+    found |= summary["options"] | {"max_new_tokens": row.room[0]}
+    parts = [str(strategy)] if strategy else []
     parts += [f"{key}={value}" for key, value in found.items() if value is not None]
-    if summary.get("early_stop") is False:
-        parts.append("no stop at EOS")
+    parts += ["no stop at EOS"] if row.room[1] is False else []
     return ", ".join(parts) or show.NOTHING
-
-
-def _grid_text(grid: Mapping[str, Any] | None) -> str | None:
-    if not grid:
-        return None
-    return f"{grid.get('tried', '?')} settings, on {grid.get('where', 'other problems')}"
 
 
 def _made_of(row: Row, base: Row | None) -> str | None:

@@ -21,6 +21,7 @@ _NUMBER_LABELS = (
 _TABLES = (
     "labels", "policy", "options", "environment", "recipe", "model", "grid", "score", "speed",
 )  # fmt: skip
+_SPREADS = ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second")
 _NAMES = ("row", "method", "experiment", "family", "test_set")
 
 
@@ -71,7 +72,7 @@ def _read(path: Path) -> Row:
     wrong = _what_is_wrong(summary)
     if wrong:
         raise ConfigError(f"{path} is broken: {wrong}; run its recipe again")
-    return Row(folder=path.parent, summary=summary)
+    return Row(folder=path.parent, summary=summary | {k: summary.get(k) or {} for k in _TABLES})
 
 
 def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
@@ -82,42 +83,36 @@ def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:
     for key in _TABLES:
         if not isinstance(summary.get(key), dict | None):
             return f"'{key}' is no table"
-    for key in _NUMBER_LABELS:
-        if not _is_number_or_none((summary.get("labels") or {}).get(key)):
-            return f"labels.{key} is no number"
-    score, speed = summary.get("score"), summary.get("speed")
-    for part in filter(None, (score, speed)):
-        if not isinstance(part.get("with_tail"), dict | None):
-            return "with_tail is no table"
-        if not all(map(_is_number_or_none, map((part.get("with_tail") or {}).get, OF_TOKENS[1:]))):
-            return "with_tail has what is no number"
-    if score is not None:
-        if not isinstance(score.get("num_problems"), int):
-            return "score.num_problems is no whole number"
-        for key in ("score", "standard_error"):
-            if not _is_number_or_none(score.get(key)):
-                return f"score.{key} is no number"
-        digits = score.get("correct", "")
-        if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
-            return "score.correct is not made of the digits 0 and 1"
-        if digits and len(digits) != score["num_problems"]:
-            problems = counted(score["num_problems"], "problem")
-            return f"score.correct has {counted(len(digits), 'digit')} for {problems}"
-    if speed is not None:
-        spreads = {
-            key: speed.get(key)
-            for key in ("tokens_per_second", "seconds_per_problem", "decode_tokens_per_second")
-        }
-        spreads["with_tail.tokens_per_second"] = (speed.get("with_tail") or {}).get(
-            "tokens_per_second"
-        )
-        for key, spread in spreads.items():
-            if spread is None:
-                continue
-            ends = spread if isinstance(spread, dict) else {}
-            known = ends.keys() >= set(Spread._fields)
-            if not known or not all(_is_number_or_none(ends[end]) for end in Spread._fields):
-                return f"speed.{key} has no median, lowest and highest"
+    labels, score, speed = (summary.get(key) or {} for key in ("labels", "score", "speed"))
+    numbers = {f"labels.{key}": labels.get(key) for key in _NUMBER_LABELS}
+    numbers |= {f"score.{key}": score.get(key) for key in ("score", "standard_error")}
+    spreads = {f"speed.{key}": speed.get(key) for key in _SPREADS}
+    for name, part in (("score", score), ("speed", speed)):
+        tail = part.get("with_tail") or {}
+        if not isinstance(tail, dict):
+            return f"{name}.with_tail is no table"
+        numbers |= {f"{name}.with_tail.{key}": tail.get(key) for key in OF_TOKENS[1:]}
+        if part is speed:
+            spreads["speed.with_tail.tokens_per_second"] = tail.get("tokens_per_second")
+    for name, value in numbers.items():
+        if not _is_number_or_none(value):
+            return f"{name} is no number"
+    for name, spread in spreads.items():
+        ends = spread if isinstance(spread, dict) else {}
+        known = ends.keys() >= {*Spread._fields}
+        if spread is not None and not (known and all(map(_is_number_or_none, ends.values()))):
+            return f"{name} has no median, lowest and highest"
+    return _what_is_wrong_of_score(score) if score else None
+
+
+def _what_is_wrong_of_score(score: Mapping[str, Any]) -> str | None:
+    count, digits = score.get("num_problems"), score.get("correct", "")
+    if not isinstance(count, int):
+        return "score.num_problems is no whole number"
+    if not isinstance(digits, str) or not set(digits) <= {"0", "1"}:
+        return "score.correct is not made of the digits 0 and 1"
+    if digits and len(digits) != count:
+        return f"score.correct has {counted(len(digits), 'digit')} for {counted(count, 'problem')}"
     return None
 
 
@@ -142,15 +137,13 @@ def _drop_doubles(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 def _not_measured_yet(row: Row) -> list[str]:
     """List the parts that the recipe wants of the row and the summary lacks."""
-    recipe = row.summary.get("recipe") or {}
+    recipe = row.summary["recipe"]
     rows = [entry for entry in recipe.get("rows") or () if isinstance(entry, dict)]
     settings = next((entry for entry in rows if entry.get("name") == row.name), {})
     return [
         f"not finished, has no {part} yet: {row.folder}"
         for part in ("score", "speed")
-        if recipe.get(part) is not None
-        and settings.get(part, True)
-        and row.summary.get(part) is None
+        if recipe.get(part) is not None and settings.get(part, True) and not row.summary[part]
     ]
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from d2f.evaluation.metrics import OF_TOKENS, mean_and_error
-from d2f.evaluation.results import METHODS
+from d2f.evaluation.results import METHODS, read_lines
 
 
 class Spread(NamedTuple):
@@ -27,11 +25,12 @@ class Row:
     """One finished row: a method on a test set.
 
     Example:
-        `row.speed.median` tokens per second, `row.number("tokens_per_forward")`.
+        `row.tokens_per_second.median`, `row.number("tokens_per_forward")`.
     """
 
     folder: Path
     summary: Mapping[str, Any]
+    """Of `summary.json`; a table that is missing there is empty here."""
 
     @property
     def name(self) -> str:
@@ -57,7 +56,7 @@ class Row:
     @property
     def environment(self) -> Mapping[str, Any]:
         """The machine, the versions and the commit of the measurement."""
-        return self.summary.get("environment") or {}
+        return self.summary["environment"]
 
     @property
     def machine(self) -> str:
@@ -67,22 +66,17 @@ class Row:
     @property
     def digits(self) -> str:
         """1 for each solved problem, 0 for the others, in order; empty without a score."""
-        return str((self.summary.get("score") or {}).get("correct") or "")
+        return str(self.summary["score"].get("correct") or "")
 
-    @cached_property
+    @property
     def tokens_per_second(self) -> Spread | None:
         """Answer tokens / wall time, end to end."""
-        return self._spread("tokens_per_second")
+        return self.spread("tokens_per_second")
 
-    @cached_property
+    @property
     def seconds_per_problem(self) -> Spread | None:
         """Wall time of an answer."""
-        return self._spread("seconds_per_problem")
-
-    @cached_property
-    def decode_tokens_per_second(self) -> Spread | None:
-        """Tokens / time of the steps without a prompt."""
-        return self._spread("decode_tokens_per_second")
+        return self.spread("seconds_per_problem")
 
     @property
     def room(self) -> tuple[Any, Any]:
@@ -90,90 +84,76 @@ class Row:
         return self.summary.get("max_new_tokens"), self.summary.get("early_stop")
 
     @property
-    def speed_batch_size(self) -> int | None:
-        """Problems decoded together while the speed was measured."""
-        return (self.summary.get("speed") or {}).get("batch_size")
+    def speed_batch_size(self) -> Any:
+        """Batch size at which the speed was measured; None where not told."""
+        return self.summary["speed"].get("batch_size")
 
     @property
     def score(self) -> float | None:
         """Share of right answers, in percent."""
-        found = self.number("score", "score")
-        return None if found is None else 100 * found
+        return self._percent("score")
 
     @property
     def standard_error(self) -> float | None:
         """Standard error of the score, in points."""
-        found = self.number("standard_error", "score")
-        return None if found is None else 100 * found
+        return self._percent("standard_error")
 
     @property
     def num_scored(self) -> int:
         """Problems behind the score."""
         return int(self.number("num_problems", "score") or 0)
 
+    def _percent(self, key: str) -> float | None:
+        found = self.number(key, "score")
+        return None if found is None else 100 * found
+
     def number(self, key: str, *parts: str) -> float | None:
         """Read a number of the summary's speed, or else of its score; `parts` set another order."""
-        for part in parts or ("speed", "score"):
-            value = (self.summary.get(part) or {}).get(key)
-            if isinstance(value, int | float):
-                return float(value)
-        return None
+        values = (self.summary[part].get(key) for part in parts or ("speed", "score"))
+        return next((float(value) for value in values if isinstance(value, int | float)), None)
+
+    def spread(self, key: str) -> Spread | None:
+        """Read a spread of the summary's speed, where it was measured."""
+        known = self.summary["speed"].get(key) or {}
+        ends: list[Any] = [known.get(end) for end in Spread._fields]
+        return None if None in ends else Spread(*map(float, ends))
 
     def setting(self, key: str) -> Any:
         """Read a label of the experiment, or else a field of the policy or of the options."""
-        for part in ("labels", "policy", "options"):
-            value = (self.summary.get(part) or {}).get(key)
-            if value is not None:
-                return value
-        return None
+        values = (self.summary[part].get(key) for part in ("labels", "policy", "options"))
+        return next((value for value in values if value is not None), None)
 
     @cached_property
     def problem_ids(self) -> tuple[str, ...] | None:
         """Ids of the scored problems in order, None if the file of problems is not kept."""
-        path = self.folder / "problems.jsonl"
-        if not path.is_file():
-            return None
-        found: dict[int, str] = {}
-        for line in path.read_bytes().splitlines():
-            # A crash may have cut a line short; what it held was written again.
-            with suppress(ValueError, KeyError, TypeError):
-                problem = json.loads(line)
-                found[int(problem["index"])] = str(problem["id"])
-        count = len(self.digits)
-        return tuple(found[i] for i in range(count)) if found.keys() >= set(range(count)) else None
+        lines = read_lines(self.folder / "problems.jsonl", ("index", "id"))
+        found = {line["index"]: str(line["id"]) for line in lines}
+        places = range(len(self.digits))
+        return tuple(found[i] for i in places) if found and found.keys() >= {*places} else None
 
     @property
     def counts_tail(self) -> bool:
         """Whether its results give speeds with all decoded tokens counted, too."""
-        parts = [self.summary.get(part) for part in ("score", "speed")]
-        return all(part.get("with_tail") for part in parts if part is not None)
+        parts = (self.summary["score"], self.summary["speed"])
+        return all(part.get("with_tail") for part in parts if part)
 
     @property
     def decoded_per_answered(self) -> float | None:
         """Tokens that were decoded for each token of an answer."""
-        for part in ("speed", "score"):
-            known = self.summary.get(part) or {}
-            if known.get("with_tail") and known.get("mean_tokens"):
-                return float(known["with_tail"]["mean_tokens"] / known["mean_tokens"])
+        for part in (self.summary["speed"], self.summary["score"]):
+            if part.get("with_tail") and part.get("mean_tokens"):
+                return float(part["with_tail"]["mean_tokens"] / part["mean_tokens"])
         return None
 
     def with_tail(self) -> Row:
         """Count all decoded tokens; what the results do not tell is missing."""
-        summary = dict(self.summary)
-        for part in ("score", "speed"):
-            known = summary.get(part)
-            if known is not None:
-                counted = known.get("with_tail") or {}
-                answers = ("with_tail", "decode_tokens_per_second", *OF_TOKENS)
-                summary[part] = known | dict.fromkeys(answers) | counted
-        return Row(folder=self.folder, summary=summary)
-
-    def _spread(self, key: str) -> Spread | None:
-        value = (self.summary.get("speed") or {}).get(key)
-        if not isinstance(value, Mapping):
-            return None
-        ends = [value[end] for end in Spread._fields]
-        return None if None in ends else Spread(*map(float, ends))
+        answers = dict.fromkeys(("with_tail", "decode_tokens_per_second", *OF_TOKENS))
+        counted = {
+            part: known | answers | (known.get("with_tail") or {})
+            for part in ("score", "speed")
+            if (known := self.summary[part])
+        }
+        return Row(folder=self.folder, summary={**self.summary, **counted})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,20 +181,23 @@ class Comparison:
 
     def of(self, experiment: str) -> list[Row]:
         """Give the rows of an experiment, in the order of `METHODS`."""
-        found = [row for row in self.rows if row.summary["experiment"] == experiment]
-        return sorted(found, key=_order)
+        order = [*METHODS]
+        return sorted(
+            (row for row in self.rows if row.summary["experiment"] == experiment),
+            key=lambda row: (
+                order.index(row.method) if row.method in order else len(order),
+                row.name,
+            ),
+        )
 
     def find(self, *methods: str, experiment: str = "methods") -> Row | None:
         """Find the row of the first of these methods that has one.
 
         What an experiment does not measure anew is taken from `methods`.
         """
-        for method in methods:
-            for place in (experiment, "methods"):
-                for row in self.of(place):
-                    if row.method == method:
-                        return row
-        return None
+        rows = [*self.of(experiment), *self.of("methods")]
+        found = (row for method in methods for row in rows if row.method == method)
+        return next(found, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +218,10 @@ class Results:
         Example:
             `build_report(load_results([Path("results/dream")]).with_tail())`
         """
-        unknown = [str(row.folder) for row in self.rows if not row.counts_tail]
         warnings = [
-            f"does not tell what was decoded behind answers; run its recipe again: {folder}"
-            for folder in unknown
+            f"does not tell what was decoded behind answers; run its recipe again: {row.folder}"
+            for row in self.rows
+            if not row.counts_tail
         ]
         return Results(
             comparisons=[
@@ -247,11 +230,6 @@ class Results:
             ],
             warnings=(*self.warnings, *warnings),
         )
-
-
-def _order(row: Row) -> tuple[int, str]:
-    order = list(METHODS)
-    return order.index(row.method) if row.method in order else len(order), row.name
 
 
 class Difference(NamedTuple):

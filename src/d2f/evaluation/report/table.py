@@ -11,11 +11,6 @@ from d2f.evaluation.report.rows import Difference, Row, Spread
 NOTHING = "–"
 
 
-def text(value: object) -> str:
-    """Write words as they are."""
-    return str(value)
-
-
 def significant(value: float) -> str:
     """Write three digits, or all before the point.
 
@@ -69,13 +64,13 @@ def paired(value: Difference) -> str:
     return f"{interval(value)} ({value.num_pairs})"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Column:
     """One column: where its values are in a line, what stands above, how they look."""
 
     key: str
     header: str
-    form: Callable[[Any], str] = text
+    form: Callable[[Any], str] = str
     is_number: bool = True
 
     def show(self, line: Mapping[str, Any]) -> str:
@@ -89,9 +84,7 @@ class Table:
     """One table of the report.
 
     Example:
-        >>> table = Table(
-        ...     name="x", title="X", columns=[Column(key="n", header="count")], lines=[{"n": 7}]
-        ... )
+        >>> table = Table(name="x", title="X", columns=[Column("n", "count")], lines=[{"n": 7}])
         >>> print(table.markdown())
         | count |
         | ----: |
@@ -111,20 +104,12 @@ class Table:
         cells = [[column.header for column in self.columns]]
         cells += [[column.show(line) for column in self.columns] for line in self.lines]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
-        widths = [max(3, *map(len, row)) for row in zip(*cells, strict=True)]
-        numeric = [column.is_number for column in self.columns]
-        rows = [
-            [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ]
-            for row in cells
-        ]
-        rule = [
-            "-" * (width - right) + ":" * right
-            for width, right in zip(widths, numeric, strict=True)
-        ]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+        padded = []
+        for column, texts in zip(self.columns, zip(*cells, strict=True), strict=True):
+            width, right = max(3, *map(len, texts)), column.is_number
+            head, *body = (text.rjust(width) if right else text.ljust(width) for text in texts)
+            padded.append([head, "-" * (width - right) + ":" * right, *body])
+        return "\n".join(f"| {' | '.join(row)} |" for row in zip(*padded, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Give the table for the JSON file, with unrounded numbers."""
@@ -180,7 +165,7 @@ def cleaned_up(rows: Sequence[Row]) -> list[str]:
 
 def beyond_eos(rows: Sequence[Row]) -> list[str]:
     """Name the rows that compute positions after the end of the answer, where not all do."""
-    names = [row.label for row in rows if row.summary.get("early_stop") is False]
+    names = [row.label for row in rows if row.room[1] is False]
     if not names or len(names) == len(rows):
         return []
     return [f"EOS does not end a problem of {', '.join(names)}; it does of all other rows."]
@@ -193,7 +178,7 @@ def commit(environment: Mapping[str, Any]) -> str:
 
 
 def _clean_up(row: Row) -> str:
-    return (row.summary.get("recipe") or {}).get("clean_up") or "ours"
+    return row.summary["recipe"].get("clean_up") or "ours"
 
 
 _CONDITIONS: Mapping[str, Callable[[Row], object]] = {
@@ -203,9 +188,7 @@ _CONDITIONS: Mapping[str, Callable[[Row], object]] = {
     "git commit": lambda row: commit(row.environment),
     "the clean-up of answers": _clean_up,
     "few-shot examples": lambda row: row.summary.get("num_fewshot"),
-    "problems (seed, split)": lambda row: tuple(
-        (row.summary.get("recipe") or {}).get(key) for key in ("seed", "split")
-    ),
+    "problems (seed, split)": lambda row: tuple(map(row.summary["recipe"].get, ("seed", "split"))),
 }
 
 
