@@ -20,7 +20,7 @@ from d2f.cli.bench_options import (
     numbers,
     source_label,
 )
-from d2f.cli.console import check_writable, log, out, plain_table, write_numbers
+from d2f.cli.console import check_writable, log, out, plain_table, shown, write_numbers
 from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError
 from d2f.errors import ConfigError, counted
@@ -46,30 +46,53 @@ TraceOption = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
-    """The models of a race, and the problems that they answer."""
+class Side:
+    """A model of a race, and the prompts in its tokens."""
 
-    models: Mapping[str, Transformer]
-    """Models by kind, the values of `STRATEGIES`."""
-    names: Mapping[str, str]
-    prompts: Mapping[str, Sequence[Sequence[int]]]
-    """The same prompts by kind, in the tokens of its model."""
+    name: str
+    model: Transformer
+    prompts: Sequence[Sequence[int]]
+    """The same ones for both models."""
+    is_right: Callable[[int, Sequence[int]], bool] | None = None
+    """Whether the answer to a prompt, by its number, is right; None: nobody can say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """The models of a race by kind, the values of `STRATEGIES`."""
+
+    sides: Mapping[str, Side]
     limit: int
     """Most new tokens of an answer."""
-    is_right: Mapping[str, Callable[[int, Sequence[int]], bool]] | None = None
-    """Whether the answer to a prompt, by its number, is right; None: nobody can say."""
     imposed: tuple[int, ...] | None = None
 
-    @property
-    def longest(self) -> int:
-        """Most positions of a prompt and its answer together."""
-        return self.limit + max(len(p) for prompts in self.prompts.values() for p in prompts)
+    def engine(self, kind: str, batch: int, page_size: int, backend: str) -> Engine:
+        """Make an engine with room for `batch` requests, or for what its share of memory holds."""
+        import torch
+
+        from d2f.engine.engine import EngineConfig
+        from d2f.evaluation.answering import fitted_engine
+
+        model = self.sides[kind].model
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+        config = EngineConfig(
+            max_batch_size=batch,
+            page_size=page_size,
+            backend=backend,
+            imposed_acceptance=None if model.spec.architecture.causal else self.imposed,
+        )
+        longest = self.limit + max(len(p) for side in self.sides.values() for p in side.prompts)
+        share = 0.45 if on_gpu else 1.0  # the rival's engine comes, too
+        return fitted_engine(model, config, longest=longest, memory_share=share)
 
     def entrants(self, count: int, engines: Mapping[str, Engine]) -> list[Entrant]:
         """Each strategy with so many prompts, and the engine of its model."""
         from d2f.engine.request import Request
         from d2f.evaluation.race import Entrant
 
+        ends = () if self.imposed else None
         return [
             Entrant(
                 name=strategy,
@@ -78,12 +101,12 @@ class Field:
                     Request(
                         prompt_ids=prompt,
                         max_new_tokens=self.limit,
-                        eos_token_id=() if self.imposed else None,
+                        eos_token_id=ends,
                         strategy=strategy,
                     )
-                    for prompt in self.prompts[kind][:count]
+                    for prompt in self.sides[kind].prompts[:count]
                 ],
-                is_right=self.is_right[kind] if self.is_right else None,
+                is_right=self.sides[kind].is_right,
             )
             for strategy, kind in STRATEGIES.items()
         ]
@@ -197,11 +220,12 @@ def shape_field(
 
     draw, vocabulary = random.Random(seed), range(model.spec.vocab_size)
     prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(most)]
-    kinds = set(STRATEGIES.values())
+    twin, twin_name = autoregressive_twin(model), f"{shape}, the same weights"
     return Field(
-        models={"diffusion": model, "autoregressive": autoregressive_twin(model)},
-        names={"diffusion": shape, "autoregressive": f"{shape}, the same weights"},
-        prompts=dict.fromkeys(kinds, prompts),
+        sides={
+            "diffusion": Side(name=shape, model=model, prompts=prompts),
+            "autoregressive": Side(name=twin_name, model=twin, prompts=prompts),
+        },
         limit=limit,
         imposed=imposed,
     )
@@ -219,27 +243,26 @@ def problem_field(
     from d2f.problems import extract_answer, generate_problems
     from d2f.text import Tokenizer
 
-    names = dict(zip(("diffusion", "autoregressive"), pair, strict=True))
-    models = {k: load_model(name, device=device, dtype=dtype) for k, name in names.items()}
-    tokenizers = {kind: Tokenizer.load(name) for kind, name in names.items()}
     problems = list(generate_problems(most, seed=seed, split="test"))
-    prompts = {k: [t.encode_prompt(p.prompt) for p in problems] for k, t in tokenizers.items()}
-    policy = models["diffusion"].spec.recommended_policy
-    size = policy.block_size if policy else 32
-    responses = [problem.response for problem in problems]
-    longest = limit or max(gold_limit(responses, t, size) for t in tokenizers.values())
+    tokenizers = [Tokenizer.load(name) for name in pair]
 
-    def judge(kind: str) -> Callable[[int, Sequence[int]], bool]:
-        return lambda index, token_ids: (
-            extract_answer(tokenizers[kind].decode(token_ids)) == problems[index].answer
+    def side(name: str, tokenizer: Tokenizer) -> Side:
+        return Side(
+            name=source_label(name),
+            model=load_model(name, device=device, dtype=dtype),
+            prompts=[tokenizer.encode_prompt(problem.prompt) for problem in problems],
+            is_right=lambda index, token_ids: (
+                extract_answer(tokenizer.decode(token_ids)) == problems[index].answer
+            ),
         )
 
+    sides = dict(zip(("diffusion", "autoregressive"), map(side, pair, tokenizers), strict=True))
+    policy = sides["diffusion"].model.spec.recommended_policy
+    size = policy.block_size if policy else 32
+    responses = [problem.response for problem in problems]
     return Field(
-        models=models,
-        names={kind: source_label(name) for kind, name in names.items()},
-        prompts=prompts,
-        limit=longest,
-        is_right={kind: judge(kind) for kind in models},
+        sides=sides,
+        limit=limit or max(gold_limit(responses, each, size) for each in tokenizers),
     )
 
 
@@ -265,9 +288,7 @@ def race_report(
             if name == "pipelined":
                 traced.append(run)
 
-        engines = {
-            kind: _engine(entered, kind, batch, page_size, backend) for kind in entered.models
-        }
+        engines = {kind: entered.engine(kind, batch, page_size, backend) for kind in entered.sides}
         entrants = entered.entrants(max(num_prompts, batch), engines)
         rows += race_by_run(entrants, batch, num_runs=runs, on_run=on_run)
         for engine in engines.values():
@@ -276,8 +297,8 @@ def race_report(
             write_json(record_trace, acceptance_trace(traced[-1]))
     return {
         "models": {
-            kind: describe_model(model, entered.names[kind], random=entered.imposed is not None)
-            for kind, model in entered.models.items()
+            kind: describe_model(side.model, side.name, random=entered.imposed is not None)
+            for kind, side in entered.sides.items()
         },
         "settings": {
             "max_new_tokens": entered.limit,
@@ -291,27 +312,6 @@ def race_report(
     }
 
 
-def _engine(entered: Field, kind: str, batch: int, page_size: int, backend: str) -> Engine:
-    """Make an engine with room for `batch` requests, or for what its share of the memory holds."""
-    import torch
-
-    from d2f.engine.engine import EngineConfig
-    from d2f.evaluation.answering import fitted_engine
-
-    model = entered.models[kind]
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-    config = EngineConfig(
-        max_batch_size=batch,
-        page_size=page_size,
-        backend=backend,
-        imposed_acceptance=None if model.spec.architecture.causal else entered.imposed,
-    )
-    share = 0.45 if on_gpu else 1.0  # the rival's engine comes, too
-    return fitted_engine(model, config, longest=entered.longest, memory_share=share)
-
-
 def _print_report(report: dict[str, Any]) -> None:
     environment, settings = report["environment"], report["settings"]
     names = " against ".join(model["name"] for model in report["models"].values())
@@ -321,11 +321,12 @@ def _print_report(report: dict[str, Any]) -> None:
         out.print(f"Random weights; acceptance [bold]imposed[/bold]: {counts} per forward")
     out.print()
     out.print(_table(report["rows"]))
-    for line in report["pipelined_over_autoregressive"]["by_batch_size"]:
-        kinds = [(k, line[k]) for k in ("end_to_end", "decode_only") if line[k] is not None]
-        ratios = ", ".join(f"{ratio:.2f}x {kind.replace('_', ' ')}" for kind, ratio in kinds)
-        out.print(f"batch {line['batch_size']}: pipelined is {ratios} of autoregressive")
     overtaken = report["pipelined_over_autoregressive"]["overtaken_at"]
+    for line in report["pipelined_over_autoregressive"]["by_batch_size"]:
+        ratios = ", ".join(
+            f"{line[kind]:.2f}x {kind.replace('_', ' ')}" for kind in overtaken if line[kind]
+        )
+        out.print(f"batch {line['batch_size']}: pipelined is {ratios} of autoregressive")
     for kind, size in overtaken.items():
         where = f"from batch {size} on" if size else "at none of these batch sizes"
         out.print(f"Autoregression is faster {where} ({kind.replace('_', ' ')}).")
@@ -350,12 +351,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
             row["name"],
             str(row["batch_size"]),
             f"{row['tokens_per_second']['median']:.0f}",
-            f"{decode['median']:.0f}" if decode else "–",
+            shown(decode and decode["median"], ".0f"),
             f"{row['tokens_per_forward']:.2f}",
             f"{row['query_tokens_per_forward']:.0f}",
             f"{row['milliseconds_per_step']:.2f}",
             f"{row['step_ms_p99']:.2f}",
             f"{row['mean_tokens']:.0f}",
-            "–" if row["score"] is None else f"{row['score']:.0%}",
+            shown(row["score"], ".0%"),
         )
     return table

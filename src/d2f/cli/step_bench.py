@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from d2f.errors import TrainingError
+from d2f.evaluation.rates import laps, mark
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.training.chunked_loss import TeacherStates, chunked_loss
@@ -29,64 +28,6 @@ from d2f.training.trainer import PHASES, Trainer
 
 NUM_BATCHES = 4
 """Batches of random tokens that the steps go through again and again."""
-
-
-class PhaseClock:
-    """The observer of a trainer that measures how long the phases of its steps take.
-
-    On a GPU it records events in the stream of operations and never waits; a phase then includes
-    the time in which the device waits for the host. On a CPU, where operations are done when they
-    return, it reads the clock.
-
-    Example:
-        `clock = PhaseClock(device)`, `Trainer(..., observer=clock)`, steps within
-        `with clock.watching():`, then `clock.milliseconds()["teacher"]`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._watching = False
-        self._marks: list[tuple[str, Any]] = []
-
-    def __call__(self, phase: str) -> None:
-        """Note that a phase has ended, within `watching`."""
-        if self._watching:
-            self._marks.append((phase, _mark(self._device)))
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Measure the steps within the block."""
-        self._watching = True
-        self._marks = [("start", _mark(self._device))]
-        try:
-            yield
-        finally:
-            self._watching = False
-
-    def milliseconds(self) -> dict[str, float]:
-        """Time of each phase per step, summed over the step's micro-batches; waits for the device.
-
-        A loss that is compiled together with the student is in the student's time.
-        """
-        _wait(self._device)
-        sums = dict.fromkeys(PHASES, 0.0)
-        for (_, begin), (phase, end) in itertools.pairwise(self._marks):
-            sums[phase] += 1000 * _seconds(begin, end)
-        steps = sum(phase == "optimizer" for phase, _ in self._marks)
-        return {phase: total / steps for phase, total in sums.items()}
-
-
-def _mark(device: torch.device) -> Any:
-    """A point in time: an event in a GPU's stream, or the clock's reading on a CPU."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
 def _wait(device: torch.device) -> None:
@@ -125,7 +66,7 @@ class StepBench:
         self.config = config
         self._models = student, teacher
         self.device = student.device
-        self._clock = PhaseClock(self.device)
+        self._on_phase: Callable[[str], None] = lambda phase: None
         self._dataset = random_dataset(config, student.spec)
         self.trainer = Trainer(
             config,
@@ -133,7 +74,7 @@ class StepBench:
             self._dataset,
             teacher=teacher,
             processes=processes,
-            observer=self._clock,
+            observer=lambda phase: self._on_phase(phase),
         )
         self.trainer.student.train()
 
@@ -142,15 +83,15 @@ class StepBench:
         for _ in range(num_warm_up):
             self.trainer._train_step()
         _wait(self.device)
-        marks = [_mark(self.device)]
+        marks = [mark(self.device)]
         start = time.perf_counter()
         for _ in range(num_steps):
             self.trainer._train_step()
-            marks.append(_mark(self.device))
+            marks.append(mark(self.device))
         _wait(self.device)
         seconds = time.perf_counter() - start
         self._check()
-        single = [_seconds(a, b) for a, b in itertools.pairwise(marks)]
+        single = laps(marks)
         return StepTimes(
             mean=seconds / num_steps,
             fastest=min(single),
@@ -159,12 +100,27 @@ class StepBench:
         )
 
     def phases(self, num_steps: int) -> dict[str, float]:
-        """Milliseconds of each phase per step, in steps of their own."""
+        """Milliseconds of each phase per step, in steps of their own.
+
+        On a GPU events in the stream mark the ends of phases, so a phase includes the time in which
+        the device waits for the host. A loss that is compiled together with the student is in the
+        student's time.
+        """
         _wait(self.device)
-        with self._clock.watching():
-            for _ in range(num_steps):
-                self.trainer._train_step()
-        return self._clock.milliseconds()
+        names, marks = list[str](), [mark(self.device)]
+
+        def note(phase: str) -> None:
+            names.append(phase)
+            marks.append(mark(self.device))
+
+        before, self._on_phase = self._on_phase, note
+        for _ in range(num_steps):
+            self.trainer._train_step()
+        self._on_phase = before
+        sums = dict.fromkeys(PHASES, 0.0)
+        for phase, seconds in zip(names, laps(marks), strict=True):
+            sums[phase] += 1000 * seconds / num_steps
+        return sums
 
     def peak_memory(self) -> int | None:
         """Most bytes of tensors on the GPU at once since it was last asked; None on a CPU."""
@@ -193,35 +149,31 @@ class StepBench:
         alone = self.trainer.processes.world_size == 1
         if self.device.type != "cuda" or not alone or not self.trainer.loss.selects:
             return None
-        part = self._part().to(self.device)
-        assert part.selected_M is not None
-        with torch.no_grad():
-            states = self.trainer.loss.hidden_states(part, part.selected_M)
-        hidden_MD, head_VD = states[""]
-        hidden_MD.requires_grad_()
+        part, states = self._states(self._part())
+        states[""][0].requires_grad_()
         _wait(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self._chunked(part, hidden_MD, head_VD, *states["teacher_"]).backward()
+        self._chunked(part, states[""], states["teacher_"]).backward()
         _wait(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def _chunked(
-        self,
-        part: StepInputs,
-        hidden_MD: Tensor,
-        head_VD: Tensor,
-        teacher_ME: Tensor,
-        teacher_VE: Tensor,
-    ) -> Tensor:
-        """The loss of a micro-batch, of which the hidden states and the heads are known."""
+    @torch.no_grad()
+    def _states(self, part: StepInputs) -> tuple[StepInputs, dict[str, tuple[Tensor, Tensor]]]:
+        """A micro-batch on the device, and both models' hidden states and heads."""
+        part = part.to(self.device)
         assert part.selected_M is not None
+        return part, self.trainer.loss.hidden_states(part, part.selected_M)
+
+    def _chunked(
+        self, part: StepInputs, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The loss of a micro-batch, of which both hidden states and heads are known."""
         bf16 = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return chunked_loss(
-                hidden_MD,
-                head_VD,
-                TeacherStates(hidden_ME=teacher_ME, head_VE=teacher_VE),
+                *student,
+                TeacherStates(hidden_ME=teacher[0], head_VE=teacher[1]),
                 part.weight_BL.flatten()[part.selected_M],
                 self.config.distillation.objective,
                 memory_bytes=self.config.loss_memory_mib * 2**20,
@@ -256,10 +208,8 @@ class StepBench:
         size, _ = self.config.micro_batches()
         total = 0.0
         for part in self._inputs().parts(size, select=True):
-            moved = part.to(self.device)
-            assert moved.selected_M is not None
-            teacher = self.trainer.loss.hidden_states(moved, moved.selected_M)["teacher_"]
-            total += float(self._chunked(moved, *teacher, *teacher))
+            moved, states = self._states(part)
+            total += float(self._chunked(moved, states["teacher_"], states["teacher_"]))
         return total
 
     def _inputs(self) -> StepInputs:
@@ -330,15 +280,12 @@ def survives(work: Callable[[], Any]) -> bool:
         work()
         return True
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not _lacks_memory(str(error)):
+        lacking = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+        if not isinstance(error, torch.OutOfMemoryError) and not lacking:
             raise
     finally:
         free_memory()
     return False
-
-
-def _lacks_memory(message: str) -> bool:
-    return "out of memory" in message or "ALLOC_FAILED" in message
 
 
 def free_memory() -> None:

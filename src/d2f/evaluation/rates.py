@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,10 +35,6 @@ class Rates:
     """Of one large product of random matrices in the model's type; the median of several."""
     matmul_size: int
     """Rows and columns of these matrices."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a result file."""
-        return asdict(self)
 
 
 def measure_rates(device: str, dtype: str) -> Rates:
@@ -83,17 +79,25 @@ def _seconds(work: Callable[[], Any], device: str, count: int) -> list[float]:
     """Time each of `count` runs, after three that do not count."""
     for _ in range(3):
         work()
-    if not device.startswith("cuda"):
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return times
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [mark(device)]
+    for _ in range(count):
         work()
-        mark.record()
+        marks.append(mark(device))
+    return laps(marks)
+
+
+def mark(device: torch.device | str) -> Any:
+    """A point in time: an event in a GPU's stream, or the clock's reading on a CPU."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def laps(marks: Sequence[Any]) -> list[float]:
+    """Seconds from each mark to the next one; waits for the last one."""
+    if isinstance(marks[-1], float):
+        return [end - begin for begin, end in itertools.pairwise(marks)]
     marks[-1].synchronize()
-    return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+    return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(marks)]

@@ -198,4 +198,4 @@ def test_rates_of_this_machine():
     rates = measure_rates("cpu", "float32")
     assert rates.copy_bytes_per_second > 1e8
     assert rates.matmul_flops_per_second > 1e8
-    assert rates.to_dict()["matmul_size"] == 1024
+    assert rates.matmul_size == 1024
