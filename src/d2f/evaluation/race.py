@@ -102,11 +102,7 @@ def speed_summary(rounds: Sequence[Sequence[Record]]) -> Record:
 
 
 def gold_limit(responses: Sequence[str], tokenizer: Tokenizer, block_size: int) -> int:
-    """Count the tokens of the longest of these answers and its EOS, rounded up to a block.
-
-    Example:
-        Every strategy of a race gets this as `max_new_tokens`.
-    """
+    """Count the tokens of the longest of these answers and its EOS, rounded up to a block."""
     longest = max(len(tokenizer.encode(response)) + 1 for response in responses)
     return math.ceil(longest / block_size) * block_size
 
@@ -193,9 +189,6 @@ def race_by_run(
     Raises:
         ConfigError: `num_runs` is below 1.
         RequestError: A request cannot be served.
-
-    Example:
-        `race_by_run([Entrant(name="serial", engine=engine, requests=requests)], 4)`
     """
     if num_runs < 1:
         raise ConfigError(f"num_runs is {num_runs}; it must be at least 1")
@@ -261,9 +254,6 @@ def acceptance_trace(run: Run) -> list[int]:
     """Average how many tokens a request's first, second, … forward fills, rounded, at least 1.
 
     It ends where fewer than half of the requests go on.
-
-    Example:
-        `EngineConfig(imposed_acceptance=tuple(acceptance_trace(run)))` accepts alike.
     """
     trace: list[int] = []
     while True:

@@ -45,10 +45,7 @@ Record = dict[str, Any]
 
 
 class RowFolder:
-    """The folder of a row's results.
-
-    Args:
-        path: The folder; it is made. It belongs to this process until the object is gone.
+    """The folder of a row's results; it is made, and belongs to this process.
 
     Raises:
         ConfigError: Another process writes there.
@@ -64,6 +61,10 @@ class RowFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._settings, self._problems, self._speed, self._summary = (
+            path / name
+            for name in ("settings.json", "problems.jsonl", "speed.jsonl", "summary.json")
+        )
         self._lock()
 
     def _lock(self) -> None:
@@ -85,10 +86,8 @@ class RowFolder:
 
     def clear(self) -> None:
         """Forget all results."""
-        for name in ("summary.json", "problems.jsonl", "speed.jsonl", "settings.json"):
-            (self.path / name).unlink(missing_ok=True)
-
-    # ------------------------------------------------------------------------------- settings
+        for path in (self._summary, self._problems, self._speed, self._settings):
+            path.unlink(missing_ok=True)
 
     def settings(self, part: str) -> Record | None:
         """Read the settings of a part: `answers`, `score`, `speed` or `environment`.
@@ -96,11 +95,11 @@ class RowFolder:
         Raises:
             ConfigError: The file is broken.
         """
-        return self._read("settings.json").get(part)
+        return self._all_settings().get(part)
 
     def note_settings(self, part: str, settings: Mapping[str, Any]) -> None:
         """Note the settings of a part, before the first of its results."""
-        write_json(self.path / "settings.json", self._read("settings.json") | {part: settings})
+        write_json(self._settings, self._all_settings() | {part: settings})
 
     def require_same(self, part: str, settings: Mapping[str, Any]) -> None:
         """Refuse to add to results of other settings.
@@ -113,52 +112,46 @@ class RowFolder:
         known = self.settings(part)
         if known is None and part == "answers":
             raise ConfigError(f"{self.path} has results but no settings.json; {FRESH}")
-        if known is None:
-            return
-        differ = differences(known, settings)
+        differ = "" if known is None else differences(known, settings)
         if differ:
             raise ConfigError(f"{self.path} has results of other settings: {differ}; {FRESH}")
-
-    # -------------------------------------------------------------------------------- records
 
     def problems(self) -> dict[int, Record]:
         """Read the scored problems by index."""
         found: dict[int, Record] = {}
-        for record in read_lines(self.path / "problems.jsonl", _NEEDED):
+        for record in read_lines(self._problems, _NEEDED):
             found.setdefault(record["index"], record)
         return found
 
     def mend_problems(self) -> dict[int, Record]:
         """Read the scored problems, and take lines that a crash cut short out of the file."""
         found = self.problems()
-        write_lines(self.path / "problems.jsonl", found.values())
+        write_lines(self._problems, found.values())
         return found
 
     def add_problems(self, records: Iterable[Record]) -> None:
         """Append scored problems; they are on the disk on return."""
-        append_lines(self.path / "problems.jsonl", records)
+        append_lines(self._problems, records)
 
     def speed(self) -> list[Record]:
         """Read the timed problems of all rounds."""
-        return read_lines(self.path / "speed.jsonl", _SPEED_NEEDED)
+        return read_lines(self._speed, _SPEED_NEEDED)
 
     def keep_speed(self, records: Iterable[Record]) -> None:
         """Keep these timed problems only."""
-        write_lines(self.path / "speed.jsonl", records)
+        write_lines(self._speed, records)
 
     def add_speed(self, records: Iterable[Record]) -> None:
         """Append a round; it is on the disk on return."""
-        append_lines(self.path / "speed.jsonl", records)
-
-    # -------------------------------------------------------------------------------- summary
+        append_lines(self._speed, records)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Record:
         """Write the summary, and return it as it can be read back."""
-        write_json(self.path / "summary.json", summary)
+        write_json(self._summary, summary)
         return plain(summary)
 
-    def _read(self, name: str) -> Record:
-        path = self.path / name
+    def _all_settings(self) -> Record:
+        path = self._settings
         if not path.exists():
             return {}
         try:

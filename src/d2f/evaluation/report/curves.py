@@ -25,11 +25,7 @@ class Curve:
 
 
 def score_curves(comparison: Comparison) -> list[Curve]:
-    """List the curves: D2F over thresholds, vanilla over steps, other methods as points.
-
-    Example:
-        `[curve.name for curve in score_curves(comparison)]`
-    """
+    """List the curves: D2F over thresholds, vanilla over steps, other methods as points."""
     steps = [row for row in comparison.of("steps") if row.method.startswith("vanilla")]
     # The full number of steps is a row of `methods`, unless the experiment has it too. A row that
     # goes on after EOS is no point of the line of rows that do not.

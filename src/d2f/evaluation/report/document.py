@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2f.evaluation.report.curves import curve_table
-from d2f.evaluation.report.figures import Drawing, Panel, draw_figures
+from d2f.evaluation.report.figures import Panel, draw_figures
 from d2f.evaluation.report.methods import method_tables, varied_table
 from d2f.evaluation.report.rows import Comparison, Results
 from d2f.evaluation.report.table import Table, commit
-from d2f.evaluation.results import EXPERIMENTS, write_text
+from d2f.evaluation.results import EXPERIMENTS, write_json, write_text
 
 FILE = "README.md"
 TABLES_FILE = "tables.json"
+_VERSIONS = ("d2f", "python", "torch", "triton", "transformers", "lm_eval")
 TAILS_COUNTED = """Tails are counted: tokens are all that were decoded but EOS, those behind the \
 end of an answer too, as in the paper's tables of Dream. Speeds without prompts are left out."""
 
@@ -52,19 +52,16 @@ def build_report(results: Results) -> Report:
         `build_report(load_results([Path("results")])).tables("methods")`
     """
     comparisons = results.comparisons
-    varied = [
-        table
-        for comparison in comparisons
-        for experiment in EXPERIMENTS[1:]
-        if (table := varied_table(comparison, experiment)) is not None
-    ]
-    curves = [table for c in comparisons if (table := curve_table(c)) is not None]
-    sections = [
-        ("Methods", [table for c in comparisons for table in method_tables(c)]),
-        ("Settings varied", varied),
-        ("Score against cost", curves),
-    ]
-    return Report(results=results, sections=sections)
+    varied = [varied_table(c, experiment) for c in comparisons for experiment in EXPERIMENTS[1:]]
+    sections: dict[str, Sequence[Table | None]] = {
+        "Methods": [table for c in comparisons for table in method_tables(c)],
+        "Settings varied": varied,
+        "Score against cost": [curve_table(c) for c in comparisons],
+    }
+    return Report(
+        results=results,
+        sections=[(name, list(filter(None, tables))) for name, tables in sections.items()],
+    )
 
 
 def write_report(
@@ -82,19 +79,16 @@ def write_report(
 
     Raises:
         ConfigError: There are figures to draw, and matplotlib is not installed.
-
-    Example:
-        `write_report(report, Path("report"), figures=True, command="d2f report results")`
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = draw_figures(report.results.comparisons, folder, panels) if figures else []
-    write_text(folder / TABLES_FILE, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
-    write_text(folder / FILE, markdown(report, drawings, command))
+    drawn = draw_figures(report.results.comparisons, folder, panels) if figures else []
+    write_json(folder / TABLES_FILE, report.to_dict())
+    write_text(folder / FILE, markdown(report, drawn, command))
     return folder / FILE
 
 
-def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
-    """Make the text of the page."""
+def markdown(report: Report, drawn: Sequence[Panel], command: str) -> str:
+    """Make the text of the page, with the pictures that were drawn."""
     results = report.results
     parts = [f"# Results: {_titles(results.comparisons)}"]
     parts += [f"**Warning:** {warning}" for warning in results.warnings]
@@ -106,9 +100,8 @@ def markdown(report: Report, drawings: Sequence[Drawing], command: str) -> str:
         for table in tables:
             parts += [] if table.title == heading else [f"### {table.title}"]
             parts += [table.markdown(), *table.notes]
-    if drawings:
-        parts.append("## Figures")
-        parts += [f"![{drawing.title}]({drawing.file})" for drawing in drawings]
+    parts += ["## Figures"] if drawn else []
+    parts += [f"![{panel.title}]({panel.name}.png)" for panel in drawn]
     parts += _footer(results, command)
     return "\n\n".join(parts) + "\n"
 
@@ -129,11 +122,7 @@ def _footer(results: Results, command: str) -> list[str]:
     places = []
     for row in results.rows:
         known = row.environment
-        versions = ", ".join(
-            f"{name} {known[name]}"
-            for name in ("d2f", "python", "torch", "triton", "transformers", "lm_eval")
-            if known.get(name)
-        )
+        versions = ", ".join(f"{name} {known[name]}" for name in _VERSIONS if known.get(name))
         date = str(known.get("time", ""))[:10]
         places.append(
             f"- {row.machine}, {known.get('dtype', 'unknown dtype')}; {versions}; "

@@ -38,15 +38,6 @@ _LOOKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """A picture that was written."""
-
-    file: str
-    """Its name in the report's folder."""
-    title: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Panel:
     """One picture, which shows each comparison on axes of its own."""
 
@@ -61,22 +52,19 @@ class Panel:
 
 def draw_figures(
     comparisons: Sequence[Comparison], folder: Path, panels: Sequence[Panel] | None = None
-) -> list[Drawing]:
-    """Write all pictures (by default those of `d2f report`) whose rows are there.
+) -> list[Panel]:
+    """Write all pictures (by default those of `d2f report`) whose rows are there; return these.
 
     Raises:
         ConfigError: matplotlib is not installed.
-
-    Example:
-        `draw_figures(results.comparisons, Path("report"))[0].file`
     """
-    drawings = []
+    written = []
     for panel in PANELS if panels is None else panels:
         drawn = [c for c in comparisons if panel.draw(_axes(1, 4)[1][0], c)]
         if drawn:
             _write(panel, folder, drawn)
-            drawings.append(Drawing(file=f"{panel.name}.png", title=panel.title))
-    return drawings
+            written.append(panel)
+    return written
 
 
 def _axes(count: int, height: float) -> tuple[Any, list[Any]]:

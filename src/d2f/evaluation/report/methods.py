@@ -53,11 +53,7 @@ _SETTINGS = (
 
 
 def method_tables(comparison: Comparison) -> list[Table]:
-    """Make the three tables of the experiment `methods`: results, what makes the ratios, settings.
-
-    Example:
-        `print(method_tables(comparison)[0].markdown())`
-    """
+    """Make the three tables of the experiment `methods`: results, what makes the ratios, settings."""
     rows = comparison.of("methods")
     if not rows:
         return []
@@ -96,9 +92,6 @@ def varied_table(comparison: Comparison, experiment: str) -> Table | None:
     """Make the table of an experiment that varies settings, if it was run: rows against the first.
 
     The columns begin with the labels that the recipe gives its rows, as `add_threshold`.
-
-    Example:
-        `print(varied_table(comparison, "thresholds").markdown())`
     """
     rows = sorted(comparison.of(experiment), key=_label_order)
     if not rows:

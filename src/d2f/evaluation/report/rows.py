@@ -22,11 +22,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One finished row: a method on a test set.
-
-    Example:
-        `row.tokens_per_second.median`, `row.number("tokens_per_forward")`.
-    """
+    """One finished row: a method on a test set."""
 
     folder: Path
     summary: Mapping[str, Any]
@@ -213,11 +209,7 @@ class Results:
         return [row for comparison in self.comparisons for row in comparison.rows]
 
     def with_tail(self) -> Results:
-        """Count all decoded tokens, as the paper does for Dream.
-
-        Example:
-            `build_report(load_results([Path("results/dream")]).with_tail())`
-        """
+        """Count all decoded tokens, as the paper does for Dream."""
         warnings = [
             f"does not tell what was decoded behind answers; run its recipe again: {row.folder}"
             for row in self.rows
@@ -249,9 +241,6 @@ def paired_difference(one: Row, other: Row) -> Difference | None:
     problems show them to be the same. Without these files both need the same number. Where no
     answers differ, the interval is that of the rule of three: 3 / n to both sides. None where the
     problems of a row are not known or not the same.
-
-    Example:
-        `paired_difference(pipelined, vanilla).low` above -1: at most a point is lost.
     """
     count = min(len(one.digits), len(other.digits))
     if count < 2 or not _same_problems(one, other, count):
