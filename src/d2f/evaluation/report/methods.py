@@ -7,7 +7,7 @@ from typing import Any
 
 from d2f.engine.policy import STRATEGIES
 from d2f.evaluation.report import table as show
-from d2f.evaluation.report.rows import Comparison, Difference, Row, paired_difference
+from d2f.evaluation.report.rows import Comparison, Difference, Row, Spread, paired_difference
 from d2f.evaluation.report.table import Column, Table, median, ratio
 
 METHOD = Column("label", "method", is_number=False)
@@ -53,7 +53,7 @@ _SETTINGS = (
 
 
 def method_tables(comparison: Comparison) -> list[Table]:
-    """Make the three tables of the experiment `methods`: results, what makes the ratios, settings."""
+    """Make the tables of the experiment `methods`: results, what makes the ratios, settings."""
     rows = comparison.of("methods")
     if not rows:
         return []
@@ -157,7 +157,7 @@ def method_line(row: Row, comparison: Comparison) -> dict[str, Any]:
         "num_timed": f"{speed['num_problems']} × {speed['num_runs']}"
         if {"num_problems", "num_runs"} <= speed.keys()
         else None,
-        "decode_tokens_per_second": row.spread("decode_tokens_per_second"),
+        "decode_tokens_per_second": Spread.of(speed.get("decode_tokens_per_second")),
     }
 
 

@@ -72,7 +72,7 @@ def _read(path: Path) -> Row:
     wrong = _what_is_wrong(summary)
     if wrong:
         raise ConfigError(f"{path} is broken: {wrong}; run its recipe again")
-    return Row(folder=path.parent, summary=summary | {k: summary.get(k) or {} for k in _TABLES})
+    return Row.of(path.parent, summary | {key: summary.get(key) or {} for key in _TABLES})
 
 
 def _what_is_wrong(summary: Mapping[str, Any]) -> str | None:

@@ -19,100 +19,80 @@ class Spread(NamedTuple):
     lowest: float
     highest: float
 
+    @classmethod
+    def of(cls, known: Mapping[str, Any] | None) -> Spread | None:
+        """Read the entry of a summary; None where it was not measured."""
+        ends: list[Any] = [(known or {}).get(end) for end in cls._fields]
+        return None if None in ends else cls(*map(float, ends))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One finished row: a method on a test set."""
+    """One finished row: a method on a test set; None for what its results do not tell."""
 
     folder: Path
     summary: Mapping[str, Any]
     """Of `summary.json`; a table that is missing there is empty here."""
+    name: str
+    """Of its folder, too."""
+    method: str
+    """One of `METHODS`, or one of the user's own."""
+    simulated: str | None
+    """In words, what was not real, as random weights; None if all was."""
+    label: str
+    """Its name in tables, which says if something was simulated."""
+    environment: Mapping[str, Any]
+    """The machine, the versions and the commit of the measurement."""
+    machine: str
+    """The processor."""
+    room: tuple[Any, Any]
+    """Most tokens of an answer, and whether EOS ends it sooner."""
+    tokens_per_second: Spread | None
+    """Answer tokens / wall time, end to end."""
+    seconds_per_problem: Spread | None
+    speed_batch_size: Any
+    score: float | None
+    """Share of right answers, in percent."""
+    standard_error: float | None
+    """Of the score, in points."""
+    digits: str
+    """1 for each solved problem, 0 for the others, in order; empty without a score."""
 
-    @property
-    def name(self) -> str:
-        """Name of the row, and of its folder."""
-        return str(self.summary["row"])
-
-    @property
-    def method(self) -> str:
-        """One of `METHODS`, or one of the user's own."""
-        return str(self.summary["method"])
-
-    @property
-    def label(self) -> str:
-        """Name of the row in tables, which says if something was simulated."""
-        label = str(self.summary.get("label") or self.method)
-        return f"{label} (simulated)" if self.simulated else label
-
-    @property
-    def simulated(self) -> str | None:
-        """Tells in words what was not real, as random weights; None if all was."""
-        return self.summary.get("simulated") or None
-
-    @property
-    def environment(self) -> Mapping[str, Any]:
-        """The machine, the versions and the commit of the measurement."""
-        return self.summary["environment"]
-
-    @property
-    def machine(self) -> str:
-        """The processor."""
-        return str(self.environment.get("processor", "unknown machine"))
-
-    @property
-    def digits(self) -> str:
-        """1 for each solved problem, 0 for the others, in order; empty without a score."""
-        return str(self.summary["score"].get("correct") or "")
-
-    @property
-    def tokens_per_second(self) -> Spread | None:
-        """Answer tokens / wall time, end to end."""
-        return self.spread("tokens_per_second")
-
-    @property
-    def seconds_per_problem(self) -> Spread | None:
-        """Wall time of an answer."""
-        return self.spread("seconds_per_problem")
-
-    @property
-    def room(self) -> tuple[Any, Any]:
-        """Most tokens of an answer, and whether EOS ends it sooner; None where not told."""
-        return self.summary.get("max_new_tokens"), self.summary.get("early_stop")
-
-    @property
-    def speed_batch_size(self) -> Any:
-        """Batch size at which the speed was measured; None where not told."""
-        return self.summary["speed"].get("batch_size")
-
-    @property
-    def score(self) -> float | None:
-        """Share of right answers, in percent."""
-        return self._percent("score")
-
-    @property
-    def standard_error(self) -> float | None:
-        """Standard error of the score, in points."""
-        return self._percent("standard_error")
+    @classmethod
+    def of(cls, folder: Path, summary: Mapping[str, Any]) -> Row:
+        """Read the entries of a summary, which was found to be whole."""
+        method, simulated = summary["method"], summary.get("simulated") or None
+        speed, score, environment = (summary[key] for key in ("speed", "score", "environment"))
+        shares = (score.get(key) for key in ("score", "standard_error"))
+        percents = [None if share is None else 100 * float(share) for share in shares]
+        label = str(summary.get("label") or method)
+        return cls(
+            folder=folder,
+            summary=summary,
+            name=summary["row"],
+            method=method,
+            simulated=simulated,
+            label=f"{label} (simulated)" if simulated else label,
+            environment=environment,
+            machine=str(environment.get("processor", "unknown machine")),
+            room=(summary.get("max_new_tokens"), summary.get("early_stop")),
+            tokens_per_second=Spread.of(speed.get("tokens_per_second")),
+            seconds_per_problem=Spread.of(speed.get("seconds_per_problem")),
+            speed_batch_size=speed.get("batch_size"),
+            score=percents[0],
+            standard_error=percents[1],
+            digits=score.get("correct") or "",
+        )
 
     @property
     def num_scored(self) -> int:
         """Problems behind the score."""
         return int(self.number("num_problems", "score") or 0)
 
-    def _percent(self, key: str) -> float | None:
-        found = self.number(key, "score")
-        return None if found is None else 100 * found
-
     def number(self, key: str, *parts: str) -> float | None:
         """Read a number of the summary's speed, or else of its score; `parts` set another order."""
         values = (self.summary[part].get(key) for part in parts or ("speed", "score"))
         return next((float(value) for value in values if isinstance(value, int | float)), None)
-
-    def spread(self, key: str) -> Spread | None:
-        """Read a spread of the summary's speed, where it was measured."""
-        known = self.summary["speed"].get(key) or {}
-        ends: list[Any] = [known.get(end) for end in Spread._fields]
-        return None if None in ends else Spread(*map(float, ends))
 
     def setting(self, key: str) -> Any:
         """Read a label of the experiment, or else a field of the policy or of the options."""
@@ -149,7 +129,7 @@ class Row:
             for part in ("score", "speed")
             if (known := self.summary[part])
         }
-        return Row(folder=self.folder, summary={**self.summary, **counted})
+        return Row.of(self.folder, {**self.summary, **counted})
 
 
 @dataclass(frozen=True, kw_only=True)
