@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from d2f.evaluation.metrics import standard_deviation
 from d2f.evaluation.report import table as show
 from d2f.evaluation.report.curves import THRESHOLDS, by_thresholds, thresholds_of
 from d2f.evaluation.report.methods import (
@@ -338,4 +338,4 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str | None:
         return None
     if len(known) < 2:
         return show.significant(mean)
-    return f"{show.significant(mean)} ± {show.significant(standard_deviation(known))}"
+    return f"{show.significant(mean)} ± {show.significant(statistics.stdev(known))}"

@@ -28,10 +28,8 @@ def answer_metrics(
     - `milliseconds_per_forward`: in a batch, a forward's share of its step
     - `seconds_per_problem`, `mean_tokens`
 
-    Args:
-        answers: Lines of `problems.jsonl` or `speed.jsonl`.
-        tokens: The count that stands for an answer's tokens: those up to and with the first EOS,
-            or `DECODED`.
+    `answers` are lines of `problems.jsonl` or `speed.jsonl`, and `tokens` is the count that stands
+    for an answer's tokens: those up to and with the first EOS, or `DECODED`.
 
     Example:
         >>> line = {"num_tokens": 10, "num_forwards": 2, "num_query_tokens": 40, "seconds": 0.5}
@@ -103,20 +101,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the latter needs two values.
+    """Mean and its standard error, which is nan of a single value.
 
     Example:
         >>> mean_and_error([1, 3])
         (2.0, 1.0)
     """
-    return sum(values) / len(values), standard_deviation(values) / math.sqrt(len(values))
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """Of the population that the values were drawn from; nan of a single value.
-
-    Example:
-        >>> standard_deviation([1, 3, 5])
-        2.0
-    """
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    count = len(values)
+    deviation = statistics.stdev(values) if count > 1 else math.nan
+    return sum(values) / count, deviation / math.sqrt(count)

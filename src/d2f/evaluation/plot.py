@@ -40,10 +40,7 @@ def trim(axis: Any) -> None:
 
 
 def check_format(path: str | Path) -> None:
-    """Refuse a picture of a kind that cannot be drawn, before the work that it is to show.
-
-    Args:
-        path: Its file; a name without an ending is that of a PNG.
+    """Refuse a file of a kind that cannot be drawn; a name without an ending is that of a PNG.
 
     Raises:
         ConfigError: matplotlib draws no such files.
@@ -78,19 +75,14 @@ def plot_race(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str
     panels = (
         ("tokens_per_second", "tokens per second", "{:.0f}"),
         ("tokens_per_forward", "tokens per forward", "{:.1f}"),
-        ("score", "share of problems solved", "{:.0%}"),
+        ("score", "share of problems solved", "{:.0%} of {}"),
     )
     axes = figure.subplots(1, len(panels), sharey=True)
     colors = [HIGHLIGHT if name == "pipelined" else MUTED for name in names]
     for axis, (key, label, form) in zip(axes, panels, strict=True):
         values = [row[key] for row in rows]
-        bars = axis.barh(names, values, color=colors)
-        labels = [form.format(value) for value in values]
-        if key == "score":
-            labels = [
-                f"{text} of {row['num_problems']}" for text, row in zip(labels, rows, strict=True)
-            ]
-        axis.bar_label(bars, labels, padding=3)
+        labels = [form.format(row[key], row["num_problems"]) for row in rows]
+        axis.bar_label(axis.barh(names, values, color=colors), labels, padding=3)
         axis.set_xlabel(label)
         # Room for the labels; but no model solves more than all problems.
         axis.set_xlim(0, 1 if key == "score" else max(values) * 1.25)
