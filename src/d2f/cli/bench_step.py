@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -180,7 +179,7 @@ def summarize(rates: Rates, rows: list[StepCost], gaps: dict[str, Any] | None) -
     from d2f.evaluation.step import kv_ratio, step_ratio
 
     return {
-        "rates": asdict(rates),
+        "rates": rates.to_dict(),
         "steps": rows,
         "step_over_autoregressive": step_ratio(rows),
         "added_time_over_reading_added_kv": kv_ratio(rows, rates),

@@ -137,7 +137,7 @@ def _measure(
         "environment": describe_environment(device=setup.device, dtype=setup.dtype),
         "model": {},
         "settings": setup.to_dict(),
-        "rates": asdict(rates),
+        "rates": rates.to_dict(),
         "rows": [],
         "largest_micro_batch": [],
         "repeat": {} if repeat_batch else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Rates:
     """Of one large product of random matrices in the model's type; the median of several."""
     matmul_size: int
     """Rows and columns of these matrices."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a result file."""
+        return asdict(self)
 
 
 def measure_rates(device: str, dtype: str) -> Rates:
