@@ -83,21 +83,16 @@ def lines_of(run: Run) -> list[Record]:
 def speed_summary(rounds: Sequence[Sequence[Record]]) -> Record:
     """Summarise the lines of several rounds: speeds with their spread, and what explains them."""
     runs = [answer_metrics(lines) for lines in rounds]
-    metrics = answer_metrics([line for lines in rounds for line in lines])
+    metrics: Record = dict(answer_metrics([line for lines in rounds for line in lines]))
     decoded = [
         [sum(line[name] for line in lines) for name in ("decode_tokens", "decode_seconds")]
         for lines in rounds
     ]
-    names = (
-        "tokens_per_forward", "mean_of_tokens_per_forward", "query_tokens_per_forward",
-        "computed_per_answered", "mean_tokens",
-    )  # fmt: skip
-    return {
+    return metrics | {
         "tokens_per_second": spread(run["tokens_per_second"] for run in runs),
         "decode_tokens_per_second": spread(tokens / s for tokens, s in decoded if s > 0),
         "seconds_per_problem": spread(run["seconds_per_problem"] for run in runs),
         "milliseconds_per_forward": percentile([r["milliseconds_per_forward"] for r in runs], 50),
-        **{name: metrics[name] for name in names},
     }
 
 
@@ -229,14 +224,10 @@ def summarise_runs(
     if is_right is not None:
         right = sum(is_right(answer.index, answer.token_ids) for answer in answers)
         score = right / len(answers)
-    names = (
-        "tokens_per_second", "decode_tokens_per_second", "tokens_per_forward",
-        "mean_of_tokens_per_forward", "query_tokens_per_forward", "mean_tokens",
-    )  # fmt: skip
     return {
         "num_prompts": len(answers),
         "num_runs": len(runs),
-        **{name: speed[name] for name in names},
+        **speed,
         "milliseconds_per_step": percentile(
             [1000 * r.seconds / max(len(r.steps_ms), 1) for r in runs], 50
         ),
