@@ -35,15 +35,6 @@ if TYPE_CHECKING:
 STRATEGIES = {"pipelined": "diffusion", "serial": "diffusion", "autoregressive": "autoregressive"}
 """Strategy -> kind of the model that it decodes."""
 
-AcceptOption = Annotated[
-    int | None,
-    typer.Option(help="--shape: tokens that every forward of a request accepts.", min=1),
-]
-TraceOption = Annotated[
-    Path | None,
-    typer.Option(help="--shape: accepted tokens of the 1st, 2nd, … forward, a JSON list."),
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
@@ -123,8 +114,14 @@ def race_command(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Default: 128, or what the longest answer needs.", min=1)
     ] = None,
-    accept: AcceptOption = None,
-    trace: TraceOption = None,
+    accept: Annotated[
+        int | None,
+        typer.Option(help="--shape: tokens that each forward of a request accepts.", min=1),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="--shape: accepted tokens of the 1st, 2nd, … forward, a JSON list."),
+    ] = None,
     record_trace: Annotated[
         Path | None, typer.Option(help="Write what `pipelined` accepts, for --trace.")
     ] = None,
@@ -217,7 +214,6 @@ def shape_field(
     if model.spec.architecture.causal:
         raise UsageError(f"{shape} is autoregressive; its rivals would be llada-8b or dream-7b")
     prompt_length, limit = lengths
-
     draw, vocabulary = random.Random(seed), range(model.spec.vocab_size)
     prompts = [draw.choices(vocabulary, k=prompt_length) for _ in range(most)]
     twin, twin_name = autoregressive_twin(model), f"{shape}, the same weights"
@@ -278,23 +274,22 @@ def race_report(
     """Race at each batch size, and report the rows and the ratios between them."""
     from d2f.evaluation.race import acceptance_trace, race_by_run, speed_ratios
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    last: dict[str, Run] = {}
+
+    def on_run(name: str, run: Run) -> None:
+        rate = run.num_tokens / run.seconds
+        log.print(f"batch {batch}, {name}: {rate:.0f} tokens/s", style="dim")
+        last[name] = run
+
     for batch in batches:
-        traced: list[Run] = []
-
-        def on_run(name: str, run: Run, batch: int = batch, traced: list[Run] = traced) -> None:
-            rate = run.num_tokens / run.seconds
-            log.print(f"batch {batch}, {name}: {rate:.0f} tokens/s", style="dim")
-            if name == "pipelined":
-                traced.append(run)
-
         engines = {kind: entered.engine(kind, batch, page_size, backend) for kind in entered.sides}
         entrants = entered.entrants(max(num_prompts, batch), engines)
         rows += race_by_run(entrants, batch, num_runs=runs, on_run=on_run)
         for engine in engines.values():
             engine.close()
         if record_trace is not None and batch == batches[0]:
-            write_json(record_trace, acceptance_trace(traced[-1]))
+            write_json(record_trace, acceptance_trace(last["pipelined"]))
     return {
         "models": {
             kind: describe_model(side.model, side.name, random=entered.imposed is not None)

@@ -135,9 +135,10 @@ def engine_gaps(
 ) -> dict[str, Any]:
     """Measure an engine that decodes one token per request and forward in a constant window."""
     from d2f.diffusion.policy import DecodingPolicy
-    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.engine.engine import EngineConfig
     from d2f.engine.request import Request
     from d2f.engine.steady import BLOCK_SIZE
+    from d2f.evaluation.answering import fitted_engine
     from d2f.evaluation.step import measure_engine
 
     batch, window, length = sizes
@@ -157,17 +158,13 @@ def engine_gaps(
         )
         for _ in range(batch)
     ]
-    positions = batch * (length + num_tokens + 2 * page_size)
-    engine = Engine(
-        model,
-        EngineConfig(
-            max_batch_size=batch,
-            page_size=page_size,
-            kv_cache_bytes=positions * spec.kv_bytes_per_token // 2 * model.dtype.itemsize,
-            backend=backend,
-            imposed_acceptance=None if causal else (1,),
-        ),
+    config = EngineConfig(
+        max_batch_size=batch,
+        page_size=page_size,
+        backend=backend,
+        imposed_acceptance=None if causal else (1,),
     )
+    engine = fitted_engine(model, config, longest=length + num_tokens, memory_share=1.0)
     log.print("the engine, with 1 token imposed per forward …", style="dim")
     gaps = measure_engine(engine, requests)
     engine.close()
