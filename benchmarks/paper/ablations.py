@@ -304,12 +304,7 @@ def _against_vanilla(name: str, heading: str, comparison: Comparison, rows: Sequ
         ]
     names = "; ".join(counterpart.name for counterpart in stand)
     notes = [f"{LABEL}: {names}."] if stand else []
-    notes += [
-        *show.beyond_eos(rows),
-        *show.cleaned_up(rows),
-        *show.simulated(rows),
-        *show.conditions(rows),
-    ]
+    notes += show.remarks(rows)
     title = f"{heading}: {comparison.title}"
     return Table(name=name, title=title, columns=columns, lines=lines, notes=notes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from d2f.engine.policy import STRATEGIES
@@ -64,11 +63,12 @@ def method_tables(comparison: Comparison) -> list[Table]:
         "Latency is seconds per problem; its ratio is vanilla's over the row's.",
         "Differences of scores are paired"
         + (f"; the teacher is {teacher.label}." if teacher else "."),
-        *show.beyond_eos(rows),
-        *show.cleaned_up(rows),
-        *show.simulated(rows),
-        *_other_batches(rows),
-        *show.conditions(rows),
+        *(
+            f"**Warning: the speed of {row.label} was measured at batch {row.speed_batch_size}.**"
+            for row in rows
+            if row.speed_batch_size not in (None, 1)
+        ),
+        *show.remarks(rows),
     ]
     title = comparison.title
     return [
@@ -122,7 +122,7 @@ def varied_table(comparison: Comparison, experiment: str) -> Table | None:
         title=f"{experiment.capitalize()}: {comparison.title}",
         columns=columns,
         lines=lines,
-        notes=[*show.simulated(rows), *show.conditions(rows)],
+        notes=show.remarks(rows),
     )
 
 
@@ -222,11 +222,3 @@ def _made_of(row: Row, base: Row | None) -> str | None:
     if tokens is None or forwards is None:
         return None
     return f"{show.significant(tokens)} × {show.significant(forwards)}"
-
-
-def _other_batches(rows: Sequence[Row]) -> list[str]:
-    return [
-        f"**Warning: the speed of {row.label} was measured at batch {row.speed_batch_size}.**"
-        for row in rows
-        if row.speed_batch_size not in (None, 1)
-    ]

@@ -151,24 +151,17 @@ def conditions(rows: Sequence[Row]) -> list[str]:
     return warnings
 
 
-def simulated(rows: Sequence[Row]) -> list[str]:
-    """Tell what was not real in rows of a table."""
-    return [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
-
-
-def cleaned_up(rows: Sequence[Row]) -> list[str]:
-    """Tell if programs were found in answers as the paper's authors do it."""
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Tell below a table what was simulated, and how its rows differ."""
+    found = []
+    endless = dict.fromkeys(row.label for row in rows if row.room[1] is False)
+    if endless and any(row.room[1] is not False for row in rows):
+        names = ", ".join(endless)
+        found.append(f"EOS does not end a problem of {names}; it does of all other rows.")
     if rows and all(_clean_up(row) == "paper" for row in rows):
-        return ["Programs were taken out of answers as the paper's authors do it."]
-    return []
-
-
-def beyond_eos(rows: Sequence[Row]) -> list[str]:
-    """Name the rows that compute positions after the end of the answer, where not all do."""
-    names = [row.label for row in rows if row.room[1] is False]
-    if not names or len(names) == len(rows):
-        return []
-    return [f"EOS does not end a problem of {', '.join(names)}; it does of all other rows."]
+        found.append("Programs were taken out of answers as the paper's authors do it.")
+    found += [f"{row.label}: {row.simulated}." for row in rows if row.simulated]
+    return found + conditions(rows)
 
 
 def commit(environment: Mapping[str, Any]) -> str:
