@@ -1,7 +1,8 @@
-"""A word problem, the settings of its difficulty, and the random stream that it is drawn from."""
+"""A word problem, the settings of its difficulty, its random stream, and the split it is in."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from random import Random
 
@@ -76,21 +77,10 @@ class ProblemConfig:
             raise ConfigError(f"max_words must be at least 60, got {self.max_words}")
 
 
-def mix(seed: int, index: int, part: int) -> int:
-    """Hash three numbers to 64 bits, so that neighbouring numbers give unrelated streams.
-
-    Example:
-        >>> mix(0, 0, 1) == mix(0, 1, 0)
-        False
-    """
-    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + part + 1) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK
-    return x ^ (x >> 31)
-
-
 def problem_stream(seed: int, index: int, split: str) -> Random:
     """Return the random stream of one problem, which depends on the three arguments alone.
+
+    The arguments are hashed, so that neighbouring numbers give unrelated streams.
 
     Raises:
         ValueError: The split is unknown or the index negative.
@@ -103,4 +93,20 @@ def problem_stream(seed: int, index: int, split: str) -> Random:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
-    return Random(mix(seed, index, SPLITS.index(split)))
+    part = SPLITS.index(split)
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + part + 1) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return Random(x ^ (x >> 31))
+
+
+def split_of(structure: str) -> str:
+    """Return the split of a structure: of 10, 8 are for training and 1 for each other split.
+
+    Example:
+        >>> split_of("direct(more(half(given)))") in ("train", "validation", "test")
+        True
+    """
+    digest = hashlib.blake2b(structure.encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 10
+    return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
