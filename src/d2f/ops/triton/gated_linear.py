@@ -25,20 +25,10 @@ from d2f.ops.triton.swiglu import gated, swiglu
 
 @triton.jit(do_not_specialize=["T"])
 def _gated_linear_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    x_stride,
-    T,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr, x_stride, T,
+    F: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """As `_linear_kernel`; half of a program's rows are of the gate, half the same of the up part.
 
     One product of both halves: two of half as many rows read the input twice from shared memory.
@@ -81,19 +71,8 @@ def tiled_gated_linear(x_TD: Tensor, weight_F2D: Tensor, tiling: Tiling) -> Tens
     num_rows, width = len(weight_F2D) // 2, weight_F2D.shape[1]
     out_TF = torch.empty((len(x_TD), num_rows), dtype=x_TD.dtype, device=x_TD.device)
     _gated_linear_kernel[(len(weight_F2D) // tiling.rows,)](
-        x_TD,
-        weight_F2D,
-        out_TF,
-        x_TD.stride(0),
-        len(x_TD),
-        F=num_rows,
-        D=width,
-        TOKENS=token_tile(len(x_TD)),
-        ROWS=tiling.rows,
-        DEPTH=tiling.depth,
-        STAGES=tiling.stages,
-        AHEAD=AHEAD,
-        num_warps=tiling.warps,
-        **early_start(x_TD),
-    )
+        x_TD, weight_F2D, out_TF, x_TD.stride(0), len(x_TD),
+        F=num_rows, D=width, TOKENS=token_tile(len(x_TD)), ROWS=tiling.rows, DEPTH=tiling.depth,
+        STAGES=tiling.stages, AHEAD=AHEAD, num_warps=tiling.warps, **early_start(x_TD),
+    )  # fmt: skip
     return out_TF

@@ -84,30 +84,15 @@ def _launch_attend(
     num_tokens, num_heads, head_dim = q_TNH.shape
     packed, splits = plan.packed, 1 if plan.fused else plan.most_splits
     _attend[(len(plan.tiles_IF), plan.num_kv_heads, splits)](
-        q_TNH,
-        kv_2SKH,
-        out,
-        sums,
-        plan.tiles_IF,
-        packed.limits_T,
-        packed.pages_BP,
-        packed.pages_BP.stride(0),
-        kv_2SKH.stride(0),
-        num_tokens,
+        q_TNH, kv_2SKH, out, sums, plan.tiles_IF, packed.limits_T, packed.pages_BP,
+        packed.pages_BP.stride(0), kv_2SKH.stride(0), num_tokens,
         math.log2(math.e) / math.sqrt(head_dim),
-        PAGE_SIZE=packed.page_size,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=plan.num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
-        BLOCK_M=plan.tile_rows,
-        BLOCK_S=tuning.block_keys,
-        FUSED=plan.fused,
-        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
-        **early_start(q_TNH),
-    )
+        PAGE_SIZE=packed.page_size, NUM_HEADS=num_heads, NUM_KV_HEADS=plan.num_kv_heads,
+        HEAD_DIM=head_dim, BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
+        BLOCK_M=plan.tile_rows, BLOCK_S=tuning.block_keys, FUSED=plan.fused,
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32", num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages, **early_start(q_TNH),
+    )  # fmt: skip
 
 
 def _launch_merge(
@@ -116,19 +101,10 @@ def _launch_merge(
     num_tokens, num_heads, head_dim = out_TNH.shape
     block = 4
     _merge_splits[(triton.cdiv(num_tokens * num_heads, block),)](
-        acc_STNH,
-        sums_2STN,
-        plan.splits_T,
-        out_TNH,
-        num_tokens * num_heads,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=triton.next_power_of_2(head_dim),
-        SPLITS=plan.most_splits,
-        BLOCK_R=block,
-        num_warps=4,
-        **early_start(out_TNH),
-    )
+        acc_STNH, sums_2STN, plan.splits_T, out_TNH, num_tokens * num_heads,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_H=triton.next_power_of_2(head_dim),
+        SPLITS=plan.most_splits, BLOCK_R=block, num_warps=4, **early_start(out_TNH),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -165,15 +141,9 @@ def _load_heads(starts, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _prefetch_keys(
-    kv_head,
-    value_stride,
-    pages,
-    start,
-    limit,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
+    kv_head, value_stride, pages, start, limit,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Ask for the first keys and values of a split, 128 bytes a request; a hint, nothing more."""
     LINE: tl.constexpr = 1024 // kv_head.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
@@ -197,21 +167,10 @@ def _prefetch_keys(
 
 @triton.jit
 def _attend_split(
-    q_MH,
-    kv_head,
-    value_stride,
-    pages,
-    limit_M,
-    start,
-    split_keys,
-    limit,
-    scale,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    q_MH, kv_head, value_stride, pages, limit_M, start, split_keys, limit, scale,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Softmax over the keys of the split at `start`: sum of values, largest score, sum."""
     end = tl.minimum(start + split_keys, limit)
     max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
@@ -241,20 +200,10 @@ def _attend_split(
 
 @triton.jit
 def _attend_all(
-    q_MH,
-    kv_head,
-    value_stride,
-    pages,
-    limit_M,
-    split_keys,
-    limit,
-    scale,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    q_MH, kv_head, value_stride, pages, limit_M, split_keys, limit, scale,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Softmax over all splits: sum of values, sum."""
     max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
     sum_M = tl.zeros([q_MH.shape[0]], tl.float32)
@@ -343,18 +292,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _merge_splits(
-    acc_STNH,
-    sums_2STN,
-    splits_T,
-    out_TNH,
-    num_rows,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    acc_STNH, sums_2STN, splits_T, out_TNH, num_rows,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Merge the splits of some rows of (T, N), in their order."""
     begin(EARLY)
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -42,11 +42,6 @@ def swiglu(gate_up_TF2: Tensor) -> Tensor:
     num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     out_TF = torch.empty((num_tokens, width), dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
     _swiglu_kernel[(num_tokens, triton.cdiv(width, BLOCK))](
-        gate_up_TF2,
-        out_TF,
-        gate_up_TF2.stride(0),
-        width,
-        BLOCK=BLOCK,
-        **early_start(gate_up_TF2),
+        gate_up_TF2, out_TF, gate_up_TF2.stride(0), width, BLOCK=BLOCK, **early_start(gate_up_TF2)
     )
     return out_TF
