@@ -198,7 +198,7 @@ def _slots(rows: PackableRows, row_T: Tensor, position_T: Tensor, page_size: int
     return page_T * page_size + position_T % page_size
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """The positions of a forward that need a token, in order; behind the last none is live."""
 

@@ -12,7 +12,6 @@ size, M rows of a tile (token, head), S keys of a block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,30 +22,18 @@ from d2f.ops.triton.attention_plan import SPLIT_KEYS, TILE_FIELDS, AttentionPlan
 from d2f.ops.triton.launch import begin, early_start, gdc_launch_dependents, gdc_wait
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionTuning:
-    """How `_attend` is launched."""
-
-    block_keys: int
-    """Keys of a block: a power of two, at least 16, that divides `SPLIT_KEYS`."""
-    num_warps: int
-    num_stages: int
-
-
-def default_tuning(tile_rows: int, dtype: torch.dtype) -> AttentionTuning:
-    """The launch that suits tiles of so many rows."""
+def _tuning(tile_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """The keys of a block (a power of two that divides `SPLIT_KEYS`) and the launch for tiles."""
     small = tile_rows <= 16
     if dtype == torch.float32:
         # IEEE products run outside the tensor cores, on registers.
-        return AttentionTuning(block_keys=16, num_warps=4 if small else 8, num_stages=2)
+        return {"BLOCK_S": 16, "num_warps": 4 if small else 8, "num_stages": 2}
     # Keys wait for their page's number, so that five stages hold two blocks of keys and three one.
-    num_warps, num_stages = 8 if tile_rows >= 128 else 4, 5 if small else 3
-    return AttentionTuning(block_keys=64, num_warps=num_warps, num_stages=num_stages)
+    num_warps = 8 if tile_rows >= 128 else 4
+    return {"BLOCK_S": 64, "num_warps": num_warps, "num_stages": 5 if small else 3}
 
 
-def paged_attention(
-    q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan, tuning: AttentionTuning | None = None
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan) -> Tensor:
     """Each token's softmax attention over the keys of its row before its limit: (T, N * H).
 
     The output of padding is zero.
@@ -56,30 +43,23 @@ def paged_attention(
         kv_2SKH: Keys and values of a layer, contiguous, those of this forward's tokens included.
             What other slots than the rows' own hold never matters, not even NaN.
         plan: From `plan_attention`.
-        tuning: How to launch; None: as suits the tiles.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     out_TNH = torch.empty_like(q_TNH)
     if num_tokens > 0:
-        tuning = tuning or default_tuning(plan.tile_rows, q_TNH.dtype)
         if plan.fused:
-            _launch_attend(q_TNH, kv_2SKH, out_TNH, out_TNH, plan, tuning)
+            _launch_attend(q_TNH, kv_2SKH, out_TNH, out_TNH, plan)
         else:
             size = (plan.most_splits, num_tokens, num_heads)
             acc_STNH = q_TNH.new_empty(*size, head_dim, dtype=torch.float32)
             sums_2STN = q_TNH.new_empty(2, *size, dtype=torch.float32)
-            _launch_attend(q_TNH, kv_2SKH, acc_STNH, sums_2STN, plan, tuning)
+            _launch_attend(q_TNH, kv_2SKH, acc_STNH, sums_2STN, plan)
             _launch_merge(acc_STNH, sums_2STN, out_TNH, plan)
     return out_TNH.view(num_tokens, num_heads * head_dim)
 
 
 def _launch_attend(
-    q_TNH: Tensor,
-    kv_2SKH: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    plan: AttentionPlan,
-    tuning: AttentionTuning,
+    q_TNH: Tensor, kv_2SKH: Tensor, out: Tensor, sums: Tensor, plan: AttentionPlan
 ) -> None:
     num_tokens, num_heads, head_dim = q_TNH.shape
     packed, splits = plan.packed, 1 if plan.fused else plan.most_splits
@@ -89,9 +69,9 @@ def _launch_attend(
         math.log2(math.e) / math.sqrt(head_dim),
         PAGE_SIZE=packed.page_size, NUM_HEADS=num_heads, NUM_KV_HEADS=plan.num_kv_heads,
         HEAD_DIM=head_dim, BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
-        BLOCK_M=plan.tile_rows, BLOCK_S=tuning.block_keys, FUSED=plan.fused,
-        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32", num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages, **early_start(q_TNH),
+        BLOCK_M=plan.tile_rows, FUSED=plan.fused,
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        **_tuning(plan.tile_rows, q_TNH.dtype), **early_start(q_TNH),
     )  # fmt: skip
 
 
