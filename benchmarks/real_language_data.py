@@ -41,10 +41,10 @@ from number_faults import find_faults
 
 from d2f.errors import D2FError
 from d2f.evaluation.benchmark_files import read_split
+from d2f.evaluation.text2sql import TEXT_TO_SQL, sql_prompt
 from d2f.problems.number_variants import Collection, Variant, make_variants, strip_annotations
 from d2f.problems.number_variants.variants import MOST_VARIANTS
 from d2f.problems.number_variants.worked_problem import annotate
-from d2f.problems.text2sql import TEXT_TO_SQL, sql_prompt
 
 Row = Mapping[str, Any]
 Counts = dict[str, Any]

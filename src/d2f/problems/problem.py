@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -63,18 +64,24 @@ class ProblemConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
-            raise ConfigError(
-                f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
-                f" got {self.min_steps} and {self.max_steps}"
-            )
+        check_steps(self.min_steps, self.max_steps, MOST_STEPS)
         for name in ("distractor_rate", "shuffle_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 100 <= self.max_value <= 999:
-            raise ConfigError(f"max_value must be in [100, 999], got {self.max_value}")
-        if self.max_words < 60:
-            raise ConfigError(f"max_words must be at least 60, got {self.max_words}")
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("max_value", self.max_value, 100, 999)
+        check_range("max_words", self.max_words, 60)
+
+
+def check_steps(least: int, most: int, limit: int) -> None:
+    """Refuse counts of steps from `least` to `most` that are not in 1 to `limit`."""
+    if not 1 <= least <= most <= limit:
+        raise ConfigError(f"need 1 <= min_steps <= max_steps <= {limit}, got {least} and {most}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a setting that is not in `low` to `high`."""
+    if not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"in {low} … {high}"
+        raise ConfigError(f"{name} must be {allowed}, got {value}")
 
 
 def problem_stream(seed: int, index: int, split: str) -> Random:

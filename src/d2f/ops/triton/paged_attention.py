@@ -34,16 +34,7 @@ def _tuning(tile_rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def paged_attention(q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan) -> Tensor:
-    """Each token's softmax attention over the keys of its row before its limit: (T, N * H).
-
-    The output of padding is zero.
-
-    Args:
-        q_TNH: Rotated queries, contiguous.
-        kv_2SKH: Keys and values of a layer, contiguous, those of this forward's tokens included.
-            What other slots than the rows' own hold never matters, not even NaN.
-        plan: From `plan_attention`.
-    """
+    """As `d2f.ops.paged_attention.paged_attention`; queries, keys and values are contiguous."""
     num_tokens, num_heads, head_dim = q_TNH.shape
     out_TNH = torch.empty_like(q_TNH)
     if num_tokens > 0:

@@ -289,7 +289,7 @@ class CaseSource:
         is None if some step or constant has no effect, if the function's result hardly changes, or
         if the function is defined for too few inputs.
         """
-        edge = self._new(self._inputs.draw(short=True, edge=True))
+        edge = self._draw(short=True, edge=True)
         cases = [] if edge is None else [edge]
         # A few calls reveal a step without effect, so the similar functions are tried early.
         for enough in (_FEW, count):
@@ -315,10 +315,8 @@ class CaseSource:
                 return case
         return None
 
-    def _draw(self, *, short: bool) -> Case | None:
-        return self._new(self._inputs.draw(short=short))
-
-    def _new(self, arguments: list[Any]) -> Case | None:
+    def _draw(self, *, short: bool, edge: bool = False) -> Case | None:
+        arguments = self._inputs.draw(short=short, edge=edge)
         if arguments in self._seen:
             return None
         case = run(self._pipeline, arguments)
