@@ -36,7 +36,7 @@ class PreTokenizer:
     adds_bos: bool = False
     """Whether texts begin with BOS if the GGUF does not say."""
 
-    def pre_tokenizer(self) -> Any:
+    def pre_tokenizer(self, *, add_prefix_space: bool = False) -> Any:
         """Return the rule as the library `tokenizers` has it."""
         from tokenizers import Regex, pre_tokenizers
 
@@ -45,7 +45,9 @@ class PreTokenizer:
         ]
         if self.digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.cuts))
+        steps.append(
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=not self.cuts)
+        )
         return pre_tokenizers.Sequence(steps)
 
 

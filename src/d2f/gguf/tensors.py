@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2f.errors import CheckpointError, unknown_name
-from d2f.gguf.block_types import PLAIN_NAMES, dequantise
+from d2f.gguf.block_types import dequantise
 from d2f.gguf.container import Container, GGUFTensor, read_container
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -194,7 +194,7 @@ def read_values(tensor: HubTensor, device: torch.device, dtype: torch.dtype) -> 
 
 def _numbers(stored: np.ndarray[Any, Any], source: GGUFTensor) -> Tensor:
     name = source.type.name
-    if name not in PLAIN_NAMES:
+    if name not in _NUMPY:
         return torch.from_numpy(dequantise(stored, source.type))
     numbers = torch.from_numpy(stored.view(_NUMPY[name]))
     return numbers.view(torch.bfloat16) if name == "BF16" else numbers
