@@ -6,6 +6,7 @@ Inputs are drawn near the function's constants, so that a call tells it from sim
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -131,7 +132,10 @@ class _Inputs:
 
     def __init__(self, rng: Random, pipeline: Pipeline) -> None:
         self._rng = rng
-        self._takes = pipeline.takes
+        self._empty = _EMPTY[pipeline.takes]
+        self._first: Callable[[bool], Any] = {
+            "ints": self._ints, "str": self._text, "int": self._number, "strs": self._texts
+        }[pipeline.takes]  # fmt: skip
         self._arguments: list[Argument] = []
         self._near: list[int] = []
         self._letter = ""
@@ -153,16 +157,7 @@ class _Inputs:
             short: The call is shown in the prompt.
             edge: The first argument is the empty list or string, or 0.
         """
-        if edge:
-            first = _EMPTY[self._takes]
-        else:
-            kinds = {
-                "ints": self._ints,
-                "str": self._text,
-                "int": self._number,
-                "strs": self._texts,
-            }
-            first = kinds[self._takes](short)
+        first = self._empty if edge else self._first(short)
         return [first, *(self._argument(argument, first, short) for argument in self._arguments)]
 
     def _texts(self, short: bool) -> list[str]:
@@ -203,7 +198,7 @@ class _Inputs:
 
     def _word(self) -> str:
         draw = self._rng.random
-        word: str = choose(self._rng, _WORDS)
+        word = _WORDS[int(draw() * len(_WORDS))]
         share = draw()
         if share < 0.12:
             return word.capitalize()

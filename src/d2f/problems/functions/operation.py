@@ -45,6 +45,8 @@ class Operation:
         ('total = sum({v})', 3)
     """
 
+    id: str
+    """The type that it takes and its tag, such as `ints.sum`."""
     takes: str
     gives: str
     tag: str
@@ -58,11 +60,6 @@ class Operation:
     """Variable of the result; empty: the variable of the value."""
     apply: Callable[[Any, Any], Any]
     """The code as a function of value and argument; it raises where the step is not defined."""
-
-    @property
-    def id(self) -> str:
-        """The type that it takes and its tag, such as `ints.sum`."""
-        return f"{self.takes}.{self.tag}"
 
 
 def _compiled(code: str, result: str) -> Callable[[Any, Any], Any]:
@@ -89,6 +86,7 @@ def _read(text: str) -> Iterator[Operation]:
         assigned = re.match(r" *(\w*)", code.rpartition("\n")[2])
         out = assigned[1] if assigned else ""
         yield Operation(
+            id=f"{takes}.{tag}",
             takes=takes,
             gives=gives,
             tag=tag,
