@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from d2f.problems.number_variants.formula import read_formula
-from d2f.problems.number_variants.numbers import Value, find_numbers
+from d2f.problems.number_variants.numbers import Value, find_numbers, read_formula
 from d2f.problems.number_variants.variants import Variant
 
 _NUMBER = re.compile(r"\d[\d,.]*\d|\d|\.\d+")

@@ -41,10 +41,10 @@ from number_faults import find_faults
 
 from d2f.errors import D2FError
 from d2f.evaluation.benchmark_files import read_split
-from d2f.problems.grade_school import grade_school_prompt
-from d2f.problems.number_variants import Collection, Made, Variant, strip_annotations
-from d2f.problems.number_variants.annotate import annotate
-from d2f.problems.text2sql import TEXT_TO_SQL, sql_prompt
+from d2f.evaluation.text2sql import TEXT_TO_SQL, sql_prompt
+from d2f.problems.number_variants import Collection, Variant, make_variants, strip_annotations
+from d2f.problems.number_variants.variants import MOST_VARIANTS
+from d2f.problems.number_variants.worked_problem import annotate
 
 Row = Mapping[str, Any]
 Counts = dict[str, Any]
@@ -161,8 +161,8 @@ def write_gsm8k(options: argparse.Namespace) -> Counts:
     taken = {problem.question for problem in new}
     training = {
         variant.question: variant
-        for one, _ in made
-        for variant in (one.original, *one.training)
+        for problem, (variants, _) in zip(known, made, strict=True)
+        for variant in (problem, *variants[1:])
         if variant.question not in taken
     }
     files = {
@@ -178,23 +178,27 @@ def write_gsm8k(options: argparse.Namespace) -> Counts:
     return counts | {
         "seed": options.seed,
         "problems": len(problems),
-        "problems that can be varied": sum(one.new_numbers is not None for one, _ in made),
+        "problems that can be varied": sum(bool(variants) for variants, _ in made),
         "left out as like kept-aside ones": len(problems) - len(known) - counts["kept_aside"],
         "variants": len(training) - len(known),
         "variants with faults": sum(faults for _, faults in made),
     }
 
 
-def _made(seed: int, problem: Variant) -> tuple[Made, int]:
-    """Return a problem's variants, and the number of them in which the checker finds faults."""
-    made = Collection(problems=(), seed=seed).make(problem)
+def _made(seed: int, problem: Variant) -> tuple[list[Variant], int]:
+    """Return a problem's variants and the number of those to train on that have faults.
+
+    The first variant belongs to the test set of known problems with new numbers.
+    """
+    made = make_variants(problem.question, problem.answer, seed=seed, most=MOST_VARIANTS + 1)
     original = Variant(question=problem.question, answer=annotate(problem.answer))
-    return made, sum(bool(find_faults(original, variant)) for variant in made.training)
+    return made, sum(bool(find_faults(original, variant)) for variant in made[1:])
 
 
 def _grade_school_row(problem: Variant) -> Row:
     return {
-        "prompt": grade_school_prompt(problem.question),
+        # As lm-eval's task gsm8k writes it without examples.
+        "prompt": f"Question: {problem.question}\nAnswer:",
         "response": strip_annotations(problem.answer),
     }
 

@@ -14,7 +14,7 @@ from d2f.evaluation.report.curves import threshold_curve
 from d2f.evaluation.report.rows import Comparison, Difference, Row, paired_difference
 from d2f.evaluation.report.table import Column, Table, median, ratio
 from d2f.evaluation.tasks import CODE_TASKS
-from d2f.problems.text2sql import TEXT_TO_SQL
+from d2f.evaluation.text2sql import TEXT_TO_SQL
 
 from .ablations import by_block_size, noise_groups
 from .published import LABEL

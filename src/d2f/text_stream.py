@@ -12,16 +12,13 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
 
 _HALF = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Kinds of decoders, grouped by what the text of a token depends on.
-_ON_ITSELF = ("Replace", "Strip")
-_ON_BEING_FIRST = ("Metaspace", "WordPiece")
 _TIDYINGS = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
     *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
@@ -104,12 +101,15 @@ class TextStream:
         return text[cut:]
 
 
-class _Step(Protocol):
+class _Step:
     """A stage of decoding: takes pieces (tokens, later texts) and returns those it is sure of."""
 
-    def feed(self, pieces: list[str]) -> list[str]: ...
+    def feed(self, pieces: list[str]) -> list[str]:
+        raise NotImplementedError
 
-    def end(self) -> list[str]: ...
+    def end(self) -> list[str]:
+        """Return what is still held; nothing may be fed after this."""
+        return []
 
 
 def _finished(steps: Iterable[_Step], pieces: list[str]) -> str:
@@ -120,8 +120,8 @@ def _finished(steps: Iterable[_Step], pieces: list[str]) -> str:
 
 
 def _steps_of(decoder: Decoder | None) -> list[_Step]:
-    if decoder is None:
-        return [_Spaced()]
+    if decoder is None:  # then the library joins tokens with spaces
+        return [_Each(" ".join, first_differs=True)]
     kinds = _flat(json.loads(decoder.__getstate__()))
     steps: list[_Step] = []
     joined = False  # whether the steps so far have joined the tokens to one text
@@ -154,9 +154,9 @@ def _decode_of(*kinds: dict[str, Any]) -> Callable[[Sequence[str]], str]:
 def _token_step(kind: dict[str, Any]) -> _Step | None:
     """Return the step of a decoder that works on single tokens."""
     match kind["type"]:
-        case name if name in _ON_ITSELF:
+        case "Replace" | "Strip":
             return _Each(_decode_of(kind))
-        case name if name in _ON_BEING_FIRST:
+        case "Metaspace" | "WordPiece":
             return _Each(_decode_of(kind), first_differs=True)
         case "ByteLevel":
             return _ByteLevel()
@@ -174,24 +174,7 @@ def _text_step(kind: dict[str, Any]) -> _Step | None:
     return None
 
 
-class _Spaced:
-    """Joins tokens with spaces, as the library does for a tokenizer without a decoder."""
-
-    def __init__(self) -> None:
-        self._between = ""
-
-    def feed(self, pieces: list[str]) -> list[str]:
-        spaced = []
-        for token in pieces:
-            spaced.append(self._between + token)
-            self._between = " "
-        return spaced
-
-    def end(self) -> list[str]:
-        return []
-
-
-class _Each:
+class _Each(_Step):
     """Decodes each token by itself; the first one may be treated differently."""
 
     def __init__(
@@ -206,14 +189,11 @@ class _Each:
         for token in pieces:
             texts.append(self._decode([*self._before, token]))
             if self._first_differs:
-                self._before = [""]  # this token has no text itself
+                self._before = [""]  # a token without text
         return texts
 
-    def end(self) -> list[str]:
-        return []
 
-
-class _ByteRuns:
+class _ByteRuns(_Step):
     """Decodes runs of byte tokens such as `<0x0A>`; each byte of an invalid run becomes U+FFFD."""
 
     def __init__(self) -> None:
@@ -237,7 +217,7 @@ class _ByteRuns:
             return [_HALF] * len(run)
 
 
-class _ByteLevel:
+class _ByteLevel(_Step):
     """Decodes byte-level BPE: each character of a token stands for a byte of UTF-8 text."""
 
     def __init__(self) -> None:
@@ -252,11 +232,9 @@ class _ByteLevel:
 
 def _byte_characters() -> dict[str, int]:
     """Return GPT-2's alphabet: printable bytes map to themselves, the others from 256 on."""
-    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }
+    return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 _BYTES = _byte_characters()
@@ -269,7 +247,7 @@ def _bytes_of(token: str) -> bytes:
         return token.encode()
 
 
-class _StrippedStart:
+class _StrippedStart(_Step):
     """Removes up to `most` copies of a character from the start of the text."""
 
     def __init__(self, character: str, most: int) -> None:
@@ -278,18 +256,13 @@ class _StrippedStart:
     def feed(self, pieces: list[str]) -> list[str]:
         text = "".join(pieces)
         while self._left and text:
-            if text.startswith(self._character):
-                text = text[1:]
-                self._left -= 1
-            else:
-                self._left = 0
+            found = text.startswith(self._character)
+            text = text[found:]
+            self._left = self._left - 1 if found else 0
         return [text]
 
-    def end(self) -> list[str]:
-        return []
 
-
-class _Replaced:
+class _Replaced(_Step):
     """Replaces a pattern; holds back an end of the text that may begin the pattern."""
 
     def __init__(self, pattern: str, content: str) -> None:
@@ -308,7 +281,7 @@ class _Replaced:
         return [self._held]
 
 
-class _Held:
+class _Held(_Step):
     """Holds all tokens back and decodes them at the end."""
 
     def __init__(self, decode: Callable[[Sequence[str]], str], *, joined: bool) -> None:

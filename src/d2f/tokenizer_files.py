@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d2f.errors import CheckpointError
 from d2f.gguf import NO_TOKENIZER
+from d2f.gguf.pretokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -31,10 +32,6 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Tokenizer classes whose vocab.json and merges.txt hold Qwen2's byte-level BPE.
 _QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _QWEN2_TOKENS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +260,8 @@ def _read_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
 
 def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
     """Build Qwen2's byte-level BPE from vocab.json and merges.txt, without added tokens."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
 
     kind = config.get("tokenizer_class", _QWEN2_CLASSES[0])
     if kind not in _QWEN2_CLASSES:
@@ -276,10 +273,7 @@ def _qwen2_backend(folder: Path, config: Mapping[str, Any]) -> Backend:
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
     backend = Backend(models.BPE.from_file(*files))
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    prefix = bool(config.get("add_prefix_space"))
+    backend.pre_tokenizer = PRE_TOKENIZERS["qwen2"].pre_tokenizer(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -25,7 +25,7 @@ from d2f.evaluation.harness_source import (
 )
 from d2f.evaluation.task import CLEANED_TASKS, Example, Verdict
 from d2f.problems.number_variants import Collection, Variant, strip_annotations
-from d2f.problems.number_variants.collection import NUM_KNOWN
+from d2f.problems.number_variants.variants import NUM_KNOWN
 
 HARNESS_TASKS = tuple(DEFINITIONS)
 FEWSHOT_SEED = 1234

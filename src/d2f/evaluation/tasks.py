@@ -13,8 +13,7 @@ from d2f.evaluation.harness import (
 )
 from d2f.evaluation.native import NATIVE_TASKS, load_native_task
 from d2f.evaluation.task import CLEAN_UPS, CLEANED_TASKS, Task
-from d2f.evaluation.text2sql import load_text_to_sql
-from d2f.problems.text2sql import TEXT_TO_SQL
+from d2f.evaluation.text2sql import TEXT_TO_SQL, load_text_to_sql
 from d2f.recipe import one_of
 
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, GSM8K_VARIANTS, *TEXT_TO_SQL)

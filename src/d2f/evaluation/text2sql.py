@@ -7,14 +7,16 @@ quotes, and the order of conditions that AND joins do not count; all else does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2f.errors import ConfigError
 from d2f.evaluation.benchmark_files import FILES, read_split
 from d2f.evaluation.task import Example, ListedTask, Verdict, one_by_one
-from d2f.problems.text2sql import sql_prompt
 
+TEXT_TO_SQL = ("advising", "wikisql")
+"""The two collections: Advising has one database, WikiSQL a table for each question."""
 Item = str | list["Item"]
 """A token, or the items between two brackets (or CASE and END), which are its first and last."""
 
@@ -153,6 +155,18 @@ def _flat(items: Sequence[Item]) -> Iterator[str]:
             yield item
         else:
             yield from _flat(item)
+
+
+def sql_prompt(name: str, row: Mapping[str, Any]) -> str:
+    r"""Return the prompt that asks for the SQL of a row of a collection.
+
+    Example:
+        >>> sql_prompt("wikisql", {"question": "Who won?", "columns": ["year", "winner"]})
+        'Write SQL for a table with the columns year, winner.\nWho won?'
+    """
+    if name == "advising":
+        return f"Write SQL for the course database.\n{row['question']}"
+    return f"Write SQL for a table with the columns {', '.join(row['columns'])}.\n{row['question']}"
 
 
 def load_text_to_sql(

@@ -31,13 +31,10 @@ class BlockType:
 
 
 _PLAIN = {
-    0: BlockType(name="F32", values=1, bytes=4, kind="F32"),
-    1: BlockType(name="F16", values=1, bytes=2, kind="F16"),
-    28: BlockType(name="F64", values=1, bytes=8, kind="F64"),
-    30: BlockType(name="BF16", values=1, bytes=2, kind="BF16"),
+    number: BlockType(name=name, values=1, bytes=size, kind=name)
+    for number, name, size in ((0, "F32", 4), (1, "F16", 2), (28, "F64", 8), (30, "BF16", 2))
 }
 """Types of plain numbers by their numbers in a GGUF."""
-PLAIN_NAMES = frozenset(plain.name for plain in _PLAIN.values())
 
 
 def block_type(number: int, where: str) -> BlockType:

@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import math
 import mmap
+import reprlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2f.errors import CheckpointError
 from d2f.gguf.block_types import BlockType, block_type
-from d2f.gguf.metadata import check_metadata
 
 MAGIC = b"GGUF"
 _OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 _VERSIONS = (2, 3)
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Number of a metadata type -> its letter in the module `struct`."""
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _AGAIN = "download it again"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a text": (
+        _is_text,
+        "general.architecture general.type tokenizer.chat_template tokenizer.ggml.model"
+        " tokenizer.ggml.pre LAYOUT.rope.scaling.type",
+    ),
+    "a number": (
+        _is_number,
+        "split.count split.no LAYOUT.attention.layer_norm_rms_epsilon LAYOUT.rope.freq_base"
+        " LAYOUT.attention.sliding_window LAYOUT.rope.scale_linear LAYOUT.rope.scaling.factor"
+        " LAYOUT.rope.scaling.low_freq_factor LAYOUT.rope.scaling.high_freq_factor"
+        " LAYOUT.rope.scaling.original_context_length",
+    ),
+    "a list of texts": (_list_of(_is_text), "tokenizer.ggml.tokens tokenizer.ggml.merges"),
+    "a list of numbers": (
+        _list_of(_is_number),
+        "tokenizer.ggml.token_type tokenizer.ggml.scores",
+    ),
+}
+"""Type -> its check, and the metadata entries of this type, but for sizes and token ids, which must
+be whole numbers and are checked where they are read. LAYOUT is the layout's name, such as llama."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +89,6 @@ class Container:
     """The header of a GGUF."""
 
     file: Path
-    version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
     """Tensors by their names in the file."""
@@ -121,13 +144,13 @@ def _check_magic(file: Path, head: bytes) -> None:
 def _parse(file: Path, mapped: mmap.mmap) -> Container:
     _check_magic(file, mapped[:4])
     cursor = _Cursor(file, mapped)
-    version = _version(file, cursor)
+    _check_version(file, cursor.scalar("I"))
     num_tensors, num_entries = cursor.scalar("Q"), cursor.scalar("Q")
     metadata: dict[str, Any] = {}
     for _ in range(num_entries):
         name = cursor.text()
         metadata[name] = cursor.value(cursor.scalar("I"))
-    check_metadata(file, metadata)
+    _check_types(file, metadata)
     parts = metadata.get("split.count", 1)
     if parts > 1:
         raise CheckpointError(
@@ -151,13 +174,23 @@ def _parse(file: Path, mapped: mmap.mmap) -> Container:
             f"{file} is cut short: its tensors end at byte {end:,}, and it has {len(mapped):,}; "
             f"{_AGAIN}"
         )
-    return Container(file=file, version=version, metadata=metadata, tensors=tensors)
+    return Container(file=file, metadata=metadata, tensors=tensors)
 
 
-def _version(file: Path, cursor: _Cursor) -> int:
-    version = int(cursor.scalar("I"))
+def _check_types(file: Path, metadata: dict[str, Any]) -> None:
+    layout = str(metadata.get("general.architecture"))
+    for kind, (holds, names) in _KINDS.items():
+        for name in names.replace("LAYOUT", layout).split():
+            if name in metadata and not holds(metadata[name]):
+                raise CheckpointError(
+                    f"{file} is damaged: {name} is {reprlib.repr(metadata[name])}, not {kind}; "
+                    "download it again, or convert the original model again"
+                )
+
+
+def _check_version(file: Path, version: int) -> None:
     if version in _VERSIONS:
-        return version
+        return
     if version and version & 0xFFFF == 0:
         raise CheckpointError(
             f"{file} is a big-endian GGUF; only little-endian ones are read, so convert it with "

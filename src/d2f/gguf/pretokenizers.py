@@ -36,68 +36,38 @@ class PreTokenizer:
     adds_bos: bool = False
     """Whether texts begin with BOS if the GGUF does not say."""
 
-    def normalizer(self) -> dict[str, Any] | None:
-        """Return the entry `normalizer` of tokenizer.json."""
-        return {"type": "NFC"} if self.composes else None
+    def pre_tokenizer(self, *, add_prefix_space: bool = False) -> Any:
+        """Return the rule as the library `tokenizers` has it."""
+        from tokenizers import Regex, pre_tokenizers
 
-    def pre_tokenizer(self) -> dict[str, Any]:
-        """Return the entry `pre_tokenizer` of tokenizer.json."""
-        steps: list[dict[str, Any]] = [
-            {
-                "type": "Split",
-                "pattern": {"Regex": cut},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-            for cut in self.cuts
+        steps: list[Any] = [
+            pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in self.cuts
         ]
         if self.digits:
-            steps.append({"type": "Digits", "individual_digits": True})
-        steps.append(byte_level(use_regex=not self.cuts))
-        return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        steps.append(
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=not self.cuts)
+        )
+        return pre_tokenizers.Sequence(steps)
 
 
-def byte_level(*, use_regex: bool) -> dict[str, Any]:
-    """Return the step that writes bytes as characters; `use_regex`: it also cuts as GPT-2 does."""
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
+def _named(names: str, rule: PreTokenizer) -> dict[str, PreTokenizer]:
+    return dict.fromkeys(names.split(), rule)
 
-
-_GPT2_RULE = PreTokenizer()
-_DIGITS_RULE = PreTokenizer(digits=True)
-_LLAMA3_RULE = PreTokenizer(cuts=(_LLAMA3,), ignores_merges=True, adds_bos=True)
-_LLAMA3_WITHOUT_BOS = PreTokenizer(cuts=(_LLAMA3,), ignores_merges=True)
-_QWEN2_RULE = PreTokenizer(cuts=(_QWEN2,), composes=True)
 
 PRE_TOKENIZERS = {
-    "default": _GPT2_RULE,
-    "gpt-2": _GPT2_RULE,
-    "phi-2": _GPT2_RULE,
-    "olmo": _GPT2_RULE,
-    "mpt": _GPT2_RULE,
-    "jais": _GPT2_RULE,
-    "trillion": _GPT2_RULE,
-    "smollm": _DIGITS_RULE,
-    "starcoder": _DIGITS_RULE,
-    "refact": _DIGITS_RULE,
-    "codeshell": _DIGITS_RULE,
-    "command-r": _DIGITS_RULE,
-    "exaone": _DIGITS_RULE,
-    "minerva-7b": _DIGITS_RULE,
-    "llama3": _LLAMA3_RULE,
-    "llama-v3": _LLAMA3_RULE,
-    "llama-bpe": _LLAMA3_RULE,
-    "smaug-bpe": _LLAMA3_RULE,
-    "falcon3": _LLAMA3_WITHOUT_BOS,
-    "pixtral": _LLAMA3_WITHOUT_BOS,
+    **_named("default gpt-2 phi-2 olmo mpt jais trillion", PreTokenizer()),
+    **_named(
+        "smollm starcoder refact codeshell command-r exaone minerva-7b", PreTokenizer(digits=True)
+    ),
+    **_named(
+        "llama3 llama-v3 llama-bpe smaug-bpe",
+        PreTokenizer(cuts=(_LLAMA3,), ignores_merges=True, adds_bos=True),
+    ),
+    **_named("falcon3 pixtral", PreTokenizer(cuts=(_LLAMA3,), ignores_merges=True)),
     "dbrx": PreTokenizer(cuts=(_LLAMA3,)),
     "tekken": PreTokenizer(cuts=(_TEKKEN,), ignores_merges=True, adds_bos=True),
-    "qwen2": _QWEN2_RULE,
-    "deepseek-r1-qwen": _QWEN2_RULE,
+    **_named("qwen2 deepseek-r1-qwen", PreTokenizer(cuts=(_QWEN2,), composes=True)),
     "megrez": PreTokenizer(cuts=(_QWEN2,)),
     "deepseek-coder": PreTokenizer(cuts=_DEEPSEEK_CODER, digits=True, adds_bos=True),
 }

@@ -9,14 +9,17 @@ SentencePiece.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from d2f.errors import CheckpointError, unknown_name
 from d2f.gguf.config import token_id
 from d2f.gguf.container import Container
-from d2f.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer, byte_level
+from d2f.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 """Values of `tokenizer.ggml.token_type` for tokens that are not ordinary text."""
@@ -34,8 +37,6 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """Ids of a SentencePiece vocabulary if the GGUF does not name them."""
 _SPACE = "▁"
 _LLAMA3_MARK = "<|begin_of_text|>"
-_WITHOUT_NAME = {"qwen2": "qwen2"}
-"""Layout -> its pre-tokenizer, for old files that do not name one."""
 REMEDY = (
     "import the file (d2f import FILE.gguf FOLDER) and put the tokenizer.json of the original "
     "model into the folder"
@@ -57,6 +58,9 @@ class _Vocabulary:
         unused = self.of_type(_UNUSED)
         return {text: i for i, text in enumerate(self.tokens) if text not in unused}
 
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.container.file}{what}; {REMEDY}")
+
 
 def has_tokenizer(container: Container) -> bool:
     """Return whether a GGUF holds tokens."""
@@ -69,7 +73,9 @@ def tokenizer_files(container: Container) -> dict[str, str]:
     Raises:
         CheckpointError: The kind of vocabulary is unknown, or a part of it is missing.
     """
-    file, metadata = container.file, container.metadata
+    from tokenizers import AddedToken, processors
+
+    metadata = container.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = _Vocabulary(
         container=container, tokens=tokens, types=metadata.get("tokenizer.ggml.token_type", [])
@@ -77,157 +83,121 @@ def tokenizer_files(container: Container) -> dict[str, str]:
     kind = metadata.get("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in makers:
-        raise CheckpointError(f"{file}: {unknown_name('tokenizer kind', kind, makers)}; {REMEDY}")
-    adds_bos, parts = makers[kind](vocabulary)
-    ids = {name: token_id(container, role) for name, role in _ROLES.items()}
-    if kind == "llama":
-        for name, role in _ROLES.items():
-            ids[name] = _SENTENCEPIECE_IDS.get(role) if ids[name] is None else ids[name]
-    named = {
-        name: tokens[number]
-        for name, number in ids.items()
-        if number is not None and 0 <= number < len(tokens)
-    }
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in named
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocabulary, named.values()),
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": _post_processor(named["bos_token"], ids) if adds_bos else None,
-    }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(adds_bos)}
+        raise vocabulary.error(f": {unknown_name('tokenizer kind', kind, makers)}")
+    backend, adds_bos = makers[kind](vocabulary)
+    fallback = _SENTENCEPIECE_IDS if kind == "llama" else {}
+    ids = {}
+    for name, role in _ROLES.items():
+        number = token_id(container, role)
+        number = fallback.get(role) if number is None else number
+        if number is not None and 0 <= number < len(tokens):
+            ids[name] = number
+    named = {name: tokens[number] for name, number in ids.items()}
+    # Encoding finds the added tokens in a text before it cuts the text.
+    special = vocabulary.of_type(_UNKNOWN, _CONTROL) | set(named.values())
+    added = special | vocabulary.of_type(_USER_DEFINED)
+    backend.add_tokens(
+        [
+            AddedToken(text, special=text in special, normalized=False)
+            for text in vocabulary.ids()
+            if text in added
+        ]
+    )
+    bos = named.get("bos_token")
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and bos is not None
+    if adds_bos:
+        # Only other readers of the files need this: the config says the same.
+        backend.post_processor = processors.TemplateProcessing(
+            single="BOS $A",
+            pair="BOS $A $B:0",
+            special_tokens=[{"id": "BOS", "ids": [ids["bos_token"]], "tokens": [bos]}],
+        )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos}
     config |= {"clean_up_tokenization_spaces": False, **named}
     files = {
-        "tokenizer.json": json.dumps(whole | parts, ensure_ascii=False),
+        "tokenizer.json": backend.to_str(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
     }
     template = metadata.get("tokenizer.chat_template")
     return files | ({"chat_template.jinja": template} if template else {})
 
 
-def _added_tokens(vocabulary: _Vocabulary, named: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the added tokens, which encoding finds in a text before it cuts the text."""
-    special = vocabulary.of_type(_UNKNOWN, _CONTROL) | set(named)
-    added = special | vocabulary.of_type(_USER_DEFINED)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [
-        {"id": i, "content": text, **flags, "special": text in special}
-        for text, i in vocabulary.ids().items()
-        if text in added
-    ]
+def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
+    """Return a tokenizer without added tokens, and whether a text begins with BOS by default."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
-
-def _post_processor(bos: str, ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Return the step that puts BOS before a text; only other readers of the files need it."""
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, second],
-        "special_tokens": {bos: {"id": bos, "ids": [ids["bos_token"]], "tokens": [bos]}},
-    }
-
-
-def _model(
-    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **more: Any
-) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": [list(pair) for pair in merges],
-    } | more
-
-
-def _byte_level(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
-    """Return parts of tokenizer.json, and whether a text begins with BOS by default."""
     rule = _rule(vocabulary)
     merges = _given_merges(vocabulary)
     if merges is None:
-        raise CheckpointError(
-            f"{vocabulary.container.file}: the tokenizer lacks tokenizer.ggml.merges; {REMEDY}"
-        )
-    return rule.adds_bos, {
-        "normalizer": rule.normalizer(),
-        "pre_tokenizer": rule.pre_tokenizer(),
-        "decoder": byte_level(use_regex=True),
-        "model": _model(vocabulary.ids(), merges, ignore_merges=rule.ignores_merges),
-    }
+        raise vocabulary.error(": the tokenizer lacks tokenizer.ggml.merges")
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=rule.ignores_merges)
+    )
+    if rule.composes:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = rule.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    return backend, rule.adds_bos
 
 
 def _rule(vocabulary: _Vocabulary) -> PreTokenizer:
     metadata = vocabulary.container.metadata
     name = metadata.get("tokenizer.ggml.pre")
-    if name is None:
-        fallback = "llama-bpe" if _LLAMA3_MARK in vocabulary.tokens else "default"
-        name = _WITHOUT_NAME.get(metadata["general.architecture"], fallback)
+    if name is None:  # old files
+        name = "llama-bpe" if _LLAMA3_MARK in vocabulary.tokens else "default"
+        name = "qwen2" if metadata["general.architecture"] == "qwen2" else name
     if name not in PRE_TOKENIZERS:
-        raise CheckpointError(
-            f"{vocabulary.container.file}: "
-            f"{unknown_name('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}; {REMEDY}"
-        )
+        raise vocabulary.error(f": {unknown_name('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}")
     return PRE_TOKENIZERS[name]
 
 
 def _given_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]] | None:
-    metadata, known = vocabulary.container.metadata, vocabulary.ids()
-    merges = metadata.get("tokenizer.ggml.merges")
+    merges = vocabulary.container.metadata.get("tokenizer.ggml.merges")
     if merges is None:
         return None
+    known = vocabulary.ids()
     # A token may begin with a space, so a space at its first character divides no merge.
     pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
     strange = [pair for pair in pairs if not known.keys() >= {*pair, "".join(pair)}]
     if len(pairs) < len(merges) or strange:
         joins = (
-            f"joins {strange[0]!r}, and one of these or their sum is no token" if strange else ""
+            f"joins {strange[0]!r}, and one of these or their sum is no token"
+            if strange
+            else "has one part only"
         )
-        raise CheckpointError(
-            f"{vocabulary.container.file} is damaged: an entry of tokenizer.ggml.merges "
-            f"{joins or 'has one part only'}; {REMEDY}"
-        )
+        raise vocabulary.error(f" is damaged: an entry of tokenizer.ggml.merges {joins}")
     return pairs
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> tuple[bool, dict[str, Any]]:
-    metadata = vocabulary.container.metadata
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    before = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
-    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    vocab, unknown = vocabulary.ids(), token_id(vocabulary.container, "unknown") or 0
-    model = _model(
-        vocab,
-        _given_merges(vocabulary) or _merges(vocabulary),
-        unk_token=vocabulary.tokens[unknown] if 0 <= unknown < len(vocabulary.tokens) else None,
-        fuse_unk=True,
-        byte_fallback=True,
+def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
+    """Return a tokenizer without added tokens; by default a text begins with BOS."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens, unknown = vocabulary.tokens, token_id(vocabulary.container, "unknown") or 0
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids(),
+            merges=_given_merges(vocabulary) or _merges(vocabulary),
+            unk_token=tokens[unknown] if 0 <= unknown < len(tokens) else None,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    return True, {
-        "normalizer": {"type": "Sequence", "normalizers": [*before, replace]},
-        "decoder": {"type": "Sequence", "decoders": [*decoders, *strip]},
-        "model": model,
-    }
+    prefix = vocabulary.container.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    before = [normalizers.Prepend(_SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend, True
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """Return all pairs of tokens that join to a token, ordered by the joined token's score."""
     scores = vocabulary.container.metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(vocabulary.tokens):
-        raise CheckpointError(
-            f"{vocabulary.container.file}: the tokenizer lacks tokenizer.ggml.scores; {REMEDY}"
-        )
+        raise vocabulary.error(": the tokenizer lacks tokenizer.ggml.scores")
     vocab = vocabulary.ids()
     for text in vocabulary.of_type(_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE):
         vocab.pop(text, None)

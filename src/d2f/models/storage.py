@@ -19,8 +19,7 @@ from torch import Tensor
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError
 from d2f.gguf.folder import linked_gguf
-from d2f.gguf.layouts import HubTensor, read_hub_tensors
-from d2f.gguf.values import read_values
+from d2f.gguf.tensors import HubTensor, read_hub_tensors, read_values
 from d2f.hub import expanded
 
 POLICY_FILE = "decoding_policy.json"

@@ -122,7 +122,6 @@ _TORCH = Backend(
 def _triton_backend() -> Backend:
     from d2f.ops.triton import (
         attention_plan,
-        gated_linear,
         linear,
         norm,
         packed,
@@ -141,7 +140,7 @@ def _triton_backend() -> Backend:
         plan_attention=attention_plan.plan_attention,
         paged_attention=paged_attention.paged_attention,
         swiglu=swiglu.swiglu,
-        gated_linear=gated_linear.gated_linear,
+        gated_linear=swiglu.gated_linear,
         linear=linear.linear,
         linear_fp32=linear.linear_fp32,
         choose_tokens=sampling.choose_tokens,

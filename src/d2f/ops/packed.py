@@ -50,37 +50,22 @@ class PackedTokens:
 class PackableRows(Protocol):
     """What packing reads of the rows, all int64 but the page table."""
 
-    @property
-    def prompt_B(self) -> Tensor:
-        """Tokens of the prompt."""
-
-    @property
-    def size_B(self) -> Tensor:
-        """Block size."""
-
-    @property
-    def start_B(self) -> Tensor:
-        """First position that the forward computes."""
-
-    @property
-    def end_B(self) -> Tensor:
-        """First position that it does not compute."""
-
-    @property
-    def done_B(self) -> Tensor:
-        """1 where there is nothing to do, or no sequence."""
-
-    @property
-    def tokens_BNK(self) -> Tensor:
-        """The response; the mask token where not decoded."""
-
-    @property
-    def prompt_BL(self) -> Tensor:
-        """The prompt."""
-
-    @property
-    def pages_BP(self) -> Tensor:
-        """Page table, int32."""
+    prompt_B: Tensor
+    """Tokens of the prompt."""
+    size_B: Tensor
+    """Block size."""
+    start_B: Tensor
+    """First position that the forward computes."""
+    end_B: Tensor
+    """First position that it does not compute."""
+    done_B: Tensor
+    """1 where there is nothing to do, or no sequence."""
+    tokens_BNK: Tensor
+    """The response; the mask token where not decoded."""
+    prompt_BL: Tensor
+    """The prompt."""
+    pages_BP: Tensor
+    """Page table, int32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,7 +183,7 @@ def _slots(rows: PackableRows, row_T: Tensor, position_T: Tensor, page_size: int
     return page_T * page_size + position_T % page_size
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """The positions of a forward that need a token, in order; behind the last none is live."""
 

@@ -138,13 +138,8 @@ def most_probable(
 def gumbel_noise(seed_M: Tensor, position_M: Tensor, step_M: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise (M, V), a hash of (seed, position, step, token) and of nothing else.
 
-    So a sequence is sampled with the same noise alone, in any batch and on any device.
-
-    Args:
-        seed_M: Seed of each position's request, int64.
-        position_M: Absolute position in its sequence, int64.
-        step_M: Forwards of its sequence before this one, int64.
-        vocab_size: V.
+    So a sequence is sampled with the same noise alone, in any batch and on any device. `Sampling`
+    says what seed, position and step are.
 
     Example:
         >>> one = torch.tensor([1])

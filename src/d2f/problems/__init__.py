@@ -2,7 +2,7 @@
 
 A problem is drawn in four stages, one file each: a plan of relations (`plan`), numbers with which
 every calculation is exact (`numbers`), names and things (`words`), and sentences (`frames`,
-`comparisons`, `stories`, `questions`).
+`relation`, `stories`).
 
 Example:
     >>> from d2f.problems import extract_answer, generate_problem

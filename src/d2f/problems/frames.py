@@ -186,29 +186,25 @@ _frame("age", "age", "is/be", "years", (6, 40), post=" old", style="old", most=9
        ask="How many years old is {r}?", total="What is the sum of the ages of {a} and {b}?",
        diff="By how many years is {a} older than {b}?")  # fmt: skip
 
+
+def _colored(thing: str) -> dict[str, str]:
+    """Return the options of a frame whose subject is a thing told by its colour."""
+    return {"who": "color", "lead": f"The {{n}} {thing}", "ref": f"the {{n}} {thing}"}
+
+
 # Subjects other than people.
-_frame("bus", "cmp bus", "carries/carry", "children", (8, 40), who="color",
-       lead="The {n} bus", ref="the {n} bus")  # fmt: skip
-_frame("bus_now", "cmp", "carries/carry", "children", post=" now", who="color",
-       lead="The {n} bus", ref="the {n} bus")  # fmt: skip
-_frame("bus_snacks", "cmp", "needs/need", "snacks", who="color", lead="The {n} bus",
-       ref="the {n} bus")  # fmt: skip
-_frame("bus_fares", "cmp", "takes in/take in", "dollars", who="color", lead="The {n} bus",
-       ref="the {n} bus", style="much")  # fmt: skip
-_frame("hall", "cmp hall", "has/have", "rows of seats", (3, 15), who="color",
-       lead="The {n} hall", ref="the {n} hall")  # fmt: skip
-_frame("seats", "cmp seats", "has/have", "seats", (20, 60), who="color", lead="The {n} hall",
-       ref="the {n} hall")  # fmt: skip
-_frame("people", "cmp people", "hosts/host", "people", (10, 60), who="color",
-       lead="The {n} hall", ref="the {n} hall")  # fmt: skip
-_frame("tickets", "cmp", "earns/earn", "dollars", who="color", lead="The {n} hall",
-       ref="the {n} hall", style="much")  # fmt: skip
-_frame("goals", "cmp goals", "makes/make", "goals", (3, 15), who="color", lead="The {n} team",
-       ref="the {n} team")  # fmt: skip
-_frame("score", "cmp score", "scores/score", "points", (8, 40), who="color",
-       lead="The {n} team", ref="the {n} team")  # fmt: skip
-_frame("score_end", "cmp", "ends with/end with", "points", who="color", lead="The {n} team",
-       ref="the {n} team")  # fmt: skip
+_BUS, _HALL, _TEAM = map(_colored, ("bus", "hall", "team"))
+_frame("bus", "cmp bus", "carries/carry", "children", (8, 40), **_BUS)
+_frame("bus_now", "cmp", "carries/carry", "children", post=" now", **_BUS)
+_frame("bus_snacks", "cmp", "needs/need", "snacks", **_BUS)
+_frame("bus_fares", "cmp", "takes in/take in", "dollars", style="much", **_BUS)
+_frame("hall", "cmp hall", "has/have", "rows of seats", (3, 15), **_HALL)
+_frame("seats", "cmp seats", "has/have", "seats", (20, 60), **_HALL)
+_frame("people", "cmp people", "hosts/host", "people", (10, 60), **_HALL)
+_frame("tickets", "cmp", "earns/earn", "dollars", style="much", **_HALL)
+_frame("goals", "cmp goals", "makes/make", "goals", (3, 15), **_TEAM)
+_frame("score", "cmp score", "scores/score", "points", (8, 40), **_TEAM)
+_frame("score_end", "cmp", "ends with/end with", "points", **_TEAM)
 _frame("day_sales", "cmp day_sales", "sells/sell", "cakes", (6, 40), who="day",
        lead="On {n} the shop", ref="on {n}",
        ask="How many cakes does the shop sell {r}?",
@@ -222,22 +218,9 @@ _frame("day_money", "cmp", "takes in/take in", "dollars", who="day", style="much
 
 
 # Frames with these tags open a story so many times as often as others.
-_OFTEN = {
-    "item": 3,
-    "goods": 2,
-    "bill": 2,
-    "income": 2,
-    "guests": 2,
-    "bus": 2,
-    "cash": 2,
-    "price": 4,
-    "hours": 3,
-    "pick_rate": 2,
-    "make_rate": 2,
-    "run_rate": 2,
-    "week_rate": 2,
-    "month_rate": 2,
-}
+_OFTEN = {"price": 4, "item": 3, "hours": 3} | dict.fromkeys(
+    "goods bill income guests bus cash pick_rate make_rate run_rate week_rate month_rate".split(), 2
+)
 
 BASE_FRAMES: tuple[Frame, ...] = tuple(
     frame
@@ -258,103 +241,54 @@ _AS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Wording:
     """The phrases of one quantity, which the sentence templates are filled with.
 
     Example:
-        >>> word_quantity(FRAMES["pick"], Subject("Mia", "she", "her"), "apples").does
-        'Mia picks'
-    """
-
-    name: str
-    lead: str
-    does: str
-    ref: str
-    u: str
-    p: str
-    one: str
-    as_: str
-    as_short: str
-    more: str
-    less: str
-    pct_more: str
-    pct_less: str
-    pool: str
-    ref_up: str
-    bare: str
-    np: str
-    np_of: str
-    do: str
-    s: str
-    es: str
-    has: str
-    they: str
-    their: str
-    v3: str
-    ask: str
-    find: str
-    total: str
-    mean: str
-    diff: str
-
-
-@lru_cache(maxsize=65536)
-def word_quantity(frame: Frame, subject: Subject, item: str) -> Wording:
-    """Return the phrases for one quantity of `subject`.
-
-    Example:
         >>> mia = Subject("Mia", "she", "her")
-        >>> word_quantity(FRAMES["left"], mia, "apples").np
+        >>> Wording(FRAMES["left"], mia, "apples").np
         'the apples she has left'
     """
-    third, bare = frame.verb.split("/")
-    verb = bare if subject.plural else third
-    unit = item if frame.unit == "@" else frame.unit
-    name = subject.name
-    slots = {"n": name, "N": name[0].upper() + name[1:], "x": item}
-    lead, ref = frame.lead.format(**slots), frame.ref.format(**slots)
-    if subject.plural:
-        lead, ref = f"Together {name}", f"{name} together"
-    post = frame.post
-    ask = frame.ask.format(
-        u=unit, do="do" if subject.plural else "does", r=ref, v=bare, p=post,
-        **{"is": "are" if subject.plural else "is"},
-    )  # fmt: skip
-    spread = {"u": unit, "v": bare, "p": post, "a": "{a.ref}", "b": "{b.ref}"}
-    counted = frame.style == "count"
-    # "all the miles she runs" rather than "the miles she runs in all".
-    the, kept = ("all the", "") if post == " in all" else ("the", post)
-    return Wording(
-        name=name,
-        lead=lead,
-        does=f"{lead} {verb}",
-        ref=ref,
-        u=unit,
-        p=post,
-        one=SINGULAR.get(unit) or unit.removesuffix("s"),
-        as_=_AS[frame.style].format(u=unit, p=post),
-        as_short="as many as" if counted else _AS[frame.style].format(u=unit, p=""),
-        more=f" more {unit}{post}" if counted else f" {unit} more{post}",
-        less=f" fewer {unit}{post}" if counted else f" {unit} less{post}",
-        pct_more=f" more {unit}{post}",
-        pct_less=f" fewer {unit}{post}",
-        pool=f"the {unit} they {bare}{post}",
-        ref_up=ref[0].upper() + ref[1:],
-        bare=name.removeprefix("a "),
-        np_of=f"{the} {unit} {name} {verb}{kept}",
-        do="do" if subject.plural else "does",
-        np=f"{the} {unit} {subject.they} {verb}{kept}",
-        s="" if subject.plural else "s",
-        es="" if subject.plural else "es",
-        has="have" if subject.plural else "has",
-        they=subject.they,
-        their=subject.their,
-        v3=verb,
-        ask=ask,
+
+    def __init__(self, frame: Frame, subject: Subject, item: str) -> None:
+        third, bare = frame.verb.split("/")
+        many, post, name = subject.plural, frame.post, subject.name
+        self.name, self.they, self.their = name, subject.they, subject.their
+        self.do, self.s, self.es, self.has = (
+            ("do", "", "", "have") if many else ("does", "s", "es", "has")
+        )
+        self.v3 = verb = bare if many else third
+        self.u = unit = item if frame.unit == "@" else frame.unit
+        self.p = post
+        slots = {"n": name, "N": name[0].upper() + name[1:], "x": item}
+        lead, ref = frame.lead.format(**slots), frame.ref.format(**slots)
+        if many:
+            lead, ref = f"Together {name}", f"{name} together"
+        self.lead, self.does = lead, f"{lead} {verb}"
+        self.ref, self.ref_up = ref, ref[0].upper() + ref[1:]
+        self.bare = name.removeprefix("a ")
+        self.one = SINGULAR.get(unit) or unit.removesuffix("s")
+        counted, as_ = frame.style == "count", _AS[frame.style]
+        self.as_ = as_.format(u=unit, p=post)
+        self.as_short = "as many as" if counted else as_.format(u=unit, p="")
+        self.pct_more, self.pct_less = f" more {unit}{post}", f" fewer {unit}{post}"
+        self.more = self.pct_more if counted else f" {unit} more{post}"
+        self.less = self.pct_less if counted else f" {unit} less{post}"
+        # "all the miles she runs" rather than "the miles she runs in all".
+        the, kept = ("all the", "") if post == " in all" else ("the", post)
+        self.np = f"{the} {unit} {subject.they} {verb}{kept}"
+        self.np_of = f"{the} {unit} {name} {verb}{kept}"
+        self.pool = f"the {unit} they {bare}{post}"
+        spread = {"u": unit, "v": bare, "p": post, "a": "{a.ref}", "b": "{b.ref}"}
+        being = {"do": self.do, "is": "are" if many else "is"}
+        self.ask = frame.ask.format(r=ref, **spread, **being)
         # Frames that would read badly in the common form have a question of their own.
-        find=f"Find how many {unit} {ref} {verb}{post}." if frame.ask == _ASK else ask,
-        total=frame.total.format(**spread),
-        mean=frame.mean.format(**spread),
-        diff=frame.diff.format(**spread),
-    )
+        common = frame.ask == _ASK
+        self.find = f"Find how many {unit} {ref} {verb}{post}." if common else self.ask
+        self.total = frame.total.format(**spread)
+        self.mean = frame.mean.format(**spread)
+        self.diff = frame.diff.format(**spread)
+
+
+word_quantity = lru_cache(maxsize=65536)(Wording)
+"""`Wording`, made once for the same arguments."""

@@ -5,54 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from d2f.problems.distractors import distract, draw_fact
-from d2f.problems.frames import Subject, Wording, word_quantity
+from d2f.problems.frames import Frame, Subject, Wording, word_quantity
 from d2f.problems.numbers import Filled, fill_numbers
-from d2f.problems.plan import Plan, sample_plan, split_of
-from d2f.problems.problem import Problem, ProblemConfig, problem_stream
-from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
+from d2f.problems.plan import Plan, sample_plan
+from d2f.problems.problem import Problem, ProblemConfig, problem_stream, split_of
+from d2f.problems.words import COLORS, DAYS, FACTS, ITEMS, PEOPLE, PRICED
 
-_PEOPLE = tuple(Subject(*person) for person in PEOPLE)
 _NAMES: dict[str, tuple[Subject, ...]] = {
-    "person": _PEOPLE,
-    "day": tuple(Subject(day) for day in DAYS),
-    "color": tuple(Subject(color) for color in COLORS),
-    "priced": tuple(Subject(thing) for thing in PRICED),
+    "person": tuple(Subject(*person) for person in PEOPLE),
+    "day": tuple(map(Subject, DAYS)),
+    "color": tuple(map(Subject, COLORS)),
+    "priced": tuple(map(Subject, PRICED)),
 }
 _DEFAULT = ProblemConfig()
-
-
-class _Cast:
-    """Chooses the names and things of one problem."""
-
-    def __init__(self, rng: Random, plan: Plan) -> None:
-        self._rng = rng
-        self._used: dict[str, set[int]] = {}
-        self.subjects: list[Subject] = []
-        for kind, one, two in plan.subjects:
-            if kind == "pair":
-                name = f"{self.subjects[one].name} and {self.subjects[two].name}"
-                self.subjects.append(Subject(name, "they", "their", True))
-            else:
-                self.subjects.append(self.stranger(kind))
-        self.items: list[str] = []
-        for group in plan.items:
-            words = ITEMS[group]
-            item = words[int(rng.random() * len(words))]
-            while item in self.items:
-                item = words[int(rng.random() * len(words))]
-            self.items.append(item)
-
-    def stranger(self, kind: str) -> Subject:
-        """Return a subject of a class that does not occur in the problem yet."""
-        pool, used = _NAMES[kind], self._used.setdefault(kind, set())
-        if len(used) == len(pool):
-            raise _TooManyError
-        while True:
-            choice = int(self._rng.random() * len(pool))
-            if choice not in used:
-                used.add(choice)
-                return pool[choice]
 
 
 class _TooManyError(Exception):
@@ -64,17 +29,41 @@ class _Story:
 
     def __init__(self, rng: Random, plan: Plan, filled: list[Filled]) -> None:
         self.rng, self.plan, self.filled = rng, plan, filled
-        self.cast = _Cast(rng, plan)
-        self.wordings: list[Wording | None] = [
+        self._used: dict[str, set[int]] = {}
+        subjects: list[Subject] = []
+        for kind, one, two in plan.subjects:
+            if kind == "pair":
+                name = f"{subjects[one].name} and {subjects[two].name}"
+                subjects.append(Subject(name, "they", "their", True))
+            else:
+                subjects.append(self._stranger(kind))
+        self._items: list[str] = []
+        for group in plan.items:
+            words = ITEMS[group]
+            item = words[int(rng.random() * len(words))]
+            while item in self._items:
+                item = words[int(rng.random() * len(words))]
+            self._items.append(item)
+        self.wordings = [
             None
             if node.frame is None
-            else word_quantity(
-                node.frame,
-                self.cast.subjects[node.subject],
-                self.cast.items[node.item] if node.item >= 0 else "",
-            )
+            else self._word(node.frame, subjects[node.subject], node.item)
             for node in plan.nodes
         ]
+
+    def _stranger(self, kind: str) -> Subject:
+        """Return a subject of a class that does not occur in the problem yet."""
+        pool, used = _NAMES[kind], self._used.setdefault(kind, set())
+        if len(used) == len(pool):
+            raise _TooManyError
+        while True:
+            choice = int(self.rng.random() * len(pool))
+            if choice not in used:
+                used.add(choice)
+                return pool[choice]
+
+    def _word(self, frame: Frame, subject: Subject, item: int) -> Wording:
+        return word_quantity(frame, subject, self._items[item] if item >= 0 else "")
 
     def sentence(self, i: int) -> str:
         """Return the sentence that states quantity `i`, or asks for it if it is the question."""
@@ -84,7 +73,6 @@ class _Story:
             assert w is not None
             return f"{w.does} {numbers.value} {w.u}{w.p}."
         a, b = self.wordings[node.a], self.wordings[node.b] if node.b >= 0 else None
-        assert a is not None
         text = rel.text[0]
         if len(rel.text) > 1:
             text = rel.text[int(self.rng.random() * len(rel.text))]
@@ -100,43 +88,52 @@ class _Story:
         if rel is None:
             return []
         a, b = self.wordings[node.a], self.wordings[node.b] if node.b >= 0 else None
-        done = []
-        for j, (x, sign, y, result) in enumerate(numbers.calculations):
-            calc = f"{x} {sign} {y} = {result}"
-            last = j + 1 == len(numbers.calculations)
-            template = rel.answer if last else rel.mid
-            if last and not template:
-                assert w is not None
-                done.append(f"{w.does} {calc} {w.u}{w.p}.")
-            else:
-                done.append(template.format(a=a, b=b, w=w, c=numbers.c, k=numbers.k, calc=calc))
-        return done
+        templates = [rel.mid] * (len(numbers.calculations) - 1)
+        templates.append(rel.answer or "{w.does} {calc} {w.u}{w.p}.")
+        return [
+            template.format(
+                a=a, b=b, w=w, c=numbers.c, k=numbers.k, calc=f"{x} {sign} {y} = {result}"
+            )
+            for template, (x, sign, y, result) in zip(templates, numbers.calculations, strict=True)
+        ]
 
     def distractors(self, rate: float) -> list[str]:
         """Draw up to two sentences that the answer does not need."""
-        rng, found = self.rng, list[str]()
-        while len(found) < 2 and rng.random() < rate:
-            i = int(rng.random() * len(self.plan.nodes))
+        found: list[str] = []
+        while len(found) < 2 and self.rng.random() < rate:
+            i = int(self.rng.random() * len(self.plan.nodes))
             frame = self.plan.nodes[i].frame
             if (
                 not found
                 and frame is not None
                 and frame.base is not None
                 and "age" not in frame.tags
-                and rng.random() < 0.7
+                and self.rng.random() < 0.7
             ):
-                item = self.plan.nodes[i].item
-                stranger = word_quantity(
-                    frame,
-                    self.cast.stranger(frame.who),
-                    self.cast.items[item] if item >= 0 else "",
-                )
-                known = None if i in self.plan.changed else self.wordings[i]
-                found.append(distract(rng, stranger, known))
+                found.append(self._beside(i, frame))
             else:
-                units = {w.u for w in self.wordings if w is not None}
-                found.append(draw_fact(rng, self.cast.stranger("person").name, units))
+                found.append(self._fact())
         return found
+
+    def _beside(self, i: int, frame: Frame) -> str:
+        """Return a sentence like that of quantity `i` about someone who plays no part."""
+        other = self._word(frame, self._stranger(frame.who), self.plan.nodes[i].item)
+        known = None if i in self.plan.changed else self.wordings[i]
+        number = 2 + int(self.rng.random() * 28)
+        if known is not None and self.rng.random() < 0.4:
+            return f"{other.does} {number}{other.more} than {known.ref}."
+        return f"{other.does} {number} {other.u}{other.p}."
+
+    def _fact(self) -> str:
+        """Return a fact about a stranger that shares no unit with the story."""
+        name = self._stranger("person").name
+        units = {w.u for w in self.wordings if w is not None}
+        start = int(self.rng.random() * len(FACTS))
+        # A story uses fewer units than there are facts.
+        _, (low, high), text = next(
+            fact for fact in (*FACTS[start:], *FACTS[:start]) if fact[0] not in units
+        )
+        return text.format(n=name, c=low + int(self.rng.random() * (high - low + 1)))
 
 
 def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | None:
@@ -151,17 +148,9 @@ def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | No
         last = story.wordings[-1]
         assert last is not None
         question = last.ask if rng.random() < 0.7 else last.find
-    shuffled = False
+    order = list(range(told))
     if rng.random() < config.shuffle_rate:
-        order = list(range(told))
         rng.shuffle(order)
-        place = {node: position for position, node in enumerate(order)}
-        shuffled = any(
-            place[source] > place[i]
-            for i in range(told)
-            for source in (nodes[i].a, nodes[i].b)
-            if source >= 0
-        )
         body = [body[i] for i in order]
     distractors = story.distractors(config.distractor_rate)
     for text in distractors:
@@ -172,6 +161,8 @@ def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | No
         return None
     answer = story.filled[-1].value
     worked = " ".join(text for i in range(len(nodes)) for text in story.steps(i))
+    place = {node: position for position, node in enumerate(order)}
+    sources = [(source, i) for i in range(told) for source in (nodes[i].a, nodes[i].b)]
     return Problem(
         prompt=prompt,
         response=f"{worked}\n#### {answer}",
@@ -179,7 +170,7 @@ def _write(story: _Story, num_steps: int, config: ProblemConfig) -> Problem | No
         num_steps=num_steps,
         structure=story.plan.structure,
         distractors=tuple(distractors),
-        shuffled=shuffled,
+        shuffled=any(place[s] > place[i] for s, i in sources if s >= 0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from math import lcm
 from random import Random
@@ -14,8 +15,12 @@ _MOST_DIVISIBILITY = 48
 _MOST_FACTOR = 12
 _MOST_ADDED = 30
 
-_RANGES = {"mul": (3, 9), "per": (2, 6), "price": (2, 9), "pay": (5, 12), "speed": (5, 12)}
-_SMALL = (2, 10)
+_RANGES = {
+    "mul": (3, 9), "per": (2, 6), "price": (2, 9), "pay": (5, 12), "speed": (5, 12),
+    "small": (2, 10), "goal": (2, 41), "multiple": (2, 9), "note": (0, 2),
+}  # fmt: skip
+_FACTORS = ("mul", "per", "price", "pay", "speed")
+_SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _NOTES = (20, 50, 100)
 
 Calculation = tuple[int, str, int, int]
@@ -59,46 +64,33 @@ def _needs(rng: Random, nodes: list[Node]) -> tuple[list[int], dict[int, int]] |
 
 def _draw(rng: Random, kind: str, a: int, most: int) -> int:
     """Draw one constant; `_step` rejects constants with which the calculation is not exact."""
-    if kind in _RANGES:
-        low, high = _RANGES[kind]
-        return low + int(rng.random() * (min(high, max(low, most // a)) - low + 1))
-    if kind == "add":
-        return 2 + int(rng.random() * (_MOST_ADDED - 1))
-    if kind == "sub":
-        return 2 + int(rng.random() * max(1, min(a - 3, _MOST_ADDED)))
-    if kind == "small":
-        return _SMALL[0] + int(rng.random() * (_SMALL[1] - _SMALL[0] + 1))
+    low, high = _RANGES.get(kind, (2, _MOST_ADDED))
+    if kind in _FACTORS:
+        high = min(high, max(low, most // a))
+    elif kind == "sub":
+        high = 1 + max(1, min(a - 3, _MOST_ADDED))
+    drawn = low + int(rng.random() * (high - low + 1))
     if kind == "goal":
-        return a + 2 + int(rng.random() * 40)
+        return a + drawn
     if kind == "multiple":
-        return a * (2 + int(rng.random() * 8))
-    assert kind == "note"
-    return _NOTES[int(rng.random() * 3)]
+        return a * drawn
+    return _NOTES[drawn] if kind == "note" else drawn
 
 
 def _compute(rel: Relation, a: int, b: int, c: int, k: int, most: int) -> Filled | None:
     """Carry out the relation's operations; return None if a result is not allowed."""
-    env: dict[str | int, int] = {"a": a, "b": b, "c": c, "k": k}
+    env = {"a": a, "b": b, "c": c, "k": k}
     done: list[Calculation] = []
     result = 0
     for sign, left, right in rel.ops:
         # A digit in the relation's operations is a literal number.
-        x = env.get(left, left)
-        y = env.get(right, right)
-        assert isinstance(x, int)
-        assert isinstance(y, int)
-        if sign == "+":
-            result = x + y
-        elif sign == "-":
-            result = x - y
-        elif sign == "*":
-            if x > _MOST_FACTOR and y > _MOST_FACTOR:
-                return None
-            result = x * y
-        else:
-            if y > _MOST_FACTOR or x % y:
-                return None
-            result = x // y
+        x = left if isinstance(left, int) else env[left]
+        y = right if isinstance(right, int) else env[right]
+        if sign == "*" and min(x, y) > _MOST_FACTOR:
+            return None
+        if sign == "/" and (y > _MOST_FACTOR or x % y):
+            return None
+        result = _SIGNS[sign](x, y)
         # Values start at 2, so that no sentence says "1 apples".
         if not 2 <= result <= most:
             return None
@@ -108,8 +100,7 @@ def _compute(rel: Relation, a: int, b: int, c: int, k: int, most: int) -> Filled
 
 
 def _given(rng: Random, node: Node, need: int, most: int) -> Filled | None:
-    assert node.frame is not None
-    assert node.frame.base is not None
+    assert node.frame is not None and node.frame.base is not None
     low, high = node.frame.base
     first, last = -(-low // need), high // need
     if last < first:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from random import Random
 
-from d2f.problems.comparisons import COMPARISONS
 from d2f.problems.frames import BASE_FRAMES, FRAMES, Frame
-from d2f.problems.questions import DIRECT, QUESTIONS
-from d2f.problems.relation import Relation
+from d2f.problems.relation import COMPARISONS, DIRECT, QUESTIONS, Relation
 from d2f.problems.stories import STORIES
 
 RELATIONS: dict[str, Relation] = {rel.id: rel for rel in (*COMPARISONS, *STORIES)}
@@ -21,9 +18,8 @@ QUESTION_CATALOGUE: dict[str, Relation | None] = {DIRECT: None} | {q.id: q for q
 
 def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Relation, ...]]:
     """Return the relations that can take each frame as their first input."""
-    found: dict[str, tuple[Relation, ...]] = {}
-    for frame in FRAMES.values():
-        found[frame.id] = tuple(
+    return {
+        frame.id: tuple(
             rel
             for rel in relations
             if rel.takes in frame.tags
@@ -31,7 +27,8 @@ def _index(relations: tuple[Relation, ...], paired: bool) -> dict[str, tuple[Rel
             # A sentence that names two subjects side by side needs the same wording for both.
             and (frame.peer == frame.id or not (rel.peers_only or rel.other == "same"))
         )
-    return found
+        for frame in FRAMES.values()
+    }
 
 
 _ALONE = _index(COMPARISONS, False)
@@ -94,7 +91,8 @@ class Plan:
         """Class of each subject and, for a pair of people, the numbers of both."""
         self.items: list[str] = []
         """Word group of each item."""
-        self.taken: set[tuple[str, int, int]] = set()
+        self.taken: set[tuple[str, int]] = set()
+        """Frame and subject of each quantity."""
         self.changed: set[int] = set()
         """Quantities that a later event has changed; comparisons no longer refer to them."""
         self.structure = ""
@@ -105,14 +103,15 @@ class Plan:
         return len(self.subjects) - 1
 
     def new_item(self, group: str) -> int:
-        """Add an item and return its number."""
-        self.items.append(group)
-        return len(self.items) - 1
+        """Add an item and return its number; -1 for an empty group."""
+        if group:
+            self.items.append(group)
+        return len(self.items) - 1 if group else -1
 
     def add(self, node: Node) -> int:
         """Append a quantity and return its position."""
         if node.frame is not None:
-            self.taken.add((node.frame.id, node.subject, node.item))
+            self.taken.add((node.frame.id, node.subject))
         self.nodes.append(node)
         return len(self.nodes) - 1
 
@@ -137,10 +136,8 @@ class Plan:
             if pair and frame.lead != "{n}":
                 return -1
             subject = source.subject
-            if not rel.item and (frame.id, subject, item) in self.taken:
-                return -1
             # The same person may not hold two quantities of one frame, whatever the item.
-            if any(key[0] == frame.id and key[1] == subject for key in self.taken):
+            if (frame.id, subject) in self.taken:
                 return -1
         elif rel.who == "both":
             subject = self.new_subject("pair", source.subject, self.nodes[b].subject)
@@ -153,10 +150,6 @@ class Plan:
         return self.add(Node(frame, subject, item, rel, a, b))
 
 
-def _fits(rels: tuple[Relation, ...], budget: int) -> list[Relation]:
-    return [rel for rel in rels if len(rel.ops) <= budget]
-
-
 def _partner(plan: Plan, top: int, rel: Relation, budget: int) -> tuple[int, int]:
     """Choose or build the second input of a relation; return it and the steps that it took."""
     rng, node = plan.rng, plan.nodes[top]
@@ -166,9 +159,11 @@ def _partner(plan: Plan, top: int, rel: Relation, budget: int) -> tuple[int, int
     older = [
         i
         for i, other in enumerate(plan.nodes)
-        if i not in (top, *plan.changed) and other.frame is node.frame and other.item == node.item
+        if i not in (top, *plan.changed)
+        and other.frame is node.frame
+        and other.item == node.item
+        and not plan.is_pair(other.subject)
     ]
-    older = [i for i in older if not plan.is_pair(plan.nodes[i].subject)]
     if older and rng.random() < 0.6:
         return older[int(rng.random() * len(older))], 0
     if node.frame.base is None:
@@ -176,7 +171,7 @@ def _partner(plan: Plan, top: int, rel: Relation, budget: int) -> tuple[int, int
     side, spent = plan.add_given(node.frame, node.item), 0
     spare = budget - len(rel.ops)
     while spare and rng.random() < 0.4:
-        fits = _fits(_ALONE[node.frame.id], spare)
+        fits = [rel for rel in _ALONE[node.frame.id] if len(rel.ops) <= spare]
         if not fits:
             break
         step = fits[int(rng.random() * len(fits))]
@@ -225,7 +220,7 @@ def sample_plan(rng: Random, num_steps: int) -> Plan | None:
     """
     plan = Plan(rng)
     frame = BASE_FRAMES[int(rng.random() * len(BASE_FRAMES))]
-    top = plan.add_given(frame, plan.new_item(frame.items) if frame.items else -1)
+    top = plan.add_given(frame, plan.new_item(frame.items))
     budget = num_steps
     while budget:
         state = plan.nodes[top].frame
@@ -274,15 +269,3 @@ def _structure(plan: Plan) -> str:
     text = write(len(nodes) - 1)
     relation = nodes[-1].relation
     return text if relation is not None and relation.ask else f"{DIRECT}({text})"
-
-
-def split_of(structure: str) -> str:
-    """Return the split of a structure: of 10, 8 are for training and 1 for each other split.
-
-    Example:
-        >>> split_of("direct(more(half(given)))") in ("train", "validation", "test")
-        True
-    """
-    digest = hashlib.blake2b(structure.encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % 10
-    return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")

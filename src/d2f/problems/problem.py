@@ -1,7 +1,9 @@
-"""A word problem, the settings of its difficulty, and the random stream that it is drawn from."""
+"""A word problem, the settings of its difficulty, its random stream, and the split it is in."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -62,35 +64,30 @@ class ProblemConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
-            raise ConfigError(
-                f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
-                f" got {self.min_steps} and {self.max_steps}"
-            )
+        check_steps(self.min_steps, self.max_steps, MOST_STEPS)
         for name in ("distractor_rate", "shuffle_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 100 <= self.max_value <= 999:
-            raise ConfigError(f"max_value must be in [100, 999], got {self.max_value}")
-        if self.max_words < 60:
-            raise ConfigError(f"max_words must be at least 60, got {self.max_words}")
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("max_value", self.max_value, 100, 999)
+        check_range("max_words", self.max_words, 60)
 
 
-def mix(seed: int, index: int, part: int) -> int:
-    """Hash three numbers to 64 bits, so that neighbouring numbers give unrelated streams.
+def check_steps(least: int, most: int, limit: int) -> None:
+    """Refuse counts of steps from `least` to `most` that are not in 1 to `limit`."""
+    if not 1 <= least <= most <= limit:
+        raise ConfigError(f"need 1 <= min_steps <= max_steps <= {limit}, got {least} and {most}")
 
-    Example:
-        >>> mix(0, 0, 1) == mix(0, 1, 0)
-        False
-    """
-    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + part + 1) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK
-    return x ^ (x >> 31)
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a setting that is not in `low` to `high`."""
+    if not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"in {low} … {high}"
+        raise ConfigError(f"{name} must be {allowed}, got {value}")
 
 
 def problem_stream(seed: int, index: int, split: str) -> Random:
     """Return the random stream of one problem, which depends on the three arguments alone.
+
+    The arguments are hashed, so that neighbouring numbers give unrelated streams.
 
     Raises:
         ValueError: The split is unknown or the index negative.
@@ -103,4 +100,20 @@ def problem_stream(seed: int, index: int, split: str) -> Random:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
-    return Random(mix(seed, index, SPLITS.index(split)))
+    part = SPLITS.index(split)
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + part + 1) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return Random(x ^ (x >> 31))
+
+
+def split_of(structure: str) -> str:
+    """Return the split of a structure: of 10, 8 are for training and 1 for each other split.
+
+    Example:
+        >>> split_of("direct(more(half(given)))") in ("train", "validation", "test")
+        True
+    """
+    digest = hashlib.blake2b(structure.encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 10
+    return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")

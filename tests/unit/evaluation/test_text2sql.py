@@ -15,7 +15,7 @@ from d2f.evaluation import tasks
 from d2f.evaluation.report.document import markdown
 from d2f.evaluation.report.reading import load_results
 from d2f.evaluation.tasks import load_task
-from d2f.problems.text2sql import TEXT_TO_SQL
+from d2f.evaluation.text2sql import TEXT_TO_SQL
 from d2f.training.sections import EvaluateConfig
 
 ROWS = {

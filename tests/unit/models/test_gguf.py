@@ -21,8 +21,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from d2f.errors import CheckpointError
 from d2f.gguf import block_types
+from d2f.gguf.config import llama3_factors, rope_scaling
 from d2f.gguf.container import Container, GGUFTensor, read_container
-from d2f.gguf.rope import llama3_factors, rope_scaling
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import load_model, match_headers, read_spec
 from d2f.models.lora_base import other_base
@@ -121,7 +121,7 @@ def test_any_scaling_of_this_kind_gives_its_frequencies_back(
     )
     metadata = {"general.architecture": "llama"}
     metadata |= {"llama.rope.scaling.original_context_length": length} if told else {}
-    container = Container(file=file, version=3, metadata=metadata, tensors={tensor.name: tensor})
+    container = Container(file=file, metadata=metadata, tensors={tensor.name: tensor})
     try:
         found = rope_scaling(container, theta, head_dim)
     except CheckpointError:
@@ -400,7 +400,7 @@ def test_a_tensor_comes_in_parts_of_few_numbers(whole, monkeypatch):
     monkeypatch.setattr(
         gguf, "dequantize", lambda data, kind: (rows.append(len(data)), real(data, kind))[1]
     )
-    monkeypatch.setattr("d2f.gguf.values._PART", 256 * 3)
+    monkeypatch.setattr("d2f.gguf.tensors._PART", 256 * 3)
     assert torch.equal(read_tensor(stored, cpu), expected)
     assert sum(rows) == 128
     assert max(rows) == 3

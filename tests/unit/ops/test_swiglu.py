@@ -37,7 +37,7 @@ def test_kernel_gives_zero_far_below():
 
 @pytest.fixture(scope="module")
 def triton_gated():
-    return pytest.importorskip("d2f.ops.triton.gated_linear")
+    return pytest.importorskip("d2f.ops.triton.swiglu")
 
 
 def make(num_tokens, num_rows, width, dtype=torch.float32):

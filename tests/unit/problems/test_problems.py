@@ -18,7 +18,7 @@ from d2f.problems import (
     generate_problems,
 )
 from d2f.problems.frames import FRAMES
-from d2f.problems.plan import split_of
+from d2f.problems.problem import split_of
 from d2f.problems.words import COLORS, DAYS, ITEMS, PEOPLE, PRICED
 
 CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")

@@ -99,20 +99,11 @@ def plan_attention(
     if num_tiles:
         block = 16
         _plan_tiles[(triton.cdiv(num_tiles, block),)](
-            packed.starts_B,
-            packed.counts_B,
-            packed.ends_B,
-            packed.limits_T,
-            tiles_IF,
-            splits_T,
-            batch,
-            num_tokens,
-            num_tiles,
-            TILE_TOKENS=tile_tokens,
-            BLOCK_I=block,
-            BLOCK_B=triton.next_power_of_2(batch + 1),
+            packed.starts_B, packed.counts_B, packed.ends_B, packed.limits_T, tiles_IF, splits_T,
+            batch, num_tokens, num_tiles,
+            TILE_TOKENS=tile_tokens, BLOCK_I=block, BLOCK_B=triton.next_power_of_2(batch + 1),
             BLOCK_T=triton.next_power_of_2(tile_tokens),
-        )
+        )  # fmt: skip
     return AttentionPlan(
         packed=packed,
         num_kv_heads=num_kv_heads,
@@ -127,20 +118,9 @@ def plan_attention(
 
 @triton.jit(do_not_specialize=["batch", "num_tokens", "num_tiles"])
 def _plan_tiles(
-    starts_B,
-    counts_B,
-    ends_B,
-    limits_T,
-    tiles_IF,
-    splits_T,
-    batch,
-    num_tokens,
-    num_tiles,
-    TILE_TOKENS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    starts_B, counts_B, ends_B, limits_T, tiles_IF, splits_T, batch, num_tokens, num_tiles,
+    TILE_TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Cut the rows into tiles: those of the first row, of the second, …, of the padding."""
     row_B = tl.arange(0, BLOCK_B)
     count_B = tl.load(counts_B + row_B, mask=row_B < batch, other=0).to(tl.int32)

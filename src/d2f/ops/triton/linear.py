@@ -56,12 +56,7 @@ def prefetch(weight_ptr, row, E, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def multiply(
-    weight_ptrs,
-    x_ptrs,
-    is_token,
-    D: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    weight_ptrs, x_ptrs, is_token, D: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr
 ):
     """A tile of weights, given by its first DEPTH inputs, times the tokens, in fp32."""
     depth = tl.arange(0, DEPTH)
@@ -80,22 +75,10 @@ def multiply(
 
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    x_stride,
-    T,
-    E,
-    D: tl.constexpr,
-    BIASED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, T, E,
+    D: tl.constexpr, BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     depth = tl.arange(0, DEPTH)
@@ -117,18 +100,10 @@ def _linear_kernel(
 
 @triton.jit
 def _one_token_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    E,
-    D: tl.constexpr,
-    BIASED: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, out_ptr, E,
+    D: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """The same of one token, without tensor cores, which would multiply 15 more for nothing."""
     begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -228,16 +203,7 @@ def tiled_linear(
         )
         return out_TE
     _linear_kernel[grid](
-        x_TD,
-        weight_ED,
-        bias_E,
-        out_TE,
-        x_TD.stride(0),
-        num_tokens,
-        num_rows,
-        TOKENS=token_tile(num_tokens),
-        AHEAD=AHEAD,
-        **options,
-        **early_start(x_TD),
-    )
+        x_TD, weight_ED, bias_E, out_TE, x_TD.stride(0), num_tokens, num_rows,
+        TOKENS=token_tile(num_tokens), AHEAD=AHEAD, **options, **early_start(x_TD),
+    )  # fmt: skip
     return out_TE

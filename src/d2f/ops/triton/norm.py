@@ -15,19 +15,9 @@ from d2f.ops.triton.launch import begin, early_start
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    normed_ptr,
-    sum_ptr,
-    x_stride,
-    residual_stride,
-    D,
-    eps,
-    ADDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, x_stride, residual_stride, D, eps,
+    ADDS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -55,18 +45,8 @@ def add_rms_norm(
     other_TD = x_TD if residual_TD is None else residual_TD
     block = triton.next_power_of_2(width)
     _add_rms_norm_kernel[(num_tokens,)](
-        x_TD,
-        other_TD,
-        weight_D,
-        normed_TD,
-        sum_TD,
-        x_TD.stride(0),
-        other_TD.stride(0),
-        width,
-        eps,
-        ADDS=residual_TD is not None,
-        BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        x_TD, other_TD, weight_D, normed_TD, sum_TD, x_TD.stride(0), other_TD.stride(0), width, eps,
+        ADDS=residual_TD is not None, BLOCK=block, num_warps=min(max(block // 256, 1), 16),
         **early_start(x_TD),
-    )
+    )  # fmt: skip
     return normed_TD, sum_TD

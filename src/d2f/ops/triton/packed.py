@@ -256,13 +256,4 @@ def find_candidates(
         num_tokens, num_candidates, mask_token_id, block_size, per_row, num_rows * per_row,
         BLOCK=block, **early_start(out_6M),
     )  # fmt: skip
-    index_M, row_M, response_M, position_M, place_M, number_M = out_6M.unbind()
-    return Candidates(
-        live_M=live_M,
-        index_M=index_M,
-        row_M=row_M,
-        response_M=response_M,
-        position_M=position_M,
-        place_M=place_M,
-        number_M=number_M,
-    )
+    return Candidates(live_M, *out_6M.unbind())

@@ -12,7 +12,6 @@ size, M rows of a tile (token, head), S keys of a block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,91 +22,48 @@ from d2f.ops.triton.attention_plan import SPLIT_KEYS, TILE_FIELDS, AttentionPlan
 from d2f.ops.triton.launch import begin, early_start, gdc_launch_dependents, gdc_wait
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionTuning:
-    """How `_attend` is launched."""
-
-    block_keys: int
-    """Keys of a block: a power of two, at least 16, that divides `SPLIT_KEYS`."""
-    num_warps: int
-    num_stages: int
-
-
-def default_tuning(tile_rows: int, dtype: torch.dtype) -> AttentionTuning:
-    """The launch that suits tiles of so many rows."""
+def _tuning(tile_rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """The keys of a block (a power of two that divides `SPLIT_KEYS`) and the launch for tiles."""
     small = tile_rows <= 16
     if dtype == torch.float32:
         # IEEE products run outside the tensor cores, on registers.
-        return AttentionTuning(block_keys=16, num_warps=4 if small else 8, num_stages=2)
+        return {"BLOCK_S": 16, "num_warps": 4 if small else 8, "num_stages": 2}
     # Keys wait for their page's number, so that five stages hold two blocks of keys and three one.
-    num_warps, num_stages = 8 if tile_rows >= 128 else 4, 5 if small else 3
-    return AttentionTuning(block_keys=64, num_warps=num_warps, num_stages=num_stages)
+    num_warps = 8 if tile_rows >= 128 else 4
+    return {"BLOCK_S": 64, "num_warps": num_warps, "num_stages": 5 if small else 3}
 
 
-def paged_attention(
-    q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan, tuning: AttentionTuning | None = None
-) -> Tensor:
-    """Each token's softmax attention over the keys of its row before its limit: (T, N * H).
-
-    The output of padding is zero.
-
-    Args:
-        q_TNH: Rotated queries, contiguous.
-        kv_2SKH: Keys and values of a layer, contiguous, those of this forward's tokens included.
-            What other slots than the rows' own hold never matters, not even NaN.
-        plan: From `plan_attention`.
-        tuning: How to launch; None: as suits the tiles.
-    """
+def paged_attention(q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan) -> Tensor:
+    """As `d2f.ops.paged_attention.paged_attention`; queries, keys and values are contiguous."""
     num_tokens, num_heads, head_dim = q_TNH.shape
     out_TNH = torch.empty_like(q_TNH)
     if num_tokens > 0:
-        tuning = tuning or default_tuning(plan.tile_rows, q_TNH.dtype)
         if plan.fused:
-            _launch_attend(q_TNH, kv_2SKH, out_TNH, out_TNH, plan, tuning)
+            _launch_attend(q_TNH, kv_2SKH, out_TNH, out_TNH, plan)
         else:
             size = (plan.most_splits, num_tokens, num_heads)
             acc_STNH = q_TNH.new_empty(*size, head_dim, dtype=torch.float32)
             sums_2STN = q_TNH.new_empty(2, *size, dtype=torch.float32)
-            _launch_attend(q_TNH, kv_2SKH, acc_STNH, sums_2STN, plan, tuning)
+            _launch_attend(q_TNH, kv_2SKH, acc_STNH, sums_2STN, plan)
             _launch_merge(acc_STNH, sums_2STN, out_TNH, plan)
     return out_TNH.view(num_tokens, num_heads * head_dim)
 
 
 def _launch_attend(
-    q_TNH: Tensor,
-    kv_2SKH: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    plan: AttentionPlan,
-    tuning: AttentionTuning,
+    q_TNH: Tensor, kv_2SKH: Tensor, out: Tensor, sums: Tensor, plan: AttentionPlan
 ) -> None:
     num_tokens, num_heads, head_dim = q_TNH.shape
     packed, splits = plan.packed, 1 if plan.fused else plan.most_splits
     _attend[(len(plan.tiles_IF), plan.num_kv_heads, splits)](
-        q_TNH,
-        kv_2SKH,
-        out,
-        sums,
-        plan.tiles_IF,
-        packed.limits_T,
-        packed.pages_BP,
-        packed.pages_BP.stride(0),
-        kv_2SKH.stride(0),
-        num_tokens,
+        q_TNH, kv_2SKH, out, sums, plan.tiles_IF, packed.limits_T, packed.pages_BP,
+        packed.pages_BP.stride(0), kv_2SKH.stride(0), num_tokens,
         math.log2(math.e) / math.sqrt(head_dim),
-        PAGE_SIZE=packed.page_size,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=plan.num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
-        BLOCK_M=plan.tile_rows,
-        BLOCK_S=tuning.block_keys,
-        FUSED=plan.fused,
+        PAGE_SIZE=packed.page_size, NUM_HEADS=num_heads, NUM_KV_HEADS=plan.num_kv_heads,
+        HEAD_DIM=head_dim, BLOCK_H=max(triton.next_power_of_2(head_dim), 16),
+        BLOCK_M=plan.tile_rows, FUSED=plan.fused,
         PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
-        **early_start(q_TNH),
-    )
+        **_tuning(plan.tile_rows, q_TNH.dtype), **early_start(q_TNH),
+    )  # fmt: skip
 
 
 def _launch_merge(
@@ -116,19 +72,10 @@ def _launch_merge(
     num_tokens, num_heads, head_dim = out_TNH.shape
     block = 4
     _merge_splits[(triton.cdiv(num_tokens * num_heads, block),)](
-        acc_STNH,
-        sums_2STN,
-        plan.splits_T,
-        out_TNH,
-        num_tokens * num_heads,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=triton.next_power_of_2(head_dim),
-        SPLITS=plan.most_splits,
-        BLOCK_R=block,
-        num_warps=4,
-        **early_start(out_TNH),
-    )
+        acc_STNH, sums_2STN, plan.splits_T, out_TNH, num_tokens * num_heads,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_H=triton.next_power_of_2(head_dim),
+        SPLITS=plan.most_splits, BLOCK_R=block, num_warps=4, **early_start(out_TNH),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -165,15 +112,9 @@ def _load_heads(starts, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _prefetch_keys(
-    kv_head,
-    value_stride,
-    pages,
-    start,
-    limit,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
+    kv_head, value_stride, pages, start, limit,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Ask for the first keys and values of a split, 128 bytes a request; a hint, nothing more."""
     LINE: tl.constexpr = 1024 // kv_head.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
@@ -197,21 +138,10 @@ def _prefetch_keys(
 
 @triton.jit
 def _attend_split(
-    q_MH,
-    kv_head,
-    value_stride,
-    pages,
-    limit_M,
-    start,
-    split_keys,
-    limit,
-    scale,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    q_MH, kv_head, value_stride, pages, limit_M, start, split_keys, limit, scale,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Softmax over the keys of the split at `start`: sum of values, largest score, sum."""
     end = tl.minimum(start + split_keys, limit)
     max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
@@ -241,20 +171,10 @@ def _attend_split(
 
 @triton.jit
 def _attend_all(
-    q_MH,
-    kv_head,
-    value_stride,
-    pages,
-    limit_M,
-    split_keys,
-    limit,
-    scale,
-    PAGE_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    q_MH, kv_head, value_stride, pages, limit_M, split_keys, limit, scale,
+    PAGE_SIZE: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Softmax over all splits: sum of values, sum."""
     max_M = tl.full([q_MH.shape[0]], float("-inf"), tl.float32)
     sum_M = tl.zeros([q_MH.shape[0]], tl.float32)
@@ -343,18 +263,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _merge_splits(
-    acc_STNH,
-    sums_2STN,
-    splits_T,
-    out_TNH,
-    num_rows,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    acc_STNH, sums_2STN, splits_T, out_TNH, num_rows,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Merge the splits of some rows of (T, N), in their order."""
     begin(EARLY)
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

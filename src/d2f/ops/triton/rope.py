@@ -19,22 +19,10 @@ HEADS = 8
 
 @triton.jit
 def _rope_and_write_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    kv_ptr,
-    slots_ptr,
-    q_ptr,
-    qkv_stride,
-    values_offset,
-    slot_stride,
-    N,
+    qkv_ptr, cos_ptr, sin_ptr, kv_ptr, slots_ptr, q_ptr, qkv_stride, values_offset, slot_stride, N,
     K,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    H: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -88,20 +76,8 @@ def rope_and_write(
     num_tokens = qkv_TE.shape[0]
     q_TNH = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TE.dtype, device=qkv_TE.device)
     _rope_and_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * kv_heads, HEADS))](
-        qkv_TE,
-        cos_TH,
-        sin_TH,
-        kv_2SKH,
-        slots_T,
-        q_TNH,
-        qkv_TE.stride(0),
-        kv_2SKH.stride(0),
-        kv_2SKH.stride(1),
-        num_heads,
-        kv_heads,
-        H=head_dim,
-        HEADS=HEADS,
-        HALF=triton.next_power_of_2(head_dim // 2),
-        **early_start(qkv_TE),
-    )
+        qkv_TE, cos_TH, sin_TH, kv_2SKH, slots_T, q_TNH, qkv_TE.stride(0), kv_2SKH.stride(0),
+        kv_2SKH.stride(1), num_heads, kv_heads,
+        H=head_dim, HEADS=HEADS, HALF=triton.next_power_of_2(head_dim // 2), **early_start(qkv_TE),
+    )  # fmt: skip
     return q_TNH

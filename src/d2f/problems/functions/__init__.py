@@ -16,7 +16,7 @@ from d2f.problems.functions.generator import (
     generate_function_problems,
     split_of_operations,
 )
-from d2f.problems.functions.pipeline import OPERATIONS
+from d2f.problems.functions.operation import OPERATIONS
 from d2f.problems.functions.problem import FunctionConfig, FunctionProblem, program
 
 __all__ = [

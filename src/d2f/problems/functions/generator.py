@@ -10,8 +10,7 @@ from d2f.problems.functions.operation import Operation
 from d2f.problems.functions.pipeline import Pipeline, sample_operations, sample_pipeline
 from d2f.problems.functions.problem import FunctionConfig, FunctionProblem
 from d2f.problems.functions.wording import describe
-from d2f.problems.plan import split_of
-from d2f.problems.problem import problem_stream
+from d2f.problems.problem import problem_stream, split_of
 
 _DEFAULT = FunctionConfig()
 _ATTEMPTS = 4

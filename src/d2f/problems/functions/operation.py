@@ -1,9 +1,14 @@
-"""Operations: the steps of which functions consist, each with its Python code and wordings."""
+"""Operations: the steps of which functions consist, each with its Python code and wordings.
+
+They are written down in `operations.txt`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 TYPES = ("ints", "int", "strs", "str", "bool")
@@ -12,24 +17,13 @@ TYPES = ("ints", "int", "strs", "str", "bool")
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """The kind of argument that an operation takes beside the value it works on.
-
-    Example:
-        >>> Argument.parse("int 2 9")
-        Argument(kind='int', low=2, high=9)
-    """
+    """The kind of argument that an operation takes beside the value it works on."""
 
     kind: str
     """`int`, `letter`: a constant or a parameter; `sep`: a constant; `ints`, `str`: a parameter."""
     low: int = 0
     high: int = 0
     """Largest number; `low` and `high` are both included."""
-
-    @classmethod
-    def parse(cls, text: str) -> Argument:
-        """Parse a kind and, for numbers, the range."""
-        kind, *span = text.split()
-        return cls(kind, *map(int, span))
 
     @property
     def can_be_constant(self) -> bool:
@@ -46,53 +40,64 @@ class Argument:
 class Operation:
     """A function of a value, with its code and its wordings.
 
-    The template of the code has the slots `{v}` (variable of the value), `{o}` (variable of the
-    result) and `{k}` (argument); wordings have `{it}`, `{them}` or `{each}` (value) and `{k}`.
-
     Example:
-        >>> step = define("ints", "int", "total", "sum", "{o} = sum({v})", "the sum of {them}")
-        >>> step.apply([1, 2], None)
-        3
+        >>> OPERATIONS["ints.sum"].code, OPERATIONS["ints.sum"].apply([1, 2], None)
+        ('total = sum({v})', 3)
     """
 
     id: str
-    """Unique id of the type that it takes and its name, such as `ints.sum`."""
+    """The type that it takes and its tag, such as `ints.sum`."""
     takes: str
     gives: str
+    tag: str
+    """Short word for the names of functions, unique among the operations of a type."""
+    argument: Argument | None
     code: str
+    """Template with the slots `{v}` (variable of the value) and `{k}` (argument)."""
     texts: tuple[str, ...]
-    """Wordings: imperative clauses, or noun phrases that begin with the, a, whether or how."""
+    """Wordings with the slots `{it}`, `{them}` or `{each}` (value) and `{k}`."""
     out: str
     """Variable of the result; empty: the variable of the value."""
-    tag: str
-    """Short word for the names of functions."""
-    argument: Argument | None
     apply: Callable[[Any, Any], Any]
     """The code as a function of value and argument; it raises where the step is not defined."""
 
 
-def define(
-    takes: str, gives: str, out: str, name: str, code: str, *texts: str, arg: str = ""
-) -> Operation:
-    """Build an operation, whose `apply` is compiled from its code.
-
-    Example:
-        >>> define("int", "int", "", "double", "{o} = {v} * 2", "double {it}").apply(4, None)
-        8
-    """
-    result = out or "v"
-    lines = code.format(v="v", o=result, k="k").split("\n")
-    body = "\n".join(f"    {line}" for line in lines)
+def _compiled(code: str, result: str) -> Callable[[Any, Any], Any]:
+    body = code.format(v="v", k="k").replace("\n", "\n    ")
     scope: dict[str, Any] = {}
-    exec(f"def apply(v, k):\n{body}\n    return {result}\n", scope)
-    return Operation(
-        id=f"{takes}.{name}",
-        takes=takes,
-        gives=gives,
-        code=code,
-        texts=texts,
-        out=out,
-        tag=name,
-        argument=Argument.parse(arg) if arg else None,
-        apply=scope["apply"],
-    )
+    exec(f"def apply(v, k):\n    {body}\n    return {result}\n", scope)
+    return scope["apply"]
+
+
+def _read(text: str) -> Iterator[Operation]:
+    """Read the catalogue, in which each entry begins at the margin."""
+    takes = gives = ""
+    for head, *rest in (entry.splitlines() for entry in re.split(r"\n+(?=\S)", text)):
+        if head.startswith("["):
+            takes, gives = head.strip("[]").split(" -> ")
+        if head.startswith(("[", "#")):
+            continue
+        name, code = head.split(": ", 1)
+        tag, _, argument = name.rstrip(")").partition(" (")
+        kind, *span = argument.split() or [""]
+        lines = [line.strip() for line in rest]
+        code = "\n".join([code, *(line[2:] for line in lines if line.startswith("> "))])
+        texts = " ".join(line for line in lines if not line.startswith("> ")).split(" | ")
+        assigned = re.match(r" *(\w*)", code.rpartition("\n")[2])
+        out = assigned[1] if assigned else ""
+        yield Operation(
+            id=f"{takes}.{tag}",
+            takes=takes,
+            gives=gives,
+            tag=tag,
+            argument=Argument(kind, *map(int, span)) if kind else None,
+            code=code,
+            texts=tuple(texts),
+            out=out,
+            apply=_compiled(code, out or "v"),
+        )
+
+
+_CATALOGUE = Path(__file__).with_name("operations.txt")
+OPERATIONS = {found.id: found for found in _read(_CATALOGUE.read_text(encoding="utf-8"))}
+"""All operations by their ids."""

@@ -1,7 +1,4 @@
-"""Pipelines: the operations of a function, with their arguments and all names.
-
-The catalogue of all operations stands here too.
-"""
+"""Pipelines: the operations of a function, with their arguments and all names."""
 
 from __future__ import annotations
 
@@ -10,12 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from d2f.problems.functions.numbers import NUMBERS
-from d2f.problems.functions.operation import TYPES, Argument, Operation
-from d2f.problems.functions.strings import STRINGS
-
-OPERATIONS: dict[str, Operation] = {operation.id: operation for operation in (*NUMBERS, *STRINGS)}
-"""All operations by their ids."""
+from d2f.problems.functions.operation import OPERATIONS, TYPES, Argument, Operation
 
 ENDING: dict[str, tuple[Operation, ...]] = {
     kind: tuple(operation for operation in OPERATIONS.values() if operation.takes == kind)
@@ -97,10 +89,9 @@ class Pipeline:
         variable = self.parameters[0]
         lines = [f"def {self.name}({', '.join(self.parameters)}):"]
         for step in self.steps:
-            out = step.operation.out or variable
-            code = step.operation.code.format(v=variable, o=out, k=write_argument(step))
+            code = step.operation.code.format(v=variable, k=write_argument(step))
             lines += [f"    {line}" for line in code.split("\n")]
-            variable = out
+            variable = step.operation.out or variable
         lines.append(f"    return {variable}")
         return "\n".join(lines)
 

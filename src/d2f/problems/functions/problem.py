@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from d2f.errors import ConfigError
+from d2f.problems.problem import check_range, check_steps
 
 MOST_STEPS = 4
 
@@ -67,18 +67,11 @@ class FunctionConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
-        if not 1 <= self.min_steps <= self.max_steps <= MOST_STEPS:
-            raise ConfigError(
-                f"need 1 <= min_steps <= max_steps <= {MOST_STEPS},"
-                f" got {self.min_steps} and {self.max_steps}"
-            )
-        for name, low, high in (("num_examples", 1, 3), ("num_tests", 6, 10)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must be in {low} … {high}, got {getattr(self, name)}")
-        if not 0.0 <= self.parameter_rate <= 1.0:
-            raise ConfigError(f"parameter_rate must be in 0 … 1, got {self.parameter_rate}")
-        if self.max_chars < 200:
-            raise ConfigError(f"max_chars must be at least 200, got {self.max_chars}")
+        check_steps(self.min_steps, self.max_steps, MOST_STEPS)
+        check_range("num_examples", self.num_examples, 1, 3)
+        check_range("num_tests", self.num_tests, 6, 10)
+        check_range("parameter_rate", self.parameter_rate, 0, 1)
+        check_range("max_chars", self.max_chars, 200)
 
 
 def program(problem: FunctionProblem, text: str) -> str:

@@ -98,7 +98,8 @@ def describe(rng: Random, pipeline: Pipeline) -> str:
     """Return a sentence with the function's name, its parameters and its operations.
 
     Example:
-        >>> from d2f.problems.functions.pipeline import OPERATIONS, Step
+        >>> from d2f.problems.functions.operation import OPERATIONS
+        >>> from d2f.problems.functions.pipeline import Step
         >>> pipeline = Pipeline([Step(OPERATIONS["int.squared"])], "f", ["n"])
         >>> describe(Random(0), pipeline)
         'Write f(n) to return the square of the number n.'

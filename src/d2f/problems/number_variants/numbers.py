@@ -1,14 +1,17 @@
-"""Numbers in a text: find them with place, value and notation, and write others like them."""
+"""Numbers in a text, which others like them may replace, and formulas of such numbers."""
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
 _NUMBER = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)|(?<!\d)\.\d+|\d+")
-
+_FORMULA = re.compile(r"[\d+\-*/(.)][\d+\-*/(). ]*")
 
 Value = int | Fraction
 """An exact value; whole ones are of type int, whose arithmetic is faster."""
@@ -31,11 +34,6 @@ class Number:
     def value(self) -> Value:
         """The number's value."""
         return exact(Fraction(self.text.replace(",", "")))
-
-    @property
-    def decimals(self) -> int:
-        """Count of digits behind the point."""
-        return len(self.text.partition(".")[2])
 
 
 def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Number]:
@@ -75,3 +73,69 @@ def write_number(value: Value, like: str, *, money: bool = False) -> str | None:
     if not (like.endswith("0") or (money and decimals == 2)):
         digits = digits.rstrip("0")
     return (f"{text}.{digits}" if digits else text) or "0"
+
+
+_SIGNS: dict[type, Callable[[Value, Value], Value]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda one, other: exact(Fraction(one) / other),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """An expression and its operands from left to right.
+
+    Example:
+        >>> formula = read_formula("(20-5)*3")
+        >>> [n.text for n in formula.operands], formula.work_out([20, 6, 3])
+        (['20', '5', '3'], 42)
+    """
+
+    operands: tuple[Number, ...]
+    apply: Callable[[Sequence[Value]], Value]
+    """The value for other operands; it raises ZeroDivisionError."""
+    multiplies: bool
+    """Whether the expression has `*` or `/`."""
+
+    def work_out(self, values: Sequence[Value]) -> Value | None:
+        """Return the value for other operands; None for a division by zero."""
+        try:
+            return exact(self.apply(values))
+        except ZeroDivisionError:
+            return None
+
+
+def read_formula(text: str) -> Formula | None:
+    """Parse an expression of numbers, `+ - * /` and brackets; None for any other text.
+
+    Example:
+        >>> read_formula("2x+1") is None
+        True
+    """
+    text = text.rstrip()
+    if not _FORMULA.fullmatch(text):
+        return None
+    operands = tuple(find_numbers(text))
+    places = {number.start: index for index, number in enumerate(operands)}
+    try:
+        apply = _compiled(ast.parse(text, mode="eval").body, places)
+    except (SyntaxError, KeyError):
+        return None
+    return Formula(operands=operands, apply=apply, multiplies="*" in text or "/" in text)
+
+
+def _compiled(found: ast.expr, places: dict[int, int]) -> Callable[[Sequence[Value]], Value]:
+    """Return an expression as a function of its operands; raise KeyError for unknown parts."""
+    match found:
+        case ast.Constant():
+            return operator.itemgetter(places[found.col_offset])
+        case ast.UnaryOp(op=ast.USub()):
+            inner = _compiled(found.operand, places)
+            return lambda values: -inner(values)
+        case ast.BinOp():
+            sign = _SIGNS[type(found.op)]
+            left, right = _compiled(found.left, places), _compiled(found.right, places)
+            return lambda values: sign(left(values), right(values))
+    raise KeyError(type(found))

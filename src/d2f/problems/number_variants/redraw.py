@@ -34,15 +34,18 @@ _SMALL = 4
 """Largest value that an answer may also get by counting names; see `_counted_elsewhere`."""
 
 
+Sum = tuple[Value, str, tuple[Value, ...]]
+"""A value, the sign `+` or `*`, and the values whose sum or product it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Redraw:
-    """Values of a question that may change, each with its possible new values (`pools`).
-
-    `sums` lists values that are the sum or product of others in the question and must remain so.
-    """
+    """The plan for a problem's variants."""
 
     pools: Mapping[Value, tuple[Value, ...]]
-    sums: tuple[tuple[Value, str, tuple[Value, ...]], ...]
+    """Values of the question that may change, each with its possible new values."""
+    sums: tuple[Sum, ...]
+    """Sums and products in the question, which must remain so."""
 
 
 def plan_redraw(problem: WorkedProblem) -> Redraw:
@@ -53,7 +56,7 @@ def plan_redraw(problem: WorkedProblem) -> Redraw:
     """
     known = {number.value for number in problem.numbers}
     frozen = {n.value for n in problem.numbers if _is_fixed(problem.question, n)}
-    frozen |= _counted_elsewhere(problem) | _whole_percents(problem) | _shortened(problem)
+    frozen |= _counted_elsewhere(problem) | _fixed_percents(problem)
     used = {
         value
         for step in problem.steps
@@ -63,7 +66,8 @@ def plan_redraw(problem: WorkedProblem) -> Redraw:
     }
     frozen |= known - used
     sums = _sums(known)
-    while True:
+    before = -1
+    while len(frozen) != before:
         before = len(frozen)
         frozen |= _ambiguous(problem, frozen)
         for total, _, parts in sums:
@@ -73,17 +77,15 @@ def plan_redraw(problem: WorkedProblem) -> Redraw:
                 frozen.add(total)
         pools = {v: _pool(problem, v) for v in sorted(known - frozen)}
         frozen |= {value for value, pool in pools.items() if len(pool) < 2}
-        if len(frozen) == before:
-            break
     return Redraw(pools=pools, sums=tuple(found for found in sums if found[0] not in frozen))
 
 
 def _is_fixed(question: str, number: Number) -> bool:
-    before, after = question[: number.start], question[number.end :]
+    before = question[: number.start]
     return bool(
         number.value in (0, 1)
         or _FIXED_BEFORE.search(before)
-        or _FIXED_AFTER.match(after)
+        or _FIXED_AFTER.match(question, number.end)
         or (_YEAR.fullmatch(number.text) and not before.endswith("$"))
     )
 
@@ -100,33 +102,27 @@ def _counted_elsewhere(problem: WorkedProblem) -> set[Value]:
     return {v for v in named if v <= _SMALL and used.count(v) > named.count(v)}
 
 
-def _whole_percents(problem: WorkedProblem) -> set[Value]:
-    """Return percentages that add up to 100."""
-    percents = [n.value for n in problem.numbers if _PERCENT.match(problem.question[n.end :])]
-    return {
-        value
-        for size in range(2, len(percents) + 1)
-        for some in itertools.combinations(percents, size)
-        if sum(some) == 100
-        for value in some
-    }
+def _fixed_percents(problem: WorkedProblem) -> set[Value]:
+    """Return percentages that add up to 100 or of which a step leaves out the 100.
 
-
-def _shortened(problem: WorkedProblem) -> set[Value]:
-    """Return percentages that a step uses without the 100, as 40 / 10 for 10% of 40."""
-    question = problem.question
-    percents = {n.value for n in problem.numbers if _PERCENT.match(question[n.end :])}
+    Such a step computes 40 / 10 for 10% of 40.
+    """
+    percents = [n.value for n in problem.numbers if _PERCENT.match(problem.question, n.end)]
     found: set[Value] = set()
+    for size in range(2, len(percents) + 1):
+        for some in itertools.combinations(percents, size):
+            if sum(some) == 100:
+                found.update(some)
     for step in problem.steps:
         values = {number.value for number in step.formula.operands}
         if step.formula.multiplies and not values & {100, Fraction(1, 100)}:
-            found |= values & percents
+            found |= values & set(percents)
     return found
 
 
-def _sums(known: set[Value]) -> list[tuple[Value, str, tuple[Value, ...]]]:
+def _sums(known: set[Value]) -> list[Sum]:
     """Return values that are a sum or product of others in the question, one way for each."""
-    found: dict[Value, tuple[Value, str, tuple[Value, ...]]] = {}
+    found: dict[Value, Sum] = {}
     values = sorted(known - {0, 1})
     for size in (2, 3):
         for parts in itertools.combinations(values, size):
@@ -157,10 +153,9 @@ def _ambiguous(problem: WorkedProblem, frozen: set[Value]) -> set[Value]:
 def _pool(problem: WorkedProblem, value: Value) -> tuple[Value, ...]:
     """Return values near another one with as many digits and as many trailing zeros."""
     at = [number for number in problem.numbers if number.value == value]
-    decimals = max(number.decimals for number in at)
-    step = _step(value, decimals)
+    step = _step(value, max(len(number.text.partition(".")[2]) for number in at))
     digits = len(str(int(value)))
-    percent = any(_PERCENT.match(problem.question[n.end :]) for n in at)
+    percent = any(_PERCENT.match(problem.question, n.end) for n in at)
     lowest, highest = Fraction(value, 2), value * 2
     first = -(-lowest // step)
     pool = (exact((first + i) * step) for i in range(int((highest - lowest) / step) + 1))
@@ -193,27 +188,18 @@ def _step(value: Value, decimals: int) -> Fraction:
     return Fraction(5 if whole % 5 == 0 and whole >= 15 else 1)
 
 
-def article(number: str) -> str:
-    """Return the article that stands before a number in digits, `a` or `an`.
-
-    Example:
-        >>> [article(number) for number in ("8", "80", "11", "12", "110")]
-        ['an', 'an', 'an', 'a', 'a']
-    """
-    whole = number.replace(",", "").partition(".")[0]
-    return "an" if whole.startswith("8") or whole in ("11", "18") else "a"
-
-
 def article_fits(before: str, number: str) -> bool:
-    """Return whether a number in digits suits the article, if any, at the end of a text."""
+    """Return whether a number in digits suits the article, `a` or `an`, if any, before it."""
     found = _ARTICLE.search(before)
-    return found is None or article(number) == found[1].lower()
+    whole = number.replace(",", "").partition(".")[0]
+    article = "an" if whole.startswith("8") or whole in ("11", "18") else "a"
+    return found is None or article == found[1].lower()
 
 
 def units_kept(problem: WorkedProblem, values: Mapping[Value, Value]) -> bool:
     """Return whether counts of days, hours and so on stay below, at or above the next unit."""
     for number in problem.numbers:
-        unit = _UNIT.match(problem.question[number.end :])
+        unit = _UNIT.match(problem.question, number.end)
         if unit is not None:
             limit = _UNITS[unit[1]]
             if _side(number.value, limit) != _side(values[number.value], limit):

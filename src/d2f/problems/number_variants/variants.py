@@ -1,4 +1,7 @@
-"""Make variants of worked problems: the same text with other numbers and their results."""
+"""Make variants of worked problems: the same text with other numbers and their results.
+
+A collection of problems is split here, too: kept aside, trained on, test set with new numbers.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from d2f.problems.number_variants.redraw import (
 from d2f.problems.number_variants.worked_problem import WorkedProblem, read_problem
 
 MOST_VARIANTS = 24
+NUM_KNOWN = 1000
+_NUM_KEPT_ASIDE = 500
 _TRIES = 500
 _KEEPS = 0.2
 """Probability that a number which may change keeps its value in a draw."""
@@ -159,3 +164,70 @@ def _rewritten(text: str, numbers: Iterable[tuple[Number, Value]]) -> str | None
         parts += [before, written]
         at = number.end
     return "".join([*parts, text[at:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    r"""Worked problems in three parts, which depend on the seed and the questions alone.
+
+    Args:
+        problems: Questions with annotated answers.
+        seed: Decides which problems are kept aside and which numbers are drawn.
+
+    Example:
+        >>> problems = [Variant(question=f"{'q' * n}-9?", answer="#### 9") for n in range(40)]
+        >>> collection = Collection(problems=problems)
+        >>> len(collection.kept_aside()), len(collection.to_train_on())
+        (4, 36)
+    """
+
+    problems: Sequence[Variant]
+    seed: int = 0
+
+    def kept_aside(self) -> list[Variant]:
+        """Return the problems to choose settings on; no training row is a variant of them.
+
+        Their number is 500, or a tenth of all problems if that is less.
+        """
+        return self._parts()[0]
+
+    def to_train_on(self) -> list[Variant]:
+        """Return the problems to train on, in the order in which new numbers are drawn.
+
+        A problem that differs from one kept aside only in its numbers is left out.
+        """
+        aside, rest = self._parts()
+        words = {_words(problem) for problem in aside}
+        return [problem for problem in rest if _words(problem) not in words]
+
+    def known_with_new_numbers(self, count: int = NUM_KNOWN) -> list[Variant]:
+        """Return the test set: a variant of each of the first `count` problems that have one.
+
+        No question of an original problem is among them. Training rows may equal one of them by
+        chance, as variants of another problem with the same words; whoever writes training rows
+        must leave those out.
+        """
+        found: dict[str, Variant] = {}
+        written = {problem.question for problem in self.problems}
+        for problem in self.to_train_on():
+            if len(found) == count:
+                break
+            for new in make_variants(problem.question, problem.answer, seed=self.seed, most=1):
+                if new.question not in written:
+                    found.setdefault(new.question, new)
+        return list(found.values())
+
+    def _parts(self) -> tuple[list[Variant], list[Variant]]:
+        """Return the problems in two parts, ordered by a hash of the question."""
+
+        def key(problem: Variant) -> bytes:
+            return hashlib.sha256(f"part {self.seed}\n{problem.question}".encode()).digest()
+
+        ordered = sorted(self.problems, key=key)
+        num_aside = min(_NUM_KEPT_ASIDE, len(ordered) // 10)
+        return ordered[:num_aside], ordered[num_aside:]
+
+
+def _words(problem: Variant) -> str:
+    """Return the question with each number replaced by 0."""
+    return re.sub(r"\d[\d,.]*", "0", problem.question)

@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from d2f.problems.number_variants.annotate import annotate
 from d2f.problems.number_variants.constants import named_values
-from d2f.problems.number_variants.formula import Formula, read_formula
-from d2f.problems.number_variants.numbers import Number, Value, exact, find_numbers
+from d2f.problems.number_variants.numbers import (
+    Formula,
+    Number,
+    Value,
+    exact,
+    find_numbers,
+    read_formula,
+)
 
 Values = Mapping[Value, Value]
 """Old value of a number of the question -> its new value."""
@@ -18,6 +23,17 @@ _STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 _MARK = re.compile(r"\n#### *\$?(-?[\d,.]+)\s*$")
 _LETTERED = re.compile(r"\d[A-Za-z]\b|\b[A-Za-z]\d")
 """Algebra such as 2x, whose coefficients no formula explains."""
+_HUNDREDTHS = re.compile(r" ?(?:%|percent|per cent|-?cents?\b|¢)")
+_TRIVIAL = re.compile(r"<<([\d.]+)=\1>>")
+_RESULT = re.compile(r"= ?\$?(?=[\d.])")
+_PIECE = re.compile(
+    r"(?P<number>(?:\d[\d,]*)?\.?\d+)|(?P<sign>[-+*\u00d7\u00f7\u2013\u2212]|\bx\b|/(?![A-Za-z]))"
+    r"|(?P<unit>/?[A-Za-z'\u2019]+(?:/[A-Za-z'\u2019]+)*|[$%])|\s+|(?P<other>.)"
+)
+_SIGNS = str.maketrans("x\u00d7\u00f7\u2013\u2212", "**/--")
+"""Signs that people use (cross, division sign, dash, minus sign) -> operators."""
+_FARTHEST = 150
+"""Number of characters before a result in which its sum is looked for."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +73,28 @@ class Step:
     origins: tuple[tuple[Origin, ...], ...]
     stated: Number
 
-    def work_out(self, values: Values, results: Sequence[Value]) -> Value | None:
-        """Return the step's value for other numbers, given the results of earlier steps."""
-        return self.formula.work_out([found[0].value(values, results) for found in self.origins])
+
+Place = tuple[Number, tuple[Origin, ...]]
+"""A number of an answer with its possible origins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkedProblem:
-    """A problem of whose answer every number has a known origin.
-
-    `places` lists all numbers of the answer, those in annotations included, each with its possible
-    origins.
-    """
+    """A problem of whose answer every number has a known origin."""
 
     question: str
     answer: str
     numbers: tuple[Number, ...]
     steps: tuple[Step, ...]
-    places: tuple[tuple[Number, tuple[Origin, ...]], ...]
+    places: tuple[Place, ...]
+    """All numbers of the answer, those in annotations included."""
 
     def results(self, values: Values) -> list[Value] | None:
         """Return the values of all steps; None if one divides by zero."""
         results: list[Value] = []
         for step in self.steps:
-            result = step.work_out(values, results)
+            operands = [found[0].value(values, results) for found in step.origins]
+            result = step.formula.work_out(operands)
             if result is None:
                 return None
             results.append(result)
@@ -117,43 +131,39 @@ def read_problem(question: str, answer: str) -> WorkedProblem | None:
         return None
     if any(answer[m.start() - 1].isdigit() and answer[m.end()].isdigit() for m in marks):
         return None
-    return _Reader(question, answer).read(marks)
+    return _Reader(question, answer, marks).read(end)
 
 
 class _Reader:
     """Finds the origins of a problem's numbers, step by step."""
 
-    def __init__(self, question: str, answer: str) -> None:
-        self.question, self.answer = question, answer
+    def __init__(self, question: str, answer: str, marks: Sequence[re.Match[str]]) -> None:
+        self.question, self.answer, self.marks = question, answer, marks
         self.numbers = find_numbers(question)
         self.known = {number.value for number in self.numbers}
         self.named = named_values(f"{question} {_STEP.sub(' ', answer)}")
+        self.hundredths = sorted(
+            {n.value for n in self.numbers if _HUNDREDTHS.match(question, n.end)}
+        )
         self.steps: list[Step] = []
-        self.hundredths = {
-            n.value
-            for n in self.numbers
-            if re.match(r" ?(?:%|percent|per cent|-?cents?\b|¢)", question[n.end :])
-        }
+        self.result_at = {mark.end(): number for number, mark in enumerate(marks)}
 
-    def read(self, marks: Sequence[re.Match[str]]) -> WorkedProblem | None:
-        places: list[tuple[Number, tuple[Origin, ...]]] = []
-        for mark in marks:
-            if not self._add_step(mark):
-                return None
-        last = len(marks) - 1
-        result_at = {mark.end(): number for number, mark in enumerate(marks)}
-        start = 0
-        for number, mark in enumerate(marks):
-            places += self._between(start, mark.start(), result_at, self.steps[number])
-            places += self._inside(number, mark)
-            start = mark.end()
-        end = _MARK.search(self.answer)
-        assert end is not None
-        places += self._between(start, end.start(), result_at, None)
-        final = find_numbers(self.answer, end.start())[-1]
-        if "-" in end[1] or final.value != self.steps[last].stated.value:
+    def read(self, end: re.Match[str]) -> WorkedProblem | None:
+        if not all(map(self._add_step, self.marks)):
             return None
-        places.append((final, (Origin("result", last),)))
+        final = find_numbers(self.answer, end.start())[-1]
+        if "-" in end[1] or final.value != self.steps[-1].stated.value:
+            return None
+        places: list[Place] = []
+        start = 0
+        for number, (mark, step) in enumerate(zip(self.marks, self.steps, strict=True)):
+            places += self._between(start, mark.start(), step)
+            places += zip(find_numbers(self.answer, *mark.span(1)), step.origins, strict=True)
+            [stated] = find_numbers(self.answer, *mark.span(2))
+            places.append((stated, (Origin("result", number),)))
+            start = mark.end()
+        places += self._between(start, end.start(), None)
+        places.append((final, (Origin("result", len(self.steps) - 1),)))
         if not all(origins for _, origins in places):
             return None
         return WorkedProblem(
@@ -165,47 +175,35 @@ class _Reader:
         )
 
     def _add_step(self, mark: re.Match[str]) -> bool:
-        formula = read_formula(mark[1])
-        stated = find_numbers(mark[2])
+        formula, stated = read_formula(mark[1]), find_numbers(mark[2])
         if formula is None or len(stated) != 1 or stated[0].text != mark[2]:
             return False
         if formula.work_out([n.value for n in formula.operands]) != stated[0].value:
             return False
-        origins = tuple(self._origins(n.value, len(self.steps)) for n in formula.operands)
-        if not all(origins):
-            return False  # people computed this operand without writing down from what
+        origins = tuple(self._origins(n.value) for n in formula.operands)
         self.steps.append(Step(formula=formula, origins=origins, stated=stated[0]))
-        return True
+        return all(origins)  # else people computed an operand without writing down from what
 
-    def _origins(self, value: Value, num_steps: int) -> tuple[Origin, ...]:
-        """Return the possible origins of a value after `num_steps` steps; empty if none."""
+    def _origins(self, value: Value) -> tuple[Origin, ...]:
+        """Return the possible origins of a value after the steps so far; empty if none."""
         found = [
             Origin("result", number)
-            for number, step in enumerate(self.steps[:num_steps])
+            for number, step in enumerate(self.steps)
             if step.stated.value == value
         ]
         if value in self.known:
             found.append(Origin("question", value))
-        for percent in sorted(self.hundredths):
-            for kind, make in _OF_PERCENT.items():
-                if make(percent) == value:
-                    found.append(Origin(kind, percent))
+        found += [
+            Origin(kind, percent)
+            for percent in self.hundredths
+            for kind, make in _OF_PERCENT.items()
+            if make(percent) == value
+        ]
         if value in self.named:
             found.append(Origin("constant", value))
         return tuple(found)
 
-    def _inside(
-        self, number: int, mark: re.Match[str]
-    ) -> Iterator[tuple[Number, tuple[Origin, ...]]]:
-        step = self.steps[number]
-        operands = find_numbers(self.answer, mark.start(1), mark.end(1))
-        yield from zip(operands, step.origins, strict=True)
-        [stated] = find_numbers(self.answer, mark.start(2), mark.end(2))
-        yield stated, (Origin("result", number),)
-
-    def _between(
-        self, start: int, end: int, result_at: Mapping[int, int], step: Step | None
-    ) -> Iterator[tuple[Number, tuple[Origin, ...]]]:
+    def _between(self, start: int, end: int, step: Step | None) -> Iterator[Place]:
         """Yield the numbers outside annotations with their possible origins.
 
         Numbers that write out a formula right before its step have the origins of its operands.
@@ -217,10 +215,52 @@ class _Reader:
             if [n.value for n in tail] == [n.value for n in step.formula.operands]:
                 mirrored = {n.start: o for n, o in zip(tail, step.origins, strict=True)}
         for number in numbers:
-            result = result_at.get(number.start)
+            result = self.result_at.get(number.start)
             if result is not None and self.steps[result].stated.value == number.value:
                 yield number, (Origin("result", result),)
-            elif number.start in mirrored:
-                yield number, mirrored[number.start]
             else:
-                yield number, self._origins(number.value, len(self.steps))
+                yield number, mirrored.get(number.start) or self._origins(number.value)
+
+
+def annotate(answer: str) -> str:
+    """Return the answer with `<<a*b=c>>` also before results that follow a sum in the text.
+
+    A sum is annotated if it has no brackets and equals the result. Trivial annotations such as
+    `<<5=5>>` are removed.
+
+    Example:
+        >>> annotate("He has 3 bags * 4 pies = 12 pies, 12-2=<<12-2=10>>10.")
+        'He has 3 bags * 4 pies = <<3*4=12>>12 pies, 12-2=<<12-2=10>>10.'
+    """
+    answer = _TRIVIAL.sub("", answer)
+    parts, at = [], 0
+    for found in _RESULT.finditer(answer):
+        start = max(answer.rfind(stop, 0, found.start()) for stop in ("\n", "=", ">>"))
+        start = max(start + 1, found.start() - _FARTHEST)
+        inside = answer.rfind("<<", 0, found.start()) > answer.rfind(">>", 0, found.start())
+        result = find_numbers(answer, found.end(), (answer + "\n").find("\n", found.end()))
+        if inside or not result or result[0].start != found.end():
+            continue
+        text = _sum_at_end(answer[start : found.start()])
+        formula = read_formula(text) if text else None
+        if formula is None or len(formula.operands) < 2:
+            continue
+        if formula.work_out([number.value for number in formula.operands]) == result[0].value:
+            parts += [answer[at : found.end()], f"<<{text}={result[0].text.replace(',', '')}>>"]
+            at = found.end()
+    return "".join([*parts, answer[at:]])
+
+
+def _sum_at_end(text: str) -> str:
+    """Return the sum at the end of a text, without units; an empty text if there is none."""
+    pieces = [(m.lastgroup, m[0]) for m in _PIECE.finditer(text) if m.lastgroup]
+    taken: list[str] = []
+    wants_number = True
+    for kind, piece in reversed(pieces):
+        if kind == "unit":
+            continue
+        if kind != ("number" if wants_number else "sign"):
+            break
+        taken.append(piece.replace(",", "").translate(_SIGNS))
+        wants_number = not wants_number
+    return "" if wants_number else "".join(reversed(taken))

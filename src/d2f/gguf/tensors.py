@@ -1,4 +1,4 @@
-"""Supported layouts of GGUF files, and the names that their tensors have on the hub."""
+"""Supported layouts of GGUF files, and their tensors by the names and in the order of the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from d2f.errors import CheckpointError, unknown_name
+from d2f.gguf.block_types import dequantise
 from d2f.gguf.container import Container, GGUFTensor, read_container
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -33,6 +38,9 @@ ROPE_TENSOR = "rope_freqs.weight"
 """Tensor of factors on the rotary wave lengths, which become an entry of config.json."""
 _IGNORED = re.compile(rf"{re.escape(ROPE_TENSOR)}|blk\.\d+\.attn_rot_embd\.weight")
 _NAMED = 4
+_PART = 1 << 22
+"""Count of numbers that are dequantised at once."""
+_NUMPY = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.int16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +119,8 @@ def hub_tensors(container: Container) -> dict[str, HubTensor]:
             f"{container.file} has tensors that the layout {layout.model_type} does not: {listed}; "
             "this variant of it is not supported"
         )
-    heads = _heads(container, layout)
+    queries = number(container, "attention.head_count")
+    heads = {"q_proj": queries, "k_proj": number(container, "attention.head_count_kv", queries)}
     return {
         hub: HubTensor(
             source=container.tensors[tensor],
@@ -142,13 +151,6 @@ def _hub_name(tensor: str, layout: Layout) -> str | None:
     return f"model.layers.{found[1]}.{_LAYER[part]}.{kind}" if found and known else None
 
 
-def _heads(container: Container, layout: Layout) -> dict[str, int]:
-    """Return the numbers of query heads and of key heads."""
-    queries = number(container, "attention.head_count")
-    keys = number(container, "attention.head_count_kv", queries)
-    return {"q_proj": queries, "k_proj": keys}
-
-
 def number(container: Container, entry: str, default: int | None = None) -> int:
     """Return a metadata entry of the layout that must be a whole number of at least 1.
 
@@ -170,3 +172,39 @@ def number(container: Container, entry: str, default: int | None = None) -> int:
             "supported"
         )
     return value
+
+
+def read_values(tensor: HubTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on `device`; host memory holds a few million numbers of it at a time."""
+    source = tensor.source
+    values = torch.empty(source.shape, dtype=dtype, device=device)
+    rows = values.view(-1, source.shape[-1])
+    # Copy-on-write, though nothing writes: torch warns of memory that is read-only.
+    stored = np.memmap(
+        source.file,
+        mode="c",
+        offset=source.offset,
+        shape=(len(rows), source.num_bytes // len(rows)),
+    )
+    step = max(1, _PART // source.shape[-1])
+    for start in range(0, len(rows), step):
+        rows[start : start + step] = _numbers(np.asarray(stored[start : start + step]), source)
+    return values if tensor.interleaved_heads is None else _paired(values, tensor.interleaved_heads)
+
+
+def _numbers(stored: np.ndarray[Any, Any], source: GGUFTensor) -> Tensor:
+    name = source.type.name
+    if name not in _NUMPY:
+        return torch.from_numpy(dequantise(stored, source.type))
+    numbers = torch.from_numpy(stored.view(_NUMPY[name]))
+    return numbers.view(torch.bfloat16) if name == "BF16" else numbers
+
+
+def _paired(values: Tensor, heads: int) -> Tensor:
+    """Return rows of queries or keys in the hub's order.
+
+    A rotary embedding rotates pairs of rows. The layout stores the two rows of a pair side by side,
+    the hub half a head apart.
+    """
+    by_head = values.view(heads, -1, 2, *values.shape[1:])
+    return by_head.transpose(1, 2).reshape(values.shape)
