@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
 from d2f.gguf.folder import linked_gguf
 from d2f.hub import resolve_folder
+from d2f.models.adapter_base import other_base
 from d2f.models.ends import find_ends
 from d2f.models.families import config_from_spec, spec_from_config
 from d2f.models.families.dream import read_as_diffusion
-from d2f.models.lora import has_adapter, load_adapter, with_adapter
-from d2f.models.lora_base import other_base
-from d2f.models.lora_declaration import is_adapter
-from d2f.models.lora_folder import adapter_entries, read_adapter
+from d2f.models.lora import has_adapter, load_adapter
+from d2f.models.lora_config import is_adapter
+from d2f.models.lora_folder import adapter_entries, read_adapter, with_adapter
 from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     FLOATS,
-    GENERATION_FILE,
     POLICY_FILE,
     StoredTensor,
     compare_tensors,
@@ -37,6 +36,7 @@ from d2f.models.storage import (
     read_tensor,
     replaced_folder,
     write_json,
+    write_recommended,
 )
 from d2f.models.transformer import Transformer, published_parameters
 
@@ -110,7 +110,7 @@ def load_model(
     if adapter_folder is not None:
         # A wrong one shows before gigabytes are read.
         found = read_adapter(adapter_folder, spec)
-        known = found.declaration is not None and found.declaration.fingerprint is not None
+        known = found.declaration is not None and found.declaration.base.fingerprint is not None
         warning = other_base(found.base_model, path_or_hub_id, folder)
         if warning is not None and not known:
             warnings.warn(warning, D2FWarning, stacklevel=2)
@@ -310,11 +310,7 @@ def save_model(
     config = config_from_spec(model.spec) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     with replaced_folder(Path(folder), OWNED) as new:
         write_json(new / "config.json", config)
-        if model.spec.recommended_policy is not None:
-            write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
-        limit = model.spec.recommended_max_new_tokens
-        if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
-            write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
+        write_recommended(new, model.spec, Path(folder))
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_weights(new, sizes, tensors.__getitem__, max_shard_bytes)
 

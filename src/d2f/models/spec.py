@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.models.base_fingerprint import Fingerprint
+from d2f.models.adapter_base import Fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from d2f.gguf.folder import linked_gguf
 from d2f.gguf.layouts import HubTensor, read_hub_tensors
 from d2f.gguf.values import read_values
 from d2f.hub import expanded
+
+if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
 
 POLICY_FILE = "decoding_policy.json"
 GENERATION_FILE = "generation_config.json"
@@ -104,6 +107,18 @@ def read_max_new_tokens(folder: Path) -> int | None:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, with a newline at its end."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_recommended(new: Path, spec: ModelSpec, folder: Path) -> None:
+    """Write the policy and the length of an answer that a model recommends, if any, to `new`.
+
+    A generation_config.json in `folder`, whose place `new` takes, stays.
+    """
+    if spec.recommended_policy is not None:
+        write_json(new / POLICY_FILE, spec.recommended_policy.to_dict())
+    limit = spec.recommended_max_new_tokens
+    if limit is not None and not (folder / GENERATION_FILE).exists():
+        write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
 
 
 def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:

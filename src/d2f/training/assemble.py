@@ -17,9 +17,9 @@ from d2f.models.lora import (
     attach_adapter,
     load_adapter,
     use_config,
-    with_adapter,
 )
-from d2f.models.lora_declaration import read_declaration
+from d2f.models.lora_config import read_declaration
+from d2f.models.lora_folder import with_adapter
 from d2f.models.presets import build_model
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer

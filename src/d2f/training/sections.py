@@ -9,7 +9,7 @@ from typing import Any
 from d2f.diffusion.schedule import MaskRatioSchedule
 from d2f.errors import ConfigError
 from d2f.hub import is_hub_id
-from d2f.models.lora_declaration import ADAPTER_DTYPES
+from d2f.models.lora_config import ADAPTER_DTYPES
 from d2f.problems import ProblemConfig
 from d2f.problems.functions import FunctionConfig
 from d2f.recipe import at_least, one_of
