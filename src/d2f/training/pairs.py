@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f.errors import unknown_name
 from d2f.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,11 +60,9 @@ class BadRows:
         if isinstance(row, Mapping) and len(self.columns) < _MAX_COLUMNS:
             self.columns.update(str(name) for name in row)
 
-    def clear(self) -> None:
-        """Forget all, before the rows are read anew."""
-        self.counts.clear()
-        self.first.clear()
-        self.columns.clear()
+    def to_table(self) -> dict[str, Any]:
+        """Counts and first rows as JSON values."""
+        return {"counts": self.counts, "first": self.first}
 
     def text(self) -> str:
         """The reasons with their counts and first rows, in one line."""
@@ -75,26 +72,6 @@ class BadRows:
             more = ", …" if count > len(rows) else ""
             parts.append(f"{count:,} × {reason} ({', '.join(rows)}{more})")
         return "; ".join(parts)
-
-    def to_table(self) -> dict[str, Any]:
-        """Counts and first rows as JSON values."""
-        return {"counts": self.counts, "first": self.first}
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> BadRows:
-        """Read a table that `to_table` wrote."""
-        return cls(counts=dict(table["counts"]), first=dict(table["first"]))
-
-
-def missing_column(name: str, columns: list[str]) -> str:
-    """Word that a data set lacks a mapped column, with the nearest of those that it has.
-
-    Example:
-        >>> missing_column("respone", ["prompt", "response"])
-        "unknown column 'respone'; did you mean 'response'? Known: prompt, response. Map the \
-columns in [data.columns]"
-    """
-    return f"{unknown_name('column', name, columns)}. Map the columns in [data.columns]"
 
 
 Message = Mapping[str, str]
