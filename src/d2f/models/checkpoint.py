@@ -22,7 +22,6 @@ from d2f.models.families.dream import read_as_diffusion
 from d2f.models.lora import has_adapter, load_adapter
 from d2f.models.lora_config import is_adapter
 from d2f.models.lora_folder import adapter_entries, read_adapter, with_adapter
-from d2f.models.quantised import refuse_quantised
 from d2f.models.spec import ModelSpec, published_modules
 from d2f.models.storage import (
     FLOATS,
@@ -34,17 +33,14 @@ from d2f.models.storage import (
     read_max_new_tokens,
     read_policy,
     read_tensor,
+    refuse_quantised,
     replaced_folder,
     write_json,
     write_recommended,
 )
 from d2f.models.transformer import Transformer, published_parameters
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _TRUNK = "model."
 """What stands before the names of the trunk in a whole model, and is missing where it was saved by
 itself."""
@@ -175,10 +171,11 @@ def match_headers(
         # Stored under one of the two names, or under both; `_check_tied_head` compares them.
         tensors = {embed: tensors[head]} | tensors if head in tensors else tensors
         tensors.pop(head, None)
+    # Old checkpoints store masks, positions and rotary frequencies beside the weights.
     stored = {
         name: tensor
         for name, tensor in tensors.items()
-        if name in wanted or not _is_buffer(name, tensor)
+        if name in wanted or not (tensor.kind not in FLOATS or name.endswith(_BUFFERS))
     }
     problems = compare_tensors(stored, wanted)
     if problems:
@@ -198,11 +195,6 @@ def _published_names(
         _TRUNK + name if _TRUNK + name in wanted else name: tensor
         for name, tensor in tensors.items()
     }
-
-
-def _is_buffer(name: str, tensor: StoredTensor) -> bool:
-    """What old checkpoints store beside the weights: masks, positions, rotary frequencies."""
-    return tensor.kind not in FLOATS or name.endswith(_BUFFERS)
 
 
 def _tied_names(spec: ModelSpec) -> tuple[str, str]:
@@ -320,25 +312,9 @@ def write_weights(
 ) -> None:
     """Write model.safetensors, or shards of at most `max_bytes` and their index.
 
-    Args:
-        folder: Where to.
-        sizes: Bytes of each tensor, by name, in the order of the files.
-        read: Gives a tensor by its name; those of one file are in memory at a time.
-        max_bytes: None: one file.
+    `sizes` are the bytes of each tensor, in the order of the files. `read` gives a tensor by its
+    name; those of one file are in memory at a time.
     """
-    shards = _split(sizes, max_bytes)
-    files: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
-        tensors = {name: read(name) for name in shard}
-        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, f"{file}.safetensors")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name, num_bytes in sizes.items():
@@ -349,7 +325,15 @@ def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
             used = 0
         shards[-1].append(name)
         used += size
-    return shards
+    files: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
+        tensors = {name: read(name) for name in shard}
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, f"{file}.safetensors")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:

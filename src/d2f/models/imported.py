@@ -82,6 +82,16 @@ def import_gguf(
         "dtype": str(kept).removeprefix("torch."),
     }
     tokenizer = [name for name in _TOKENIZER_FILES if NO_TOKENIZER not in small]
+    total, done = sum(tensor.num_bytes for tensor in stored.values()), 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        values = read_tensor(stored[name], torch.device("cpu"), kept)
+        done += stored[name].num_bytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+        return values
+
     with replaced_folder(folder, (*OWNED, GENERATION_FILE, IMPORT_FILE, *tokenizer)) as new:
         for name, text in small.items():
             if name != NO_TOKENIZER:
@@ -89,7 +99,7 @@ def import_gguf(
         config = read_json(new / "config.json") | {"torch_dtype": about["dtype"]}
         write_json(new / "config.json", config)
         sizes = {n: t.num_bytes // t.dtype.itemsize * kept.itemsize for n, t in stored.items()}
-        write_weights(new, sizes, _reader(stored, kept, on_bytes), _SHARD_BYTES)
+        write_weights(new, sizes, read, _SHARD_BYTES)
         write_json(new / IMPORT_FILE, about)
     return about | {"no_tokenizer": small.get(NO_TOKENIZER)}
 
@@ -117,21 +127,3 @@ def _check_target(folder: Path) -> None:
         raise CheckpointError(
             f"'{folder}' is not empty and was not made by an import; give a new folder"
         )
-
-
-def _reader(
-    stored: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
-    on_bytes: Callable[[int, int], None] | None,
-) -> Callable[[str], Tensor]:
-    total, done = sum(tensor.num_bytes for tensor in stored.values()), 0
-
-    def read(name: str) -> Tensor:
-        nonlocal done
-        values = read_tensor(stored[name], torch.device("cpu"), dtype)
-        done += stored[name].num_bytes
-        if on_bytes is not None:
-            on_bytes(done, total)
-        return values
-
-    return read

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ FLOATS = {
     "F16": torch.float16,
 }
 """Types of a header that weights may have."""
+_SCHEMES = {
+    ".g_idx": "GPTQ",
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes, 8 bits",
+    ".absmax": "bitsandbytes, 4 bits",
+    ".weight_packed": "compressed-tensors",
+}
+"""Ends of names that only files of a scheme of quantisation have, the most telling first."""
+_KINDS = {"F8": "fp8", "F4": "fp4", "I8": "int8", "U8": "uint8"}
+"""Begin of a header's type -> what people call it."""
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fbgemm_fp8": "fp8"}
+"""`quant_method` of a config.json -> what people call it; others go by their own name."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NUM_NAMED = 8
 
@@ -131,7 +144,16 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """
     gguf = linked_gguf(folder)
     if gguf is not None:
-        return {name: _in_gguf(tensor) for name, tensor in read_hub_tensors(gguf).items()}
+        return {
+            name: StoredTensor(
+                file=(at := tensor.source).file,
+                name=at.name,
+                shape=at.shape,
+                kind=at.type.kind,
+                in_gguf=tensor,
+            )
+            for name, tensor in read_hub_tensors(gguf).items()
+        }
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         return _read_header(single)
@@ -159,26 +181,15 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _in_gguf(tensor: HubTensor) -> StoredTensor:
-    source = tensor.source
-    return StoredTensor(
-        file=source.file,
-        name=source.name,
-        shape=source.shape,
-        kind=source.type.kind,
-        in_gguf=tensor,
-    )
-
-
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    tensors = {}
     with _opened(file) as stored:
-        for name in stored.keys():  # noqa: SIM118 (the handle is no dict)
-            part = stored.get_slice(name)
-            tensors[name] = StoredTensor(
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
+        return {
+            name: StoredTensor(
                 file=file, name=name, shape=tuple(part.get_shape()), kind=part.get_dtype()
             )
-    return tensors
+            for name, part in parts.items()
+        }
 
 
 def read_tensor(
@@ -233,6 +244,35 @@ def compare_tensors(
     }
     return "; ".join(
         f"{len(names)} {kind}: {some_names(names)}" for kind, names in problems.items() if names
+    )
+
+
+def refuse_quantised(
+    folder: Path,
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    wanted: Iterable[str],
+) -> None:
+    """Refuse weights that are no plain numbers, and say which scheme made them.
+
+    The tensors decide, since a config.json may still speak of a scheme whose weights were converted
+    back. `stored` are all tensors, `wanted` the names of the model's parameters. Raises
+    `CheckpointError`.
+    """
+    signs = ((name, s) for end, s in _SCHEMES.items() for name in stored if name.endswith(end))
+    kinds = ((name, stored[name].kind) for name in wanted if name in stored)
+    other = ((name, _KINDS.get(kind[:2], kind)) for name, kind in kinds if kind not in FLOATS)
+    name, scheme = next(chain(signs, other), ("", ""))
+    if not name:
+        return
+    given = config.get("quantization_config")
+    if isinstance(given, Mapping) and isinstance(method := given.get("quant_method"), str):
+        bits = given.get("bits") or next((n for n in (4, 8) if given.get(f"load_in_{n}bit")), None)
+        scheme = _METHODS.get(method, method) + ("" if bits is None else f", {bits} bits")
+    raise CheckpointError(
+        f"{folder}: the weights are quantised ({scheme}): {name} is "
+        f"{stored[name].kind}; only {', '.join(FLOATS)} are supported, so load the model that "
+        "this one was made from, or have it converted to bf16 first"
     )
 
 
