@@ -22,7 +22,7 @@ from d2f.models.families.dream import read_as_diffusion
 from d2f.models.lora import has_adapter, load_adapter
 from d2f.models.lora_config import is_adapter
 from d2f.models.lora_folder import adapter_entries, read_adapter, with_adapter
-from d2f.models.spec import ModelSpec, published_modules
+from d2f.models.spec import ModelSpec
 from d2f.models.storage import (
     FLOATS,
     POLICY_FILE,
@@ -38,7 +38,7 @@ from d2f.models.storage import (
     write_json,
     write_recommended,
 )
-from d2f.models.transformer import Transformer, published_parameters
+from d2f.models.transformer import Transformer, filled_model, published_parameters
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _TRUNK = "model."
@@ -355,15 +355,11 @@ def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
     new_spec = read_as_diffusion(model.spec, mask_token_id)
     if has_adapter(model):
         raise ConfigError("the model carries an adapter; merge it first (merge_adapter)")
-    with torch.device("meta"):
-        new = Transformer(new_spec)
     given = dict(model.named_parameters())
-    for ours in published_modules(new_spec).values():
-        module = new.get_submodule(ours)
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            shared = given.get(f"{ours}.{attribute}")
-            if shared is None:
-                zeros = torch.zeros(parameter.shape, device=model.device, dtype=model.dtype)
-                shared = nn.Parameter(zeros, requires_grad=False)
-            setattr(module, attribute, shared)
-    return new.train(model.training)
+
+    def shared(name: str, parameter: Tensor) -> Tensor:
+        if name in given:
+            return given[name]
+        return torch.zeros(parameter.shape, device=model.device, dtype=model.dtype)
+
+    return filled_model(new_spec, shared).train(model.training)

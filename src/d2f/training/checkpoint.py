@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, TrainingError, counted
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
-from d2f.models.transformer import Transformer
+from d2f.models.transformer import Transformer, filled_model
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
@@ -295,7 +295,11 @@ def save_result(
     name = BEST_FOLDER if best else "final"
     if not has_adapter(model):
         dtype = getattr(torch, config.model.weights_dtype)
-        model = _converted(model, dtype) if best else model.to(dtype)
+        if best:  # on the CPU, so that a second model needs no memory of the GPU
+            given = dict(model.named_parameters())
+            model = filled_model(model.spec, lambda name, _: given[name].detach().to("cpu", dtype))
+        else:
+            model = model.to(dtype)
     folder = Path(config.output) / name
     spec = model.spec
     policy = config.policy or spec.recommended_policy
@@ -317,17 +321,6 @@ def save_result(
         card = model_card(config, spec, policy, facts)
         (new / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _converted(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model in another type on the CPU, so that a second one needs no memory of the GPU."""
-    with torch.device("meta"):
-        copy = Transformer(model.spec)
-    for name, module in model.named_modules():
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            value = parameter.detach().to("cpu", dtype)
-            setattr(copy.get_submodule(name), attribute, nn.Parameter(value, requires_grad=False))
-    return copy
 
 
 def provenance() -> dict[str, Any]:

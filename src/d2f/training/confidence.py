@@ -94,12 +94,6 @@ def _summary(
         tokens.append(token_C)
     token_M = torch.cat(tokens)
     most = int(token_M.mode().values)
-    other_M = target_M != most
-    share = (
-        float((token_M[other_M] == most).float().mean()) if int(other_M.sum()) >= _LEAST else None
-    )
-    return (
-        round(float(torch.cat(tops).mean()), 4),
-        most,
-        None if share is None else round(share, 4),
-    )
+    said_M = token_M[target_M != most] == most
+    share = round(float(said_M.float().mean()), 4) if len(said_M) >= _LEAST else None
+    return round(float(torch.cat(tops).mean()), 4), most, share

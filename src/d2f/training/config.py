@@ -28,7 +28,6 @@ from d2f.training.sections import (
     TokenizerConfig,
 )
 
-_DEFAULT_OBJECTIVE = ObjectiveConfig()
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
 SHARDINGS = ("none", "full")
 
@@ -40,7 +39,6 @@ class TrainConfig:
     Raises `ConfigError` for values out of range and for tables that the stage does not use.
 
     Example:
-        >>> from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig
         >>> TrainConfig(
         ...     stage="autoregressive", output="runs/base", steps=100, batch_size=8,
         ...     model=ModelConfig(init="Qwen/Qwen2.5-0.5B"), optimizer=OptimizerConfig(lr=1e-4),
@@ -120,7 +118,6 @@ class TrainConfig:
                 "model.dtype bfloat16 is for frozen weights below a [lora] adapter; to train all "
                 'weights faster, keep float32 and set precision = "bfloat16"'
             )
-
         if self.model.output_dtype == "int8" and self.lora is None:
             raise ConfigError(
                 'model.output_dtype "int8" is for the adapter of a [lora] table; all weights are '
@@ -135,7 +132,7 @@ class TrainConfig:
     @property
     def distillation(self) -> ObjectiveConfig:
         """`[objective]`, or its defaults where the recipe leaves it out."""
-        return self.objective or _DEFAULT_OBJECTIVE
+        return self.objective or ObjectiveConfig()
 
     @property
     def own_teacher(self) -> bool:
@@ -147,8 +144,7 @@ class TrainConfig:
     def micro_batches(self, processes: int = 1) -> tuple[int, int]:
         """Give the sequences of a micro-batch, and each process's micro-batches of an update.
 
-        Raises:
-            ConfigError: The batch cannot be divided among the processes.
+        Raises `ConfigError` if the batch cannot be divided among the processes.
         """
         size = self.micro_batch_size or self.batch_size // processes
         if size == 0 or self.batch_size % (size * processes):
@@ -160,15 +156,14 @@ class TrainConfig:
         return size, self.batch_size // (size * processes)
 
     def _check_tables(self) -> None:
-        if (self.noise is None) != (self.stage == "autoregressive"):
-            raise ConfigError(
-                f"stage {self.stage} {'needs' if self.noise is None else 'has no use for'} [noise]"
-            )
-        if self.noise is not None and (self.noise.kind == "uniform") != (
-            self.stage == "masked-diffusion"
-        ):
-            raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
         noise = self.noise
+        if (noise is None) != (self.stage == "autoregressive"):
+            raise ConfigError(
+                f"stage {self.stage} {'needs' if noise is None else 'has no use for'} [noise]"
+            )
+        uniform = noise is not None and noise.kind == "uniform"
+        if noise is not None and uniform != (self.stage == "masked-diffusion"):
+            raise ConfigError(f'noise.kind "{noise.kind}" does not fit stage {self.stage}')
         ends = noise is None or noise.random_end or not noise.train_on_eos_blocks
         if self.data.padding == "packed" and noise is not None and noise.random_end:
             raise ConfigError(

@@ -63,7 +63,6 @@ Evaluator = Callable[[Transformer], Mapping[str, Any]]
 SaveBest = Callable[[Transformer, Mapping[str, Any]], object]
 """Keeps the model, with the line of its evaluation."""
 
-EVALUATIONS_FILE = "evaluations.jsonl"
 BEST_FOLDER = "best"
 BEST_FILE = "evaluation.json"
 
@@ -86,7 +85,7 @@ class Evaluations:
     ) -> None:
         output = Path(config.output)
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
-        self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
+        self._log = JsonLog(output / "evaluations.jsonl", after_step=after_step)
         # The folder is the truth: a crash may have lost lines of the log, but not this.
         self.best = read_best(output, measure_of(config)) if after_step else None
         """The line of the best evaluation."""
@@ -132,12 +131,7 @@ class Evaluations:
 
 
 def is_better(record: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-    """Whether the score is higher, or equal with more tokens per forward.
-
-    Example:
-        >>> is_better({"score": 0.5, "tokens_per_forward": 2.0}, {"score": 0.5})
-        True
-    """
+    """Whether the score is higher, or equal with more tokens per forward."""
     return best is None or _rank(record) > _rank(best)
 
 

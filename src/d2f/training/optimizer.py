@@ -97,8 +97,7 @@ def save_shards(
 ) -> None:
     """Write each process's part of the state to a folder; all processes must come here.
 
-    Raises:
-        TrainingError: One of them could not write its part.
+    Raises `TrainingError` if one of them could not write its part.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -178,12 +177,8 @@ def load_whole(
             {**saved, "params": [names[id(p)] for p in group["params"]]} for group, saved in groups
         ],
     }
-    set_optimizer_state_dict(
-        model,
-        optimizer,
-        optim_state_dict=named,
-        options=StateDictOptions(full_state_dict=True),
-    )
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
 
 
 def _reason(error: BaseException) -> str:

@@ -16,13 +16,18 @@ PROJECT = "d2f"
 _PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that the trackers are there, before a model is loaded.
+def check_trackers(names: Sequence[str]) -> dict[str, Any]:
+    """Give the classes of these trackers of accelerate, once each.
 
-    Raises:
-        ConfigError: accelerate or a tracker's package is missing, or there is no such tracker.
+    Raises `ConfigError` if accelerate or a tracker's package is missing, or a name is unknown.
     """
-    known = _classes()
+    try:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ImportError:
+        raise ConfigError(
+            "trackers need the package accelerate: pip install 'd2f[train]'"
+        ) from None
+    known = {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
     for name in names:
         if name not in known:
             raise ConfigError(unknown_name("tracker", name, known))
@@ -32,16 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 f'trackers = ["{name}"] needs the package {packages[0]}: pip install {packages[0]}'
             )
 
-
-def _classes() -> dict[str, Any]:
-    """The trackers of accelerate by name."""
-    try:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    except ImportError:
-        raise ConfigError(
-            "trackers need the package accelerate: pip install 'd2f[train]'"
-        ) from None
-    return {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    return {name: known[name] for name in names}
 
 
 class Trackers:
@@ -55,14 +51,12 @@ class Trackers:
     """
 
     def __init__(self, config: TrainConfig, note: Callable[[str], object]) -> None:
-        check_trackers(config.trackers)
         self._note = note
         self._trackers: dict[str, Any] = {}
-        classes = _classes()
         settings = dict(flat(to_table(config)))
-        for name in dict.fromkeys(config.trackers):
+        for name, tracker in check_trackers(config.trackers).items():
             try:
-                self._trackers[name] = _start(classes[name], name, Path(config.output))
+                self._trackers[name] = _start(tracker, name, Path(config.output))
                 self._trackers[name].store_init_configuration(settings)
             except Exception as error:  # each tracker has errors of its own
                 raise ConfigError(f"tracker {name} does not start: {_line(error)}") from None
