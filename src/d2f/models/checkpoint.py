@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
 from d2f.gguf.folder import linked_gguf
 from d2f.hub import resolve_folder
+from d2f.models import storage
 from d2f.models.adapter_base import other_base
 from d2f.models.ends import find_ends
 from d2f.models.families import config_from_spec, spec_from_config
@@ -23,21 +24,6 @@ from d2f.models.lora import has_adapter, load_adapter
 from d2f.models.lora_config import is_adapter
 from d2f.models.lora_folder import adapter_entries, read_adapter, with_adapter
 from d2f.models.spec import ModelSpec
-from d2f.models.storage import (
-    FLOATS,
-    POLICY_FILE,
-    StoredTensor,
-    compare_tensors,
-    read_headers,
-    read_json,
-    read_max_new_tokens,
-    read_policy,
-    read_tensor,
-    refuse_quantised,
-    replaced_folder,
-    write_json,
-    write_recommended,
-)
 from d2f.models.transformer import Transformer, filled_model, published_parameters
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -50,7 +36,7 @@ _BUFFERS = (
     ".self_attn.masked_bias", ".attention.bias", ".attention.masked_bias",
 )  # fmt: skip
 """Ends of the names of buffers in floating point; no module of these ends has a bias of its own."""
-OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
+OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", storage.POLICY_FILE)
 """What a saved model replaces of a folder."""
 
 
@@ -112,7 +98,8 @@ def load_model(
             warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or main_dtype(stored)
     for name, place in places.items():
-        setattr(*place, nn.Parameter(read_tensor(stored[name], target, kept), requires_grad=False))
+        value = storage.read_tensor(stored[name], target, kept)
+        setattr(*place, nn.Parameter(value, requires_grad=False))
     model.eval()
     if adapter_folder is not None:
         reading = with_adapter(spec, adapter_folder)
@@ -141,21 +128,21 @@ def read_spec(folder: Path) -> ModelSpec:
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} holds GGUF files; give one of them, such as {files[0]}")
     config = folder / "config.json"
-    spec = spec_from_config(read_json(config), str(linked_gguf(folder) or config))
+    spec = spec_from_config(storage.read_json(config), str(linked_gguf(folder) or config))
     ends = tuple(end.id for end in find_ends(folder, spec) if end.has_row)
-    policy = read_policy(folder)
+    policy = storage.read_policy(folder)
     return replace(
         spec,
         eos_token_ids=ends,
         recommended_policy=policy,
-        recommended_max_new_tokens=read_max_new_tokens(folder),
+        recommended_max_new_tokens=storage.read_max_new_tokens(folder),
         distilled=policy is not None or spec.architecture.causal,
     )
 
 
 def match_headers(
     folder: Path, spec: ModelSpec, places: Mapping[str, tuple[nn.Module, str]] | None = None
-) -> dict[str, StoredTensor]:
+) -> dict[str, storage.StoredTensor]:
     """The stored tensors of a model, checked against its config by their headers.
 
     `places` are the parameters of a model of this spec, when one is already built.
@@ -164,8 +151,8 @@ def match_headers(
         with torch.device("meta"):
             places = published_parameters(Transformer(spec))
     wanted = {name: tuple(getattr(*place).shape) for name, place in places.items()}
-    tensors = _published_names(read_headers(folder, "model"), wanted)
-    refuse_quantised(folder, read_json(folder / "config.json"), tensors, wanted)
+    tensors = _published_names(storage.read_headers(folder, "model"), wanted)
+    storage.refuse_quantised(folder, storage.read_json(folder / "config.json"), tensors, wanted)
     if spec.tie_embeddings:
         embed, head = _tied_names(spec)
         # Stored under one of the two names, or under both; `_check_tied_head` compares them.
@@ -175,9 +162,9 @@ def match_headers(
     stored = {
         name: tensor
         for name, tensor in tensors.items()
-        if name in wanted or not (tensor.kind not in FLOATS or name.endswith(_BUFFERS))
+        if name in wanted or not (tensor.kind not in storage.FLOATS or name.endswith(_BUFFERS))
     }
-    problems = compare_tensors(stored, wanted)
+    problems = storage.compare_tensors(stored, wanted)
     if problems:
         gguf = linked_gguf(folder)
         config = "config.json" if gguf is None else "the metadata"
@@ -186,8 +173,8 @@ def match_headers(
 
 
 def _published_names(
-    tensors: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, StoredTensor]:
+    tensors: Mapping[str, storage.StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, storage.StoredTensor]:
     """The tensors by the names of the whole model, where the trunk was saved by itself."""
     if any(name in tensors for name in wanted if name.startswith(_TRUNK)):
         return dict(tensors)
@@ -207,13 +194,13 @@ def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
     if not spec.tie_embeddings:
         return
     embed, head = _tied_names(spec)
-    tensors = read_headers(folder, "model")
+    tensors = storage.read_headers(folder, "model")
     embed = embed if embed in tensors else embed.removeprefix(_TRUNK)
     if head not in tensors or embed not in tensors:
         return
     cpu = torch.device("cpu")
     same = tensors[head].shape == tensors[embed].shape and torch.equal(
-        read_tensor(tensors[head], cpu), read_tensor(tensors[embed], cpu)
+        storage.read_tensor(tensors[head], cpu), storage.read_tensor(tensors[embed], cpu)
     )
     if not same:
         raise CheckpointError(
@@ -222,7 +209,7 @@ def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
         )
 
 
-def main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def main_dtype(stored: Mapping[str, storage.StoredTensor]) -> torch.dtype:
     """The dtype of most numbers: a few norms in fp32 do not make an fp32 model."""
     count: Counter[torch.dtype] = Counter()
     for tensor in stored.values():
@@ -300,9 +287,9 @@ def save_model(
     }
     # The key is the one that both older and newer releases of transformers read.
     config = config_from_spec(model.spec) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    with replaced_folder(Path(folder), OWNED) as new:
-        write_json(new / "config.json", config)
-        write_recommended(new, model.spec, Path(folder))
+    with storage.replaced_folder(Path(folder), OWNED) as new:
+        storage.write_json(new / "config.json", config)
+        storage.write_recommended(new, model.spec, Path(folder))
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_weights(new, sizes, tensors.__getitem__, max_shard_bytes)
 
@@ -333,7 +320,7 @@ def write_weights(
         files |= dict.fromkeys(shard, f"{file}.safetensors")
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
+        storage.write_json(folder / "model.safetensors.index.json", index)
 
 
 def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:

@@ -12,12 +12,7 @@ from d2f.errors import ConfigError, TrainingError, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import as_diffusion, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
-from d2f.models.lora import (
-    adapter_parameters,
-    attach_adapter,
-    load_adapter,
-    use_config,
-)
+from d2f.models.lora import adapter_parameters, attach_adapter, load_adapter, use_config
 from d2f.models.lora_config import read_declaration
 from d2f.models.lora_folder import with_adapter
 from d2f.models.presets import build_model
@@ -35,41 +30,33 @@ from d2f.training.tokenizer import train_tokenizer
 def tokenizer_folder(config: TrainConfig) -> Path:
     """Find the folder of the run's tokenizer, which is trained now if the recipe asks for it.
 
-    Raises:
-        CheckpointError: The folder or hub id holds none.
+    Raises `CheckpointError` if the folder or hub id holds none.
     """
     folder = find_tokenizer(config)
-    if folder is None:
-        settings = config.tokenizer
-        assert settings is not None and settings.vocab_size is not None
-        folder = _own_tokenizer(config)
-        pairs = read_pairs(config.data, settings.num_samples)
-        texts = (text for pair in pairs for text in pair.texts())
-        train_tokenizer(
-            texts,
-            folder,
-            vocab_size=settings.vocab_size,
-            single_questions=not config.data.columns.conversations,
-        )
-    return folder
+    if folder is not None:
+        return folder
+    settings = config.tokenizer
+    assert settings is not None and settings.vocab_size is not None
+    pairs = read_pairs(config.data, settings.num_samples)
+    return train_tokenizer(
+        (text for pair in pairs for text in pair.texts()),
+        Path(config.output) / "tokenizer",
+        vocab_size=settings.vocab_size,
+        single_questions=not config.data.columns.conversations,
+    )
 
 
 def find_tokenizer(config: TrainConfig) -> Path | None:
     """Find the folder of the run's tokenizer; None where it is still to be trained.
 
-    Raises:
-        CheckpointError: There is no such folder or hub id.
+    Raises `CheckpointError` if there is no such folder or hub id.
     """
     settings = config.tokenizer
     path = config.model.init if settings is None else settings.path
     if path is not None:
         return resolve_folder(path, weights=False)
-    folder = _own_tokenizer(config)
+    folder = Path(config.output) / "tokenizer"
     return folder if (folder / "tokenizer_config.json").exists() else None
-
-
-def _own_tokenizer(config: TrainConfig) -> Path:
-    return Path(config.output) / "tokenizer"
 
 
 def initial_spec(config: TrainConfig) -> ModelSpec:

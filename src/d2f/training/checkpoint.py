@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, TrainingError, counted
@@ -102,11 +101,7 @@ def save_checkpoint(
 
 
 def require_shared(path: Path, processes: Processes) -> None:
-    """Make sure that what the main process made is there for all; all must come here.
-
-    Raises:
-        TrainingError: It is not.
-    """
+    """Raise `TrainingError` unless what the main process made is there for all; all come here."""
     if not all(processes.share(path.exists())):
         raise TrainingError(
             f"not all processes see {path.parent}; sharded checkpoints need an output folder on a "
@@ -137,11 +132,7 @@ def _write_checkpoint(
 
 @contextmanager
 def saving(output: Path) -> Iterator[None]:
-    """Add to the error of a save that fails what is left, and how to go on.
-
-    Raises:
-        TrainingError: The block could not write.
-    """
+    """Add to the error of a save that fails what is left, and how to go on."""
     try:
         yield
     except (CheckpointError, TrainingError, OSError) as error:
@@ -223,8 +214,7 @@ def _identity(table: Mapping[str, Any], name: str) -> Any:
 def load_state(folder: Path) -> dict[str, Any]:
     """Optimizer, RNG and loop state of a checkpoint; never runs code from the file.
 
-    Raises:
-        TrainingError: The file is missing or broken.
+    Raises `TrainingError` if the file is missing or broken.
     """
     file = folder / STATE_FILE
     try:
@@ -243,8 +233,7 @@ def restore_optimizer(
 ) -> None:
     """Give an optimizer the state of a checkpoint; all processes must come here.
 
-    Raises:
-        TrainingError: It is the state of another model, or a part of it is missing.
+    Raises `TrainingError` if it is the state of another model, or a part of it is missing.
     """
     if state["step"] == 0:
         return  # whatever state was written was made up to be written
@@ -273,7 +262,7 @@ def restore_random(
         )
     if processes.rank >= len(states):
         return
-    rng: Mapping[str, Tensor] = states[processes.rank]
+    rng = states[processes.rank]
     torch.set_rng_state(rng["cpu"])
     if processes.device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"], processes.device)

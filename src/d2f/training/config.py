@@ -16,17 +16,7 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError, counted
 from d2f.models.lora import LoraConfig
 from d2f.recipe import at_least, from_table, one_of, read_recipe
-from d2f.training.sections import (
-    DTYPES,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TokenizerConfig,
-)
+from d2f.training import sections
 
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
 SHARDINGS = ("none", "full")
@@ -82,17 +72,17 @@ class TrainConfig:
     """Steps between checkpoints; none: only when the run is stopped."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept."""
-    model: ModelConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    tokenizer: TokenizerConfig | None = None
+    model: sections.ModelConfig
+    data: sections.DataConfig
+    optimizer: sections.OptimizerConfig
+    tokenizer: sections.TokenizerConfig | None = None
     lora: LoraConfig | None = None
     """Train a LoRA adapter with these settings; none: all weights. In a recipe of stage d2f an
     adapter with the default settings is trained unless it says `lora = false`."""
-    noise: NoiseConfig | None = None
-    objective: ObjectiveConfig | None = None
-    sample: SampleConfig | None = None
-    evaluate: EvaluateConfig | None = None
+    noise: sections.NoiseConfig | None = None
+    objective: sections.ObjectiveConfig | None = None
+    sample: sections.SampleConfig | None = None
+    evaluate: sections.EvaluateConfig | None = None
     trackers: tuple[str, ...] = ()
     """Names of accelerate's trackers that get the log as well: "tensorboard", "wandb", …"""
     policy: DecodingPolicy | None = None
@@ -100,7 +90,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
-        one_of("precision", self.precision, DTYPES)
+        one_of("precision", self.precision, sections.DTYPES)
         one_of("sharding", self.sharding, SHARDINGS)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
@@ -130,9 +120,9 @@ class TrainConfig:
         return self.stage == "d2f" and self.distillation.objective != "cross_entropy"
 
     @property
-    def distillation(self) -> ObjectiveConfig:
+    def distillation(self) -> sections.ObjectiveConfig:
         """`[objective]`, or its defaults where the recipe leaves it out."""
-        return self.objective or ObjectiveConfig()
+        return self.objective or sections.ObjectiveConfig()
 
     @property
     def own_teacher(self) -> bool:

@@ -118,8 +118,7 @@ def load_shards(
 ) -> None:
     """Read what `save_shards` wrote; the model need not be sharded as it was, or at all.
 
-    Raises:
-        TrainingError: A shard is missing or broken, or belongs to another model.
+    Raises `TrainingError` if a shard is missing or broken, or belongs to another model.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (

@@ -195,7 +195,7 @@ def test_other_shapes_and_kinds_are_refused_before_weights_are_read(
     folders, tmp_path, monkeypatch, other, part
 ):
     other = write_checkpoint(tmp_path / "other", **other)
-    monkeypatch.setattr("d2f.models.checkpoint.read_tensor", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("d2f.models.storage.read_tensor", lambda *_: pytest.fail("read"))
     for see in (inspect_model, load_model):
         with pytest.raises(CheckpointError) as caught:
             see(other, folders[1])
