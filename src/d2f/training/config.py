@@ -29,6 +29,7 @@ class TrainConfig:
     Raises `ConfigError` for values out of range and for tables that the stage does not use.
 
     Example:
+        >>> from d2f.training.sections import DataConfig, ModelConfig, OptimizerConfig
         >>> TrainConfig(
         ...     stage="autoregressive", output="runs/base", steps=100, batch_size=8,
         ...     model=ModelConfig(init="Qwen/Qwen2.5-0.5B"), optimizer=OptimizerConfig(lr=1e-4),
