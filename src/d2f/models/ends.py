@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,29 +66,22 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
         >>> end.id, end.text, end.sources
         (95, '<|endoftext|>', ('config.json', "tokenizer's EOS"))
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = None
+    with suppress(D2FError):
+        tokenizer = Tokenizer.load(folder)
     masks = {spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id}
     sources: dict[int, dict[str, None]] = {}
     for token, source in _named(folder, spec, tokenizer):
         if token not in masks:
             sources.setdefault(token, {})[source] = None
-    return [_end(token, tuple(names), spec, tokenizer) for token, names in sources.items()]
-
-
-def _end(
-    token: int, sources: tuple[str, ...], spec: ModelSpec, tokenizer: Tokenizer | None
-) -> EndToken:
-    text = None
-    if tokenizer is not None and 0 <= token < tokenizer.vocab_size:
-        text = tokenizer.decode([token], skip_special_tokens=False)
-    return EndToken(id=token, text=text, sources=sources, has_row=0 <= token < spec.vocab_size)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    try:
-        return Tokenizer.load(folder)
-    except D2FError:
-        return None
+    ends = []
+    for token, names in sources.items():
+        text = None
+        if tokenizer is not None and 0 <= token < tokenizer.vocab_size:
+            text = tokenizer.decode([token], skip_special_tokens=False)
+        has_row = 0 <= token < spec.vocab_size
+        ends.append(EndToken(id=token, text=text, sources=tuple(names), has_row=has_row))
+    return ends
 
 
 def _named(folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:

@@ -49,7 +49,7 @@ _KINDS = {"F8": "fp8", "F4": "fp4", "I8": "int8", "U8": "uint8"}
 """Begin of a header's type -> what people call it."""
 _METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fbgemm_fp8": "fp8"}
 """`quant_method` of a config.json -> what people call it; others go by their own name."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NUM_NAMED = 8
 
 
@@ -158,9 +158,7 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     if single.exists():
         return _read_header(single)
     if not index.exists():
-        pickles = sorted(
-            p.name for p in folder.iterdir() if any(fnmatch(p.name, x) for x in _PICKLES)
-        )
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         if pickles:
             raise CheckpointError(
                 f"{folder} holds pickled weights only ({some_names(pickles)}), which can run code "
@@ -294,6 +292,12 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"cannot save to '{folder}': it is a file")
     new, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+
+    def kept_back(at: str, names: list[str]) -> set[str]:
+        if Path(at) != target:
+            return set()
+        return {n for n in names if (new / n).exists() or any(fnmatch(n, x) for x in owned)}
+
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -304,7 +308,7 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
                 target,
                 new,
                 symlinks=True,
-                ignore=lambda at, names: _kept_back(Path(at), names, target, new, owned),
+                ignore=kept_back,
                 copy_function=_link_or_copy,
                 dirs_exist_ok=True,
             )
@@ -321,14 +325,6 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _kept_back(
-    at: Path, names: list[str], target: Path, new: Path, owned: Iterable[str]
-) -> set[str]:
-    if at != target:
-        return set()
-    return {n for n in names if (new / n).exists() or any(fnmatch(n, x) for x in owned)}
 
 
 def _link_or_copy(source: str, to: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import CheckpointError, TrainingError, counted
+from d2f.errors import CheckpointError, TrainingError, counted, first_line
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
@@ -122,9 +122,8 @@ def _write_checkpoint(
     try:
         torch.save(state, folder / STATE_FILE)
     except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {reason}"
+            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {first_line(error)}"
         ) from None
     write_json(folder / RECIPE_FILE, to_table(config))
     write_json(folder / "provenance.json", provenance())

@@ -79,12 +79,11 @@ class TokenDataset:
         limit = config.sequence_length - 1
         longest = min(config.max_prompt_length or limit, limit)
         keep_E = prompt_E <= longest
+        cut_E = torch.zeros_like(prompt_E)
         if config.long_prompt == "truncate":
             cut_E = (prompt_E - longest).clamp_min(0)
             prompt_E, start_E, length_E = prompt_E - cut_E, start_E + cut_E, length_E - cut_E
             keep_E = torch.ones_like(keep_E)
-        else:
-            cut_E = torch.zeros_like(prompt_E)
         self.num_long_prompts = int((~keep_E).sum())
         # The first EOS belongs to the answer, so a sample fits if there is room for it.
         long_E = length_E > limit
@@ -110,8 +109,7 @@ class TokenDataset:
                 f"none of {counted(self.num_rows, 'sample')} fits into data.sequence_length "
                 f"{config.sequence_length}, and {self.num_long_prompts} have a prompt of more than "
                 f"{counted(longest, 'token')}; raise data.sequence_length or "
-                "data.max_prompt_length, or set "
-                "over_long or long_prompt to 'truncate'"
+                "data.max_prompt_length, or set over_long or long_prompt to 'truncate'"
             )
 
     def __len__(self) -> int:

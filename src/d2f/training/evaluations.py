@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d2f.errors import TrainingError, counted
+from d2f.errors import TrainingError, counted, first_line
 from d2f.models.transformer import Transformer
 from d2f.training.config import TrainConfig, to_table
 from d2f.training.data import TokenDataset, generator
@@ -112,10 +112,8 @@ class Evaluations:
                 self._save_best(model, record)
                 self.best = record
         except Exception as error:
-            reason = str(error).strip().splitlines()
             self._reporter.note(
-                f"the evaluation at step {step} failed: {reason[0] if reason else repr(error)}; "
-                "training goes on"
+                f"the evaluation at step {step} failed: {first_line(error)}; training goes on"
             )
             return
         self.last = self._unlogged = record

@@ -253,10 +253,15 @@ class Reserved:
         Raises:
             BadRow: One is written out in the prompt or in the response.
         """
-        prompt = self.masks if written else self.masks + self.ends
-        for text in pair.texts(response=False):
-            _refuse(text, prompt, "prompt")
-        _refuse(pair.response, self.masks + self.ends, "response")
+        both = self.masks + self.ends
+        prompts = [("prompt", text, self.masks if written else both) for text in pair.texts()][:-1]
+        for where, text, reserved in (*prompts, ("response", pair.response, both)):
+            for token in reserved:
+                if token in text:
+                    raise BadRow(
+                        f"the {where} has '{token}' written out, which the model reads as a mask "
+                        "or an end; take it out"
+                    )
 
 
 def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
@@ -265,12 +270,3 @@ def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
     texts = {added[i] for i in ids if i is not None and i in added}
     # Some tokenizers add spaces and ends of lines to their vocabulary.
     return tuple(sorted(text for text in texts if text.strip()))
-
-
-def _refuse(text: str, reserved: tuple[str, ...], where: str) -> None:
-    for token in reserved:
-        if token in text:
-            raise BadRow(
-                f"the {where} has '{token}' written out, which the model reads as a mask or an "
-                "end; take it out"
-            )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2f.errors import TrainingError, unknown_name
+from d2f.errors import TrainingError, first_line, unknown_name
 from d2f.hub import expanded, is_hub_id
 from d2f.training.pairs import BadRow
 
@@ -270,6 +270,4 @@ def _library(name: str, what: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    text = str(getattr(error, "strerror", None) or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return getattr(error, "strerror", None) or first_line(error)  # without the path, said already

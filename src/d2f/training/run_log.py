@@ -186,8 +186,10 @@ class LogWindow:
             **mean_confidence(processes.share(self.confidence or {})),
         }
         if self._blocks:
-            sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))
-            counts_N = processes.sum(torch.stack([counts for _, counts in self._blocks]).sum(0))
+            sums_N, counts_N = (
+                processes.sum(torch.stack(parts).sum(0))
+                for parts in zip(*self._blocks, strict=True)
+            )
             means = (sums_N / counts_N.clamp_min(1)).tolist()
             record["loss_per_block"] = [
                 round(mean, 6) if count else None
@@ -255,7 +257,6 @@ class CollapseRule:
         return sum(known) / NUM_LINES if len(known) == NUM_LINES else None
 
     def _unsure(self) -> str | None:
-        """A warning that the student has become unsure."""
         mean, teacher = self._mean("confidence"), self._mean("teacher_confidence")
         assert mean is not None
         self._best = max(self._best, mean)
@@ -268,7 +269,6 @@ class CollapseRule:
         )
 
     def _one_token(self) -> str | None:
-        """A warning that the student says one thing only."""
         mean, teacher = self._mean("one_token"), self._mean("teacher_one_token")
         if mean is None:
             return None

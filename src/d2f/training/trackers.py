@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, first_line, unknown_name
 from d2f.training.config import TrainConfig, to_table
 
 PROJECT = "d2f"
@@ -59,7 +59,7 @@ class Trackers:
                 self._trackers[name] = _start(tracker, name, Path(config.output))
                 self._trackers[name].store_init_configuration(settings)
             except Exception as error:  # each tracker has errors of its own
-                raise ConfigError(f"tracker {name} does not start: {_line(error)}") from None
+                raise ConfigError(f"tracker {name} does not start: {first_line(error)}") from None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on the numbers of a line of the log, under its step."""
@@ -73,7 +73,7 @@ class Trackers:
                 tracker.log(values, step=record["step"])
             except Exception as error:
                 del self._trackers[name]
-                self._note(f"tracker {name} fails, and is left out: {_line(error)}")
+                self._note(f"tracker {name} fails, and is left out: {first_line(error)}")
 
     def close(self) -> None:
         """The run is over."""
@@ -81,7 +81,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                self._note(f"tracker {name} did not end well: {_line(error)}")
+                self._note(f"tracker {name} did not end well: {first_line(error)}")
         self._trackers.clear()
 
 
@@ -115,8 +115,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
         else:
             yield f"{prefix}{name}", json.dumps(value)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
