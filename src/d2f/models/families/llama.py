@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from d2f.models import hugging_face
-from d2f.models.hugging_face import Config
 from d2f.models.spec import Architecture, Family, ModelSpec
 
 ARCHITECTURE = Architecture(
@@ -16,16 +15,12 @@ ARCHITECTURE = Architecture(
 )
 
 
-def _read(config: Config, where: str) -> ModelSpec:
-    hugging_face.refuse_other(config, {"attention_bias": False, "mlp_bias": False}, where)
-    # transformers' class knows no sliding windows, whatever a config says.
-    return hugging_face.read({**config, "use_sliding_window": False}, ARCHITECTURE, where)
-
-
 FAMILY = Family(
     architecture=ARCHITECTURE,
-    read=_read,
+    # transformers' class knows no sliding windows, whatever a config says.
+    read=lambda config, *more: hugging_face.read({**config, "use_sliding_window": False}, *more),
     write=hugging_face.write,
+    fixed={"attention_bias": False, "mlp_bias": False},
     defaults=hugging_face.DEFAULTS
     | hugging_face.SIZES
     | {
