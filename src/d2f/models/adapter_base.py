@@ -60,12 +60,10 @@ class Fingerprint:
             raise ConfigError("the base's fingerprint holds matrices that are no numbers")
 
     def distance(self, other: Fingerprint) -> float:
-        """Relative distance of the matrices that both have, estimated.
-
-        A head that is stored although it is tied is no difference. Infinite where none is common.
+        """Relative distance of the matrices that both have, estimated; infinite without any.
 
         With random signs u and v, (u D v)² is |D|² on average, so the root mean square over all
-        matrices estimates |D| / |W|.
+        matrices estimates |D| / |W|. A head that is stored although it is tied is no difference.
         """
         common = self.matrices.keys() & other.matrices.keys()
         squares = [(self.matrices[name] - other.matrices[name]) ** 2 for name in common]
@@ -133,20 +131,9 @@ def other_base(base_model: str | None, loaded: str | Path, folder: Path) -> str 
     """A line that warns of a base model other than the loaded one; None where names agree.
 
     The same model may lie under another path, so only the last part of a name counts, whatever its
-    case. A model is known by the name it was asked for, its folder, the hub's id in the path of the
-    hub's cache, and the name that transformers notes in config.json.
-
-    Args:
-        base_model: What adapter_config.json calls the base model; None: nothing.
-        loaded: What the model was asked for: a folder or a hub id.
-        folder: Where that is.
-
-    Example:
-        >>> other_base("GSAI-ML/LLaDA-8B-Instruct", "models/llada-8b-instruct/", Path("x")) is None
-        True
-        >>> other_base("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base", Path("x"))
-        "the adapter was trained on 'GSAI-ML/LLaDA-8B-Instruct', and 'GSAI-ML/LLaDA-8B-Base' was \
-loaded; if that is another model, answers are poor"
+    case. A model is known by the name it was asked for (`loaded`), its folder, the hub's id in the
+    path of the hub's cache, and the name that transformers notes in config.json. `base_model` is
+    what adapter_config.json says; None: nothing.
     """
     if base_model is None or _same_folder(base_model, folder):
         return None

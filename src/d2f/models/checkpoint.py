@@ -113,10 +113,8 @@ def load_model(
 def read_spec(folder: Path) -> ModelSpec:
     """What a model folder says of the model: config.json, decoding policy, ends of an answer.
 
-    With an adapter the model is another one: see `with_adapter`.
-
-    Raises:
-        CheckpointError: A file is missing or broken.
+    With an adapter the model is another one (`with_adapter`). Raises `CheckpointError` if a file is
+    missing or broken.
     """
     if is_adapter(folder):
         base = adapter_entries(folder)[0].get("base_model_name_or_path")

@@ -49,14 +49,7 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
     token with which the chat template closes an assistant's turn and, of diffusion models, the
     padding: they are trained to decode it behind the answer, where an autoregressive model has no
     positions. The mask token never ends an answer. A tokenizer need not be there; one that cannot
-    be read names no ends.
-
-    Args:
-        folder: With config.json and, as the case may be, the other files.
-        spec: Of the model in the folder.
-
-    Raises:
-        CheckpointError: config.json or generation_config.json is broken.
+    be read names no ends. Raises `CheckpointError` if one of the two configs is broken.
 
     Example:
         >>> from d2f.testing import tiny_spec, write_checkpoint

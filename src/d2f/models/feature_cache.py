@@ -79,12 +79,6 @@ def least_similar(new_LE: Tensor, old_LE: Tensor, count: int) -> Tensor:
 
     Equals go by position, and so do vectors that differ by rounding only, which most do in the
     first layer.
-
-    Example:
-        >>> old_LE = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
-        >>> new_LE = torch.tensor([[2.0, 0], [0, 1], [1, 1]])
-        >>> least_similar(new_LE, old_LE, 2)
-        tensor([1, 2])
     """
     similarity_L = F.cosine_similarity(new_LE.float(), old_LE.float(), dim=-1).clamp_max(SAME)
     # Not topk, which breaks ties as it likes.

@@ -208,8 +208,7 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
 def use_config(model: Transformer, config: LoraConfig) -> None:
     """Go on with a loaded adapter under this config, of which only the dropout may be another.
 
-    Raises:
-        ConfigError: Rank, scale or targets are not those of the adapter.
+    Raises `ConfigError` if rank, scale or targets are not those of the adapter.
     """
     adapted = _adapted(model)
     targets = {ours: published for published, ours in config.targets(model.spec).items()}

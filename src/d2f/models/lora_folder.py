@@ -164,11 +164,8 @@ def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
     The base may be read as a diffusion model, and the adapter may carry a decoding policy and the
     length of an answer (generation_config.json). A diffusion model with an adapter counts as
     distilled unless the adapter says otherwise: those that the paper's authors publish carry no
-    policy, and are decoded with the default one.
-
-    Raises:
-        CheckpointError: A file is broken, the base is of another architecture or vocabulary, or is
-            a diffusion model where the adapter wants an autoregressive one.
+    policy, and are decoded with the default one. Raises `CheckpointError` if a file is broken, or
+    the base is of another architecture, kind or vocabulary.
     """
     declared = read_declaration(folder)
     if declared is not None:

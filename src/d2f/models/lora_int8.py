@@ -23,11 +23,6 @@ def balanced(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
     """Halves with the same product whose ranks are orthogonal and shared equally between the two.
 
     Then no ranks cancel each other, whose errors would stay.
-
-    Example:
-        >>> a, b = balanced(torch.rand(4, 8), torch.rand(6, 4))
-        >>> a.shape, b.shape
-        (torch.Size([4, 8]), torch.Size([6, 4]))
     """
     rank = a_RI.shape[0]
     q_b, r_b = torch.linalg.qr(b_OR.double())

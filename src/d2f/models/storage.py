@@ -137,10 +137,8 @@ def write_recommended(new: Path, spec: ModelSpec, folder: Path) -> None:
 def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Names, shapes and types of `stem`.safetensors, or of the shards that its index lists.
 
-    The folder of a GGUF gives its tensors by the hub's names.
-
-    Raises:
-        CheckpointError: The file is missing, broken or pickled.
+    The folder of a GGUF gives its tensors by the hub's names. Raises `CheckpointError` if the file
+    is missing, broken or pickled.
     """
     gguf = linked_gguf(folder)
     if gguf is not None:

@@ -62,9 +62,7 @@ def find_tokenizer(config: TrainConfig) -> Path | None:
 def initial_spec(config: TrainConfig) -> ModelSpec:
     """Read the spec of the weights that the run starts from; the weights are not needed.
 
-    Raises:
-        ConfigError: `[model.config]` has an unknown entry.
-        CheckpointError: There is no config.json.
+    Raises `ConfigError` for an unknown entry of `[model.config]`, `CheckpointError` without one.
     """
     if config.model.init is not None:
         spec = read_spec(resolve_folder(config.model.init, weights=False))
@@ -85,10 +83,7 @@ def load_models(
     """Load the model to train, from its start or a checkpoint, and a teacher that is another one.
 
     Without another one, the teacher is the model with its adapter off, or the stage has none.
-
-    Raises:
-        ConfigError: Architecture, tokenizer and recipe do not fit.
-        CheckpointError: Weights cannot be loaded.
+    Raises `ConfigError` if architecture, tokenizer and recipe do not fit, and `CheckpointError`.
     """
     full = config.lora is None
     at_start = checkpoint is None or not full
@@ -212,11 +207,8 @@ def load_data(
     """Encode the run's data for a model, and take out the samples that are evaluated on.
 
     All processes must come here. `folder` holds the tokenizer, for worker processes; `note` is told
-    of bad rows, and what became of the others.
-
-    Raises:
-        ConfigError: Sequences are longer than the model's positions.
-        TrainingError: The data cannot be read, or no sample fits, or processes read different ones.
+    of bad rows, and what became of the others. Raises `ConfigError` if sequences are longer than
+    the model's positions, and `TrainingError` if data cannot be read, or processes read others.
     """
     spec, settings = model.spec, config.data
     if settings.sequence_length > spec.max_positions:

@@ -63,15 +63,10 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>`, then remove all but the newest ones; all processes must come here.
 
-    A folder of that name appears only when it is complete. If the optimizer's state is in shards,
-    each process writes its own to a folder that all of them can write to, and the main process
-    renames the folder.
-
+    A folder of that name appears only when it is complete; where something could not be written
+    (`TrainingError`, `CheckpointError`) those from before are as they were. If the optimizer's
+    state is in shards, each process writes its own to a folder that all of them can write to.
     `progress` is the `step` and the `seconds` of training, which `load_state` gives back.
-
-    Raises:
-        TrainingError, CheckpointError: Something could not be written. The checkpoints from before
-            are as they were.
     """
     folder = checkpoint_folder(config, progress["step"])
     sharded = distributed.shards_optimizer
@@ -184,8 +179,7 @@ def find_checkpoint(
         recorded = json.loads((found[-1] / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot resume from {found[-1]}: {error}") from None
-    table = to_table(config)
-    recorded = with_defaults(recorded)
+    table, recorded = to_table(config), with_defaults(recorded)
     for name in _IDENTITY:
         if _identity(recorded, name) != _identity(table, name):
             raise TrainingError(

@@ -19,12 +19,7 @@ from d2f.training.token_cache import Encoded
 
 
 def derive_seed(seed: int, part: str, number: int = 0) -> int:
-    """Give the seed of one part of a run, unrelated to that of any other part.
-
-    Example:
-        >>> derive_seed(0, "noise", 1) == derive_seed(0, "noise", 2)
-        False
-    """
+    """Give the seed of one part of a run, unrelated to that of any other part."""
     digest = hashlib.blake2b(f"{seed}/{part}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -151,8 +146,7 @@ class TokenDataset:
         """Count what became of the rows, for training_summary.json.
 
         `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
-        kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
-        `first_bad_rows` say why and which.
+        kept for evaluation; `bad_rows` gave no sample at all.
         """
         return {
             "rows": self.num_rows,

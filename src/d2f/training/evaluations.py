@@ -28,10 +28,8 @@ def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
     """Take `count` samples out of a data set, and with them all others that have the same prompts.
 
     A sample whose response was cut has no answer to be scored by, so it is not chosen. The data
-    set's `num_held_out` then says how many it has lost, repeated prompts included.
-
-    Raises:
-        TrainingError: There are not so many, or nothing would be left to train on.
+    set's `num_held_out` then says how many it has lost, repeated prompts included. Raises
+    `TrainingError` if there are not so many, or nothing would be left to train on.
     """
     chosen: dict[tuple[int, ...], HeldOut] = {}
     order = torch.randperm(len(dataset), generator=generator(seed, "held out")).tolist()

@@ -151,8 +151,7 @@ def load_whole(
 ) -> None:
     """Give the optimizer a state of `optimizer.state_dict()`; `shard`: in parts, as the model is.
 
-    Raises:
-        KeyError, ValueError: It is the state of another optimizer.
+    Raises `KeyError` or `ValueError` if it is the state of another optimizer.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]

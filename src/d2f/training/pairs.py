@@ -134,15 +134,7 @@ def read_prompt(row: object, columns: ColumnConfig) -> Prompt:
     """The prompt that a row holds, whether or not it has a response.
 
     An assistant's message at the end of a conversation is its response and not part of the prompt,
-    so a row that `read_pair` takes has the same prompt here.
-
-    Raises:
-        BadRow: As `read_pair`.
-
-    Example:
-        >>> from d2f.training.sections import ColumnConfig
-        >>> read_prompt({"question": "1+1="}, ColumnConfig(prompt="question"))
-        '1+1='
+    so a row that `read_pair` takes has the same prompt here. Raises `BadRow` as that does.
     """
     messages = _said(row, columns, columns.used(response=False))
     if columns.messages is not None and messages[-1]["role"] == "assistant":
@@ -229,14 +221,7 @@ class Reserved:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, spec: ModelSpec | None = None, suffix: str = "") -> Reserved:
-        """Find the texts of a tokenizer, of the model that it belongs to, and of a recipe's suffix.
-
-        Example:
-            >>> from tempfile import mkdtemp
-            >>> from d2f.testing import write_tokenizer
-            >>> Reserved.of(Tokenizer.load(write_tokenizer(mkdtemp())))
-            Reserved(masks=('<|mask|>',), ends=('<|endoftext|>',))
-        """
+        """Find the texts of a tokenizer, of the model that it belongs to, and of a suffix."""
         masks, ends = {tokenizer.mask_token_id}, {tokenizer.eos_token_id}
         if spec is not None:
             masks.add(spec.mask_token_id)

@@ -36,8 +36,7 @@ _BOM = b"\xef\xbb\xbf"
 def open_parts(config: DataConfig) -> list[Part]:
     """Find the data that `data.paths` names, in that order; the files of a folder by name.
 
-    Raises:
-        TrainingError: Nothing is there, it cannot be read, or it lacks a mapped column.
+    Raises `TrainingError` if nothing is there, it cannot be read, or it lacks a mapped column.
     """
     return [part for name in config.paths for part in _open(name, config)]
 

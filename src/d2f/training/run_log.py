@@ -48,20 +48,17 @@ class Reporter:
 class RunLog:
     """The log of a run, which goes to log.jsonl, samples.jsonl, a reporter and trackers.
 
-    Only the main process has one. A run resumed after `after_step` goes on with the files.
-
-    Raises:
-        ConfigError: A tracker is not there or does not start.
+    Only the main process has one. A run resumed after `after_step` goes on with the files. Raises
+    `ConfigError` if a tracker is not there or does not start.
     """
 
     def __init__(self, config: TrainConfig, reporter: Reporter, *, after_step: int = 0) -> None:
         self._reporter = reporter
         self.warnings: list[str] = []
         """Warnings of the `CollapseRule`."""
-        names = ("log.jsonl", "samples.jsonl")
-        self._lines, self._samples = (
-            JsonLog(Path(config.output) / name, after_step=after_step) for name in names
-        )
+        output = Path(config.output)
+        self._lines = JsonLog(output / "log.jsonl", after_step=after_step)
+        self._samples = JsonLog(output / "samples.jsonl", after_step=after_step)
         self._rule = CollapseRule(config.optimizer.warmup_steps)
         for record in read_log(self._lines.path):
             self._rule.add(record)
@@ -115,11 +112,7 @@ class JsonLog:
         os.replace(part, path)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append records: all of them, or none where the disk is full.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Append records: all of them, or none, and an `OSError`, where the disk is full."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -218,11 +211,8 @@ class CollapseRule:
       `ONE_TOKEN`, while the teacher's is at most `ONE_TOKEN_SOUND`; or, where there is no teacher,
       the student's own was that before.
 
-    Each is told once, and again only after it was over. Lines of the warm-up of the learning rate
-    and lines without numbers do not count.
-
-    Args:
-        after_step: Last step of the warm-up.
+    Each is told once, and again only after it was over. Lines up to `after_step`, the last of the
+    learning rate's warm-up, and lines without numbers do not count.
 
     Example:
         >>> rule = CollapseRule()

@@ -56,11 +56,7 @@ def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
 
 
 def read_held_out(config: DataConfig, count: int) -> list[Pair]:
-    """Read pairs to look at while training: problems of the test split, or the first rows.
-
-    Raises:
-        TrainingError: As `read_pairs`.
-    """
+    """Read pairs to look at while training: problems of the test split, or the first rows."""
     if config.num_problems is None:
         return list(read_pairs(config, count))
     return list(_pairs(_generator(config)(count, split="test")))
@@ -136,9 +132,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], style: Style = (""
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
     """Encode a prompt, up to where the response begins; `chat` is `data.chat_template`.
 
-    Raises:
-        RequestError: Messages without a chat template, or the template refuses them, or leaves
-            out some without a word.
+    Raises `RequestError` where there is no chat template for messages, or it refuses or drops some.
     """
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, chat=chat)
@@ -197,8 +191,7 @@ def cached_data(
 ) -> Encoded | None:
     """Data that were read before, from the cache; None if they are not there.
 
-    Raises:
-        TrainingError: There is no such file, folder or data set.
+    Raises `TrainingError` if there is no such file, folder or data set.
     """
     reserved = Reserved.of(tokenizer, spec, config.response_suffix)
     key = _cache_key(config, tokenizer, reserved, open_parts(config))

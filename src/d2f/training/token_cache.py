@@ -58,10 +58,7 @@ _ITEM = array("i").itemsize
 
 
 def cache_file(setting: str | bool, key: list[Any]) -> Path | None:
-    """Name the file that `data.cache` has for a key, or None where it keeps nothing.
-
-    The key is JSON values that name everything the tokens depend on.
-    """
+    """Name the file that `data.cache` has for a key of JSON values; None where it keeps nothing."""
     if not setting:
         return None
     named = setting if isinstance(setting, str) else os.environ.get("D2F_CACHE", "")

@@ -45,9 +45,7 @@ class Trackers:
 
     The run is called after its output folder, within the project "d2f". What a tracker cannot take
     is told once to `note` and ends it, not the training. The recipe is recorded with the run.
-
-    Raises:
-        ConfigError: As `check_trackers`, or a tracker does not start.
+    Raises `ConfigError` as `check_trackers`, or if a tracker does not start.
     """
 
     def __init__(self, config: TrainConfig, note: Callable[[str], object]) -> None:
@@ -63,14 +61,10 @@ class Trackers:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on the numbers of a line of the log, under its step."""
-        values = {
-            name: value
-            for name, value in flat(record)
-            if isinstance(value, int | float) and name != "step"
-        }
+        numbers = {k: v for k, v in flat(record) if isinstance(v, int | float) and k != "step"}
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(values, step=record["step"])
+                tracker.log(numbers, step=record["step"])
             except Exception as error:
                 del self._trackers[name]
                 self._note(f"tracker {name} fails, and is left out: {first_line(error)}")
