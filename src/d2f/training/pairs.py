@@ -238,10 +238,10 @@ class Reserved:
         Raises:
             BadRow: One is written out in the prompt or in the response.
         """
-        both = self.masks + self.ends
-        prompts = [("prompt", text, self.masks if written else both) for text in pair.texts()][:-1]
-        for where, text, reserved in (*prompts, ("response", pair.response, both)):
-            for token in reserved:
+        texts = [("prompt", text) for text in pair.texts(response=False)]
+        for where, text in (*texts, ("response", pair.response)):
+            ends = () if where == "prompt" and written else self.ends
+            for token in self.masks + ends:
                 if token in text:
                     raise BadRow(
                         f"the {where} has '{token}' written out, which the model reads as a mask "

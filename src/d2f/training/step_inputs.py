@@ -57,10 +57,8 @@ class StepInputs:
             named = dict(zip(columns, part, strict=True))
             length = self._cut(named["block_BL"])
             named = {name: column[:, :length].contiguous() for name, column in named.items()}
-            weight_BL = named["weight_BL"]
-            yield StepInputs(
-                **named, selected_M=weight_BL.flatten().nonzero()[:, 0] if select else None
-            )
+            selected_M = named["weight_BL"].flatten().nonzero()[:, 0] if select else None
+            yield StepInputs(**named, selected_M=selected_M)
 
     def sorted(self, multiple: int) -> StepInputs:
         """The longest sequences first, to be cut at multiples of a length."""
