@@ -234,7 +234,7 @@ class NoiseConfig:
     `train_on_eos_blocks` only."""
     frontier_share: float = 0.0
     """masked-diffusion: share of a batch's samples in which all before a random block is visible
-    and all behind it masked, as in decoding block by block. See `frontier_inputs`."""
+    and all behind it masked, as in decoding block by block. See `Noiser.frontier`."""
     random_end: bool = False
     """masked-diffusion: sequences end anywhere behind their answers, not all at `sequence_length`.
     Without it the model learns that length, and answers worse when decoded with another one."""
