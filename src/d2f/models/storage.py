@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 POLICY_FILE = "decoding_policy.json"
 GENERATION_FILE = "generation_config.json"
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of a header that weights may have."""
 _SCHEMES = {
     ".g_idx": "GPTQ",

@@ -216,10 +216,7 @@ class Transformer(nn.Module):
         return layers + self.head_weight_VD.numel()
 
     def logits(
-        self,
-        ids_BL: Tensor,
-        layout: BlockLayout | None = None,
-        lengths_B: Tensor | None = None,
+        self, ids_BL: Tensor, layout: BlockLayout | None = None, lengths_B: Tensor | None = None
     ) -> Tensor:
         """Logits (B, L, V), fp32: row p scores the token at p, whatever the architecture.
 

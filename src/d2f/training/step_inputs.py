@@ -100,11 +100,7 @@ class StepInputs:
 
 
 def make_inputs(
-    batch: Batch,
-    config: TrainConfig,
-    *,
-    mask_token_id: int | None,
-    generator: torch.Generator,
+    batch: Batch, config: TrainConfig, *, mask_token_id: int | None, generator: torch.Generator
 ) -> StepInputs:
     """Corrupt a clean batch as the stage asks; the same generator state gives the same noise.
 

@@ -121,6 +121,6 @@ FAMILY = Family(
             eos_token_ids=(126081,),
             bos_token_id=126080,
             pad_token_id=126081,
-        ),
+        )
     },
 )

@@ -23,11 +23,7 @@ FAMILY = Family(
     fixed={"attention_bias": False, "mlp_bias": False},
     defaults=hugging_face.DEFAULTS
     | hugging_face.SIZES
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-    },
+    | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     presets={
         "llama-3-8b": ModelSpec(
             architecture=ARCHITECTURE,
@@ -43,6 +39,6 @@ FAMILY = Family(
             max_positions=8192,
             eos_token_ids=(128001,),
             bos_token_id=128000,
-        ),
+        )
     },
 )

@@ -46,6 +46,6 @@ FAMILY = Family(
             qk_norm=True,
             eos_token_ids=(151645,),
             bos_token_id=151643,
-        ),
+        )
     },
 )
