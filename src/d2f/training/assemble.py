@@ -219,7 +219,7 @@ def load_data(
     with processes.first_one():
         encoded = encode_data(settings, tokenizer, folder, note, spec)
         dataset = TokenDataset(encoded, settings, eos_token_id=spec.eos_token_ids[0])
-    sizes = processes.share((dataset.num_rows, len(dataset), dataset.mean_length))
+    sizes = processes.share((dataset.counts()["rows"], len(dataset), dataset.mean_length))
     if len(set(sizes)) > 1:
         raise TrainingError(
             "the processes read different data; give each machine the same files, or a shared disk"

@@ -27,8 +27,7 @@ class HeldOut(NamedTuple):
 def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
     """Take `count` samples out of a data set, and with them all others that have the same prompts.
 
-    A sample whose response was cut has no answer to be scored by, so it is not chosen. The data
-    set's `num_held_out` then says how many it has lost, repeated prompts included. Raises
+    A sample whose response was cut has no answer to be scored by, so it is not chosen. Raises
     `TrainingError` if there are not so many, or nothing would be left to train on.
     """
     chosen: dict[tuple[int, ...], HeldOut] = {}
@@ -40,19 +39,14 @@ def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
         prompt_ids, response_ids = dataset.sample(row)
         if response_ids and len(prompt_ids) + len(response_ids) < most:
             chosen.setdefault(tuple(prompt_ids), HeldOut(prompt_ids, response_ids))
-    kept_E = torch.tensor(
-        [tuple(dataset.sample(row)[0]) not in chosen for row in range(len(dataset))],
-        dtype=torch.bool,
-    )
-    if len(chosen) < count or not kept_E.any():
+    held_E = torch.tensor([tuple(dataset.sample(i)[0]) in chosen for i in range(len(dataset))])
+    if len(chosen) < count or held_E.all():
         raise TrainingError(
             f"evaluate.held_out is {count}, but the data have "
             f"{counted(len(dataset), 'sample', ',')} with "
             f"{len(chosen):,} different prompts among those looked at; lower it"
         )
-    before = len(dataset)
-    dataset.keep(kept_E)
-    dataset.num_held_out = before - len(dataset)
+    dataset.hold_out(held_E)
     return list(chosen.values())
 
 
