@@ -119,14 +119,10 @@ class FeatureCache:
     ) -> None:
         num_pages = -(-num_slots // _PAGE_SIZE)
         self.num_slots = num_pages * _PAGE_SIZE
-        self.kv_N2SKH = torch.empty(
-            (spec.num_layers, 2, self.num_slots, spec.num_kv_heads, spec.head_dim),
-            device=device,
-            dtype=dtype,
-        )
-        self.outputs_N2SD = torch.empty(
-            (spec.num_layers, 2, self.num_slots, spec.hidden_size), device=device, dtype=dtype
-        )
+        shape = (spec.num_layers, 2, self.num_slots)
+        kv = spec.num_kv_heads, spec.head_dim
+        self.kv_N2SKH = torch.empty((*shape, *kv), device=device, dtype=dtype)
+        self.outputs_N2SD = torch.empty((*shape, spec.hidden_size), device=device, dtype=dtype)
         self._pages_1P = torch.arange(num_pages, device=device, dtype=torch.int32)[None]
 
     def layer(self, index: int) -> Tensor:

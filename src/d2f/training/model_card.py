@@ -33,8 +33,6 @@ class CardFacts:
     """The loss of the last line of the log."""
     evaluation: Mapping[str, Any] | None = None
     """The line of the evaluation of this model."""
-    task: str | None = None
-    """The benchmark, or the samples, that the evaluation was made on."""
 
 
 def model_card(
@@ -55,7 +53,9 @@ def model_card(
         _training(config, facts),
     ]
     if facts.evaluation is not None:
-        blocks += ["## Evaluation", _evaluation(facts.evaluation, facts.task)]
+        settings = config.evaluate
+        task = (settings.task or "held-out samples") if settings else None
+        blocks += ["## Evaluation", _evaluation(facts.evaluation, task)]
     if policy is not None:
         blocks += ["## Decoding policy", _json(policy.to_dict())]
     blocks += ["## Recipe", _json(_recipe(config))]

@@ -162,13 +162,11 @@ class Trainer:
 
     def facts(self, evaluation: Mapping[str, Any] | None) -> CardFacts:
         """Give what a model card tells of the run so far; `evaluation` is that of the model."""
-        settings = self.config.evaluate
         return CardFacts(
             steps=self.step,
             data=self.data_counts(),
             loss=self.last_record["loss"] if self.last_record else None,
             evaluation=evaluation,
-            task=(settings.task or "held-out samples") if settings else None,
         )
 
     def stop(self) -> None:
