@@ -42,7 +42,6 @@ RECIPE_FILE = "recipe.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 # A checkpoint continues only the run that made it; other settings may change on resuming.
 _IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora", "evaluate")
-
 _FREE = {
     "data": ("cache", "num_workers"),
     # Settings of `final/` alone.

@@ -156,9 +156,10 @@ class LogWindow:
         self._losses.append(loss)
         self._norm, self._lr = norm, lr
 
-    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
+    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, config: TrainConfig) -> None:
         """Add the losses of a micro-batch's positions, for the mean of each block."""
-        if num_blocks:
+        if config.noise is not None:
+            num_blocks = -(-config.data.sequence_length // config.noise.block_size)
             counted_BL = inputs.weight_BL > 0
             block_BL = inputs.block_in_sample_BL
             self._blocks.append(block_sums(loss_BL, counted_BL, block_BL, num_blocks))

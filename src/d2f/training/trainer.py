@@ -268,7 +268,7 @@ class Trainer:
                 self._ended("backward")
             total += loss.detach()
             if logged:
-                self._window.add_blocks(moved, loss_BL, self._num_blocks)
+                self._window.add_blocks(moved, loss_BL, self.config)
         total = self.processes.sum(total)
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
@@ -288,11 +288,6 @@ class Trainer:
             return make(self._dataset.batch(rows_B))
         places = self._packing.places(rows_B)
         return places.pack(make(self._dataset.batch(places.sample_S, places.longest)))
-
-    @property
-    def _num_blocks(self) -> int:
-        noise = self.config.noise
-        return 0 if noise is None else -(-self._dataset.sequence_length // noise.block_size)
 
     def _write_log(self) -> None:
         self._check_finite()
