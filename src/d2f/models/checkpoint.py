@@ -22,7 +22,7 @@ from d2f.models.families import config_from_spec, spec_from_config
 from d2f.models.families.dream import read_as_diffusion
 from d2f.models.lora import has_adapter, load_adapter
 from d2f.models.lora_config import is_adapter
-from d2f.models.lora_folder import adapter_entries, read_adapter, with_adapter
+from d2f.models.lora_folder import adapter_entries, read_adapter
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer, filled_model, published_parameters
 
@@ -89,12 +89,13 @@ def load_model(
     places = published_parameters(model)
     stored = match_headers(folder, spec, places)
     _check_tied_head(folder, spec)
+    declared = None
     if adapter_folder is not None:
         # A wrong one shows before gigabytes are read.
         found = read_adapter(adapter_folder, spec)
-        known = found.declaration is not None and found.declaration.base.fingerprint is not None
+        declared = found.declaration
         warning = other_base(found.base_model, path_or_hub_id, folder)
-        if warning is not None and not known:
+        if warning is not None and (declared is None or declared.base.fingerprint is None):
             warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or main_dtype(stored)
     for name, place in places.items():
@@ -102,10 +103,8 @@ def load_model(
         setattr(*place, nn.Parameter(value, requires_grad=False))
     model.eval()
     if adapter_folder is not None:
-        reading = with_adapter(spec, adapter_folder)
-        if reading.read_from is not None:
-            assert reading.mask_token_id is not None
-            model = as_diffusion(model, mask_token_id=reading.mask_token_id)
+        if declared is not None and declared.mask_token_id is not None:
+            model = as_diffusion(model, mask_token_id=declared.mask_token_id)
         load_adapter(model, adapter_folder, merge=merge_adapter)
     return model
 
