@@ -53,6 +53,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def counted(number: float, thing: str, form: str = "") -> str:
     """Return a number with its noun, which is in the plural unless the number is 1.
 

@@ -53,7 +53,7 @@ def inspect_command(
 
 def _is_adapter(name: str) -> bool:
     from d2f.hub import resolve_folder
-    from d2f.models.lora_declaration import is_adapter
+    from d2f.models.lora_config import is_adapter
 
     return is_adapter(resolve_folder(name, weights=False))
 
@@ -77,7 +77,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
     from d2f.models.checkpoint import match_headers, read_spec
     from d2f.models.ends import find_ends
     from d2f.models.imported import block_counts
-    from d2f.models.lora import with_adapter
+    from d2f.models.lora_folder import with_adapter
 
     folder = resolve_folder(path, weights=False)
     base = spec = read_spec(folder)
@@ -161,8 +161,8 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "base_model": values.get("base_model_name_or_path") or None,
-        "base_type": None if declared is None else declared.base_type,
-        "checks_base": declared is not None and declared.fingerprint is not None,
+        "base_type": None if declared is None else declared.base.model_type,
+        "checks_base": declared is not None and declared.base.fingerprint is not None,
         "mask_token_id": None if declared is None else declared.mask_token_id,
         "r": values.get("r", 8),
         "alpha": values.get("lora_alpha", 8),

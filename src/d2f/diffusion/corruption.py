@@ -56,7 +56,5 @@ def corrupt(
     u_BL = torch.rand(ids_BL.shape, generator=generator, device=ids_BL.device)
     masked_BL = u_BL < ratio_BL
     return NoisedBatch(
-        ids_BL=torch.where(masked_BL, mask_token_id, ids_BL),
-        masked_BL=masked_BL,
-        ratio_BL=ratio_BL,
+        ids_BL=torch.where(masked_BL, mask_token_id, ids_BL), masked_BL=masked_BL, ratio_BL=ratio_BL
     )

@@ -108,12 +108,8 @@ class Paged:
 class Refreshed:
     """Layers that add cached features to their input, after computing those of some tokens anew.
 
-    Args:
-        backend: The operations to use.
-        rope: Tables of the rotation, (L, H) each.
-        cache: The features of earlier forwards; those computed here are written.
-        refresh: Which tokens are computed.
-        plan: What `backend.plan_attention` made of as many queries as are computed.
+    `rope` are tables of the rotation, (L, H) each; `plan` is what `backend.plan_attention` made of
+    as many queries as `refresh` computes, whose features are written to the `cache`.
     """
 
     def __init__(

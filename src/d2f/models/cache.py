@@ -29,6 +29,8 @@ class PagedCache:
         torch.Size([2, 2, 32, 4, 8])
     """
 
+    _each_layer = True  # has room of its own
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -39,18 +41,11 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
+        layers = spec.num_layers if self._each_layer else 1
+        shape = (layers, 2, num_pages * page_size, spec.num_kv_heads, spec.head_dim)
         # Not cleared: a slot is read only after it was written.
-        self.kv_N2SKH = torch.empty(
-            (self.stored_layers(spec), 2, num_pages * page_size, spec.num_kv_heads, spec.head_dim),
-            device=device,
-            dtype=dtype,
-        )
+        self.kv_N2SKH = torch.empty(shape, device=device, dtype=dtype)
         self.kv_N2SKH[:, :, :page_size] = 0
-
-    @staticmethod
-    def stored_layers(spec: ModelSpec) -> int:
-        """Layers that have room of their own."""
-        return spec.num_layers
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in all layers."""
@@ -65,7 +60,7 @@ class PagedCache:
 
     def layer(self, index: int) -> Tensor:
         """Keys and values of one layer: (2, S, K, H)."""
-        return self.kv_N2SKH[index]
+        return self.kv_N2SKH[index if self._each_layer else 0]
 
 
 class ScratchCache(PagedCache):
@@ -79,11 +74,4 @@ class ScratchCache(PagedCache):
         torch.Size([1, 2, 32, 4, 8])
     """
 
-    @staticmethod
-    def stored_layers(spec: ModelSpec) -> int:
-        """One."""
-        return 1
-
-    def layer(self, index: int) -> Tensor:
-        """The same of all layers: (2, S, K, H)."""
-        return self.kv_N2SKH[0]
+    _each_layer = False

@@ -15,36 +15,18 @@ from torch import Tensor, nn
 from d2f.errors import CheckpointError, ConfigError, D2FWarning, counted, unknown_name
 from d2f.gguf.folder import linked_gguf
 from d2f.hub import resolve_folder
+from d2f.models import storage
+from d2f.models.adapter_base import other_base
 from d2f.models.ends import find_ends
 from d2f.models.families import config_from_spec, spec_from_config
 from d2f.models.families.dream import read_as_diffusion
-from d2f.models.lora import has_adapter, load_adapter, with_adapter
-from d2f.models.lora_base import other_base
-from d2f.models.lora_declaration import is_adapter
+from d2f.models.lora import has_adapter, load_adapter
+from d2f.models.lora_config import is_adapter
 from d2f.models.lora_folder import adapter_entries, read_adapter
-from d2f.models.quantised import refuse_quantised
-from d2f.models.spec import ModelSpec, published_modules
-from d2f.models.storage import (
-    FLOATS,
-    GENERATION_FILE,
-    POLICY_FILE,
-    StoredTensor,
-    compare_tensors,
-    read_headers,
-    read_json,
-    read_max_new_tokens,
-    read_policy,
-    read_tensor,
-    replaced_folder,
-    write_json,
-)
-from d2f.models.transformer import Transformer, published_parameters
+from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Transformer, filled_model, published_parameters
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _TRUNK = "model."
 """What stands before the names of the trunk in a whole model, and is missing where it was saved by
 itself."""
@@ -54,7 +36,7 @@ _BUFFERS = (
     ".self_attn.masked_bias", ".attention.bias", ".attention.masked_bias",
 )  # fmt: skip
 """Ends of the names of buffers in floating point; no module of these ends has a bias of its own."""
-OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", POLICY_FILE)
+OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", storage.POLICY_FILE)
 """What a saved model replaces of a folder."""
 
 
@@ -107,22 +89,22 @@ def load_model(
     places = published_parameters(model)
     stored = match_headers(folder, spec, places)
     _check_tied_head(folder, spec)
+    declared = None
     if adapter_folder is not None:
         # A wrong one shows before gigabytes are read.
         found = read_adapter(adapter_folder, spec)
-        known = found.declaration is not None and found.declaration.fingerprint is not None
+        declared = found.declaration
         warning = other_base(found.base_model, path_or_hub_id, folder)
-        if warning is not None and not known:
+        if warning is not None and (declared is None or declared.base.fingerprint is None):
             warnings.warn(warning, D2FWarning, stacklevel=2)
     kept = to_dtype or main_dtype(stored)
     for name, place in places.items():
-        setattr(*place, nn.Parameter(read_tensor(stored[name], target, kept), requires_grad=False))
+        value = storage.read_tensor(stored[name], target, kept)
+        setattr(*place, nn.Parameter(value, requires_grad=False))
     model.eval()
     if adapter_folder is not None:
-        reading = with_adapter(spec, adapter_folder)
-        if reading.read_from is not None:
-            assert reading.mask_token_id is not None
-            model = as_diffusion(model, mask_token_id=reading.mask_token_id)
+        if declared is not None and declared.mask_token_id is not None:
+            model = as_diffusion(model, mask_token_id=declared.mask_token_id)
         load_adapter(model, adapter_folder, merge=merge_adapter)
     return model
 
@@ -130,10 +112,8 @@ def load_model(
 def read_spec(folder: Path) -> ModelSpec:
     """What a model folder says of the model: config.json, decoding policy, ends of an answer.
 
-    With an adapter the model is another one: see `with_adapter`.
-
-    Raises:
-        CheckpointError: A file is missing or broken.
+    With an adapter the model is another one (`with_adapter`). Raises `CheckpointError` if a file is
+    missing or broken.
     """
     if is_adapter(folder):
         base = adapter_entries(folder)[0].get("base_model_name_or_path")
@@ -145,21 +125,21 @@ def read_spec(folder: Path) -> ModelSpec:
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise CheckpointError(f"{folder} holds GGUF files; give one of them, such as {files[0]}")
     config = folder / "config.json"
-    spec = spec_from_config(read_json(config), str(linked_gguf(folder) or config))
+    spec = spec_from_config(storage.read_json(config), str(linked_gguf(folder) or config))
     ends = tuple(end.id for end in find_ends(folder, spec) if end.has_row)
-    policy = read_policy(folder)
+    policy = storage.read_policy(folder)
     return replace(
         spec,
         eos_token_ids=ends,
         recommended_policy=policy,
-        recommended_max_new_tokens=read_max_new_tokens(folder),
+        recommended_max_new_tokens=storage.read_max_new_tokens(folder),
         distilled=policy is not None or spec.architecture.causal,
     )
 
 
 def match_headers(
     folder: Path, spec: ModelSpec, places: Mapping[str, tuple[nn.Module, str]] | None = None
-) -> dict[str, StoredTensor]:
+) -> dict[str, storage.StoredTensor]:
     """The stored tensors of a model, checked against its config by their headers.
 
     `places` are the parameters of a model of this spec, when one is already built.
@@ -168,19 +148,20 @@ def match_headers(
         with torch.device("meta"):
             places = published_parameters(Transformer(spec))
     wanted = {name: tuple(getattr(*place).shape) for name, place in places.items()}
-    tensors = _published_names(read_headers(folder, "model"), wanted)
-    refuse_quantised(folder, read_json(folder / "config.json"), tensors, wanted)
+    tensors = _published_names(storage.read_headers(folder, "model"), wanted)
+    storage.refuse_quantised(folder, storage.read_json(folder / "config.json"), tensors, wanted)
     if spec.tie_embeddings:
         embed, head = _tied_names(spec)
         # Stored under one of the two names, or under both; `_check_tied_head` compares them.
         tensors = {embed: tensors[head]} | tensors if head in tensors else tensors
         tensors.pop(head, None)
+    # Old checkpoints store masks, positions and rotary frequencies beside the weights.
     stored = {
         name: tensor
         for name, tensor in tensors.items()
-        if name in wanted or not _is_buffer(name, tensor)
+        if name in wanted or not (tensor.kind not in storage.FLOATS or name.endswith(_BUFFERS))
     }
-    problems = compare_tensors(stored, wanted)
+    problems = storage.compare_tensors(stored, wanted)
     if problems:
         gguf = linked_gguf(folder)
         config = "config.json" if gguf is None else "the metadata"
@@ -189,8 +170,8 @@ def match_headers(
 
 
 def _published_names(
-    tensors: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
-) -> dict[str, StoredTensor]:
+    tensors: Mapping[str, storage.StoredTensor], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, storage.StoredTensor]:
     """The tensors by the names of the whole model, where the trunk was saved by itself."""
     if any(name in tensors for name in wanted if name.startswith(_TRUNK)):
         return dict(tensors)
@@ -198,11 +179,6 @@ def _published_names(
         _TRUNK + name if _TRUNK + name in wanted else name: tensor
         for name, tensor in tensors.items()
     }
-
-
-def _is_buffer(name: str, tensor: StoredTensor) -> bool:
-    """What old checkpoints store beside the weights: masks, positions, rotary frequencies."""
-    return tensor.kind not in FLOATS or name.endswith(_BUFFERS)
 
 
 def _tied_names(spec: ModelSpec) -> tuple[str, str]:
@@ -215,13 +191,13 @@ def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
     if not spec.tie_embeddings:
         return
     embed, head = _tied_names(spec)
-    tensors = read_headers(folder, "model")
+    tensors = storage.read_headers(folder, "model")
     embed = embed if embed in tensors else embed.removeprefix(_TRUNK)
     if head not in tensors or embed not in tensors:
         return
     cpu = torch.device("cpu")
     same = tensors[head].shape == tensors[embed].shape and torch.equal(
-        read_tensor(tensors[head], cpu), read_tensor(tensors[embed], cpu)
+        storage.read_tensor(tensors[head], cpu), storage.read_tensor(tensors[embed], cpu)
     )
     if not same:
         raise CheckpointError(
@@ -230,7 +206,7 @@ def _check_tied_head(folder: Path, spec: ModelSpec) -> None:
         )
 
 
-def main_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def main_dtype(stored: Mapping[str, storage.StoredTensor]) -> torch.dtype:
     """The dtype of most numbers: a few norms in fp32 do not make an fp32 model."""
     count: Counter[torch.dtype] = Counter()
     for tensor in stored.values():
@@ -308,13 +284,9 @@ def save_model(
     }
     # The key is the one that both older and newer releases of transformers read.
     config = config_from_spec(model.spec) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    with replaced_folder(Path(folder), OWNED) as new:
-        write_json(new / "config.json", config)
-        if model.spec.recommended_policy is not None:
-            write_json(new / POLICY_FILE, model.spec.recommended_policy.to_dict())
-        limit = model.spec.recommended_max_new_tokens
-        if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
-            write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
+    with storage.replaced_folder(Path(folder), OWNED) as new:
+        storage.write_json(new / "config.json", config)
+        storage.write_recommended(new, model.spec, Path(folder))
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         write_weights(new, sizes, tensors.__getitem__, max_shard_bytes)
 
@@ -324,25 +296,9 @@ def write_weights(
 ) -> None:
     """Write model.safetensors, or shards of at most `max_bytes` and their index.
 
-    Args:
-        folder: Where to.
-        sizes: Bytes of each tensor, by name, in the order of the files.
-        read: Gives a tensor by its name; those of one file are in memory at a time.
-        max_bytes: None: one file.
+    `sizes` are the bytes of each tensor, in the order of the files. `read` gives a tensor by its
+    name; those of one file are in memory at a time.
     """
-    shards = _split(sizes, max_bytes)
-    files: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
-        tensors = {name: read(name) for name in shard}
-        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, f"{file}.safetensors")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name, num_bytes in sizes.items():
@@ -353,7 +309,15 @@ def _split(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
             used = 0
         shards[-1].append(name)
         used += size
-    return shards
+    files: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}"
+        tensors = {name: read(name) for name in shard}
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, f"{file}.safetensors")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        storage.write_json(folder / "model.safetensors.index.json", index)
 
 
 def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
@@ -375,15 +339,11 @@ def as_diffusion(model: Transformer, *, mask_token_id: int) -> Transformer:
     new_spec = read_as_diffusion(model.spec, mask_token_id)
     if has_adapter(model):
         raise ConfigError("the model carries an adapter; merge it first (merge_adapter)")
-    with torch.device("meta"):
-        new = Transformer(new_spec)
     given = dict(model.named_parameters())
-    for ours in published_modules(new_spec).values():
-        module = new.get_submodule(ours)
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            shared = given.get(f"{ours}.{attribute}")
-            if shared is None:
-                zeros = torch.zeros(parameter.shape, device=model.device, dtype=model.dtype)
-                shared = nn.Parameter(zeros, requires_grad=False)
-            setattr(module, attribute, shared)
-    return new.train(model.training)
+
+    def shared(name: str, parameter: Tensor) -> Tensor:
+        if name in given:
+            return given[name]
+        return torch.zeros(parameter.shape, device=model.device, dtype=model.dtype)
+
+    return filled_model(new_spec, shared).train(model.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,7 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
     token with which the chat template closes an assistant's turn and, of diffusion models, the
     padding: they are trained to decode it behind the answer, where an autoregressive model has no
     positions. The mask token never ends an answer. A tokenizer need not be there; one that cannot
-    be read names no ends.
-
-    Args:
-        folder: With config.json and, as the case may be, the other files.
-        spec: Of the model in the folder.
-
-    Raises:
-        CheckpointError: config.json or generation_config.json is broken.
+    be read names no ends. Raises `CheckpointError` if one of the two configs is broken.
 
     Example:
         >>> from d2f.testing import tiny_spec, write_checkpoint
@@ -65,29 +59,22 @@ def find_ends(folder: Path, spec: ModelSpec) -> list[EndToken]:
         >>> end.id, end.text, end.sources
         (95, '<|endoftext|>', ('config.json', "tokenizer's EOS"))
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = None
+    with suppress(D2FError):
+        tokenizer = Tokenizer.load(folder)
     masks = {spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id}
     sources: dict[int, dict[str, None]] = {}
     for token, source in _named(folder, spec, tokenizer):
         if token not in masks:
             sources.setdefault(token, {})[source] = None
-    return [_end(token, tuple(names), spec, tokenizer) for token, names in sources.items()]
-
-
-def _end(
-    token: int, sources: tuple[str, ...], spec: ModelSpec, tokenizer: Tokenizer | None
-) -> EndToken:
-    text = None
-    if tokenizer is not None and 0 <= token < tokenizer.vocab_size:
-        text = tokenizer.decode([token], skip_special_tokens=False)
-    return EndToken(id=token, text=text, sources=sources, has_row=0 <= token < spec.vocab_size)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    try:
-        return Tokenizer.load(folder)
-    except D2FError:
-        return None
+    ends = []
+    for token, names in sources.items():
+        text = None
+        if tokenizer is not None and 0 <= token < tokenizer.vocab_size:
+            text = tokenizer.decode([token], skip_special_tokens=False)
+        has_row = 0 <= token < spec.vocab_size
+        ends.append(EndToken(id=token, text=text, sources=tuple(names), has_row=has_row))
+    return ends
 
 
 def _named(folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[tuple[int, str]]:

@@ -79,12 +79,6 @@ def least_similar(new_LE: Tensor, old_LE: Tensor, count: int) -> Tensor:
 
     Equals go by position, and so do vectors that differ by rounding only, which most do in the
     first layer.
-
-    Example:
-        >>> old_LE = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
-        >>> new_LE = torch.tensor([[2.0, 0], [0, 1], [1, 1]])
-        >>> least_similar(new_LE, old_LE, 2)
-        tensor([1, 2])
     """
     similarity_L = F.cosine_similarity(new_LE.float(), old_LE.float(), dim=-1).clamp_max(SAME)
     # Not topk, which breaks ties as it likes.
@@ -125,14 +119,10 @@ class FeatureCache:
     ) -> None:
         num_pages = -(-num_slots // _PAGE_SIZE)
         self.num_slots = num_pages * _PAGE_SIZE
-        self.kv_N2SKH = torch.empty(
-            (spec.num_layers, 2, self.num_slots, spec.num_kv_heads, spec.head_dim),
-            device=device,
-            dtype=dtype,
-        )
-        self.outputs_N2SD = torch.empty(
-            (spec.num_layers, 2, self.num_slots, spec.hidden_size), device=device, dtype=dtype
-        )
+        shape = (spec.num_layers, 2, self.num_slots)
+        kv = spec.num_kv_heads, spec.head_dim
+        self.kv_N2SKH = torch.empty((*shape, *kv), device=device, dtype=dtype)
+        self.outputs_N2SD = torch.empty((*shape, spec.hidden_size), device=device, dtype=dtype)
         self._pages_1P = torch.arange(num_pages, device=device, dtype=torch.int32)[None]
 
     def layer(self, index: int) -> Tensor:

@@ -37,18 +37,8 @@ published class of diffusion models has these norms and no biases beside them.""
 DEFAULTS: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 SIZES: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 """What transformers' classes of autoregressive models take where a config says nothing."""
-# Where a setting is off, the published code only asks whether it is true, so null is off too.
-_OFF = (False, None)
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _FIRST_WINDOW_LAYER = 28
-
-
-def refuse_other(config: Config, fixed: Config, where: str) -> None:
-    """Refuse a config whose entries differ from those that are computed here."""
-    for name, value in fixed.items():
-        given = config.get(name, value)
-        if given != value and not (value is False and given in _OFF):
-            raise CheckpointError(f"{where}: {name} is {given!r}; only {value!r} is supported")
 
 
 def _refuse_windows(config: Config, where: str) -> None:

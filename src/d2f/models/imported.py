@@ -15,22 +15,7 @@ from d2f.gguf import NO_TOKENIZER
 from d2f.gguf.container import read_container
 from d2f.gguf.folder import hub_files
 from d2f.hub import expanded, resolve_folder
-from d2f.models.checkpoint import (
-    OWNED,
-    main_dtype,
-    match_headers,
-    read_spec,
-    resolve_dtype,
-    write_weights,
-)
-from d2f.models.storage import (
-    GENERATION_FILE,
-    StoredTensor,
-    read_json,
-    read_tensor,
-    replaced_folder,
-    write_json,
-)
+from d2f.models import checkpoint, storage
 
 IMPORT_FILE = "import.json"
 """In a folder that was imported: from what, and by what types."""
@@ -66,13 +51,13 @@ def import_gguf(
         ConfigError: `dtype` is unknown.
     """
     file, folder = expanded(file), expanded(folder)
-    wanted = resolve_dtype(dtype)
+    wanted = checkpoint.resolve_dtype(dtype)
     if file.is_dir():
         raise CheckpointError(f"'{file}' is a folder, which needs no import; give a GGUF file")
     source = resolve_folder(file)
-    spec = read_spec(source)
-    stored = match_headers(source, spec)
-    kept = wanted or main_dtype(stored)
+    spec = checkpoint.read_spec(source)
+    stored = checkpoint.match_headers(source, spec)
+    kept = wanted or checkpoint.main_dtype(stored)
     _check_target(folder)
     small = hub_files(read_container(file))
     about = {
@@ -82,19 +67,30 @@ def import_gguf(
         "dtype": str(kept).removeprefix("torch."),
     }
     tokenizer = [name for name in _TOKENIZER_FILES if NO_TOKENIZER not in small]
-    with replaced_folder(folder, (*OWNED, GENERATION_FILE, IMPORT_FILE, *tokenizer)) as new:
+    total, done = sum(tensor.num_bytes for tensor in stored.values()), 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        values = storage.read_tensor(stored[name], torch.device("cpu"), kept)
+        done += stored[name].num_bytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+        return values
+
+    owned = (*checkpoint.OWNED, storage.GENERATION_FILE, IMPORT_FILE, *tokenizer)
+    with storage.replaced_folder(folder, owned) as new:
         for name, text in small.items():
             if name != NO_TOKENIZER:
                 (new / name).write_text(text, encoding="utf-8")
-        config = read_json(new / "config.json") | {"torch_dtype": about["dtype"]}
-        write_json(new / "config.json", config)
+        config = storage.read_json(new / "config.json") | {"torch_dtype": about["dtype"]}
+        storage.write_json(new / "config.json", config)
         sizes = {n: t.num_bytes // t.dtype.itemsize * kept.itemsize for n, t in stored.items()}
-        write_weights(new, sizes, _reader(stored, kept, on_bytes), _SHARD_BYTES)
-        write_json(new / IMPORT_FILE, about)
+        checkpoint.write_weights(new, sizes, read, _SHARD_BYTES)
+        storage.write_json(new / IMPORT_FILE, about)
     return about | {"no_tokenizer": small.get(NO_TOKENIZER)}
 
 
-def block_counts(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, int]]:
+def block_counts(stored: Mapping[str, storage.StoredTensor]) -> dict[str, dict[str, int]]:
     """Tensors, numbers and bytes by block type, that of most bytes first; empty without a GGUF."""
     counts: dict[str, Counter[str]] = {}
     for tensor in stored.values():
@@ -117,21 +113,3 @@ def _check_target(folder: Path) -> None:
         raise CheckpointError(
             f"'{folder}' is not empty and was not made by an import; give a new folder"
         )
-
-
-def _reader(
-    stored: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
-    on_bytes: Callable[[int, int], None] | None,
-) -> Callable[[str], Tensor]:
-    total, done = sum(tensor.num_bytes for tensor in stored.values()), 0
-
-    def read(name: str) -> Tensor:
-        nonlocal done
-        values = read_tensor(stored[name], torch.device("cpu"), dtype)
-        done += stored[name].num_bytes
-        if on_bytes is not None:
-            on_bytes(done, total)
-        return values
-
-    return read

@@ -16,38 +16,31 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import CheckpointError, ConfigError, unknown_name
 from d2f.hub import resolve_folder
-from d2f.models.base_fingerprint import Fingerprint, take_fingerprint
+from d2f.models.adapter_base import Fingerprint, take_fingerprint
 from d2f.models.linear import Linear
-from d2f.models.lora_config import LoraConfig, written_config
-from d2f.models.lora_declaration import (
+from d2f.models.lora_config import (
     ADAPTER_DTYPES,
     CONFIG_FILE,
     DECLARATION_FILE,
     Declaration,
-    adapted_spec,
-    read_declaration,
+    DeclaredBase,
+    LoraConfig,
+    written_config,
 )
 from d2f.models.lora_folder import (
     FLOAT_STEM,
     INT8_STEM,
+    lora_keys,
     read_adapter,
-    require_equal_copies,
-    require_same_base,
+    require_same_weights,
+    scale_key,
+    with_adapter,
 )
 from d2f.models.lora_int8 import to_int8
-from d2f.models.lora_tensors import lora_keys, scale_key
-from d2f.models.spec import ModelSpec, published_modules
-from d2f.models.storage import (
-    GENERATION_FILE,
-    POLICY_FILE,
-    read_max_new_tokens,
-    read_policy,
-    replaced_folder,
-    write_json,
-)
+from d2f.models.spec import published_modules
+from d2f.models.storage import POLICY_FILE, replaced_folder, write_json, write_recommended
 from d2f.models.transformer import Transformer, published_parameters
 from d2f.ops.backend import Backend
 
@@ -186,12 +179,18 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
             f"{folder} reads its base as a diffusion model; use load_model(base, adapter=…), or "
             f"as_diffusion(model, mask_token_id={declared.mask_token_id}) first"
         )
-    require_equal_copies(folder, found.copies, model)
-    expected = None if declared is None else declared.fingerprint
+    require_same_weights(folder, found.copies, model)
+    expected = None if declared is None else declared.base.fingerprint
     # It reads all weights, so only where it is compared or may be saved again.
     fingerprint = None if merge and expected is None else _fingerprint(model)
     if expected is not None and fingerprint is not None:
-        require_same_base(folder, found, expected, fingerprint)
+        difference = expected.difference(fingerprint)
+        if difference is not None:
+            name = f"'{found.base_model}'" if found.base_model else "the one that it was trained on"
+            raise CheckpointError(
+                f"{folder} is an adapter for another model of this shape: {difference}; load "
+                f"{name}, in any precision"
+            )
     new = {}
     for published, ours in found.targets.items():
         base = model.get_submodule(ours)
@@ -209,8 +208,7 @@ def load_adapter(model: Transformer, path_or_hub_id: str | Path, *, merge: bool 
 def use_config(model: Transformer, config: LoraConfig) -> None:
     """Go on with a loaded adapter under this config, of which only the dropout may be another.
 
-    Raises:
-        ConfigError: Rank, scale or targets are not those of the adapter.
+    Raises `ConfigError` if rank, scale or targets are not those of the adapter.
     """
     adapted = _adapted(model)
     targets = {ours: published for published, ours in config.targets(model.spec).items()}
@@ -231,38 +229,19 @@ def use_config(model: Transformer, config: LoraConfig) -> None:
         module.config = config
 
 
-def with_adapter(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The spec of a model with the adapter of this folder.
-
-    The base may be read as a diffusion model, and the adapter may carry a decoding policy and the
-    length of an answer (generation_config.json). A diffusion model with an adapter counts as
-    distilled unless the adapter says otherwise: those that the paper's authors publish carry no
-    policy, and are decoded with the default one.
-
-    Raises:
-        CheckpointError: A file is broken, or the base is of another architecture.
-    """
-    declared = read_declaration(folder)
-    spec = adapted_spec(spec, folder, declared)
-    policy = read_policy(folder) or spec.recommended_policy
-    causal = spec.architecture.causal
-    distilled = causal or policy is not None or declared is None or declared.distilled
-    if policy is None and distilled and not causal:
-        policy = DecodingPolicy()
-    return replace(
-        spec,
-        recommended_policy=policy,
-        recommended_max_new_tokens=read_max_new_tokens(folder) or spec.recommended_max_new_tokens,
-        distilled=distilled,
-    )
-
-
 def _require_no_adapter(model: Transformer) -> None:
     if has_adapter(model):
         raise ConfigError(
             "the model carries an adapter already; merge it first (merge_adapter), or load the "
             "base model again"
         )
+
+
+def _require_adapter(model: Transformer, done: str) -> dict[str, LoraLinear]:
+    adapted = _adapted(model)
+    if not adapted:
+        raise ConfigError(f"the model carries no adapter that could be {done}")
+    return adapted
 
 
 def _renew_steps(model: Transformer) -> None:
@@ -282,9 +261,7 @@ def adapter_disabled(model: Transformer) -> Iterator[None]:
 
     May be nested. Raises `ConfigError` if there is no adapter to switch off.
     """
-    modules = list(_adapted(model).values())
-    if not modules:
-        raise ConfigError("the model carries no adapter that could be switched off")
+    modules = _require_adapter(model, "switched off").values()
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -302,10 +279,7 @@ def merge_adapter(model: Transformer) -> None:
     The merged weights are new tensors, so a model that shares the old ones keeps them. Raises
     `ConfigError` if the model carries no adapter.
     """
-    adapted = _adapted(model)
-    if not adapted:
-        raise ConfigError("the model carries no adapter that could be merged")
-    for ours, module in adapted.items():
+    for ours, module in _require_adapter(model, "merged").items():
         base = module.base
         update_OI = (module.lora_B.float() @ module.lora_A.float()) * module.scale
         merged_OI = (base.weight.float() + update_OI).to(base.weight.dtype)
@@ -350,20 +324,20 @@ def save_adapter(
         >>> save_adapter(model, folder, dtype="int8")
         >>> load_adapter(tiny_model("Dream"), folder)
     """
-    adapted, spec = _adapted(model), model.spec
-    if not adapted:
-        raise ConfigError("the model carries no adapter that could be saved")
+    adapted, spec = _require_adapter(model, "saved"), model.spec
     if dtype not in ADAPTER_DTYPES:
         raise ConfigError(unknown_name("dtype of an adapter", dtype, ADAPTER_DTYPES))
     config = written_config(next(iter(adapted.values())).config, spec, base_model)
     int8 = dtype == "int8"
     declared = Declaration(
-        base_type=spec.read_from or spec.architecture.name,
-        vocab_size=spec.vocab_size,
         mask_token_id=None if spec.read_from is None else spec.mask_token_id,
         distilled=distilled,
         dtype=dtype,
-        fingerprint=spec.adapter_base,
+        base=DeclaredBase(
+            model_type=spec.read_from or spec.architecture.name,
+            vocab_size=spec.vocab_size,
+            fingerprint=spec.adapter_base,
+        ),
         lora=config if int8 else None,
     )
     tensors = _stored_tensors(model, dtype)
@@ -373,11 +347,7 @@ def save_adapter(
         write_json(new / DECLARATION_FILE, declared.to_dict())
         stem = INT8_STEM if int8 else FLOAT_STEM
         save_file(tensors, new / f"{stem}.safetensors", metadata={"format": "pt"})
-        if spec.recommended_policy is not None:
-            write_json(new / POLICY_FILE, spec.recommended_policy.to_dict())
-        limit = spec.recommended_max_new_tokens
-        if limit is not None and not (Path(folder) / GENERATION_FILE).exists():
-            write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
+        write_recommended(new, spec, Path(folder))
 
 
 def _stored_tensors(model: Transformer, dtype: str) -> dict[str, Tensor]:

@@ -1,18 +1,29 @@
-"""The settings of a LoRA adapter, as PEFT's adapter_config.json has them."""
+"""An adapter's settings: PEFT's adapter_config.json, and the file beside it that names its base.
+
+PEFT ignores the second file. An adapter without it is read as PEFT reads it.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from d2f.errors import CheckpointError, ConfigError
-from d2f.models.lora_tensors import MERGE
+from d2f.models.adapter_base import Fingerprint
 from d2f.models.spec import ModelSpec, published_modules
+from d2f.models.storage import read_json
+from d2f.recipe import from_table, one_of
 
+CONFIG_FILE = "adapter_config.json"
+DECLARATION_FILE = "d2f_adapter.json"
+ADAPTER_DTYPES = ("float32", "bfloat16", "int8")
+MERGE = "merge the adapter into its base model with peft and load the result"
+"""The remedy where an adapter is more than this core computes."""
+_FORMAT = 1
 # What changes the result and is not computed here, with the values that switch it off.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
@@ -74,9 +85,7 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         patterns = [*self.rank_pattern, *self.alpha_pattern]
-        if isinstance(self.target_modules, str):
-            patterns.append(self.target_modules)
-        for pattern in patterns:
+        for pattern in [*patterns, wanted] if isinstance(wanted, str) else patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -119,10 +128,8 @@ class LoraConfig:
 
 
 def _by_pattern(patterns: Mapping[str, Any], published: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", published):
-            return value
-    return default
+    found = (v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", published))
+    return next(found, default)
 
 
 def _matches(wanted: tuple[str, ...] | list[str] | str, published: str) -> bool:
@@ -144,12 +151,11 @@ def read_config(values: Mapping[str, Any], spec: ModelSpec, where: Path) -> Lora
         value = values.get(name)
         if not any(value == other and type(value) is type(other) for other in off):
             raise CheckpointError(f"{where}: {name} is {value!r}, which is not supported; {MERGE}")
-    targets = values.get("target_modules")
     config = LoraConfig(
         r=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
         dropout=values.get("lora_dropout") or 0.0,
-        target_modules=targets,
+        target_modules=values.get("target_modules"),
         use_rslora=bool(values.get("use_rslora")),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
@@ -189,3 +195,70 @@ def written_config(config: LoraConfig, spec: ModelSpec, base_model: str) -> dict
         "modules_to_save": None,
         "use_dora": False,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeclaredBase:
+    """The base model that an adapter is for."""
+
+    model_type: str
+    vocab_size: int
+    fingerprint: Fingerprint | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """The content of d2f_adapter.json; raises `ConfigError` for entries that do not fit."""
+
+    format: int = _FORMAT
+    mask_token_id: int | None
+    """Read the autoregressive base as a diffusion model with this mask token; None: as it is."""
+    distilled: bool
+    """Whether the adapter was trained to be decoded in blocks."""
+    dtype: str
+    """Of the adapter's numbers: one of `ADAPTER_DTYPES`."""
+    base: DeclaredBase
+    lora: Mapping[str, Any] | None = None
+    """int8: the entries of an adapter_config.json, which would lead PEFT to read what it cannot."""
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, ADAPTER_DTYPES)
+        if (self.dtype == "int8") != (self.lora is not None):
+            raise ConfigError(f"dtype is {self.dtype!r}; int8 needs the table lora, others not")
+        mask, size = self.mask_token_id, self.base.vocab_size
+        if mask is not None and not 0 <= mask < size:
+            raise ConfigError(f"mask_token_id is {mask}; the vocabulary holds 0 to {size - 1}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration as plain JSON values, without what it lacks."""
+        table = asdict(self)
+        for part, name in ((table["base"], "fingerprint"), (table, "lora")):
+            if part[name] is None:
+                del part[name]
+        return table
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    found = any((folder / name).exists() for name in (CONFIG_FILE, DECLARATION_FILE))
+    return found and not (folder / "config.json").exists()
+
+
+def read_declaration(folder: Path) -> Declaration | None:
+    """What an adapter's folder declares; None for one that others wrote.
+
+    Raises `CheckpointError` if the file is broken, or of a newer version.
+    """
+    file = folder / DECLARATION_FILE
+    if not file.exists():
+        return None
+    values = read_json(file)
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{file}: format is {values.get('format')!r}; this version of d2f reads {_FORMAT}, so "
+            "update d2f, or fetch the adapter again"
+        )
+    try:
+        return from_table(Declaration, values, str(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; fetch the adapter again") from None

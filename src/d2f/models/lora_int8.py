@@ -19,20 +19,10 @@ GROUP = 32
 _LARGEST = 127
 
 
-def num_groups(size: int) -> int:
-    """Groups of `size` numbers; the last one may be shorter."""
-    return -(-size // GROUP)
-
-
 def balanced(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
     """Halves with the same product whose ranks are orthogonal and shared equally between the two.
 
     Then no ranks cancel each other, whose errors would stay.
-
-    Example:
-        >>> a, b = balanced(torch.rand(4, 8), torch.rand(6, 4))
-        >>> a.shape, b.shape
-        (torch.Size([4, 8]), torch.Size([6, 4]))
     """
     rank = a_RI.shape[0]
     q_b, r_b = torch.linalg.qr(b_OR.double())
@@ -53,13 +43,12 @@ def to_int8(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
         raise ConfigError("the adapter holds numbers that are not finite, so it cannot be stored")
     own = a_RI.float().cpu(), b_OR.float().cpu()
     update_OI = own[1] @ own[0]
-    tried = [_pair(*halves) for halves in (own, balanced(*own))]
 
     def lost(pair: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
         a, b = from_int8(*pair)
         return (b @ a - update_OI).norm().item()
 
-    return min(tried, key=lost)
+    return min((_pair(*halves) for halves in (own, balanced(*own))), key=lost)
 
 
 def _pair(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,6 +61,11 @@ def from_int8(
 ) -> tuple[Tensor, Tensor]:
     """The halves in fp32; the products of integers and scales are exact there."""
     return _scaled(a_RI, a_scale_RG), _scaled(b_OR.T, b_scale_GR.T).T.contiguous()
+
+
+def num_groups(size: int) -> int:
+    """Groups of `size` numbers; the last one may be shorter."""
+    return -(-size // GROUP)
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from d2f.errors import ConfigError, unknown_name
 from d2f.models.checkpoint import resolve_device, resolve_dtype
 from d2f.models.families import FAMILIES, autoregressive
-from d2f.models.spec import ModelSpec, published_modules
-from d2f.models.transformer import Transformer
+from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Transformer, filled_model
 
 _INIT_STD = 0.02
 PRESETS = {name: spec for family in FAMILIES.values() for name, spec in family.presets.items()}
@@ -57,21 +57,20 @@ def build_model(
     """
     generator = torch.Generator().manual_seed(seed)
     target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.float32
-    with torch.device("meta"):
-        model = Transformer(spec)
-    for ours in published_modules(spec).values():
-        module = model.get_submodule(ours)
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 2:
-                value = torch.randn(parameter.shape, generator=generator) * _INIT_STD
-                if ours.endswith(("o_proj", "down_proj")):
-                    value /= math.sqrt(2 * spec.num_layers)
-            else:
-                fill = 0.0 if attribute == "bias" else 1.0
-                value = torch.full(parameter.shape, fill)
-            parameter = nn.Parameter(value.to(target, to_dtype), requires_grad=False)
-            setattr(module, attribute, parameter)
-    return model.eval()
+
+    def drawn(name: str, parameter: Tensor) -> Tensor:
+        value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+        if parameter.ndim == 2:
+            value = torch.randn(parameter.shape, generator=generator) * _INIT_STD
+            value /= _damping(name, spec)
+        return value.to(target, to_dtype)
+
+    return filled_model(spec, drawn).eval()
+
+
+def _damping(name: str, spec: ModelSpec) -> float:
+    to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return math.sqrt(2 * spec.num_layers) if to_stream else 1.0
 
 
 @torch.no_grad()
@@ -82,11 +81,9 @@ def random_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = torch.bfloat16,
 ) -> Transformer:
-    """A model of random weights, drawn where and as they are kept: seconds for 8B on a GPU.
+    """A model as `build_model`'s, drawn where and as it is kept: seconds for 8B on a GPU.
 
-    Matrices are normal with deviation 0.02, those that write to the residual stream scaled down by
-    sqrt(2 * layers); norms are 1 and biases 0. Unlike `build_model`'s, the values depend on the
-    device and type.
+    So the values depend on the device and type.
 
     Example:
         >>> from d2f.testing import tiny_spec
@@ -95,19 +92,14 @@ def random_model(
     """
     target, to_dtype = resolve_device(device), resolve_dtype(dtype) or torch.bfloat16
     generator = torch.Generator(target).manual_seed(seed)
-    with torch.device("meta"):
-        model = Transformer(spec)
-    for ours in published_modules(spec).values():
-        module = model.get_submodule(ours)
-        scale = math.sqrt(2 * spec.num_layers) if ours.endswith(("o_proj", "down_proj")) else 1.0
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.empty(parameter.shape, device=target, dtype=to_dtype)
-            if parameter.ndim == 2:
-                value.normal_(0, _INIT_STD / scale, generator=generator)
-            else:
-                value.fill_(0.0 if attribute == "bias" else 1.0)
-            setattr(module, attribute, nn.Parameter(value, requires_grad=False))
-    return model.eval()
+
+    def drawn(name: str, parameter: Tensor) -> Tensor:
+        value = torch.empty(parameter.shape, device=target, dtype=to_dtype)
+        if parameter.ndim == 2:
+            return value.normal_(0, _INIT_STD / _damping(name, spec), generator=generator)
+        return value.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    return filled_model(spec, drawn).eval()
 
 
 def autoregressive_twin(model: Transformer) -> Transformer:
@@ -124,16 +116,7 @@ def autoregressive_twin(model: Transformer) -> Transformer:
     spec = model.spec
     if spec.architecture.causal:
         return model
-    with torch.device("meta"):
-        twin = Transformer(
-            replace(
-                spec,
-                architecture=autoregressive(spec),
-                mask_token_id=None,
-                recommended_policy=None,
-            )
-        )
-    for name, module in model.named_modules():
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            setattr(twin.get_submodule(name), attribute, parameter)
-    return twin.eval()
+    twin = replace(
+        spec, architecture=autoregressive(spec), mask_token_id=None, recommended_policy=None
+    )
+    return filled_model(twin, lambda name, _: model.get_parameter(name)).eval()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.models.base_fingerprint import Fingerprint
+from d2f.models.adapter_base import Fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +137,15 @@ class Family:
     """
 
     architecture: Architecture
-    read: Callable[[Mapping[str, Any], str], ModelSpec]
-    """(config, where): the spec of a config.json to which `defaults` were added; `where` names it
-    in errors."""
+    read: Callable[[Mapping[str, Any], Architecture, str], ModelSpec]
+    """(config, architecture, where): the spec of a config.json to which `defaults` were added;
+    `where` names it in errors."""
     write: Callable[[ModelSpec], dict[str, Any]]
     """(spec): the config.json with which the hub's own code reads the model."""
     defaults: Mapping[str, Any]
     """What the published class takes for an entry that a config.json lacks. Token ids are not
     among them: transformers' Llama has some, but what it generates does not end there."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of a config.json that have one value here; others are refused."""
     presets: Mapping[str, ModelSpec]
     """Sizes and token ids of published models, by the names of shapes."""

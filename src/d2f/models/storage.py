@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,17 +23,27 @@ from d2f.gguf.folder import linked_gguf
 from d2f.gguf.tensors import HubTensor, read_hub_tensors, read_values
 from d2f.hub import expanded
 
+if TYPE_CHECKING:
+    from d2f.models.spec import ModelSpec
+
 POLICY_FILE = "decoding_policy.json"
 GENERATION_FILE = "generation_config.json"
 
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of a header that weights may have."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SCHEMES = {
+    ".g_idx": "GPTQ",
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes, 8 bits",
+    ".absmax": "bitsandbytes, 4 bits",
+    ".weight_packed": "compressed-tensors",
+}
+"""Ends of names that only files of a scheme of quantisation have, the most telling first."""
+_KINDS = {"F8": "fp8", "F4": "fp4", "I8": "int8", "U8": "uint8"}
+"""Begin of a header's type -> what people call it."""
+_METHODS = {"gptq": "GPTQ", "awq": "AWQ", "fbgemm_fp8": "fp8"}
+"""`quant_method` of a config.json -> what people call it; others go by their own name."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NUM_NAMED = 8
 
 
@@ -105,24 +116,41 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_recommended(new: Path, spec: ModelSpec, folder: Path) -> None:
+    """Write the policy and the length of an answer that a model recommends, if any, to `new`.
+
+    A generation_config.json in `folder`, whose place `new` takes, stays.
+    """
+    if spec.recommended_policy is not None:
+        write_json(new / POLICY_FILE, spec.recommended_policy.to_dict())
+    limit = spec.recommended_max_new_tokens
+    if limit is not None and not (folder / GENERATION_FILE).exists():
+        write_json(new / GENERATION_FILE, {"max_new_tokens": limit})
+
+
 def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Names, shapes and types of `stem`.safetensors, or of the shards that its index lists.
 
-    The folder of a GGUF gives its tensors by the hub's names.
-
-    Raises:
-        CheckpointError: The file is missing, broken or pickled.
+    The folder of a GGUF gives its tensors by the hub's names. Raises `CheckpointError` if the file
+    is missing, broken or pickled.
     """
     gguf = linked_gguf(folder)
     if gguf is not None:
-        return {name: _in_gguf(tensor) for name, tensor in read_hub_tensors(gguf).items()}
+        return {
+            name: StoredTensor(
+                file=(at := tensor.source).file,
+                name=at.name,
+                shape=at.shape,
+                kind=at.type.kind,
+                in_gguf=tensor,
+            )
+            for name, tensor in read_hub_tensors(gguf).items()
+        }
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         return _read_header(single)
     if not index.exists():
-        pickles = sorted(
-            p.name for p in folder.iterdir() if any(fnmatch(p.name, x) for x in _PICKLES)
-        )
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         if pickles:
             raise CheckpointError(
                 f"{folder} holds pickled weights only ({some_names(pickles)}), which can run code "
@@ -143,26 +171,15 @@ def read_headers(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _in_gguf(tensor: HubTensor) -> StoredTensor:
-    source = tensor.source
-    return StoredTensor(
-        file=source.file,
-        name=source.name,
-        shape=source.shape,
-        kind=source.type.kind,
-        in_gguf=tensor,
-    )
-
-
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    tensors = {}
     with _opened(file) as stored:
-        for name in stored.keys():  # noqa: SIM118 (the handle is no dict)
-            part = stored.get_slice(name)
-            tensors[name] = StoredTensor(
+        parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
+        return {
+            name: StoredTensor(
                 file=file, name=name, shape=tuple(part.get_shape()), kind=part.get_dtype()
             )
-    return tensors
+            for name, part in parts.items()
+        }
 
 
 def read_tensor(
@@ -220,6 +237,35 @@ def compare_tensors(
     )
 
 
+def refuse_quantised(
+    folder: Path,
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    wanted: Iterable[str],
+) -> None:
+    """Refuse weights that are no plain numbers, and say which scheme made them.
+
+    The tensors decide, since a config.json may still speak of a scheme whose weights were converted
+    back. `stored` are all tensors, `wanted` the names of the model's parameters. Raises
+    `CheckpointError`.
+    """
+    signs = ((name, s) for end, s in _SCHEMES.items() for name in stored if name.endswith(end))
+    kinds = ((name, stored[name].kind) for name in wanted if name in stored)
+    other = ((name, _KINDS.get(kind[:2], kind)) for name, kind in kinds if kind not in FLOATS)
+    name, scheme = next(chain(signs, other), ("", ""))
+    if not name:
+        return
+    given = config.get("quantization_config")
+    if isinstance(given, Mapping) and isinstance(method := given.get("quant_method"), str):
+        bits = given.get("bits") or next((n for n in (4, 8) if given.get(f"load_in_{n}bit")), None)
+        scheme = _METHODS.get(method, method) + ("" if bits is None else f", {bits} bits")
+    raise CheckpointError(
+        f"{folder}: the weights are quantised ({scheme}): {name} is "
+        f"{stored[name].kind}; only {', '.join(FLOATS)} are supported, so load the model that "
+        "this one was made from, or have it converted to bf16 first"
+    )
+
+
 def some_names(names: Iterable[str]) -> str:
     """The first of these names, and how many more there are."""
     listed = list(names)
@@ -238,6 +284,12 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"cannot save to '{folder}': it is a file")
     new, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+
+    def kept_back(at: str, names: list[str]) -> set[str]:
+        if Path(at) != target:
+            return set()
+        return {n for n in names if (new / n).exists() or any(fnmatch(n, x) for x in owned)}
+
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -248,7 +300,7 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
                 target,
                 new,
                 symlinks=True,
-                ignore=lambda at, names: _kept_back(Path(at), names, target, new, owned),
+                ignore=kept_back,
                 copy_function=_link_or_copy,
                 dirs_exist_ok=True,
             )
@@ -265,14 +317,6 @@ def replaced_folder(folder: Path, owned: Iterable[str]) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _kept_back(
-    at: Path, names: list[str], target: Path, new: Path, owned: Iterable[str]
-) -> set[str]:
-    if at != target:
-        return set()
-    return {n for n in names if (new / n).exists() or any(fnmatch(n, x) for x in owned)}
 
 
 def _link_or_copy(source: str, to: str) -> None:

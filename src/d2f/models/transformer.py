@@ -6,7 +6,7 @@ V vocabulary, H head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -216,10 +216,7 @@ class Transformer(nn.Module):
         return layers + self.head_weight_VD.numel()
 
     def logits(
-        self,
-        ids_BL: Tensor,
-        layout: BlockLayout | None = None,
-        lengths_B: Tensor | None = None,
+        self, ids_BL: Tensor, layout: BlockLayout | None = None, lengths_B: Tensor | None = None
     ) -> Tensor:
         """Logits (B, L, V), fp32: row p scores the token at p, whatever the architecture.
 
@@ -280,6 +277,22 @@ class Transformer(nn.Module):
             frequency_H = rope_frequencies(spec.head_dim, spec.rope_theta, spec.rope_scaling)
             self._frequency_H = frequency_H = frequency_H.to(self.device)
         return frequency_H
+
+
+def filled_model(spec: ModelSpec, value_of: Callable[[str, Tensor], Tensor]) -> Transformer:
+    """A model with frozen parameters `value_of(our name, parameter on the meta device)`.
+
+    One that is a parameter itself is taken as it is. They are asked for in published order.
+    """
+    with torch.device("meta"):
+        model = Transformer(spec)
+    for ours in published_modules(spec).values():
+        module = model.get_submodule(ours)
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            value = value_of(f"{ours}.{attribute}", parameter)
+            frozen = not isinstance(value, nn.Parameter)
+            setattr(module, attribute, nn.Parameter(value, False) if frozen else value)
+    return model
 
 
 def published_parameters(model: Transformer) -> dict[str, tuple[nn.Module, str]]:

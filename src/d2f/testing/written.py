@@ -12,7 +12,7 @@ import torch
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import LoraConfig, save_adapter
-from d2f.models.lora_declaration import DECLARATION_FILE
+from d2f.models.lora_config import DECLARATION_FILE
 from d2f.testing.tiny import EOS_TOKEN_ID, MASK_TOKEN_ID, tiny_adapter, tiny_model
 
 MASK_TOKEN, EOS_TOKEN = "<|mask|>", "<|endoftext|>"

@@ -12,14 +12,9 @@ from d2f.errors import ConfigError, TrainingError, counted, unknown_name
 from d2f.hub import resolve_folder
 from d2f.models.checkpoint import as_diffusion, load_model, read_spec
 from d2f.models.families import config_from_spec, spec_from_config
-from d2f.models.lora import (
-    adapter_parameters,
-    attach_adapter,
-    load_adapter,
-    use_config,
-    with_adapter,
-)
-from d2f.models.lora_declaration import read_declaration
+from d2f.models.lora import adapter_parameters, attach_adapter, load_adapter, use_config
+from d2f.models.lora_config import read_declaration
+from d2f.models.lora_folder import with_adapter
 from d2f.models.presets import build_model
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
@@ -35,49 +30,39 @@ from d2f.training.tokenizer import train_tokenizer
 def tokenizer_folder(config: TrainConfig) -> Path:
     """Find the folder of the run's tokenizer, which is trained now if the recipe asks for it.
 
-    Raises:
-        CheckpointError: The folder or hub id holds none.
+    Raises `CheckpointError` if the folder or hub id holds none.
     """
     folder = find_tokenizer(config)
-    if folder is None:
-        settings = config.tokenizer
-        assert settings is not None and settings.vocab_size is not None
-        folder = _own_tokenizer(config)
-        pairs = read_pairs(config.data, settings.num_samples)
-        texts = (text for pair in pairs for text in pair.texts())
-        train_tokenizer(
-            texts,
-            folder,
-            vocab_size=settings.vocab_size,
-            single_questions=not config.data.columns.conversations,
-        )
-    return folder
+    if folder is not None:
+        return folder
+    settings = config.tokenizer
+    assert settings is not None and settings.vocab_size is not None
+    pairs = read_pairs(config.data, settings.num_samples)
+    return train_tokenizer(
+        (text for pair in pairs for text in pair.texts()),
+        Path(config.output) / "tokenizer",
+        vocab_size=settings.vocab_size,
+        single_questions=not config.data.columns.conversations,
+    )
 
 
 def find_tokenizer(config: TrainConfig) -> Path | None:
     """Find the folder of the run's tokenizer; None where it is still to be trained.
 
-    Raises:
-        CheckpointError: There is no such folder or hub id.
+    Raises `CheckpointError` if there is no such folder or hub id.
     """
     settings = config.tokenizer
     path = config.model.init if settings is None else settings.path
     if path is not None:
         return resolve_folder(path, weights=False)
-    folder = _own_tokenizer(config)
+    folder = Path(config.output) / "tokenizer"
     return folder if (folder / "tokenizer_config.json").exists() else None
-
-
-def _own_tokenizer(config: TrainConfig) -> Path:
-    return Path(config.output) / "tokenizer"
 
 
 def initial_spec(config: TrainConfig) -> ModelSpec:
     """Read the spec of the weights that the run starts from; the weights are not needed.
 
-    Raises:
-        ConfigError: `[model.config]` has an unknown entry.
-        CheckpointError: There is no config.json.
+    Raises `ConfigError` for an unknown entry of `[model.config]`, `CheckpointError` without one.
     """
     if config.model.init is not None:
         spec = read_spec(resolve_folder(config.model.init, weights=False))
@@ -98,10 +83,7 @@ def load_models(
     """Load the model to train, from its start or a checkpoint, and a teacher that is another one.
 
     Without another one, the teacher is the model with its adapter off, or the stage has none.
-
-    Raises:
-        ConfigError: Architecture, tokenizer and recipe do not fit.
-        CheckpointError: Weights cannot be loaded.
+    Raises `ConfigError` if architecture, tokenizer and recipe do not fit, and `CheckpointError`.
     """
     full = config.lora is None
     at_start = checkpoint is None or not full
@@ -225,11 +207,8 @@ def load_data(
     """Encode the run's data for a model, and take out the samples that are evaluated on.
 
     All processes must come here. `folder` holds the tokenizer, for worker processes; `note` is told
-    of bad rows, and what became of the others.
-
-    Raises:
-        ConfigError: Sequences are longer than the model's positions.
-        TrainingError: The data cannot be read, or no sample fits, or processes read different ones.
+    of bad rows, and what became of the others. Raises `ConfigError` if sequences are longer than
+    the model's positions, and `TrainingError` if data cannot be read, or processes read others.
     """
     spec, settings = model.spec, config.data
     if settings.sequence_length > spec.max_positions:
@@ -240,7 +219,7 @@ def load_data(
     with processes.first_one():
         encoded = encode_data(settings, tokenizer, folder, note, spec)
         dataset = TokenDataset(encoded, settings, eos_token_id=spec.eos_token_ids[0])
-    sizes = processes.share((dataset.num_rows, len(dataset), dataset.mean_length))
+    sizes = processes.share((dataset.counts()["rows"], len(dataset), dataset.mean_length))
     if len(set(sizes)) > 1:
         raise TrainingError(
             "the processes read different data; give each machine the same files, or a shared disk"

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from d2f.diffusion.policy import DecodingPolicy
-from d2f.errors import CheckpointError, TrainingError, counted
+from d2f.errors import CheckpointError, TrainingError, counted, first_line
 from d2f.models.checkpoint import save_model
 from d2f.models.lora import has_adapter, save_adapter
 from d2f.models.storage import replaced_folder, write_json
-from d2f.models.transformer import Transformer
+from d2f.models.transformer import Transformer, filled_model
 from d2f.provenance import describe_code
 from d2f.training.config import TrainConfig, to_table, with_defaults
 from d2f.training.evaluations import BEST_FILE, BEST_FOLDER, measure_of
@@ -43,7 +42,6 @@ RECIPE_FILE = "recipe.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 # A checkpoint continues only the run that made it; other settings may change on resuming.
 _IDENTITY = ("stage", "seed", "batch_size", "model", "data", "tokenizer", "lora", "evaluate")
-
 _FREE = {
     "data": ("cache", "num_workers"),
     # Settings of `final/` alone.
@@ -64,15 +62,10 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>`, then remove all but the newest ones; all processes must come here.
 
-    A folder of that name appears only when it is complete. If the optimizer's state is in shards,
-    each process writes its own to a folder that all of them can write to, and the main process
-    renames the folder.
-
+    A folder of that name appears only when it is complete; where something could not be written
+    (`TrainingError`, `CheckpointError`) those from before are as they were. If the optimizer's
+    state is in shards, each process writes its own to a folder that all of them can write to.
     `progress` is the `step` and the `seconds` of training, which `load_state` gives back.
-
-    Raises:
-        TrainingError, CheckpointError: Something could not be written. The checkpoints from before
-            are as they were.
     """
     folder = checkpoint_folder(config, progress["step"])
     sharded = distributed.shards_optimizer
@@ -102,11 +95,7 @@ def save_checkpoint(
 
 
 def require_shared(path: Path, processes: Processes) -> None:
-    """Make sure that what the main process made is there for all; all must come here.
-
-    Raises:
-        TrainingError: It is not.
-    """
+    """Raise `TrainingError` unless what the main process made is there for all; all come here."""
     if not all(processes.share(path.exists())):
         raise TrainingError(
             f"not all processes see {path.parent}; sharded checkpoints need an output folder on a "
@@ -127,9 +116,8 @@ def _write_checkpoint(
     try:
         torch.save(state, folder / STATE_FILE)
     except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {reason}"
+            f"cannot write {STATE_FILE}, perhaps for want of space on the disk: {first_line(error)}"
         ) from None
     write_json(folder / RECIPE_FILE, to_table(config))
     write_json(folder / "provenance.json", provenance())
@@ -137,11 +125,7 @@ def _write_checkpoint(
 
 @contextmanager
 def saving(output: Path) -> Iterator[None]:
-    """Add to the error of a save that fails what is left, and how to go on.
-
-    Raises:
-        TrainingError: The block could not write.
-    """
+    """Add to the error of a save that fails what is left, and how to go on."""
     try:
         yield
     except (CheckpointError, TrainingError, OSError) as error:
@@ -194,8 +178,7 @@ def find_checkpoint(
         recorded = json.loads((found[-1] / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot resume from {found[-1]}: {error}") from None
-    table = to_table(config)
-    recorded = with_defaults(recorded)
+    table, recorded = to_table(config), with_defaults(recorded)
     for name in _IDENTITY:
         if _identity(recorded, name) != _identity(table, name):
             raise TrainingError(
@@ -223,8 +206,7 @@ def _identity(table: Mapping[str, Any], name: str) -> Any:
 def load_state(folder: Path) -> dict[str, Any]:
     """Optimizer, RNG and loop state of a checkpoint; never runs code from the file.
 
-    Raises:
-        TrainingError: The file is missing or broken.
+    Raises `TrainingError` if the file is missing or broken.
     """
     file = folder / STATE_FILE
     try:
@@ -243,8 +225,7 @@ def restore_optimizer(
 ) -> None:
     """Give an optimizer the state of a checkpoint; all processes must come here.
 
-    Raises:
-        TrainingError: It is the state of another model, or a part of it is missing.
+    Raises `TrainingError` if it is the state of another model, or a part of it is missing.
     """
     if state["step"] == 0:
         return  # whatever state was written was made up to be written
@@ -273,7 +254,7 @@ def restore_random(
         )
     if processes.rank >= len(states):
         return
-    rng: Mapping[str, Tensor] = states[processes.rank]
+    rng = states[processes.rank]
     torch.set_rng_state(rng["cpu"])
     if processes.device.type == "cuda" and "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"], processes.device)
@@ -295,7 +276,11 @@ def save_result(
     name = BEST_FOLDER if best else "final"
     if not has_adapter(model):
         dtype = getattr(torch, config.model.weights_dtype)
-        model = _converted(model, dtype) if best else model.to(dtype)
+        if best:  # on the CPU, so that a second model needs no memory of the GPU
+            given = dict(model.named_parameters())
+            model = filled_model(model.spec, lambda name, _: given[name].detach().to("cpu", dtype))
+        else:
+            model = model.to(dtype)
     folder = Path(config.output) / name
     spec = model.spec
     policy = config.policy or spec.recommended_policy
@@ -317,17 +302,6 @@ def save_result(
         card = model_card(config, spec, policy, facts)
         (new / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _converted(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model in another type on the CPU, so that a second one needs no memory of the GPU."""
-    with torch.device("meta"):
-        copy = Transformer(model.spec)
-    for name, module in model.named_modules():
-        for attribute, parameter in list(module.named_parameters(recurse=False)):
-            value = parameter.detach().to("cpu", dtype)
-            setattr(copy.get_submodule(name), attribute, nn.Parameter(value, requires_grad=False))
-    return copy
 
 
 def provenance() -> dict[str, Any]:

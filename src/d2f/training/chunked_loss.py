@@ -12,7 +12,7 @@ nothing is computed twice, and what stays is as small as the hidden states.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,38 +79,22 @@ def chunked_loss(
     # As autocast itself does, which leaves fp64 alone.
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    teacher = target if isinstance(target, TeacherStates) else None
-    plan = _Plan(
-        objective=objective,
-        size=chunk_size(len(head_VD), memory_bytes),
-        dtype=dtype,
-        # Inside a Function gradients are off; whether the caller wants any must be asked here.
-        trains=torch.is_grad_enabled(),
-    )
+    # Inside a Function gradients are off; whether the caller wants any must be asked here.
+    plan = _Plan(objective, chunk_size(len(head_VD), memory_bytes), dtype, torch.is_grad_enabled())
+    given, head_VE = target, None
+    if isinstance(target, TeacherStates):
+        given, head_VE = target.hidden_ME, target.head_VE
     with torch.autocast(device, enabled=False):
-        return _ChunkedLoss.apply(
-            hidden_MD,
-            head_VD,
-            target if teacher is None else teacher.hidden_ME,
-            None if teacher is None else teacher.head_VE,
-            weight_M,
-            plan,
-        )
+        return _ChunkedLoss.apply(hidden_MD, head_VD, given, head_VE, weight_M, plan)
 
 
 def chunk_size(vocab_size: int, memory_bytes: int) -> int:
-    """Positions whose logits, with what is computed from them, fit into this memory; at least 1.
-
-    Example:
-        >>> chunk_size(126_464, 384 * 2**20), chunk_size(1024, 384 * 2**20)
-        (256, 32768)
-    """
+    """Positions whose logits, with what is computed from them, fit into this memory; at least 1."""
     rows = max(memory_bytes // (LOGIT_BYTES * vocab_size), 1)
     return rows - rows % _TILE if rows > _TILE else rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Plan(NamedTuple):
     objective: str
     size: int
     dtype: torch.dtype
@@ -202,8 +186,7 @@ def _loss_and_slope(log_p_CV: Tensor, target_C: Tensor, objective: str) -> tuple
         return loss_C, gap_CV.sub_(loss_C[:, None]).mul_(p_CV)
     q_CV = log_q_CV.exp()
     # Logits of a head are finite, so the teacher's logarithms are, and 0 log 0 needs no care.
-    gap_CV = (
-        log_q_CV.sub_(log_p_CV) if objective == "forward_kl" else log_q_CV.copy_(log_p_CV).neg_()
-    )
+    forward = objective == "forward_kl"
+    gap_CV = log_q_CV.sub_(log_p_CV) if forward else log_q_CV.copy_(log_p_CV).neg_()
     loss_C = gap_CV.mul_(q_CV).sum(dim=-1)
     return loss_C, log_p_CV.exp_().sub_(q_CV)

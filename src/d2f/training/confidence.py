@@ -31,11 +31,10 @@ def measure_confidence(loss: StageLoss, inputs: StepInputs) -> dict[str, Any]:
     without dropout; no gradient and no random number is touched. Positions are at most
     `MOST_POSITIONS` of those that count in the loss, evenly spread.
 
-    Returns:
-        `confidence`: the mean of the highest probability; `one_token`: of the positions where
-        another token than the most predicted one is right, the share at which that one is
-        predicted (None if they are fewer than 16); `one_token_name`: "EOS" or "token 17"; and
-        `teacher_confidence`, `teacher_one_token`. Empty where nothing is masked.
+    Gives `confidence`, the mean of the highest probability; `one_token`, of the positions where
+    another token than the most predicted one is right the share at which that one is predicted;
+    `one_token_name`, "EOS" or "token 17"; and the same of the teacher, `teacher_confidence` and
+    `teacher_one_token`. Empty where nothing is masked.
     """
     inputs = next(inputs.parts(MOST_SEQUENCES, select=True))
     rows_M = inputs.selected_M
@@ -94,12 +93,6 @@ def _summary(
         tokens.append(token_C)
     token_M = torch.cat(tokens)
     most = int(token_M.mode().values)
-    other_M = target_M != most
-    share = (
-        float((token_M[other_M] == most).float().mean()) if int(other_M.sum()) >= _LEAST else None
-    )
-    return (
-        round(float(torch.cat(tops).mean()), 4),
-        most,
-        None if share is None else round(share, 4),
-    )
+    said_M = token_M[target_M != most] == most
+    share = round(float(said_M.float().mean()), 4) if len(said_M) >= _LEAST else None
+    return round(float(torch.cat(tops).mean()), 4), most, share

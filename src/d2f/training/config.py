@@ -16,19 +16,8 @@ from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError, counted
 from d2f.models.lora import LoraConfig
 from d2f.recipe import at_least, from_table, one_of, read_recipe
-from d2f.training.sections import (
-    DTYPES,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SampleConfig,
-    TokenizerConfig,
-)
+from d2f.training import sections
 
-_DEFAULT_OBJECTIVE = ObjectiveConfig()
 STAGES = ("autoregressive", "masked-diffusion", "d2f")
 SHARDINGS = ("none", "full")
 
@@ -84,17 +73,17 @@ class TrainConfig:
     """Steps between checkpoints; none: only when the run is stopped."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept."""
-    model: ModelConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    tokenizer: TokenizerConfig | None = None
+    model: sections.ModelConfig
+    data: sections.DataConfig
+    optimizer: sections.OptimizerConfig
+    tokenizer: sections.TokenizerConfig | None = None
     lora: LoraConfig | None = None
     """Train a LoRA adapter with these settings; none: all weights. In a recipe of stage d2f an
     adapter with the default settings is trained unless it says `lora = false`."""
-    noise: NoiseConfig | None = None
-    objective: ObjectiveConfig | None = None
-    sample: SampleConfig | None = None
-    evaluate: EvaluateConfig | None = None
+    noise: sections.NoiseConfig | None = None
+    objective: sections.ObjectiveConfig | None = None
+    sample: sections.SampleConfig | None = None
+    evaluate: sections.EvaluateConfig | None = None
     trackers: tuple[str, ...] = ()
     """Names of accelerate's trackers that get the log as well: "tensorboard", "wandb", …"""
     policy: DecodingPolicy | None = None
@@ -102,7 +91,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         one_of("stage", self.stage, STAGES)
-        one_of("precision", self.precision, DTYPES)
+        one_of("precision", self.precision, sections.DTYPES)
         one_of("sharding", self.sharding, SHARDINGS)
         for name in (
             "steps", "batch_size", "micro_batch_size", "max_seconds", "log_every",
@@ -120,7 +109,6 @@ class TrainConfig:
                 "model.dtype bfloat16 is for frozen weights below a [lora] adapter; to train all "
                 'weights faster, keep float32 and set precision = "bfloat16"'
             )
-
         if self.model.output_dtype == "int8" and self.lora is None:
             raise ConfigError(
                 'model.output_dtype "int8" is for the adapter of a [lora] table; all weights are '
@@ -133,9 +121,9 @@ class TrainConfig:
         return self.stage == "d2f" and self.distillation.objective != "cross_entropy"
 
     @property
-    def distillation(self) -> ObjectiveConfig:
+    def distillation(self) -> sections.ObjectiveConfig:
         """`[objective]`, or its defaults where the recipe leaves it out."""
-        return self.objective or _DEFAULT_OBJECTIVE
+        return self.objective or sections.ObjectiveConfig()
 
     @property
     def own_teacher(self) -> bool:
@@ -147,8 +135,7 @@ class TrainConfig:
     def micro_batches(self, processes: int = 1) -> tuple[int, int]:
         """Give the sequences of a micro-batch, and each process's micro-batches of an update.
 
-        Raises:
-            ConfigError: The batch cannot be divided among the processes.
+        Raises `ConfigError` if the batch cannot be divided among the processes.
         """
         size = self.micro_batch_size or self.batch_size // processes
         if size == 0 or self.batch_size % (size * processes):
@@ -160,15 +147,14 @@ class TrainConfig:
         return size, self.batch_size // (size * processes)
 
     def _check_tables(self) -> None:
-        if (self.noise is None) != (self.stage == "autoregressive"):
-            raise ConfigError(
-                f"stage {self.stage} {'needs' if self.noise is None else 'has no use for'} [noise]"
-            )
-        if self.noise is not None and (self.noise.kind == "uniform") != (
-            self.stage == "masked-diffusion"
-        ):
-            raise ConfigError(f'noise.kind "{self.noise.kind}" does not fit stage {self.stage}')
         noise = self.noise
+        if (noise is None) != (self.stage == "autoregressive"):
+            raise ConfigError(
+                f"stage {self.stage} {'needs' if noise is None else 'has no use for'} [noise]"
+            )
+        uniform = noise is not None and noise.kind == "uniform"
+        if noise is not None and uniform != (self.stage == "masked-diffusion"):
+            raise ConfigError(f'noise.kind "{noise.kind}" does not fit stage {self.stage}')
         ends = noise is None or noise.random_end or not noise.train_on_eos_blocks
         if self.data.padding == "packed" and noise is not None and noise.random_end:
             raise ConfigError(

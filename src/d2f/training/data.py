@@ -19,12 +19,7 @@ from d2f.training.token_cache import Encoded
 
 
 def derive_seed(seed: int, part: str, number: int = 0) -> int:
-    """Give the seed of one part of a run, unrelated to that of any other part.
-
-    Example:
-        >>> derive_seed(0, "noise", 1) == derive_seed(0, "noise", 2)
-        False
-    """
+    """Give the seed of one part of a run, unrelated to that of any other part."""
     digest = hashlib.blake2b(f"{seed}/{part}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -53,11 +48,8 @@ class Batch:
 class TokenDataset:
     """All samples of a run as flat integer arrays on the CPU.
 
-    Over-long samples are dropped or truncated as the config says, and counted: `num_rows` all
-    samples, `num_dropped` and `num_truncated` (whose response was cut), and of prompts that are too
-    long `num_long_prompts` (in `num_dropped` too) or `num_truncated_prompts`.
-
-    Raises `TrainingError` if no sample remains.
+    Over-long samples are dropped or truncated as the config says, and counted (`counts`). Raises
+    `TrainingError` if no sample remains.
 
     Example:
         >>> from array import array
@@ -79,26 +71,27 @@ class TokenDataset:
         limit = config.sequence_length - 1
         longest = min(config.max_prompt_length or limit, limit)
         keep_E = prompt_E <= longest
+        cut_E = torch.zeros_like(prompt_E)
         if config.long_prompt == "truncate":
             cut_E = (prompt_E - longest).clamp_min(0)
             prompt_E, start_E, length_E = prompt_E - cut_E, start_E + cut_E, length_E - cut_E
             keep_E = torch.ones_like(keep_E)
-        else:
-            cut_E = torch.zeros_like(prompt_E)
-        self.num_long_prompts = int((~keep_E).sum())
+        long_prompts = int((~keep_E).sum())
         # The first EOS belongs to the answer, so a sample fits if there is room for it.
         long_E = length_E > limit
         if config.over_long == "drop":
             keep_E &= ~long_E
         long_E &= keep_E
         length_E = torch.where(long_E, config.sequence_length, length_E)
-        self.num_rows = len(prompt_E)
-        self.num_dropped = int((~keep_E).sum())
-        self.num_truncated = int(long_E.sum())
-        self.num_truncated_prompts = int((cut_E[keep_E] > 0).sum())
-        self.num_held_out = 0
-        self.bad_rows = encoded.bad_rows
-        self.cache_file = encoded.cache_file
+        self._counts = {
+            "rows": len(prompt_E),
+            "dropped": int((~keep_E).sum()),
+            "long_prompts": long_prompts,
+            "truncated": int(long_E.sum()),
+            "truncated_prompts": int((cut_E[keep_E] > 0).sum()),
+            "held_out": 0,
+        }
+        self._bad_rows, self._cache_file = encoded.bad_rows, encoded.cache_file
         tokens_T = _tensor(encoded.tokens)
         fits = int(tokens_T.max()) < 2**15
         self._tokens_T = tokens_T.to(torch.int16 if fits else torch.int32)
@@ -107,11 +100,10 @@ class TokenDataset:
         self._length_E = length_E[keep_E]
         if not len(self):
             raise TrainingError(
-                f"none of {counted(self.num_rows, 'sample')} fits into data.sequence_length "
-                f"{config.sequence_length}, and {self.num_long_prompts} have a prompt of more than "
+                f"none of {counted(len(prompt_E), 'sample')} fits into data.sequence_length "
+                f"{config.sequence_length}, and {long_prompts} have a prompt of more than "
                 f"{counted(longest, 'token')}; raise data.sequence_length or "
-                "data.max_prompt_length, or set "
-                "over_long or long_prompt to 'truncate'"
+                "data.max_prompt_length, or set over_long or long_prompt to 'truncate'"
             )
 
     def __len__(self) -> int:
@@ -129,17 +121,19 @@ class TokenDataset:
 
     def text(self) -> str:
         """Tell in one line what became of the rows."""
-        held_out = f"{self.num_held_out:,} held out, " if self.num_held_out else ""
+        known = self._counts
+        held_out = f"{known['held_out']:,} held out, " if known["held_out"] else ""
         return (
             f"{counted(len(self), 'sample', ',')} of "
             f"{counted(self.mean_length, 'token', '.0f')} on average, {held_out}"
-            f"{self.num_dropped:,} dropped and {self.num_truncated:,} truncated as over-long; "
-            f"too long a prompt: {self.num_long_prompts:,} of the dropped, "
-            f"{self.num_truncated_prompts:,} cut"
+            f"{known['dropped']:,} dropped and {known['truncated']:,} truncated as over-long; "
+            f"too long a prompt: {known['long_prompts']:,} of the dropped, "
+            f"{known['truncated_prompts']:,} cut"
         )
 
-    def keep(self, kept_E: Tensor) -> None:
-        """Forget the samples that a mask (E,) of bools leaves out; the others move up."""
+    def hold_out(self, held_E: Tensor) -> None:
+        """Forget the samples that a mask (E,) of bools marks; the others move up."""
+        self._counts["held_out"], kept_E = int(held_E.sum()), ~held_E
         self._start_E, self._prompt_E, self._length_E = (
             values_E[kept_E] for values_E in (self._start_E, self._prompt_E, self._length_E)
         )
@@ -152,23 +146,18 @@ class TokenDataset:
     def counts(self) -> dict[str, Any]:
         """Count what became of the rows, for training_summary.json.
 
-        `rows` are the good ones, of which `dropped` and `truncated` did not fit and `held_out` are
-        kept for evaluation; `bad_rows` gave no sample at all, and `bad_row_counts` and
-        `first_bad_rows` say why and which.
+        `rows` are the good ones, of which `dropped` and `truncated` did not fit (`long_prompts` of
+        the dropped, and `truncated_prompts`, for their prompts) and `held_out` are kept for
+        evaluation; `bad_rows` gave no sample at all.
         """
         return {
-            "rows": self.num_rows,
-            "dropped": self.num_dropped,
-            "long_prompts": self.num_long_prompts,
-            "truncated": self.num_truncated,
-            "truncated_prompts": self.num_truncated_prompts,
-            "held_out": self.num_held_out,
+            **self._counts,
             "used": len(self),
             "mean_length": round(self.mean_length, 2),
-            "bad_rows": self.bad_rows.count,
-            "bad_row_counts": self.bad_rows.counts,
-            "first_bad_rows": self.bad_rows.first,
-            "cache": self.cache_file,
+            "bad_rows": self._bad_rows.count,
+            "bad_row_counts": self._bad_rows.counts,
+            "first_bad_rows": self._bad_rows.first,
+            "cache": self._cache_file,
         }
 
     def batch(self, rows_B: Tensor, length: int | None = None) -> Batch:

@@ -26,15 +26,14 @@ tiny models, within 25%, and the sums against those measured at 8B on a GPU, wit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from d2f.errors import D2FError, counted
 from d2f.models.checkpoint import as_diffusion
-from d2f.models.lora import LoraLinear, attach_adapter
+from d2f.models.lora import LoraLinear, adapter_parameters, attach_adapter
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.text import Tokenizer
@@ -123,26 +122,33 @@ def estimate(
     """
     model = _model(config, spec)
     micro, accumulated = config.micro_batches(processes)
-    length = config.data.sequence_length
-    flops = _flops(config, model, config.batch_size * length)
-    recomputed = flops["student"] if config.activation_checkpointing else 0
+    tokens = config.batch_size * config.data.sequence_length
+    # All tokens are taken to see all of their sequence, or row.
+    pairs = tokens * config.data.sequence_length
+    work = Work(
+        num_tokens=tokens,
+        num_counted=round(tokens * _counted_share(config)),
+        teacher_pairs=pairs,
+        student_pairs=pairs // 2 if config.stage == "autoregressive" else pairs,
+    )
+    found = step_flops(model, None, work)
+    flops = found.total - (0 if config.has_teacher else found.teacher)
+    recomputed = found.student if config.activation_checkpointing else 0
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    memory = {
-        recompute: _memory(
-            config, model, micro, accumulated, processes, recompute=recompute, compiled=compiled
-        )
+    memory = [
+        _memory(config, model, processes, recompute=recompute, compiled=compiled)
         for recompute in (False, True)
-    }
+    ]
     return Estimate(
         num_parameters=model.spec.num_parameters,
         num_trained=num_trained,
         sequences_per_update=config.batch_size,
-        tokens_per_update=config.batch_size * length,
+        tokens_per_update=tokens,
         micro_batch=micro,
         accumulated=accumulated,
         processes=processes,
-        flops_per_update=sum(flops.values()),
-        computed_per_update=sum(flops.values()) + recomputed,
+        flops_per_update=flops,
+        computed_per_update=flops + recomputed,
         memory=memory[config.activation_checkpointing],
         other_memory=memory[not config.activation_checkpointing],
     )
@@ -166,36 +172,14 @@ def _counted_share(config: TrainConfig) -> float:
     return 1.0 if noise is None else (noise.low + noise.high) / 2
 
 
-def _flops(config: TrainConfig, model: Transformer, num_tokens: int) -> Mapping[str, int]:
-    """Operations of an update; all tokens are taken to see all of their sequence, or row."""
-    pairs = num_tokens * config.data.sequence_length
-    work = Work(
-        num_tokens=num_tokens,
-        num_counted=round(num_tokens * _counted_share(config)),
-        teacher_pairs=pairs,
-        student_pairs=pairs // 2 if config.stage == "autoregressive" else pairs,
-    )
-    found = asdict(step_flops(model, None, work))
-    return found if config.has_teacher else found | {"teacher": 0}
-
-
 def _memory(
-    config: TrainConfig,
-    model: Transformer,
-    micro: int,
-    accumulated: int,
-    processes: int,
-    *,
-    recompute: bool,
-    compiled: bool,
+    config: TrainConfig, model: Transformer, processes: int, *, recompute: bool, compiled: bool
 ) -> Memory:
-    spec = model.spec
+    spec, (micro, accumulated) = model.spec, config.micro_batches(processes)
     size = getattr(torch, config.model.dtype).itemsize
     products = 2 if config.precision == "bfloat16" else size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter = sum(
-        m.lora_A.numel() + m.lora_B.numel() for m in model.modules() if isinstance(m, LoraLinear)
-    )
+    adapter = sum(p.numel() for p in adapter_parameters(model))
     shards = processes if config.sharding == "full" else 1
     base = spec.num_parameters * size
     # An adapter is not sharded; one layer, and embedding with head, are whole while they compute.
@@ -259,7 +243,7 @@ def layer_bytes(model: Transformer, *, residual: int, products: int, compiled: b
 class DataPlan:
     """Numbers of a run's samples and of the sequences of an epoch; None: not known yet."""
 
-    num_samples: int | None
+    num_samples: int | None = None
     num_rows: int | None = None
     """As many sequences as samples, or with `padding = "packed"` the rows that hold them."""
     note: str
@@ -276,15 +260,15 @@ def plan_data(config: TrainConfig, spec: ModelSpec) -> DataPlan:
     try:
         folder = find_tokenizer(config)
         if folder is None:
-            return _unknown("the tokenizer is trained when the run starts")
+            return DataPlan(note="the tokenizer is trained when the run starts")
         mask = config.model.mask_token_id
         own = spec if mask is None else replace(spec, mask_token_id=mask)
         encoded = cached_data(settings, Tokenizer.load(folder), own)
         if encoded is None:
-            return _unknown("the data have not been read with these settings yet")
+            return DataPlan(note="the data have not been read with these settings yet")
         dataset = TokenDataset(encoded, settings, eos_token_id=(*spec.eos_token_ids, 0)[0])
     except D2FError as error:
-        return _unknown(str(error).partition(". ")[0])
+        return DataPlan(note=str(error).partition(". ")[0])
     share = 1.0
     if settings.padding == "packed":
         share = pack_samples(dataset, config).num_rows / len(dataset)
@@ -295,12 +279,8 @@ def _without_held_out(count: int, config: TrainConfig, note: str, share: float |
     """Leave out what is evaluated on; a sample takes `share` of a row (None: not known)."""
     left = count - ((config.evaluate.held_out or 0) if config.evaluate else 0)
     if left <= 0:
-        return _unknown(
-            f"evaluate.held_out {count - left} leaves nothing of {counted(count, 'sample')}"
+        return DataPlan(
+            note=f"evaluate.held_out {count - left} leaves nothing of {counted(count, 'sample')}"
         )
     rows = None if share is None else math.ceil(left * share)
     return DataPlan(num_samples=left, num_rows=rows, note=note)
-
-
-def _unknown(reason: str) -> DataPlan:
-    return DataPlan(num_samples=None, note=reason)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d2f.errors import TrainingError, counted
+from d2f.errors import TrainingError, counted, first_line
 from d2f.models.transformer import Transformer
 from d2f.training.config import TrainConfig, to_table
 from d2f.training.data import TokenDataset, generator
@@ -27,11 +27,8 @@ class HeldOut(NamedTuple):
 def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
     """Take `count` samples out of a data set, and with them all others that have the same prompts.
 
-    A sample whose response was cut has no answer to be scored by, so it is not chosen. The data
-    set's `num_held_out` then says how many it has lost, repeated prompts included.
-
-    Raises:
-        TrainingError: There are not so many, or nothing would be left to train on.
+    A sample whose response was cut has no answer to be scored by, so it is not chosen. Raises
+    `TrainingError` if there are not so many, or nothing would be left to train on.
     """
     chosen: dict[tuple[int, ...], HeldOut] = {}
     order = torch.randperm(len(dataset), generator=generator(seed, "held out")).tolist()
@@ -42,19 +39,14 @@ def hold_out(dataset: TokenDataset, count: int, seed: int) -> list[HeldOut]:
         prompt_ids, response_ids = dataset.sample(row)
         if response_ids and len(prompt_ids) + len(response_ids) < most:
             chosen.setdefault(tuple(prompt_ids), HeldOut(prompt_ids, response_ids))
-    kept_E = torch.tensor(
-        [tuple(dataset.sample(row)[0]) not in chosen for row in range(len(dataset))],
-        dtype=torch.bool,
-    )
-    if len(chosen) < count or not kept_E.any():
+    held_E = torch.tensor([tuple(dataset.sample(i)[0]) in chosen for i in range(len(dataset))])
+    if len(chosen) < count or held_E.all():
         raise TrainingError(
             f"evaluate.held_out is {count}, but the data have "
             f"{counted(len(dataset), 'sample', ',')} with "
             f"{len(chosen):,} different prompts among those looked at; lower it"
         )
-    before = len(dataset)
-    dataset.keep(kept_E)
-    dataset.num_held_out = before - len(dataset)
+    dataset.hold_out(held_E)
     return list(chosen.values())
 
 
@@ -63,7 +55,6 @@ Evaluator = Callable[[Transformer], Mapping[str, Any]]
 SaveBest = Callable[[Transformer, Mapping[str, Any]], object]
 """Keeps the model, with the line of its evaluation."""
 
-EVALUATIONS_FILE = "evaluations.jsonl"
 BEST_FOLDER = "best"
 BEST_FILE = "evaluation.json"
 
@@ -86,7 +77,7 @@ class Evaluations:
     ) -> None:
         output = Path(config.output)
         self._evaluator, self._save_best, self._reporter = evaluator, save_best, reporter
-        self._log = JsonLog(output / EVALUATIONS_FILE, after_step=after_step)
+        self._log = JsonLog(output / "evaluations.jsonl", after_step=after_step)
         # The folder is the truth: a crash may have lost lines of the log, but not this.
         self.best = read_best(output, measure_of(config)) if after_step else None
         """The line of the best evaluation."""
@@ -113,10 +104,8 @@ class Evaluations:
                 self._save_best(model, record)
                 self.best = record
         except Exception as error:
-            reason = str(error).strip().splitlines()
             self._reporter.note(
-                f"the evaluation at step {step} failed: {reason[0] if reason else repr(error)}; "
-                "training goes on"
+                f"the evaluation at step {step} failed: {first_line(error)}; training goes on"
             )
             return
         self.last = self._unlogged = record
@@ -132,12 +121,7 @@ class Evaluations:
 
 
 def is_better(record: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-    """Whether the score is higher, or equal with more tokens per forward.
-
-    Example:
-        >>> is_better({"score": 0.5, "tokens_per_forward": 2.0}, {"score": 0.5})
-        True
-    """
+    """Whether the score is higher, or equal with more tokens per forward."""
     return best is None or _rank(record) > _rank(best)
 
 

@@ -17,7 +17,7 @@ nor all that is no matrix product (norms, rotations, softmax, the optimizer).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -65,17 +65,11 @@ class StepFlops:
 
     def to_dict(self) -> dict[str, int]:
         """Give the numbers and their sum, for a result file."""
-        return {**asdict(self), "total": self.total}
+        return {**vars(self), "total": self.total}
 
 
 def visible_pairs(block_BL: Tensor) -> int:
-    """Pairs of query and key where the key's block number is not larger.
-
-    Example:
-        >>> import torch
-        >>> visible_pairs(torch.tensor([[0, 0, 1, 2]]))
-        11
-    """
+    """Pairs of query and key where the key's block number is not larger."""
     pairs = 0
     for block_L in block_BL:
         _, count_N = block_L.sort().values.unique_consecutive(return_counts=True)
@@ -84,12 +78,7 @@ def visible_pairs(block_BL: Tensor) -> int:
 
 
 def describe_work(inputs: StepInputs, *, only_visible: bool = True) -> Work:
-    """The work of stage d2f on a batch; `only_visible` False: the student sees all, too.
-
-    Example:
-        Of a sequence of 1,024 tokens with a prompt of 256 and blocks of 16, the student sees
-        563,200 of 1,048,576 pairs.
-    """
+    """The work of stage d2f on a batch; `only_visible` False: the student sees all, too."""
     size, length = inputs.ids_BL.shape
     pairs = size * length**2
     return Work(
@@ -103,11 +92,9 @@ def describe_work(inputs: StepInputs, *, only_visible: bool = True) -> Work:
 def step_flops(student: Transformer, teacher: Transformer | None, work: Work) -> StepFlops:
     """Operations of a step of stage d2f; without a teacher of its own the student teaches itself.
 
-    The student's parameters that require gradients are the trained ones.
-
-    Example:
-        LLaDA-8B with a frozen base takes about 6 * 7.5e9 operations per token, 2 for each of the
-        teacher, the student and the gradient of its inputs.
+    The student's parameters that require gradients are the trained ones. LLaDA-8B with a frozen
+    base takes about 6 * 7.5e9 operations per token, 2 for each of the teacher, the student and the
+    gradient of its inputs.
     """
     ahead, _ = _count(teacher or student, work, work.teacher_pairs, adapters=False)
     forward, backward = _count(student, work, work.student_pairs, adapters=True)
@@ -133,32 +120,24 @@ def _count(model: Transformer, work: Work, num_pairs: int, *, adapters: bool) ->
     flows |= _trained(model.norm)
     pairs = 2 * spec.num_heads * spec.head_dim * num_pairs
     head = spec.vocab_size * spec.hidden_size * work.num_counted
-    return (
-        2 * (forward * work.num_tokens + spec.num_layers * pairs + head),
-        2
-        * (
-            backward * work.num_tokens
-            + 2 * num_layers * pairs
-            + (flows + model.head_weight_VD.requires_grad) * head
-        ),
-    )
+    ahead = forward * work.num_tokens + spec.num_layers * pairs + head
+    head *= flows + model.head_weight_VD.requires_grad
+    return 2 * ahead, 2 * (backward * work.num_tokens + 2 * num_layers * pairs + head)
 
 
 def _projection(module: nn.Module, flows: bool, *, adapters: bool) -> tuple[int, int]:
     """Products per token of a projection, forward and for the gradients; a norm has none."""
-    base, rank = (
-        (module.base, len(module.lora_A)) if isinstance(module, LoraLinear) else (module, 0)
-    )
+    base, rank = module, 0
+    if isinstance(module, LoraLinear):
+        base, rank = module.base, len(module.lora_A)
     if not isinstance(base, nn.Linear):
         return 0, 0
     size = base.in_features * base.out_features
     adapter = rank * (base.in_features + base.out_features)
     # The input of an adapter's B always needs a gradient, as A is trained.
-    inputs = rank * base.out_features + flows * rank * base.in_features
-    return (
-        size + adapters * adapter,
-        size * (flows + base.weight.requires_grad) + adapter + inputs,
-    )
+    inputs = rank * (base.out_features + flows * base.in_features)
+    back = size * (flows + base.weight.requires_grad) + adapter + inputs
+    return size + adapters * adapter, back
 
 
 def _trained(module: nn.Module) -> bool:

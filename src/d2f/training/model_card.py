@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,6 @@ class CardFacts:
     """The loss of the last line of the log."""
     evaluation: Mapping[str, Any] | None = None
     """The line of the evaluation of this model."""
-    task: str | None = None
-    """The benchmark, or the samples, that the evaluation was made on."""
 
 
 def model_card(
@@ -54,7 +53,9 @@ def model_card(
         _training(config, facts),
     ]
     if facts.evaluation is not None:
-        blocks += ["## Evaluation", _evaluation(facts.evaluation, facts.task)]
+        settings = config.evaluate
+        task = (settings.task or "held-out samples") if settings else None
+        blocks += ["## Evaluation", _evaluation(facts.evaluation, task)]
     if policy is not None:
         blocks += ["## Decoding policy", _json(policy.to_dict())]
     blocks += ["## Recipe", _json(_recipe(config))]
@@ -70,17 +71,10 @@ def _front_matter(config: TrainConfig, spec: ModelSpec, base: str | None) -> str
     tags += [] if spec.architecture.causal else ["diffusion"]
     tags += ["lora"] if adapter else []
     relation = f"base_model_relation: {'adapter' if adapter else 'finetune'}"
-    return "\n".join(
-        [
-            "---",
-            *((f"base_model: {base}", relation) if base else ()),
-            f"library_name: {library}",
-            "tags:",
-            # A tag twice is refused by the hub.
-            *(f"- {tag}" for tag in dict.fromkeys(tags)),
-            "---",
-        ]
-    )
+    known = [f"base_model: {base}", relation] if base else []
+    # A tag twice is refused by the hub.
+    listed = [f"- {tag}" for tag in dict.fromkeys(tags)]
+    return "\n".join(["---", *known, f"library_name: {library}", "tags:", *listed, "---"])
 
 
 def _base(config: TrainConfig) -> str | None:
@@ -143,15 +137,11 @@ def _loading_adapter(config: TrainConfig, spec: ModelSpec, base: str) -> Iterabl
     elif spec.read_from is not None:
         yield "The files are in PEFT's format; decoding as trained needs d2f."
     else:
-        known = spec.architecture.in_transformers
-        loader, more = (
-            ("AutoModelForCausalLM", "") if known else ("AutoModel", ", trust_remote_code=True")
-        )
-        yield "The adapter is in PEFT's format" + (
-            ":"
-            if known
-            else " (the base model's own code may be needed there; decoding as trained needs d2f):"
-        )
+        loader, more, note = "AutoModelForCausalLM", "", ""
+        if not spec.architecture.in_transformers:
+            loader, more = "AutoModel", ", trust_remote_code=True"
+            note = " (the base model's own code may be needed there; decoding as trained needs d2f)"
+        yield f"The adapter is in PEFT's format{note}:"
         yield _code(
             "python",
             f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
@@ -213,9 +203,7 @@ def _without_folders(value: Any) -> Any:
         return {name: _without_folders(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    if isinstance(value, str) and (
-        value.startswith(("/", "~", "\\", "./", "../")) or value[1:3] == ":\\"
-    ):
+    if isinstance(value, str) and re.match(r"[/~\\]|\.\.?/|.:\\", value):
         return value.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return value
 

@@ -141,22 +141,20 @@ def position_loss(student_MV: Tensor, target: Tensor, objective: str) -> Tensor:
     return -(log_q_MV.exp() * log_p_MV).sum(dim=-1)
 
 
-def mean_weights(counted_BL: Tensor) -> Tensor:
-    """Weights (B, L) that make a sum over the counted positions their mean; all 0 if none is."""
-    return counted_BL.float() / counted_BL.sum().clamp_min(1)
+def mean_weights(counted_BL: Tensor, normalization: str = "batch") -> Tensor:
+    """Weights (B, L) that make a sum over the counted positions their mean; all 0 if none is.
 
-
-def sequence_mean_weights(counted_BL: Tensor) -> Tensor:
-    """Weights (B, L) that make a sum the mean of the sequences' means; all 0 if nothing counts.
-
-    Sequences without a counted position are not among those of which the mean is taken.
+    With `sequence` it is the mean of the means of those sequences that have a counted position.
 
     Example:
-        >>> sequence_mean_weights(torch.tensor([[True, True], [False, True], [False, False]]))
+        >>> counted_BL = torch.tensor([[True, True], [False, True], [False, False]])
+        >>> mean_weights(counted_BL, "sequence")
         tensor([[0.2500, 0.2500],
                 [0.0000, 0.5000],
                 [0.0000, 0.0000]])
     """
+    if normalization == "batch":
+        return counted_BL.float() / counted_BL.sum().clamp_min(1)
     count_B1 = counted_BL.sum(dim=-1, keepdim=True)
     num_sequences = (count_B1 > 0).sum().clamp_min(1)
     return counted_BL.float() / (count_B1.clamp_min(1) * num_sequences)
@@ -170,8 +168,7 @@ def distillation_weights(
     They belong to the whole batch: cut into micro-batches, whose sums are added, they give the
     loss of the whole, whatever each part has masked.
     """
-    weights_of = mean_weights if normalization == "batch" else sequence_mean_weights
-    weight_BL = weights_of(masked_BL)
+    weight_BL = mean_weights(masked_BL, normalization)
     if weighting == "none":
         return weight_BL
     return torch.where(masked_BL, weight_BL / ratio_BL, 0.0)

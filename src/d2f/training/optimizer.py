@@ -97,8 +97,7 @@ def save_shards(
 ) -> None:
     """Write each process's part of the state to a folder; all processes must come here.
 
-    Raises:
-        TrainingError: One of them could not write its part.
+    Raises `TrainingError` if one of them could not write its part.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -119,8 +118,7 @@ def load_shards(
 ) -> None:
     """Read what `save_shards` wrote; the model need not be sharded as it was, or at all.
 
-    Raises:
-        TrainingError: A shard is missing or broken, or belongs to another model.
+    Raises `TrainingError` if a shard is missing or broken, or belongs to another model.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -153,8 +151,7 @@ def load_whole(
 ) -> None:
     """Give the optimizer a state of `optimizer.state_dict()`; `shard`: in parts, as the model is.
 
-    Raises:
-        KeyError, ValueError: It is the state of another optimizer.
+    Raises `KeyError` or `ValueError` if it is the state of another optimizer.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -178,12 +175,8 @@ def load_whole(
             {**saved, "params": [names[id(p)] for p in group["params"]]} for group, saved in groups
         ],
     }
-    set_optimizer_state_dict(
-        model,
-        optimizer,
-        optim_state_dict=named,
-        options=StateDictOptions(full_state_dict=True),
-    )
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
 
 
 def _reason(error: BaseException) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,10 +110,6 @@ class RowPacking:
         self.num_rows = len(self._count_R)
         self.filled = float(length_E.sum()) / (self.num_rows * row_length)
         """Share of the rows' positions that samples take."""
-
-    def counts(self) -> dict[str, Any]:
-        """Give the numbers of training_summary.json."""
-        return {"packed_rows": self.num_rows, "filled": round(self.filled, 4)}
 
     def text(self) -> str:
         """Tell in one line how the samples are packed."""

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2f.errors import unknown_name
 from d2f.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,11 +60,9 @@ class BadRows:
         if isinstance(row, Mapping) and len(self.columns) < _MAX_COLUMNS:
             self.columns.update(str(name) for name in row)
 
-    def clear(self) -> None:
-        """Forget all, before the rows are read anew."""
-        self.counts.clear()
-        self.first.clear()
-        self.columns.clear()
+    def to_table(self) -> dict[str, Any]:
+        """Counts and first rows as JSON values."""
+        return {"counts": self.counts, "first": self.first}
 
     def text(self) -> str:
         """The reasons with their counts and first rows, in one line."""
@@ -75,26 +72,6 @@ class BadRows:
             more = ", …" if count > len(rows) else ""
             parts.append(f"{count:,} × {reason} ({', '.join(rows)}{more})")
         return "; ".join(parts)
-
-    def to_table(self) -> dict[str, Any]:
-        """Counts and first rows as JSON values."""
-        return {"counts": self.counts, "first": self.first}
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> BadRows:
-        """Read a table that `to_table` wrote."""
-        return cls(counts=dict(table["counts"]), first=dict(table["first"]))
-
-
-def missing_column(name: str, columns: list[str]) -> str:
-    """Word that a data set lacks a mapped column, with the nearest of those that it has.
-
-    Example:
-        >>> missing_column("respone", ["prompt", "response"])
-        "unknown column 'respone'; did you mean 'response'? Known: prompt, response. Map the \
-columns in [data.columns]"
-    """
-    return f"{unknown_name('column', name, columns)}. Map the columns in [data.columns]"
 
 
 Message = Mapping[str, str]
@@ -157,15 +134,7 @@ def read_prompt(row: object, columns: ColumnConfig) -> Prompt:
     """The prompt that a row holds, whether or not it has a response.
 
     An assistant's message at the end of a conversation is its response and not part of the prompt,
-    so a row that `read_pair` takes has the same prompt here.
-
-    Raises:
-        BadRow: As `read_pair`.
-
-    Example:
-        >>> from d2f.training.sections import ColumnConfig
-        >>> read_prompt({"question": "1+1="}, ColumnConfig(prompt="question"))
-        '1+1='
+    so a row that `read_pair` takes has the same prompt here. Raises `BadRow` as that does.
     """
     messages = _said(row, columns, columns.used(response=False))
     if columns.messages is not None and messages[-1]["role"] == "assistant":
@@ -252,14 +221,7 @@ class Reserved:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, spec: ModelSpec | None = None, suffix: str = "") -> Reserved:
-        """Find the texts of a tokenizer, of the model that it belongs to, and of a recipe's suffix.
-
-        Example:
-            >>> from tempfile import mkdtemp
-            >>> from d2f.testing import write_tokenizer
-            >>> Reserved.of(Tokenizer.load(write_tokenizer(mkdtemp())))
-            Reserved(masks=('<|mask|>',), ends=('<|endoftext|>',))
-        """
+        """Find the texts of a tokenizer, of the model that it belongs to, and of a suffix."""
         masks, ends = {tokenizer.mask_token_id}, {tokenizer.eos_token_id}
         if spec is not None:
             masks.add(spec.mask_token_id)
@@ -276,10 +238,15 @@ class Reserved:
         Raises:
             BadRow: One is written out in the prompt or in the response.
         """
-        prompt = self.masks if written else self.masks + self.ends
-        for text in pair.texts(response=False):
-            _refuse(text, prompt, "prompt")
-        _refuse(pair.response, self.masks + self.ends, "response")
+        texts = [("prompt", text) for text in pair.texts(response=False)]
+        for where, text in (*texts, ("response", pair.response)):
+            ends = () if where == "prompt" and written else self.ends
+            for token in self.masks + ends:
+                if token in text:
+                    raise BadRow(
+                        f"the {where} has '{token}' written out, which the model reads as a mask "
+                        "or an end; take it out"
+                    )
 
 
 def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
@@ -288,12 +255,3 @@ def _texts(tokenizer: Tokenizer, ids: Iterable[int | None]) -> tuple[str, ...]:
     texts = {added[i] for i in ids if i is not None and i in added}
     # Some tokenizers add spaces and ends of lines to their vocabulary.
     return tuple(sorted(text for text in texts if text.strip()))
-
-
-def _refuse(text: str, reserved: tuple[str, ...], where: str) -> None:
-    for token in reserved:
-        if token in text:
-            raise BadRow(
-                f"the {where} has '{token}' written out, which the model reads as a mask or an "
-                "end; take it out"
-            )

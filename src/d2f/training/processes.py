@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -41,11 +40,6 @@ class Processes(AbstractContextManager["Processes"]):
 
     Used as a context: several processes leave their group at its end, and if one of them fails all
     of them end.
-
-    Example:
-        >>> with Processes.current("cpu") as processes:
-        ...     processes.world_size, processes.is_main, processes.share("a")
-        (1, True, ['a'])
     """
 
     rank = 0
@@ -61,13 +55,9 @@ class Processes(AbstractContextManager["Processes"]):
     def current(device: str | torch.device | None = None) -> Processes:
         """The processes that the environment (`WORLD_SIZE`, `RANK`, …) describes.
 
-        Args:
-            device: None: with several processes a GPU each if there are any, with one the GPU.
-
-        Raises:
-            ConfigError: Several processes and a device with a number, or too few GPUs, or a part of
-                the environment is missing.
-            TrainingError: Several processes without accelerate installed.
+        By default each takes a GPU, if there are any. Raises `ConfigError` if several have a device
+        with a number, too few GPUs or a part of the environment only, and `TrainingError` without
+        accelerate.
         """
         if int(os.environ.get("WORLD_SIZE") or 1) == 1:
             return Processes(resolve_device(device))
@@ -105,8 +95,7 @@ class Processes(AbstractContextManager["Processes"]):
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Do some work on the main process while the others wait; all raise an error of the work.
 
-        Returns:
-            The result on the main process, None elsewhere.
+        Gives the result on the main process, None elsewhere.
         """
         return work()
 
@@ -118,12 +107,7 @@ class Processes(AbstractContextManager["Processes"]):
         """
         yield
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         pass
 
 
@@ -143,11 +127,10 @@ class _Group(Processes):
             ) from None
         import torch.distributed as dist
 
-        self._dist = dist
         self._owner = not dist.is_initialized()
         state = PartialState(cpu=cpu)
         super().__init__(state.device)
-        self.rank, self.world_size = state.process_index, state.num_processes
+        self._dist, self.rank, self.world_size = dist, state.process_index, state.num_processes
         self._local_rank = state.local_process_index
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -230,12 +213,7 @@ class _Group(Processes):
         for _ in range(turn, 3):
             self.wait()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.wait()
             if self._owner:

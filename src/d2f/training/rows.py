@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from d2f.errors import TrainingError
+from d2f.errors import TrainingError, first_line, unknown_name
 from d2f.hub import expanded, is_hub_id
-from d2f.training.pairs import BadRow, missing_column
+from d2f.training.pairs import BadRow
 
 if TYPE_CHECKING:
     from d2f.training.sections import DataConfig
@@ -33,35 +33,32 @@ _BATCH = 256
 _BOM = b"\xef\xbb\xbf"
 
 
-class Part(Protocol):
-    """A piece of the data that can be read by itself."""
-
-    def identity(self) -> list[Any]:
-        """JSON values that change when the content does."""
-
-    def rows(self) -> Iterator[Row]:
-        """All rows in their order."""
-
-
 def open_parts(config: DataConfig) -> list[Part]:
     """Find the data that `data.paths` names, in that order; the files of a folder by name.
 
-    Raises:
-        TrainingError: Nothing is there, it cannot be read, or it lacks a mapped column.
+    Raises `TrainingError` if nothing is there, it cannot be read, or it lacks a mapped column.
     """
     return [part for name in config.paths for part in _open(name, config)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonPart:
-    """A file with one JSON object a line; or, where `listed`, perhaps one list of objects."""
-
+class _File:
     path: Path
-    listed: bool = False
 
     def identity(self) -> list[Any]:
-        """Path, size and time of change."""
-        return _file_identity(self.path)
+        """JSON values that change when the content does: path, size and time of change."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise TrainingError(f"cannot read data {self.path}: {_reason(error)}") from None
+        return [str(self.path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonPart(_File):
+    """A file with one JSON object a line; or, where `listed`, perhaps one list of objects."""
+
+    listed: bool = False
 
     def rows(self) -> Iterator[Row]:
         """Objects; blank lines do not count as rows."""
@@ -69,7 +66,11 @@ class JsonPart:
             with self.path.open("rb") as file:
                 if self.listed and file.read(64).removeprefix(_BOM).lstrip()[:1] == b"[":
                     file.seek(0)
-                    yield from self._list(file.read())
+                    rows = _parse(file.read())
+                    if not isinstance(rows, list):
+                        raise TrainingError(f"cannot read data {self.path}: {rows}")
+                    for number, row in enumerate(rows, 1):
+                        yield f"{self.path}:{number}", row
                     return
                 file.seek(0)
                 for number, line in enumerate(file, 1):
@@ -78,25 +79,12 @@ class JsonPart:
         except OSError as error:
             raise TrainingError(f"cannot read data {self.path}: {_reason(error)}") from None
 
-    def _list(self, content: bytes) -> Iterator[Row]:
-        rows = _parse(content)
-        if not isinstance(rows, list):
-            raise TrainingError(f"cannot read data {self.path}: {rows}")
-        for number, row in enumerate(rows, 1):
-            yield f"{self.path}:{number}", row
-
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetPart:
-    """A Parquet file."""
+class ParquetPart(_File):
+    """A Parquet file, of which these columns are read; None: all."""
 
-    path: Path
     columns: tuple[str, ...] | None = None
-    """The columns that are read; None: all."""
-
-    def identity(self) -> list[Any]:
-        """Path, size and time of change."""
-        return _file_identity(self.path)
 
     def rows(self) -> Iterator[Row]:
         """Objects with these columns."""
@@ -124,6 +112,10 @@ class TablePart:
     def rows(self) -> Iterator[Row]:
         """Objects with the mapped columns."""
         yield from _numbered(self.name, self.table.with_format("arrow").iter(_BATCH))
+
+
+Part = JsonPart | ParquetPart | TablePart
+"""A piece of the data that can be read by itself."""
 
 
 def _open(name: str, config: DataConfig) -> list[Part]:
@@ -226,7 +218,8 @@ def _table_part(name: str, table: Any, config: DataConfig) -> Part:
 def _check_columns(where: str, wanted: Sequence[str], names: list[str]) -> None:
     for column in wanted:
         if column not in names:
-            raise TrainingError(f"{where}: {missing_column(column, names)}")
+            unknown = unknown_name("column", column, names)
+            raise TrainingError(f"{where}: {unknown}. Map the columns in [data.columns]")
 
 
 def _numbered(name: str, batches: Iterator[Any], hint: str = "") -> Iterator[Row]:
@@ -263,14 +256,6 @@ def _parse(content: bytes) -> object:
         return BadRow("not valid JSON")
 
 
-def _file_identity(path: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise TrainingError(f"cannot read data {path}: {_reason(error)}") from None
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
 def _library(name: str, what: str) -> Any:
     import importlib
 
@@ -284,6 +269,4 @@ def _library(name: str, what: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's message."""
-    text = str(getattr(error, "strerror", None) or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return getattr(error, "strerror", None) or first_line(error)  # without the path, said already

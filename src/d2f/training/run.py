@@ -130,7 +130,7 @@ def _train(
         tokenizer = Tokenizer.load(folder)
         prepare = make_evaluator(config, tokenizer) if make_evaluator and config.evaluate else None
     model, teacher = load_models(config, tokenizer, processes.device, checkpoint)
-    reporter.note(f"{config.stage}: {_size(model)}{_spread(config, processes)}; preparing data")
+    reporter.note(f"{_described(config, model, processes)}; preparing data")
     dataset, held_out = load_data(config, tokenizer, folder, model, processes, reporter.note)
     trainer = Trainer(
         config,
@@ -185,20 +185,17 @@ def _summarise(config: TrainConfig, trainer: Trainer, finished: bool) -> Trainin
     return summary
 
 
-def _spread(config: TrainConfig, processes: Processes) -> str:
-    if processes.world_size == 1:
-        return ""
-    how = "in shards on" if config.sharding == "full" else "a copy on each of"
-    return f", {how} {processes.world_size} processes"
-
-
 def _num_trained(model: Transformer) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _size(model: Transformer) -> str:
-    trained = _num_trained(model)
-    return f"{model.spec.num_parameters / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained"
+def _described(config: TrainConfig, model: Transformer, processes: Processes) -> str:
+    size, trained = model.spec.num_parameters / 1e6, _num_trained(model) / 1e6
+    text = f"{config.stage}: {size:.2f}M parameters, {trained:.2f}M trained"
+    if processes.world_size == 1:
+        return text
+    how = "in shards on" if config.sharding == "full" else "a copy on each of"
+    return f"{text}, {how} {processes.world_size} processes"
 
 
 @contextmanager

@@ -48,20 +48,17 @@ class Reporter:
 class RunLog:
     """The log of a run, which goes to log.jsonl, samples.jsonl, a reporter and trackers.
 
-    Only the main process has one. A run resumed after `after_step` goes on with the files.
-
-    Raises:
-        ConfigError: A tracker is not there or does not start.
+    Only the main process has one. A run resumed after `after_step` goes on with the files. Raises
+    `ConfigError` if a tracker is not there or does not start.
     """
 
     def __init__(self, config: TrainConfig, reporter: Reporter, *, after_step: int = 0) -> None:
         self._reporter = reporter
         self.warnings: list[str] = []
         """Warnings of the `CollapseRule`."""
-        names = ("log.jsonl", "samples.jsonl")
-        self._lines, self._samples = (
-            JsonLog(Path(config.output) / name, after_step=after_step) for name in names
-        )
+        output = Path(config.output)
+        self._lines = JsonLog(output / "log.jsonl", after_step=after_step)
+        self._samples = JsonLog(output / "samples.jsonl", after_step=after_step)
         self._rule = CollapseRule(config.optimizer.warmup_steps)
         for record in read_log(self._lines.path):
             self._rule.add(record)
@@ -115,11 +112,7 @@ class JsonLog:
         os.replace(part, path)
 
     def write(self, records: Iterable[Record]) -> None:
-        """Append records: all of them, or none where the disk is full.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
+        """Append records: all of them, or none, and an `OSError`, where the disk is full."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -163,9 +156,10 @@ class LogWindow:
         self._losses.append(loss)
         self._norm, self._lr = norm, lr
 
-    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, num_blocks: int) -> None:
+    def add_blocks(self, inputs: StepInputs, loss_BL: Tensor, config: TrainConfig) -> None:
         """Add the losses of a micro-batch's positions, for the mean of each block."""
-        if num_blocks:
+        if config.noise is not None:
+            num_blocks = -(-config.data.sequence_length // config.noise.block_size)
             counted_BL = inputs.weight_BL > 0
             block_BL = inputs.block_in_sample_BL
             self._blocks.append(block_sums(loss_BL, counted_BL, block_BL, num_blocks))
@@ -186,8 +180,10 @@ class LogWindow:
             **mean_confidence(processes.share(self.confidence or {})),
         }
         if self._blocks:
-            sums_N = processes.sum(torch.stack([sums for sums, _ in self._blocks]).sum(0))
-            counts_N = processes.sum(torch.stack([counts for _, counts in self._blocks]).sum(0))
+            sums_N, counts_N = (
+                processes.sum(torch.stack(parts).sum(0))
+                for parts in zip(*self._blocks, strict=True)
+            )
             means = (sums_N / counts_N.clamp_min(1)).tolist()
             record["loss_per_block"] = [
                 round(mean, 6) if count else None
@@ -216,11 +212,8 @@ class CollapseRule:
       `ONE_TOKEN`, while the teacher's is at most `ONE_TOKEN_SOUND`; or, where there is no teacher,
       the student's own was that before.
 
-    Each is told once, and again only after it was over. Lines of the warm-up of the learning rate
-    and lines without numbers do not count.
-
-    Args:
-        after_step: Last step of the warm-up.
+    Each is told once, and again only after it was over. Lines up to `after_step`, the last of the
+    learning rate's warm-up, and lines without numbers do not count.
 
     Example:
         >>> rule = CollapseRule()
@@ -255,7 +248,6 @@ class CollapseRule:
         return sum(known) / NUM_LINES if len(known) == NUM_LINES else None
 
     def _unsure(self) -> str | None:
-        """A warning that the student has become unsure."""
         mean, teacher = self._mean("confidence"), self._mean("teacher_confidence")
         assert mean is not None
         self._best = max(self._best, mean)
@@ -268,7 +260,6 @@ class CollapseRule:
         )
 
     def _one_token(self) -> str | None:
-        """A warning that the student says one thing only."""
         mean, teacher = self._mean("one_token"), self._mean("teacher_one_token")
         if mean is None:
             return None

@@ -9,18 +9,12 @@ from typing import Any
 from d2f.diffusion.schedule import MaskRatioSchedule
 from d2f.errors import ConfigError
 from d2f.hub import is_hub_id
-from d2f.models.lora_declaration import ADAPTER_DTYPES
+from d2f.models.lora_config import ADAPTER_DTYPES
 from d2f.problems import ProblemConfig
 from d2f.problems.functions import FunctionConfig
 from d2f.recipe import at_least, one_of
 from d2f.training.objective import check_names
 
-GENERATED = ("problems", "functions")
-DATA_KINDS = (*GENERATED, "dataset", "jsonl", "hub")
-BAD_ROWS = ("report", "refuse")
-ROLES = ("system", "user", "assistant", "tool")
-LR_SCHEDULES = ("constant", "linear", "cosine", "wsd")
-OVER_LONG = ("drop", "truncate")
 PADDING = ("full", "longest", "packed")
 DTYPES = ("float32", "bfloat16")
 ANSWERS = ("number", "exact")
@@ -130,7 +124,7 @@ class ColumnConfig:
                 "[data.columns] needs either messages or prompt and response, not both"
             )
         for name, role in self.roles.items():
-            one_of(f"data.columns.roles.{name}", role, ROLES)
+            one_of(f"data.columns.roles.{name}", role, ("system", "user", "assistant", "tool"))
 
     @property
     def conversations(self) -> bool:
@@ -199,15 +193,15 @@ class DataConfig:
     """Processes that generate and encode problems; none: one, or for large sets one per core."""
 
     def __post_init__(self) -> None:
-        one_of("data.kind", self.kind, DATA_KINDS)
-        one_of("data.over_long", self.over_long, OVER_LONG)
-        one_of("data.long_prompt", self.long_prompt, OVER_LONG)
-        one_of("data.bad_rows", self.bad_rows, BAD_ROWS)
+        one_of("data.kind", self.kind, ("problems", "functions", "dataset", "jsonl", "hub"))
+        one_of("data.over_long", self.over_long, ("drop", "truncate"))
+        one_of("data.long_prompt", self.long_prompt, ("drop", "truncate"))
+        one_of("data.bad_rows", self.bad_rows, ("report", "refuse"))
         one_of("data.padding", self.padding, PADDING)
         at_least("data.sequence_length", self.sequence_length, 2)
         for name in ("num_problems", "max_prompt_length", "num_workers"):
             at_least(f"data.{name}", getattr(self, name), 1)
-        generated = self.kind in GENERATED
+        generated = self.kind in ("problems", "functions")
         if generated != (self.num_problems is not None):
             raise ConfigError(
                 'data.num_problems belongs to the kinds "problems" and "functions", which need it; '
@@ -219,10 +213,9 @@ class DataConfig:
             )
         if generated and self.columns != ColumnConfig():
             raise ConfigError(f'[data.columns] is for data that are read, not for "{self.kind}"')
-        if self.kind != "functions" and self.functions != FunctionConfig():
-            raise ConfigError(f'[data.functions] belongs to kind "functions", not to "{self.kind}"')
-        if self.kind != "problems" and self.problems != ProblemConfig():
-            raise ConfigError(f'[data.problems] belongs to kind "problems", not to "{self.kind}"')
+        for kind, table in (("functions", FunctionConfig()), ("problems", ProblemConfig())):
+            if self.kind != kind and getattr(self, kind) != table:
+                raise ConfigError(f'[data.{kind}] belongs to kind "{kind}", not to "{self.kind}"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +234,7 @@ class NoiseConfig:
     `train_on_eos_blocks` only."""
     frontier_share: float = 0.0
     """masked-diffusion: share of a batch's samples in which all before a random block is visible
-    and all behind it masked, as in decoding block by block. See `frontier_inputs`."""
+    and all behind it masked, as in decoding block by block. See `Noiser.frontier`."""
     random_end: bool = False
     """masked-diffusion: sequences end anywhere behind their answers, not all at `sequence_length`.
     Without it the model learns that length, and answers worse when decoded with another one."""
@@ -319,7 +312,7 @@ class OptimizerConfig:
     """Last learning rate as a share of the peak."""
 
     def __post_init__(self) -> None:
-        one_of("optimizer.schedule", self.schedule, LR_SCHEDULES)
+        one_of("optimizer.schedule", self.schedule, ("constant", "linear", "cosine", "wsd"))
         for name in ("lr", "eps", "weight_decay", "clip_norm", "warmup_steps"):
             at_least(f"optimizer.{name}", getattr(self, name), 0)
         for name in ("decay_start", "final_lr_share"):

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f.errors import ConfigError, RequestError, TrainingError, counted
-from d2f.problems import ProblemConfig, generate_problems
-from d2f.problems.functions import FunctionConfig, generate_function_problems
+from d2f.problems import generate_problems
+from d2f.problems.functions import generate_function_problems
 from d2f.text import Tokenizer
 from d2f.training.pairs import BadRow, BadRows, Pair, Prompt, Reserved, read_pair
 from d2f.training.rows import Part, open_parts
@@ -32,9 +33,8 @@ Note = Callable[[str], object]
 """Is told in one line what the user should know."""
 Style = tuple[str, bool | None]
 """Suffix of responses, and whether prompts go through the chat template."""
-Knobs = ProblemConfig | FunctionConfig
-Task = tuple[int, int, Knobs, int]
-"""Number of problems, seed, settings (whose type names the generator), and the first problem."""
+Task = tuple[int, int]
+"""Number of problems, and the first of them."""
 CHUNK = 2_000
 """Problems that one task generates; a fixed number, so that workers do not change the data."""
 _POOL_FROM = 20_000
@@ -49,25 +49,17 @@ def read_pairs(config: DataConfig, limit: int | None = None) -> Iterator[Pair]:
         TrainingError: Data cannot be read or lack a column, or a row is bad and `data.bad_rows` is
             "refuse"; the message names the file and the line.
     """
-    knobs = _knobs(config)
-    if knobs is None:
+    if config.num_problems is None:
         pairs = _used_rows(config, open_parts(config), BadRows(), lambda pair: pair)
         return islice(pairs, limit)
-    assert config.num_problems is not None
-    count = min(config.num_problems, limit or config.num_problems)
-    return _problem_pairs(count, config.seed, knobs)
+    return _pairs(_generator(config)(min(config.num_problems, limit or config.num_problems)))
 
 
 def read_held_out(config: DataConfig, count: int) -> list[Pair]:
-    """Read pairs to look at while training: problems of the test split, or the first rows.
-
-    Raises:
-        TrainingError: As `read_pairs`.
-    """
-    knobs = _knobs(config)
-    if knobs is None:
+    """Read pairs to look at while training: problems of the test split, or the first rows."""
+    if config.num_problems is None:
         return list(read_pairs(config, count))
-    return list(_problem_pairs(count, config.seed, knobs, split="test"))
+    return list(_pairs(_generator(config)(count, split="test")))
 
 
 def encode_data(
@@ -92,29 +84,25 @@ def encode_data(
             "data.chat_template is true, but the tokenizer has no chat template; leave it out, or "
             "use a tokenizer that has one"
         )
-    knobs = _knobs(config)
-    if knobs is None:
-        reserved = Reserved.of(tokenizer, spec, config.response_suffix)
-        return _encode_read(config, tokenizer, reserved, note or (lambda text: None))
-    assert config.num_problems is not None
-    starts = range(0, config.num_problems, CHUNK)
-    tasks = [
-        (min(CHUNK, config.num_problems - start), config.seed, knobs, start) for start in starts
-    ]
-    workers = config.num_workers or (_num_cores() if config.num_problems >= _POOL_FROM else 1)
+    count = config.num_problems
+    if count is None:
+        return _encode_read(config, tokenizer, spec, note or (lambda text: None))
+    tasks = [(min(CHUNK, count - start), start) for start in range(0, count, CHUNK)]
     style = (config.response_suffix, config.chat_template)
+    # Settings alone: a recipe would bring torch to the workers.
+    encode = partial(_encode_problems, _generator(config), style)
+    workers = config.num_workers or (_num_cores() if count >= _POOL_FROM else 1)
     result = Encoded()
     if workers == 1:
         for task in tasks:
-            result.extend(_encode_problems(tokenizer, style, task))
+            result.extend(encode(tokenizer, task))
         return result
     # Not fork: torch and the tokenizer run threads of their own, which a fork would cut off.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _start_worker, (str(folder), style)
-    ) as pool:
+    workers = min(workers, len(tasks))
+    with ProcessPoolExecutor(workers, context, _start_worker, (str(folder),)) as pool:
         with _no_interrupts():
-            parts = pool.map(_run_task, tasks)
+            parts = pool.map(partial(_run_task, encode), tasks)
         for part in parts:
             result.extend(part)
     return result
@@ -144,9 +132,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], style: Style = (""
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None = None) -> list[int]:
     """Encode a prompt, up to where the response begins; `chat` is `data.chat_template`.
 
-    Raises:
-        RequestError: Messages without a chat template, or the template refuses them, or leaves
-            out some without a word.
+    Raises `RequestError` where there is no chat template for messages, or it refuses or drops some.
     """
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt, chat=chat)
@@ -166,11 +152,11 @@ def _encode_pair(tokenizer: Tokenizer, pair: Pair, style: Style) -> Sample:
 
 
 def _encode_read(
-    config: DataConfig, tokenizer: Tokenizer, reserved: Reserved, note: Note
+    config: DataConfig, tokenizer: Tokenizer, spec: ModelSpec | None, note: Note
 ) -> Encoded:
     """Encode data that are read, from the cache if they are there."""
     parts = open_parts(config)
-    bad_rows = BadRows()
+    reserved = Reserved.of(tokenizer, spec, config.response_suffix)
     style = (config.response_suffix, config.chat_template)
     written = config.chat_template is False or tokenizer.chat_template is None
 
@@ -178,21 +164,20 @@ def _encode_read(
         reserved.check(pair, written=written)
         return _encode_pair(tokenizer, pair, style)
 
-    def samples() -> Iterator[Sample]:
-        bad_rows.clear()
+    def samples(bad_rows: BadRows) -> Iterator[Sample]:
         return _used_rows(config, parts, bad_rows, encode)
 
     file = cache_file(config.cache, _cache_key(config, tokenizer, reserved, parts))
     result = None if file is None else read_cache(file)
     if file is not None and result is None:
         try:
-            write_cache(file, samples, bad_rows)
+            write_cache(file, samples)
             result = read_cache(file)
         except OSError as error:
             note(f"token ids are not kept in {file.parent}: {error.strerror or error}")
     if result is None:
-        result = Encoded(bad_rows=bad_rows)
-        for sample in samples():
+        result = Encoded()
+        for sample in samples(result.bad_rows):
             result.add(*sample)
     bad = result.bad_rows
     if bad.count:
@@ -206,8 +191,7 @@ def cached_data(
 ) -> Encoded | None:
     """Data that were read before, from the cache; None if they are not there.
 
-    Raises:
-        TrainingError: There is no such file, folder or data set.
+    Raises `TrainingError` if there is no such file, folder or data set.
     """
     reserved = Reserved.of(tokenizer, spec, config.response_suffix)
     key = _cache_key(config, tokenizer, reserved, open_parts(config))
@@ -260,42 +244,35 @@ def _cache_key(
     ]
 
 
-def _knobs(config: DataConfig) -> Knobs | None:
-    """The generator's settings; None for data that are read."""
+def _generator(config: DataConfig) -> Callable[..., Iterable[Any]]:
+    """The generator of a recipe's problems, bound to its settings: `(count, start=, split=)`."""
     if config.kind == "functions":
-        return config.functions
-    return config.problems if config.kind == "problems" else None
+        return partial(generate_function_problems, seed=config.seed, config=config.functions)
+    return partial(generate_problems, seed=config.seed, config=config.problems)
 
 
-def _problem_pairs(
-    count: int, seed: int, knobs: Knobs, start: int = 0, split: str = "train"
-) -> Iterator[Pair]:
-    problems: Iterable[Any]
-    if isinstance(knobs, FunctionConfig):
-        problems = generate_function_problems(
-            count, seed=seed, split=split, config=knobs, start=start
-        )
-    else:
-        problems = generate_problems(count, seed=seed, split=split, config=knobs, start=start)
+def _pairs(problems: Iterable[Any]) -> Iterator[Pair]:
     return (Pair(problem.prompt, problem.response) for problem in problems)
 
 
-def _encode_problems(tokenizer: Tokenizer, style: Style, task: Task) -> Encoded:
-    count, seed, knobs, start = task
-    return encode_pairs(tokenizer, _problem_pairs(count, seed, knobs, start), style)
+def _encode_problems(
+    generate: Callable[..., Iterable[Any]], style: Style, tokenizer: Tokenizer, task: Task
+) -> Encoded:
+    count, start = task
+    return encode_pairs(tokenizer, _pairs(generate(count, start=start)), style)
 
 
-_worker: list[tuple[Tokenizer, Style]] = []
+_worker: list[Tokenizer] = []
 
 
-def _start_worker(folder: str, style: Style) -> None:
+def _start_worker(folder: str) -> None:
     # One process per core already; the tokenizer's own threads would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.append((Tokenizer.load(folder), style))
+    _worker.append(Tokenizer.load(folder))
 
 
-def _run_task(task: Task) -> Encoded:
-    return _encode_problems(*_worker[-1], task)
+def _run_task(encode: Callable[[Tokenizer, Task], Encoded], task: Task) -> Encoded:
+    return encode(_worker[-1], task)
 
 
 def _num_cores() -> int:

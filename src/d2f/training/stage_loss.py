@@ -42,9 +42,8 @@ whose input needs no gradient below an adapter; and one to spare for a teacher o
 class StageLoss:
     """The loss of a micro-batch: `loss(inputs)` gives (scalar, loss_BL without gradient).
 
-    Stage d2f runs the teacher first, under full attention and without gradients: another model,
-    or, if `teacher` is None, the student with its adapter off. The student then reads the same
-    noisy tokens under block-causal attention.
+    Stage d2f runs the teacher first, under full attention and without gradients. The student then
+    reads the same noisy tokens under block-causal attention.
 
     Args:
         config: The recipe.
@@ -90,11 +89,8 @@ class StageLoss:
         # are never made: then the layers alone are compiled, and the loss runs in chunks, whose
         # matrices are large enough to need no compiler. So it is where there are hooks in the
         # model, which would cut a graph of the whole into pieces.
-        self._whole = (
-            compiled
-            and alone
-            and positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
-        )
+        fits = positions <= chunk_size(student.spec.vocab_size, self._memory_bytes)
+        self._whole = compiled and alone and fits
         self._by_layer = compiled and not self._whole
         self._student_loss: Callable[..., tuple[Tensor, Tensor]] = self._whole_loss
         self._logits: Callable[..., Tensor] = self._compute_logits

@@ -23,7 +23,7 @@ NUM_LENGTHS = 8
 """Lengths that micro-batches may have with `data.padding = "longest"`; each is compiled for."""
 
 FRONTIER_BLOCKS = 3
-"""Blocks that count in the loss of `frontier_inputs`."""
+"""Blocks that count in the loss of `Noiser.frontier`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,10 +57,8 @@ class StepInputs:
             named = dict(zip(columns, part, strict=True))
             length = self._cut(named["block_BL"])
             named = {name: column[:, :length].contiguous() for name, column in named.items()}
-            weight_BL = named["weight_BL"]
-            yield StepInputs(
-                **named, selected_M=weight_BL.flatten().nonzero()[:, 0] if select else None
-            )
+            selected_M = named["weight_BL"].flatten().nonzero()[:, 0] if select else None
+            yield StepInputs(**named, selected_M=selected_M)
 
     def sorted(self, multiple: int) -> StepInputs:
         """The longest sequences first, to be cut at multiples of a length."""
@@ -102,11 +100,7 @@ class StepInputs:
 
 
 def make_inputs(
-    batch: Batch,
-    config: TrainConfig,
-    *,
-    mask_token_id: int | None,
-    generator: torch.Generator,
+    batch: Batch, config: TrainConfig, *, mask_token_id: int | None, generator: torch.Generator
 ) -> StepInputs:
     """Corrupt a clean batch as the stage asks; the same generator state gives the same noise.
 
@@ -122,10 +116,11 @@ def make_inputs(
         inputs = autoregressive_inputs(batch)
     else:
         assert mask_token_id is not None
+        noiser = Noiser(noise=noise, mask_token_id=mask_token_id, generator=generator)
         if config.stage == "masked-diffusion":
-            inputs = masked_diffusion_inputs(batch, noise, mask_token_id, generator)
+            inputs = noiser.masked_diffusion(batch)
         else:
-            inputs = d2f_inputs(batch, noise, config.distillation, mask_token_id, generator)
+            inputs = noiser.d2f(batch, config.distillation)
     if padding == "longest":
         return inputs.sorted(length_multiple(batch.ids_BL.shape[1]))
     return inputs
@@ -158,142 +153,115 @@ def autoregressive_inputs(batch: Batch) -> StepInputs:
     )
 
 
-def masked_diffusion_inputs(
-    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
-) -> StepInputs:
-    """Draw one mask rate t per sequence, uniform in [low, high] and stratified over the batch.
+@dataclass(frozen=True, kw_only=True)
+class Noiser:
+    """Masks responses of clean batches up to where their noise ends, as a stage asks."""
 
-    The rates lie one in each of as many equal strata, which leaves the distribution of each as it
-    is and takes most of the variance out of the batch's loss. With `noise.frontier_share`, the
-    first sequences of the batch, whose order is random, are noised by `frontier_inputs` instead;
-    with `noise.random_end`, each sequence ends anywhere behind its answer.
-    """
-    size = batch.ids_BL.shape[0]
-    if noise.random_end:
-        room_B = batch.length_B - batch.end_B + 1
-        extra_B = (torch.rand(size, generator=generator) * room_B).long()
-        batch = replace(batch, length_B=batch.end_B + extra_B)
-    num_frontier = round(noise.frontier_share * size)
-    offset = torch.rand((), generator=generator)
-    t_B1 = noise.low + (noise.high - noise.low) * _strata(offset, size - num_frontier)[:, None]
-    scattered = _scattered_inputs(
-        batch.part(num_frontier, size), noise, mask_token_id, generator, t_B1
-    )
-    if num_frontier == 0:
-        return scattered
-    frontier = frontier_inputs(batch.part(0, num_frontier), noise, mask_token_id, generator)
-    share = num_frontier / size
-    return StepInputs(
-        ids_BL=torch.cat([frontier.ids_BL, scattered.ids_BL]),
-        target_BL=batch.ids_BL,
-        weight_BL=torch.cat([frontier.weight_BL * share, scattered.weight_BL * (1 - share)]),
-        block_BL=torch.cat([frontier.block_BL, scattered.block_BL]),
-    )
+    noise: NoiseConfig
+    mask_token_id: int
+    generator: torch.Generator
 
+    def masked_diffusion(self, batch: Batch) -> StepInputs:
+        """Draw one mask rate t per sequence, uniform in [low, high] and stratified over the batch.
 
-def _strata(offset: Tensor, size: int) -> Tensor:
-    """One number (size,) in each of `size` equal parts of [0, 1)."""
-    return (offset + torch.arange(size) / size) % 1
+        The rates lie one in each of as many equal strata, which leaves the distribution of each as
+        it is and takes most of the variance out of the batch's loss. With `noise.frontier_share`,
+        the first sequences of the batch, whose order is random, are noised by `frontier` instead;
+        with `noise.random_end`, each sequence ends anywhere behind its answer.
+        """
+        noise, size = self.noise, batch.ids_BL.shape[0]
+        if noise.random_end:
+            room_B = batch.length_B - batch.end_B + 1
+            extra_B = (torch.rand(size, generator=self.generator) * room_B).long()
+            batch = replace(batch, length_B=batch.end_B + extra_B)
+        num_frontier = round(noise.frontier_share * size)
+        t_B1 = noise.low + (noise.high - noise.low) * self._strata(size - num_frontier)
+        scattered = self._scattered(batch.part(num_frontier, size), t_B1)
+        if num_frontier == 0:
+            return scattered
+        frontier = self.frontier(batch.part(0, num_frontier))
+        share = num_frontier / size
+        return StepInputs(
+            ids_BL=torch.cat([frontier.ids_BL, scattered.ids_BL]),
+            target_BL=batch.ids_BL,
+            weight_BL=torch.cat([frontier.weight_BL * share, scattered.weight_BL * (1 - share)]),
+            block_BL=torch.cat([frontier.block_BL, scattered.block_BL]),
+        )
 
+    def frontier(self, batch: Batch) -> StepInputs:
+        """Mask sequences as a sampler that decodes block by block meets them.
 
-def _scattered_inputs(
-    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator, t_B1: Tensor
-) -> StepInputs:
-    length = batch.ids_BL.shape[1]
-    end_B = _noise_end(batch, noise)
-    whole = BlockLayout(prompt_length=batch.prompt_length_B, block_size=length)
-    noised = _corrupted(batch, noise, whole, t_B1, mask_token_id, generator)
-    position_L = torch.arange(length)
-    response_BL = (position_L >= batch.prompt_length_B[:, None]) & (position_L < end_B[:, None])
-    weight_BL = diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL)
-    return _noised_inputs(batch, noise, noised, weight_BL)
+        Blocks before a random one are visible, that one is masked at a uniform rate, all behind it
+        are masked whole. Scattered noise all but never shows such a sequence. The loss is the mean
+        over the masks of the first `FRONTIER_BLOCKS` masked blocks; what lies further ahead cannot
+        be known yet and would drown the rest.
+        """
+        size, length = batch.ids_BL.shape
+        layout, block_size = self._blocks(batch), self.noise.block_size
+        answer_B = -(-(batch.end_B - batch.prompt_length_B) // block_size)
+        first_B1 = (torch.rand(size, generator=self.generator) * answer_B).long()[:, None]
+        block_N = torch.arange(-(-length // block_size))
+        ratio_BN = torch.where(block_N < first_B1, 0.0, 1.0)
+        ratio_BN = torch.where(block_N == first_B1, self._strata(size), ratio_BN)
+        noised = self._corrupted(batch, layout, ratio_BN)
+        near_BL = layout.block_numbers(length) <= first_B1 + FRONTIER_BLOCKS
+        counted_BL = noised.masked_BL & near_BL
+        weight_BL = counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size
+        return self._inputs(batch, noised, weight_BL)
 
+    def d2f(self, batch: Batch, objective: ObjectiveConfig) -> StepInputs:
+        """Mask each block at a ratio of its own (paper, section 3.2), alike for both models."""
+        num_blocks_B = -(-(self._end(batch) - batch.prompt_length_B) // self.noise.block_size)
+        ratio_BN = self.noise.schedule().sample(num_blocks_B, self.generator)
+        noised = self._corrupted(batch, self._blocks(batch), ratio_BN)
+        weight_BL = distillation_weights(
+            noised.masked_BL, noised.ratio_BL, objective.weighting, objective.normalization
+        )
+        return self._inputs(batch, noised, weight_BL)
 
-def frontier_inputs(
-    batch: Batch, noise: NoiseConfig, mask_token_id: int, generator: torch.Generator
-) -> StepInputs:
-    """Mask sequences as a sampler that decodes block by block meets them.
+    def _scattered(self, batch: Batch, t_B1: Tensor) -> StepInputs:
+        length = batch.ids_BL.shape[1]
+        whole = BlockLayout(prompt_length=batch.prompt_length_B, block_size=length)
+        noised = self._corrupted(batch, whole, t_B1)
+        position_L, start_B1 = torch.arange(length), batch.prompt_length_B[:, None]
+        response_BL = (position_L >= start_B1) & (position_L < self._end(batch)[:, None])
+        weight_BL = diffusion_weights(noised.masked_BL, noised.ratio_BL, response_BL)
+        return self._inputs(batch, noised, weight_BL)
 
-    Blocks before a random one are visible, that one is masked at a uniform rate, all behind it are
-    masked whole. Scattered noise all but never shows such a sequence. The loss is the mean over
-    the masks of the first `FRONTIER_BLOCKS` masked blocks; what lies further ahead cannot be known
-    yet and would drown the rest.
-    """
-    size, length = batch.ids_BL.shape
-    layout = _blocks(batch, noise)
-    answer_B = -(-(batch.end_B - batch.prompt_length_B) // noise.block_size)
-    first_B = (torch.rand(size, generator=generator) * answer_B).long()
-    block_N = torch.arange(-(-length // noise.block_size))
-    t_B1 = _strata(torch.rand((), generator=generator), size)[:, None]
-    ratio_BN = torch.where(block_N < first_B[:, None], 0.0, 1.0)
-    ratio_BN = torch.where(block_N == first_B[:, None], t_B1, ratio_BN)
-    noised = _corrupted(batch, noise, layout, ratio_BN, mask_token_id, generator)
-    near_BL = layout.block_numbers(length) <= first_B[:, None] + FRONTIER_BLOCKS
-    counted_BL = noised.masked_BL & near_BL
-    weight_BL = counted_BL / counted_BL.sum(-1, keepdim=True).clamp_min(1) / size
-    return _noised_inputs(batch, noise, noised, weight_BL)
+    def _strata(self, size: int) -> Tensor:
+        """One number (size, 1) in each of `size` equal parts of [0, 1), in a random rotation."""
+        offset = torch.rand((), generator=self.generator)
+        return ((offset + torch.arange(size) / size) % 1)[:, None]
 
+    def _corrupted(self, batch: Batch, layout: BlockLayout, ratio_BN: Tensor) -> NoisedBatch:
+        return corrupt(
+            batch.ids_BL,
+            layout,
+            ratio_BN,
+            mask_token_id=self.mask_token_id,
+            generator=self.generator,
+            lengths_B=self._end(batch),
+        )
 
-def d2f_inputs(
-    batch: Batch,
-    noise: NoiseConfig,
-    objective: ObjectiveConfig,
-    mask_token_id: int,
-    generator: torch.Generator,
-) -> StepInputs:
-    """Mask each block at a ratio of its own (paper, section 3.2), alike for both models."""
-    num_blocks_B = -(-(_noise_end(batch, noise) - batch.prompt_length_B) // noise.block_size)
-    ratio_BN = noise.schedule().sample(num_blocks_B, generator)
-    noised = _corrupted(batch, noise, _blocks(batch, noise), ratio_BN, mask_token_id, generator)
-    weight_BL = distillation_weights(
-        noised.masked_BL, noised.ratio_BL, objective.weighting, objective.normalization
-    )
-    return _noised_inputs(batch, noise, noised, weight_BL)
+    def _inputs(self, batch: Batch, noised: NoisedBatch, weight_BL: Tensor) -> StepInputs:
+        block_BL = self._blocks(batch).block_numbers(batch.ids_BL.shape[1])
+        return StepInputs(
+            ids_BL=noised.ids_BL,
+            target_BL=batch.ids_BL,
+            weight_BL=weight_BL,
+            block_BL=_hidden_past_end(batch, block_BL),
+        )
 
+    def _blocks(self, batch: Batch) -> BlockLayout:
+        return BlockLayout(prompt_length=batch.prompt_length_B, block_size=self.noise.block_size)
 
-def _corrupted(
-    batch: Batch,
-    noise: NoiseConfig,
-    layout: BlockLayout,
-    ratio: Tensor,
-    mask_token_id: int,
-    generator: torch.Generator,
-) -> NoisedBatch:
-    """Mask responses up to where noise ends, each block at its ratio."""
-    return corrupt(
-        batch.ids_BL,
-        layout,
-        ratio,
-        mask_token_id=mask_token_id,
-        generator=generator,
-        lengths_B=_noise_end(batch, noise),
-    )
-
-
-def _noised_inputs(
-    batch: Batch, noise: NoiseConfig, noised: NoisedBatch, weight_BL: Tensor
-) -> StepInputs:
-    """The inputs of a noisy batch; block numbers are those of padding past the sequences' ends."""
-    block_BL = _blocks(batch, noise).block_numbers(batch.ids_BL.shape[1])
-    return StepInputs(
-        ids_BL=noised.ids_BL,
-        target_BL=batch.ids_BL,
-        weight_BL=weight_BL,
-        block_BL=_hidden_past_end(batch, block_BL),
-    )
-
-
-def _blocks(batch: Batch, noise: NoiseConfig) -> BlockLayout:
-    return BlockLayout(prompt_length=batch.prompt_length_B, block_size=noise.block_size)
+    def _end(self, batch: Batch) -> Tensor:
+        return sample_ends(batch.prompt_length_B, batch.end_B, batch.length_B, self.noise)
 
 
 def _hidden_past_end(batch: Batch, block_BL: Tensor) -> Tensor:
     inside_BL = torch.arange(batch.ids_BL.shape[1]) < batch.length_B[:, None]
     return torch.where(inside_BL, block_BL, PADDING_BLOCK)
-
-
-def _noise_end(batch: Batch, noise: NoiseConfig) -> Tensor:
-    return sample_ends(batch.prompt_length_B, batch.end_B, batch.length_B, noise)
 
 
 def sample_ends(

@@ -58,10 +58,7 @@ _ITEM = array("i").itemsize
 
 
 def cache_file(setting: str | bool, key: list[Any]) -> Path | None:
-    """Name the file that `data.cache` has for a key, or None where it keeps nothing.
-
-    The key is JSON values that name everything the tokens depend on.
-    """
+    """Name the file that `data.cache` has for a key of JSON values; None where it keeps nothing."""
     if not setting:
         return None
     named = setting if isinstance(setting, str) else os.environ.get("D2F_CACHE", "")
@@ -88,7 +85,8 @@ def read_cache(file: Path) -> Encoded | None:
     try:
         about = json.loads(mapped[size:-tail])
         num_tokens, num_samples = int(about["tokens"]), int(about["samples"])
-        bad_rows = BadRows.from_table(about["bad_rows"])
+        bad = about["bad_rows"]
+        bad_rows = BadRows(counts=dict(bad["counts"]), first=dict(bad["first"]))
         check_sum = zlib.crc32(memoryview(mapped)[:size])
         wanted = (file.stem, _ITEM * (num_tokens + 2 * num_samples), check_sum)
         if (about["key"], size, about["crc"]) != wanted:
@@ -106,14 +104,13 @@ def read_cache(file: Path) -> Encoded | None:
     )
 
 
-def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: BadRows) -> None:
+def write_cache(file: Path, samples: Callable[[BadRows], Iterator[Sample]]) -> None:
     """Encode into a file; of all samples only the lengths are in memory.
 
-    The file's folder is created. `bad_rows` are filled while the samples are read.
-
-    Raises:
-        OSError: The folder cannot be written to, or is full; nothing is left behind.
+    The file's folder is created. `samples` fills the bad rows while they are read. Raises `OSError`
+    where the folder cannot be written to, or is full; nothing is left behind.
     """
+    bad_rows = BadRows()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.{os.getpid()}.part")
     prompt_lengths, response_lengths = array("i"), array("i")
@@ -127,7 +124,7 @@ def write_cache(file: Path, samples: Callable[[], Iterator[Sample]], bad_rows: B
                 crc = zlib.crc32(content, crc)
                 stream.write(content)
 
-            for prompt_ids, response_ids in samples():
+            for prompt_ids, response_ids in samples(bad_rows):
                 put(array("i", [*prompt_ids, *response_ids]))
                 prompt_lengths.append(len(prompt_ids))
                 response_lengths.append(len(response_ids))

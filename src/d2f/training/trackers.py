@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from d2f.errors import ConfigError, unknown_name
+from d2f.errors import ConfigError, first_line, unknown_name
 from d2f.training.config import TrainConfig, to_table
 
 PROJECT = "d2f"
@@ -16,13 +16,18 @@ PROJECT = "d2f"
 _PACKAGES = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that the trackers are there, before a model is loaded.
+def check_trackers(names: Sequence[str]) -> dict[str, Any]:
+    """Give the classes of these trackers of accelerate, once each.
 
-    Raises:
-        ConfigError: accelerate or a tracker's package is missing, or there is no such tracker.
+    Raises `ConfigError` if accelerate or a tracker's package is missing, or a name is unknown.
     """
-    known = _classes()
+    try:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ImportError:
+        raise ConfigError(
+            "trackers need the package accelerate: pip install 'd2f[train]'"
+        ) from None
+    known = {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
     for name in names:
         if name not in known:
             raise ConfigError(unknown_name("tracker", name, known))
@@ -32,16 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 f'trackers = ["{name}"] needs the package {packages[0]}: pip install {packages[0]}'
             )
 
-
-def _classes() -> dict[str, Any]:
-    """The trackers of accelerate by name."""
-    try:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    except ImportError:
-        raise ConfigError(
-            "trackers need the package accelerate: pip install 'd2f[train]'"
-        ) from None
-    return {str(name): tracker for name, tracker in LOGGER_TYPE_TO_CLASS.items()}
+    return {name: known[name] for name in names}
 
 
 class Trackers:
@@ -49,37 +45,29 @@ class Trackers:
 
     The run is called after its output folder, within the project "d2f". What a tracker cannot take
     is told once to `note` and ends it, not the training. The recipe is recorded with the run.
-
-    Raises:
-        ConfigError: As `check_trackers`, or a tracker does not start.
+    Raises `ConfigError` as `check_trackers`, or if a tracker does not start.
     """
 
     def __init__(self, config: TrainConfig, note: Callable[[str], object]) -> None:
-        check_trackers(config.trackers)
         self._note = note
         self._trackers: dict[str, Any] = {}
-        classes = _classes()
         settings = dict(flat(to_table(config)))
-        for name in dict.fromkeys(config.trackers):
+        for name, tracker in check_trackers(config.trackers).items():
             try:
-                self._trackers[name] = _start(classes[name], name, Path(config.output))
+                self._trackers[name] = _start(tracker, name, Path(config.output))
                 self._trackers[name].store_init_configuration(settings)
             except Exception as error:  # each tracker has errors of its own
-                raise ConfigError(f"tracker {name} does not start: {_line(error)}") from None
+                raise ConfigError(f"tracker {name} does not start: {first_line(error)}") from None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Pass on the numbers of a line of the log, under its step."""
-        values = {
-            name: value
-            for name, value in flat(record)
-            if isinstance(value, int | float) and name != "step"
-        }
+        numbers = {k: v for k, v in flat(record) if isinstance(v, int | float) and k != "step"}
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(values, step=record["step"])
+                tracker.log(numbers, step=record["step"])
             except Exception as error:
                 del self._trackers[name]
-                self._note(f"tracker {name} fails, and is left out: {_line(error)}")
+                self._note(f"tracker {name} fails, and is left out: {first_line(error)}")
 
     def close(self) -> None:
         """The run is over."""
@@ -87,7 +75,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                self._note(f"tracker {name} did not end well: {_line(error)}")
+                self._note(f"tracker {name} did not end well: {first_line(error)}")
         self._trackers.clear()
 
 
@@ -121,8 +109,3 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
         else:
             yield f"{prefix}{name}", json.dumps(value)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -35,11 +35,7 @@ from d2f.training.config import TrainConfig
 from d2f.training.data import SampleOrder, TokenDataset, derive_seed, generator
 from d2f.training.evaluations import Evaluations, Evaluator, SaveBest
 from d2f.training.model_card import CardFacts
-from d2f.training.optimizer import (
-    GuardedUpdate,
-    build_optimizer,
-    learning_rate,
-)
+from d2f.training.optimizer import GuardedUpdate, build_optimizer, learning_rate
 from d2f.training.packing import pack_samples
 from d2f.training.processes import DistributedModel, Processes
 from d2f.training.run_log import LogWindow, Reporter, RunLog
@@ -120,9 +116,8 @@ class Trainer:
             alone=self.processes.world_size == 1,
             observer=observer,
         )
-        self.update = GuardedUpdate(
-            build_optimizer(student, config.optimizer), config.optimizer.clip_norm
-        )
+        optimizer = build_optimizer(student, config.optimizer)
+        self.update = GuardedUpdate(optimizer, config.optimizer.clip_norm)
         self._dataset = dataset
         self._packing = pack_samples(dataset, config) if config.data.padding == "packed" else None
         self.order = SampleOrder(
@@ -136,9 +131,7 @@ class Trainer:
         self._stop = threading.Event()
         if state is not None:
             self.step, self.seconds = state["step"], state["seconds"]
-            restore_optimizer(
-                self.distributed, self.update.optimizer, config, state, self.processes
-            )
+            restore_optimizer(self.distributed, optimizer, config, state, self.processes)
         self._evaluated = self.step
         """Step of the last evaluation, or where the run goes on from."""
         self._window = LogWindow(self.step, self.seconds)
@@ -152,13 +145,8 @@ class Trainer:
             self._reporter.note(self._packing.text())
         self._log = RunLog(self.config, self._reporter, after_step=self.step)
         if self._evaluator is not None and self.config.evaluate is not None:
-            self.evaluations = Evaluations(
-                self.config,
-                self._evaluator,
-                save_best,
-                self._reporter,
-                after_step=self.step,
-            )
+            given = self.config, self._evaluator, save_best, self._reporter
+            self.evaluations = Evaluations(*given, after_step=self.step)
 
     @property
     def warnings(self) -> list[str]:
@@ -167,18 +155,18 @@ class Trainer:
 
     def data_counts(self) -> dict[str, Any]:
         """Count what became of the data's rows, and the packed rows where there are some."""
-        packed = self._packing.counts() if self._packing is not None else {}
-        return self._dataset.counts() | packed
+        counts, packing = self._dataset.counts(), self._packing
+        if packing is not None:
+            counts |= {"packed_rows": packing.num_rows, "filled": round(packing.filled, 4)}
+        return counts
 
     def facts(self, evaluation: Mapping[str, Any] | None) -> CardFacts:
         """Give what a model card tells of the run so far; `evaluation` is that of the model."""
-        settings = self.config.evaluate
         return CardFacts(
             steps=self.step,
             data=self.data_counts(),
             loss=self.last_record["loss"] if self.last_record else None,
             evaluation=evaluation,
-            task=(settings.task or "held-out samples") if settings else None,
         )
 
     def stop(self) -> None:
@@ -280,7 +268,7 @@ class Trainer:
                 self._ended("backward")
             total += loss.detach()
             if logged:
-                self._window.add_blocks(moved, loss_BL, self._num_blocks)
+                self._window.add_blocks(moved, loss_BL, self.config)
         total = self.processes.sum(total)
         self.step += 1
         norm = self.update.apply(self.step, lr, total)
@@ -300,11 +288,6 @@ class Trainer:
             return make(self._dataset.batch(rows_B))
         places = self._packing.places(rows_B)
         return places.pack(make(self._dataset.batch(places.sample_S, places.longest)))
-
-    @property
-    def _num_blocks(self) -> int:
-        noise = self.config.noise
-        return 0 if noise is None else -(-self._dataset.sequence_length // noise.block_size)
 
     def _write_log(self) -> None:
         self._check_finite()
@@ -387,10 +370,10 @@ class Trainer:
 
     def _save(self, step: int) -> Path:
         self._wait()
-        progress = {"step": step, "seconds": self.seconds}
+        progress, optimizer = {"step": step, "seconds": self.seconds}, self.update.optimizer
         with saving(Path(self.config.output)):
             return save_checkpoint(
-                self.distributed, self.update.optimizer, self.config, progress, self.processes
+                self.distributed, optimizer, self.config, progress, self.processes
             )
 
     def _wait(self) -> None:

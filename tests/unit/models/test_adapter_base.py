@@ -195,7 +195,7 @@ def test_other_shapes_and_kinds_are_refused_before_weights_are_read(
     folders, tmp_path, monkeypatch, other, part
 ):
     other = write_checkpoint(tmp_path / "other", **other)
-    monkeypatch.setattr("d2f.models.checkpoint.read_tensor", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("d2f.models.storage.read_tensor", lambda *_: pytest.fail("read"))
     for see in (inspect_model, load_model):
         with pytest.raises(CheckpointError) as caught:
             see(other, folders[1])
@@ -253,14 +253,15 @@ def test_a_base_that_is_no_autoregressive_one_is_known_too(tmp_path):
     ("change", "part"),
     [
         ({"format": 2}, "this version of d2f reads 1"),
-        ({"base": None}, "base is None"),
-        ({"base__vocab_size": True}, "vocab_size is True"),
-        ({"base__fingerprint": "x"}, "must be tables"),
-        ({"base__fingerprint__norms": None}, "fingerprint is broken"),
-        ({"base__fingerprint__matrices": [1.0]}, "fingerprint is broken"),
-        ({"mask_token_id": "16"}, "mask_token_id is '16'"),
+        ({"base": None}, "'base' is None"),
+        ({"base__vocab_size": True}, "'vocab_size' is True"),
+        ({"base__fingerprint": "x"}, "'fingerprint' is 'x'; it must be a table"),
+        ({"base__fingerprint__norms": None}, "'norms' is None"),
+        ({"base__fingerprint__matrices": [1.0]}, "'matrices' is [1.0]"),
+        ({"base__fingerprint__matrices": {"x": "y"}}, "matrices that are no numbers"),
+        ({"mask_token_id": "16"}, "'mask_token_id' is '16'"),
         ({"mask_token_id": 96}, "vocabulary holds 0 to 95"),
-        ({"distilled": None}, "distilled is None"),
+        ({"distilled": None}, "'distilled' is None"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"dtype": "int8"}, "int8 needs the table lora"),
     ],
@@ -371,7 +372,7 @@ def test_a_declaration_without_an_entry_is_not_read_in_another_way(folders, name
     values = json.loads((folder / "d2f_adapter.json").read_text())
     del values[name]
     (folder / "d2f_adapter.json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=f"lacks {name}; fetch the adapter again"):
+    with pytest.raises(CheckpointError, match=f"'{name}' is missing; fetch the adapter again"):
         load_model(base, folder, "cpu")
 
 

@@ -24,8 +24,8 @@ from d2f.gguf import block_types
 from d2f.gguf.config import llama3_factors, rope_scaling
 from d2f.gguf.container import Container, GGUFTensor, read_container
 from d2f.hub import resolve_folder
+from d2f.models.adapter_base import other_base
 from d2f.models.checkpoint import load_model, match_headers, read_spec
-from d2f.models.lora_base import other_base
 from d2f.models.storage import read_tensor
 from d2f.testing import write_checkpoint
 from d2f.text import Tokenizer

@@ -30,6 +30,10 @@ def config(length, **options):
     return DataConfig(kind="problems", num_problems=1, sequence_length=length, **options)
 
 
+def counts(data, *names):
+    return [data.counts()[name] for name in names]
+
+
 def test_rows_start_at_0_and_end_in_eos():
     data = TokenDataset(encoded([[1, 2], [3, 4]], [[5], [6]]), config(6), eos_token_id=0)
     batch = data.batch(torch.tensor([1, 0]))
@@ -41,17 +45,18 @@ def test_rows_start_at_0_and_end_in_eos():
 def test_over_long_samples_are_dropped_or_truncated_and_counted():
     pairs = encoded([[1], [2, 3]], [[1], [2, 3, 4]], [[1, 2, 3, 4], [5]], [[], [7]])
     dropped = TokenDataset(pairs, config(4), eos_token_id=0)
-    assert (len(dropped), dropped.num_dropped, dropped.num_truncated) == (2, 2, 0)
+    assert (len(dropped), *counts(dropped, "dropped", "truncated")) == (2, 2, 0)
     cut = TokenDataset(pairs, config(4, over_long="truncate"), eos_token_id=0)
-    assert (len(cut), cut.num_dropped, cut.num_truncated) == (3, 1, 1)
+    assert (len(cut), *counts(cut, "dropped", "truncated")) == (3, 1, 1)
     batch = cut.batch(torch.tensor([1]))
     assert batch.ids_BL.tolist() == [[1, 2, 3, 4]]
     assert batch.end_B.tolist() == [4]
     short = TokenDataset(pairs, config(9, max_prompt_length=3), eos_token_id=0)
-    assert (short.num_dropped, short.num_long_prompts, short.num_truncated_prompts) == (1, 1, 0)
+    names = ("dropped", "long_prompts", "truncated_prompts")
+    assert counts(short, *names) == [1, 1, 0]
     long_prompt = config(9, max_prompt_length=3, long_prompt="truncate")
     behead = TokenDataset(pairs, long_prompt, eos_token_id=0)
-    assert (len(behead), behead.num_dropped, behead.num_truncated_prompts) == (4, 0, 1)
+    assert (len(behead), *counts(behead, "dropped", "truncated_prompts")) == (4, 0, 1)
     batch = behead.batch(torch.tensor([2, 3]))
     assert batch.ids_BL.tolist() == [[2, 3, 4, 5, 0, 0, 0, 0, 0], [7] + [0] * 8]
     assert batch.prompt_length_B.tolist() == [3, 0]

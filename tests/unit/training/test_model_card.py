@@ -29,8 +29,9 @@ def front_matter(card):
 
 def test_the_card_of_an_adapter_of_the_hubs_model(tmp_path):
     config = make_config(
-        tmp_path, "d2f", model=ModelConfig(init="GSAI-ML/LLaDA-8B-Instruct"), lora=LORA
-    )
+        tmp_path, "d2f", model=ModelConfig(init="GSAI-ML/LLaDA-8B-Instruct"), lora=LORA,
+        evaluate=EvaluateConfig(every=100, task="gsm8k"),
+    )  # fmt: skip
     facts = CardFacts(
         steps=1200,
         data={"used": 12345, "dropped": 7, "truncated": 0, "held_out": 3, "bad_rows": 2},
@@ -39,7 +40,6 @@ def test_the_card_of_an_adapter_of_the_hubs_model(tmp_path):
             "step": 1000, "score": 0.775, "standard_error": 0.0187, "tokens_per_forward": 4.5,
             "num_problems": 500, "mean_tokens": 120.5,
         },
-        task="gsm8k",
     )  # fmt: skip
     card = model_card(config, tiny_spec("llada"), DecodingPolicy(block_size=16), facts)
     assert front_matter(card) == {

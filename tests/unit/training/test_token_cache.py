@@ -13,7 +13,6 @@ from d2f.testing import write_tokenizer
 from d2f.text import Tokenizer
 from d2f.training import token_cache
 from d2f.training.data import TokenDataset
-from d2f.training.pairs import BadRows
 from d2f.training.sections import ColumnConfig, DataConfig
 from d2f.training.sources import encode_data
 from d2f.training.token_cache import Encoded, read_cache, write_cache
@@ -151,7 +150,7 @@ def test_samples_are_not_held_in_memory(tmp_path):
     sample = ([1] * 1_000, [2] * 9_000)
     tracemalloc.start()
     try:
-        write_cache(tmp_path / "a.tokens", lambda: (sample for _ in range(500)), BadRows())
+        write_cache(tmp_path / "a.tokens", lambda bad_rows: (sample for _ in range(500)))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -16,15 +16,9 @@ from d2f.models.spec import Architecture, Family, ModelSpec
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "max_positions",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+    "head_dim", "max_positions",
+)  # fmt: skip
 
 
 def _found() -> dict[str, Family]:
@@ -56,8 +50,13 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> M
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{where}: {unknown_name('model_type', model_type, FAMILIES)}")
     family = FAMILIES[model_type]
+    for name, value in family.fixed.items():
+        given = config.get(name, value)
+        # The published code only asks whether a setting is true, so null is off too.
+        if given != value and not (value is False and given is None):
+            raise CheckpointError(f"{where}: {name} is {given!r}; only {value!r} is supported")
     try:
-        spec = family.read({**family.defaults, **config}, where)
+        spec = family.read({**family.defaults, **config}, family.architecture, where)
     except KeyError as error:
         raise CheckpointError(f"{where}: the entry {error} is missing") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:

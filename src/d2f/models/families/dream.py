@@ -21,14 +21,10 @@ ARCHITECTURE = Architecture(
 )
 FAMILY = Family(
     architecture=ARCHITECTURE,
-    read=lambda config, where: hugging_face.read(config, ARCHITECTURE, where),
+    read=hugging_face.read,
     write=hugging_face.write,
     # Sizes have no default: those of the authors' class are of no model that they published.
-    defaults=hugging_face.DEFAULTS
-    | {
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
+    defaults=hugging_face.DEFAULTS | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     presets={"dream-7b": replace(QWEN2_7B, architecture=ARCHITECTURE, mask_token_id=151666)},
 )
 

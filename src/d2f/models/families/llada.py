@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2f.models.hugging_face import Config, refuse_other, token_ids, write_common
+from d2f.models.hugging_face import Config, token_ids, write_common
 from d2f.models.spec import Architecture, Family, ModelSpec
 
 _NAMES = {
@@ -52,14 +52,13 @@ _FIXED = {
 """Settings of the authors' code that have one value here."""
 
 
-def _read(config: Config, where: str) -> ModelSpec:
-    refuse_other(config, _FIXED, where)
+def _read(config: Config, architecture: Architecture, where: str) -> ModelSpec:
     width, heads = config["d_model"], config["n_heads"]
     kv_heads = config.get("n_kv_heads")
     if kv_heads is None:
         kv_heads = 1 if config.get("multi_query_attention") else heads
     return ModelSpec(
-        architecture=ARCHITECTURE,
+        architecture=architecture,
         # The rows of the embedding may exceed the tokenizer's vocabulary.
         vocab_size=config.get("embedding_size") or config["vocab_size"],
         hidden_size=width,
@@ -96,6 +95,7 @@ FAMILY = Family(
     architecture=ARCHITECTURE,
     read=_read,
     write=_write,
+    fixed=_FIXED,
     # Sizes have no default: those of the authors' class are of no model that they published.
     defaults={
         "mlp_ratio": 4,
@@ -121,6 +121,6 @@ FAMILY = Family(
             eos_token_ids=(126081,),
             bos_token_id=126080,
             pad_token_id=126081,
-        ),
+        )
     },
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from d2f.models import hugging_face
-from d2f.models.hugging_face import Config
 from d2f.models.spec import Architecture, Family, ModelSpec
 
 ARCHITECTURE = Architecture(
@@ -16,23 +15,15 @@ ARCHITECTURE = Architecture(
 )
 
 
-def _read(config: Config, where: str) -> ModelSpec:
-    hugging_face.refuse_other(config, {"attention_bias": False, "mlp_bias": False}, where)
-    # transformers' class knows no sliding windows, whatever a config says.
-    return hugging_face.read({**config, "use_sliding_window": False}, ARCHITECTURE, where)
-
-
 FAMILY = Family(
     architecture=ARCHITECTURE,
-    read=_read,
+    # transformers' class knows no sliding windows, whatever a config says.
+    read=lambda config, *more: hugging_face.read({**config, "use_sliding_window": False}, *more),
     write=hugging_face.write,
+    fixed={"attention_bias": False, "mlp_bias": False},
     defaults=hugging_face.DEFAULTS
     | hugging_face.SIZES
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-    },
+    | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     presets={
         "llama-3-8b": ModelSpec(
             architecture=ARCHITECTURE,
@@ -48,6 +39,6 @@ FAMILY = Family(
             max_positions=8192,
             eos_token_ids=(128001,),
             bos_token_id=128000,
-        ),
+        )
     },
 )

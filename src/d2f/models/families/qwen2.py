@@ -32,7 +32,7 @@ QWEN2_7B = ModelSpec(
 )
 FAMILY = Family(
     architecture=ARCHITECTURE,
-    read=lambda config, where: hugging_face.read(config, ARCHITECTURE, where),
+    read=hugging_face.read,
     write=hugging_face.write,
     defaults=hugging_face.DEFAULTS
     | hugging_face.SIZES

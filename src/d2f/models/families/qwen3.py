@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from d2f.models import hugging_face
-from d2f.models.hugging_face import Config
 from d2f.models.spec import Architecture, Family, ModelSpec
 
 ARCHITECTURE = Architecture(
@@ -17,15 +16,11 @@ ARCHITECTURE = Architecture(
 )
 
 
-def _read(config: Config, where: str) -> ModelSpec:
-    hugging_face.refuse_other(config, {"attention_bias": False}, where)
-    return hugging_face.read(config, ARCHITECTURE, where)
-
-
 FAMILY = Family(
     architecture=ARCHITECTURE,
-    read=_read,
+    read=hugging_face.read,
     write=hugging_face.write,
+    fixed={"attention_bias": False},
     defaults=hugging_face.DEFAULTS
     | hugging_face.SIZES
     | {
@@ -51,6 +46,6 @@ FAMILY = Family(
             qk_norm=True,
             eos_token_ids=(151645,),
             bos_token_id=151643,
-        ),
+        )
     },
 )

@@ -1,8 +1,9 @@
-"""A fingerprint that tells an adapter's base model from others of its shape, in any precision.
+"""The base model of an adapter, told from others of its shape: by its weights, or by its name.
 
-Norms and biases are stored unquantised everywhere, GGUF files included, and training changes them:
-they must be equal but for rounding to 16 bits. Matrices tell what leaves norms alone, such as a
-merged adapter: they may differ by as much as quantisation makes them.
+Weights are compared in any precision. Norms and biases are stored unquantised everywhere, GGUF
+files included, and training changes them: they must be equal but for rounding to 16 bits. Matrices
+tell what leaves norms alone, such as a merged adapter: they may differ by as much as quantisation
+makes them.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from d2f.errors import CheckpointError
+from d2f.errors import ConfigError
+from d2f.hub import expanded
+from d2f.models.storage import read_json
 
 ROUNDED = 0.01
 """Largest distance of matrices that rounding to 16 or 8 bits gives (0.002; 0.008)."""
@@ -28,6 +32,9 @@ _ROWS = 64  # of a matrix that are looked at: quantisation and training change a
 _FEW_ROWS = 8  # enough to see whether values are repeated
 _GROUP = 16  # smallest run of weights that a quantisation scales together
 _REPEATED = 0.05  # largest share of equal weights in such runs, where they are not quantised
+_CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+# What our own runs call their results; the folder above tells them apart.
+_COMMON = re.compile(r"final|best|checkpoint-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +55,15 @@ class Fingerprint:
     quantised: bool
     """Whether the matrices hold few different values, as quantisation leaves them."""
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> Fingerprint:
-        """What `to_dict` gave; raises `CheckpointError` naming `where` if it is no fingerprint."""
-        try:
-            return cls(
-                norms=tuple(str(one) for one in values["norms"]),
-                matrices={str(k): float(one) for k, one in values["matrices"].items()},
-                quantised=bool(values["quantised"]),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{where}: the base's fingerprint is broken; fetch the adapter again"
-            ) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fingerprint as plain JSON values."""
-        return asdict(self)
+    def __post_init__(self) -> None:
+        if not all(isinstance(number, float) for number in self.matrices.values()):
+            raise ConfigError("the base's fingerprint holds matrices that are no numbers")
 
     def distance(self, other: Fingerprint) -> float:
-        """Relative distance of the matrices that both have, estimated.
-
-        A head that is stored although it is tied is no difference. Infinite where none is common.
+        """Relative distance of the matrices that both have, estimated; infinite without any.
 
         With random signs u and v, (u D v)² is |D|² on average, so the root mean square over all
-        matrices estimates |D| / |W|.
+        matrices estimates |D| / |W|. A head that is stored although it is tied is no difference.
         """
         common = self.matrices.keys() & other.matrices.keys()
         squares = [(self.matrices[name] - other.matrices[name]) ** 2 for name in common]
@@ -134,3 +125,42 @@ def _signs(size: int) -> Tensor:
 
 def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def other_base(base_model: str | None, loaded: str | Path, folder: Path) -> str | None:
+    """A line that warns of a base model other than the loaded one; None where names agree.
+
+    The same model may lie under another path, so only the last part of a name counts, whatever its
+    case. A model is known by the name it was asked for (`loaded`), its folder, the hub's id in the
+    path of the hub's cache, and the name that transformers notes in config.json. `base_model` is
+    what adapter_config.json says; None: nothing.
+    """
+    if base_model is None or _same_folder(base_model, folder):
+        return None
+    names = {_key(str(loaded)), _key(str(folder.resolve()))}
+    if (folder / "config.json").exists():
+        noted = read_json(folder / "config.json").get("_name_or_path")
+        names |= {_key(noted)} if isinstance(noted, str) and noted else set()
+    if _key(base_model) in names:
+        return None
+    return (
+        f"the adapter was trained on '{base_model}', and '{loaded}' was loaded; if that is another "
+        "model, answers are poor"
+    )
+
+
+def _same_folder(name: str, folder: Path) -> bool:
+    try:
+        return expanded(name).samefile(folder)
+    except (OSError, ValueError):  # no such file, no name of a file
+        return False
+
+
+def _key(name: str) -> str:
+    parts = [part for part in re.split(r"[/\\]", name.casefold()) if part not in ("", ".")]
+    for part in reversed(parts):
+        cached = _CACHED.fullmatch(part)
+        if cached is not None:
+            return cached["name"]
+    last = parts[-1] if parts else ""
+    return "/".join(parts[-2:]) if _COMMON.fullmatch(last) else last

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from d2f.errors import D2FWarning
+from d2f.models.adapter_base import other_base
 from d2f.models.checkpoint import load_model
-from d2f.models.lora_base import other_base
 from d2f.testing import write_adapter, write_checkpoint
 
 HUB = "GSAI-ML/LLaDA-8B-Instruct"
