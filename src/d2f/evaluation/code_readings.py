@@ -118,12 +118,9 @@ def split_blocks(lines: Sequence[str], *, strings: bool = True) -> list[Piece]:
     """Split an answer at its fences.
 
     A fence may stand in a list or a quotation, be made of backticks or tildes, and end with the
-    answer. One that names a language ends a fence that is still open.
-
-    Args:
-        lines: The answer.
-        strings: Take marks in a string of several lines, such as a docstring, for its text. That is
-            misled by a string that is cut off; without it, a docstring may end a fence.
+    answer. One that names a language ends a fence that is still open. With `strings`, marks in a
+    string of several lines, such as a docstring, are its text. That is misled by a string that is
+    cut off; without it, a docstring may end a fence.
 
     Example:
         >>> [(b.lines, b.language) for b in split_blocks(["So:", "```py", "x = 1", "```"])]
