@@ -133,17 +133,12 @@ class SpeedGroup:
     def _round(self, engines: Engines, indices: Mapping[str, Sequence[int]]) -> list[list[Record]]:
         """Run one round, and give the lines of each row."""
         lines: dict[str, list[Record]] = {racer.row.name: [] for racer in self._racers}
-        if self._batch_size == 1:
-            for index in sorted({index for some in indices.values() for index in some}):
-                for racer in self._racers:
-                    if index in indices[racer.row.name]:
-                        lines[racer.row.name] += _timed(
-                            racer.row, engines.of(racer.row, 1), [index]
-                        )
-        else:
+        every = sorted({index for some in indices.values() for index in some})
+        for batch in [[index] for index in every] if self._batch_size == 1 else [every]:
             for racer in self._racers:
-                engine = engines.of(racer.row, self._batch_size)
-                lines[racer.row.name] = _timed(racer.row, engine, indices[racer.row.name])
+                name, engine = racer.row.name, engines.of(racer.row, self._batch_size)
+                here = [index for index in batch if index in indices[name]]
+                lines[name] += _timed(racer.row, engine, here)
         for racer in self._racers:
             _judge(racer.row, lines[racer.row.name])
         return list(lines.values())
