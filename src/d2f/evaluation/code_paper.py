@@ -10,10 +10,16 @@ For figures beside the paper's; `code_answer` judges better. No function here ra
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
-from d2f.evaluation.code_parsing import is_readable, parse_or_refuse, source_of, split_lines
-from d2f.evaluation.code_statements import reached
+from d2f.evaluation.code_statements import (
+    names_in,
+    parse_or_refuse,
+    reached,
+    source_of,
+    split_lines,
+)
 
 _MAX_LINES = 100
 _MAX_PARSED_LINES = 100_000
@@ -54,7 +60,8 @@ def sanitize(code: str, entry_point: str) -> str:
     for node in tree.body:
         for name in _defined_names(node):
             definitions.setdefault(name, node)
-    wanted = _reachable(entry_point, definitions)
+    links = {name: names_in(node) for name, node in definitions.items()}
+    wanted = {definitions.get(name) for name in reached({entry_point}, links)}
     encoded = [line.encode() for line in lines]
     kept = [node for node in tree.body if node in wanted]
     return "\n".join(source_of(node, encoded) for node in [*imports, *kept])
@@ -72,41 +79,27 @@ def paper_solution(prompt: str, text: str, entry_point: str) -> str:
     return sanitize("\n".join(split_lines(code)[:_MAX_LINES]), entry_point)
 
 
-def _longest_run(lines: Sequence[str]) -> list[str]:
+def _longest_run(lines: Sequence[str]) -> Sequence[str]:
     """Find the run of lines that parses with the most lines that are not blank; the first wins."""
-    best: list[str] = []
-    best_size = 0
-    budget = _MAX_PARSED_LINES
-    for piece in _readable_pieces(lines):
-        sizes = [0]
-        for line in piece:
-            sizes.append(sizes[-1] + bool(line.strip()))
-        inside: set[int] = set()
-        for start, first in enumerate(piece):
-            # A program starts at the left. One that starts at a statement of an earlier run ends
-            # where that run ends.
-            if not first.strip() or first[0] in " \t\f" or start in inside:
-                continue
-            stop = len(piece)
-            while sizes[stop] - sizes[start] > best_size and budget > 0:
-                budget -= stop - start
-                tree = parse_or_refuse(piece[start:stop])
-                if isinstance(tree, ast.Module):
-                    best, best_size = list(piece[start:stop]), sizes[stop] - sizes[start]
-                    inside = {start + node.lineno - 1 for node in tree.body}
-                    break
-                stop = start + tree.line
+    best: Sequence[str] = []
+    sizes = list(accumulate((bool(line.strip()) for line in lines), initial=0))
+    best_size, budget = 0, _MAX_PARSED_LINES
+    inside: set[int] = set()
+    for start, first in enumerate(lines):
+        # A program starts at the left. One that starts at a statement of an earlier run ends where
+        # that run ends.
+        if not first.strip() or first[0] in " \t\f" or start in inside:
+            continue
+        stop = len(lines)
+        while sizes[stop] - sizes[start] > best_size and budget > 0:
+            budget -= stop - start
+            tree = parse_or_refuse(lines[start:stop])
+            if isinstance(tree, ast.Module):
+                best, best_size = lines[start:stop], sizes[stop] - sizes[start]
+                inside = {start + node.lineno - 1 for node in tree.body}
+                break
+            stop = start + tree.line
     return best
-
-
-def _readable_pieces(lines: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Split lines at those that no program can hold."""
-    start = 0
-    for index, line in enumerate(lines):
-        if not is_readable(line):
-            yield lines[start:index]
-            start = index + 1
-    yield lines[start:]
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
@@ -116,22 +109,8 @@ def _defined_names(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         returns = any(isinstance(inner, ast.Return) for inner in ast.walk(node))
         return [node.name] if returns else []
-    if isinstance(node, ast.Assign):
-        targets: list[ast.expr] = node.targets
-    elif isinstance(node, ast.AnnAssign):
-        targets = [node.target]
-    else:
-        return []
-    inner = (part for target in targets for part in ast.walk(target))
-    stored = (part for part in inner if isinstance(part, ast.Name))
-    return [part.id for part in stored if isinstance(part.ctx, ast.Store)]
-
-
-def _reachable(entry_point: str, definitions: Mapping[str, ast.stmt]) -> set[ast.stmt]:
-    """Find the definitions that a name leads to, its own among them."""
-    links = {
-        name: {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-        for name, node in definitions.items()
-    }
-    names = reached({entry_point}, links)
-    return {node for name, node in definitions.items() if name in names}
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    parts = (part for target in targets for part in ast.walk(target))
+    names = (part for part in parts if isinstance(part, ast.Name))
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]

@@ -1,4 +1,7 @@
-"""A statement of the top level, and what it needs and does: names it binds, reads and changes."""
+"""Find the statements in a text that is Python in part, and what each needs and does.
+
+No function here raises for any text.
+"""
 
 from __future__ import annotations
 
@@ -6,234 +9,35 @@ import ast
 import builtins
 import symtable
 import sys
-from collections.abc import Mapping, Set
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-BUILTINS = frozenset(dir(builtins)) | {"__file__", "__name__"}
-_CHANGING_BUILTINS = frozenset(("delattr", "exec", "next", "setattr"))
-_HARMLESS_METHODS = frozenset(
-    (*dir(str), *dir(tuple), *dir(frozenset), "get", "items", "keys", "values")
-)
-"""Those that leave their object as it is: of types that nothing can change, and of a dict."""
-_PASSING_ON = frozenset(("enumerate", "iter", "reversed", "sorted", "zip"))
-"""Those that give what is in their arguments."""
-_NEVER_NEEDED = frozenset(("print", "input", "help", "exit", "quit", "breakpoint"))
+MAX_CHARACTERS = 100_000
+"""Of a longer text only the start is looked at; the longest answers have some 4,000."""
+_MAX_LINES = 2_000
+_MAX_PARSED_LINES = 30_000
 
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
+BUILTINS = frozenset(dir(builtins)) | {"__file__", "__name__"}
+_NEVER_NEEDED = frozenset(("print", "input", "help", "exit", "quit", "breakpoint"))
+_SETTINGS = ("set", "seed", "simplefilter", "filterwarnings", "stack_size")
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+_IMPORT = ast.Import | ast.ImportFrom
 _INSIDE_ALONE = (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.AsyncFor, ast.AsyncWith)
 
 
-@dataclass(frozen=True, eq=False)
-class Statement:
-    """One statement of the top level.
+def names_in(*nodes: ast.AST | None) -> set[str]:
+    """Collect the names that stand somewhere in nodes of a program."""
+    parts = (part for node in nodes if node is not None for part in ast.walk(node))
+    return {part.id for part in parts if isinstance(part, ast.Name)}
 
-    Example:
-        >>> from d2f.evaluation.code_parsing import find_statements
-        >>> [first, second] = find_statements(["def f(x):", "    return x + N", "T[1] = f(2)"])
-        >>> first.binds, sorted(first.reads), second.stores
-        (frozenset({'f'}), ['N'], frozenset({'T'}))
-    """
 
-    node: ast.stmt
-    source: str
-    unfinished: bool = False
-    """Whether its end is missing, since the text ends before."""
-
-    @cached_property
-    def _tables(self) -> list[symtable.SymbolTable]:
-        """Its scopes, the top level's first; none where Python refuses it later than in parsing."""
-        try:
-            found = [symtable.symtable(self.source, "<answer>", "exec")]
-            for table in found:
-                found += table.get_children()
-        except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
-            return []
-        return found
-
-    @cached_property
-    def binds(self) -> frozenset[str]:
-        """Names of the top level that it gives a value."""
-        if isinstance(self.node, ast.AnnAssign) and self.node.value is None:
-            return frozenset()
-        symbols = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
-        return frozenset(s.get_name() for s in symbols if s.is_assigned() or s.is_imported())
-
-    @cached_property
-    def reads(self) -> frozenset[str]:
-        """Names of the top level that it uses, when it runs or when what it defines is called."""
-        top = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
-        inner = (symbol for table in self._tables[1:] for symbol in table.get_symbols())
-        used = {symbol.get_name() for symbol in top if symbol.is_referenced()} - self._counted
-        return frozenset(used | {symbol.get_name() for symbol in inner if symbol.is_global()})
-
-    @cached_property
-    def _counted(self) -> set[str]:
-        """The variables of a loop, which it gives their values itself."""
-        if not isinstance(self.node, ast.For):
-            return set()
-        given, used = ast.walk(self.node.target), ast.walk(self.node.iter)
-        names = {part.id for part in given if isinstance(part, ast.Name)}
-        return names - {part.id for part in used if isinstance(part, ast.Name)}
-
-    @cached_property
-    def reads_at_once(self) -> frozenset[str]:
-        """Those that it uses when it runs, and not only in what it defines."""
-        symbols = (symbol for table in self._tables[:1] for symbol in table.get_symbols())
-        at_once = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
-        inner = (symbol for table in self._tables[1:] for symbol in table.get_symbols())
-        return frozenset(at_once - {s.get_name() for s in inner if s.is_global()})
-
-    @cached_property
-    def stores(self) -> frozenset[str]:
-        """Names of the top level in whose objects it stores, as in `x[1] = 2` and `x.y += 1`."""
-        declared = {
-            symbol.get_name()
-            for table in self._tables[1:]
-            for symbol in table.get_symbols()
-            if symbol.is_declared_global() and symbol.is_assigned()
-        }
-        parts = (n for n in ast.walk(self.node) if isinstance(n, ast.Attribute | ast.Subscript))
-        roots = {_root(part) for part in parts if not isinstance(part.ctx, ast.Load)}
-        return self._read_objects(roots) | declared
-
-    @cached_property
-    def touches(self) -> frozenset[str]:
-        """Names of the top level whose objects its calls may change."""
-        names: set[str] = set()
-        for call in ast.walk(self.node):
-            if not isinstance(call, ast.Call):
-                continue
-            function = call.func
-            if isinstance(function, ast.Attribute) and function.attr not in _HARMLESS_METHODS:
-                names.add(_root(function.value))
-            if isinstance(function, ast.Name) and function.id in BUILTINS - _CHANGING_BUILTINS:
-                continue
-            given = [*call.args, *(keyword.value for keyword in call.keywords)]
-            names |= {argument.id for argument in given if isinstance(argument, ast.Name)}
-        return self._read_objects(names)
-
-    @cached_property
-    def calls(self) -> frozenset[str]:
-        """Names of the top level that it calls as they are."""
-        functions = (part.func for part in ast.walk(self.node) if isinstance(part, ast.Call))
-        return self.reads & {part.id for part in functions if isinstance(part, ast.Name)}
-
-    def _read_objects(self, names: Set[str]) -> frozenset[str]:
-        """What of the top level some of its names stand for, in functions too."""
-        return self.reads & reached(names, self.same_objects)
-
-    @cached_property
-    def same_objects(self) -> dict[str, set[str]]:
-        """Names that it gives objects of other names, or parts of them: `row` in `row = x[1]`."""
-        found: dict[str, set[str]] = {}
-        for part in ast.walk(self.node):
-            if isinstance(part, ast.Assign):
-                targets, value = part.targets, part.value
-            elif isinstance(part, ast.For | ast.comprehension):
-                targets, value = [part.target], part.iter
-            elif isinstance(part, ast.AnnAssign | ast.NamedExpr) and part.value is not None:
-                targets, value = [part.target], part.value
-            else:
-                continue
-            values = [value]
-            if isinstance(value, ast.Call) and _root(value) in _PASSING_ON:
-                values = value.args
-            inner = (name for target in targets for name in ast.walk(target))
-            stored = (n for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-            for name in stored:
-                found.setdefault(name.id, set()).update(map(_object_of, values))
-        return found
-
-    @cached_property
-    def runs(self) -> frozenset[str]:
-        """Names that a definition calls when it runs: its decorators, and the classes it is of."""
-        called = getattr(self.node, "decorator_list", []) + getattr(self.node, "bases", [])
-        return frozenset(_root(part) for part in called) & self.reads
-
-    @cached_property
-    def registers_at(self) -> frozenset[str]:
-        """Names whose methods decorate it, as `@table.register` does."""
-        decorators = getattr(self.node, "decorator_list", [])
-        return frozenset(_object_of(part) for part in decorators) & self.reads
-
-    @property
-    def is_function(self) -> bool:
-        """Whether it defines a function."""
-        return isinstance(self.node, _Function)
-
-    @property
-    def is_class(self) -> bool:
-        """Whether it defines a class."""
-        return isinstance(self.node, ast.ClassDef)
-
-    @property
-    def is_import(self) -> bool:
-        """Whether it is an import by itself."""
-        return isinstance(self.node, ast.Import | ast.ImportFrom)
-
-    @property
-    def is_future(self) -> bool:
-        """Whether it is an import that must come first."""
-        return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
-
-    @property
-    def is_definition(self) -> bool:
-        """Whether it defines a function, a class, or what others have defined."""
-        return isinstance(self.node, _Function | ast.ClassDef) or self.is_import
-
-    @cached_property
-    def is_standard(self) -> bool:
-        """Whether it imports nothing but the standard library."""
-        if isinstance(self.node, ast.Import):
-            modules = [alias.name for alias in self.node.names]
-        elif isinstance(self.node, ast.ImportFrom) and not self.node.level:
-            modules = [self.node.module or ""]
-        else:
-            return False
-        return all(name.partition(".")[0] in sys.stdlib_module_names for name in modules)
-
-    @cached_property
-    def is_stub(self) -> bool:
-        """Whether it defines a function that does nothing yet."""
-        if not isinstance(self.node, _Function) or self.node.decorator_list:
-            return False
-        return all(_does_nothing(part) for part in self.node.body)
-
-    @cached_property
-    def is_stray(self) -> bool:
-        """Whether it belongs into a function, as a `return` does."""
-        waiting: list[ast.AST] = [self.node]
-        while waiting:
-            node = waiting.pop()
-            if isinstance(node, _INSIDE_ALONE):
-                return True
-            if not isinstance(node, _Function | ast.ClassDef | ast.Lambda):
-                waiting += ast.iter_child_nodes(node)
-        return False
-
-    @cached_property
-    def is_setting(self) -> bool:
-        """Whether it sets something of the interpreter, as `sys.setrecursionlimit(9999)` does."""
-        if not isinstance(self.node, ast.Expr) or not isinstance(self.node.value, ast.Call):
-            return False
-        function = self.node.value.func
-        name = function.attr if isinstance(function, ast.Attribute) else _root(function)
-        return name.startswith(("set", "seed", "simplefilter", "filterwarnings", "stack_size"))
-
-    @cached_property
-    def is_never_needed(self) -> bool:
-        """Whether it only checks, shows, or asks."""
-        if isinstance(self.node, ast.Expr) and isinstance(self.node.value, ast.Call):
-            return _root(self.node.value.func) in _NEVER_NEEDED
-        return isinstance(self.node, ast.Assert)
-
-    def is_result_of(self, names: set[str]) -> bool:
-        """Whether it gives a function's name to what the function returns: `f = f(1)`."""
-        value = getattr(self.node, "value", None)
-        if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Name):
-            return False
-        return value.func.id in names and value.func.id in self.binds
+def _root(node: ast.AST) -> str:
+    """Give the name that `a.b[1](2).c` begins with; empty if it begins with none."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def reached(names: Set[str], links: Mapping[str, Set[str]]) -> set[str]:
@@ -252,30 +56,271 @@ def reached(names: Set[str], links: Mapping[str, Set[str]]) -> set[str]:
     return found
 
 
-def _root(node: ast.expr) -> str:
-    """The name that `a.b[1](2).c` begins with; empty if it begins with none."""
-    while True:
-        if isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
-            node = node.value
-        elif isinstance(node, ast.Call):
-            node = node.func
+@dataclass(frozen=True, eq=False)
+class Statement:
+    """One statement of the top level.
+
+    Example:
+        >>> [first, second] = Search().find(["def f(x):", "    return x + N", "T[1] = f(2)"])
+        >>> first.binds, sorted(first.reads), second.stores
+        (frozenset({'f'}), ['N'], frozenset({'T'}))
+    """
+
+    node: ast.stmt
+    source: str
+    unfinished: bool = False
+    """Whether its end is missing, since the text ends before."""
+
+    @cached_property
+    def _symbols(self) -> tuple[list[symtable.Symbol], list[symtable.Symbol]]:
+        """Those of the top level and of all inner scopes; none that Python refuses so late."""
+        try:
+            top = symtable.symtable(self.source, "<answer>", "exec")
+            tables = list(top.get_children())
+            for table in tables:
+                tables += table.get_children()
+        except (SyntaxError, ValueError, RecursionError, MemoryError, SystemError):
+            return [], []
+        return top.get_symbols(), [symbol for table in tables for symbol in table.get_symbols()]
+
+    @cached_property
+    def binds(self) -> frozenset[str]:
+        """Names of the top level that it gives a value."""
+        if isinstance(self.node, ast.AnnAssign) and self.node.value is None:
+            return frozenset()
+        given = (s for s in self._symbols[0] if s.is_assigned() or s.is_imported())
+        return frozenset(symbol.get_name() for symbol in given)
+
+    @cached_property
+    def reads_later(self) -> frozenset[str]:
+        """Names of the top level that it uses in what it defines, which may be called later."""
+        return frozenset(symbol.get_name() for symbol in self._symbols[1] if symbol.is_global())
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the top level that it uses, when it runs or when what it defines is called."""
+        used = {symbol.get_name() for symbol in self._symbols[0] if symbol.is_referenced()}
+        if isinstance(self.node, ast.For):  # it gives its variables their values itself
+            used -= names_in(self.node.target) - names_in(self.node.iter)
+        return self.reads_later | used
+
+    @cached_property
+    def stores(self) -> frozenset[str]:
+        """Names of the top level in whose objects it stores, as in `x[1] = 2` and `x.y += 1`."""
+        inner = (s for s in self._symbols[1] if s.is_declared_global() and s.is_assigned())
+        parts = (n for n in ast.walk(self.node) if isinstance(n, ast.Attribute | ast.Subscript))
+        roots = {_root(part) for part in parts if not isinstance(part.ctx, ast.Load)}
+        return (self.reads & roots).union(symbol.get_name() for symbol in inner)
+
+    @cached_property
+    def copies(self) -> set[str]:
+        """Names whose objects, or parts of them, the names that it binds may stand for."""
+        return names_in(getattr(self.node, "value", None), getattr(self.node, "iter", None))
+
+    @cached_property
+    def runs(self) -> frozenset[str]:
+        """Names that it uses when it runs: of a definition, in its decorators and bases."""
+        if not self.is_definition:
+            return self.reads
+        parts = getattr(self.node, "decorator_list", []) + getattr(self.node, "bases", [])
+        return self.reads & names_in(*parts)
+
+    @property
+    def is_import(self) -> bool:
+        """Whether it is an import by itself."""
+        return isinstance(self.node, _IMPORT)
+
+    @property
+    def is_future(self) -> bool:
+        """Whether it is an import that must come first."""
+        return isinstance(self.node, ast.ImportFrom) and self.node.module == "__future__"
+
+    @property
+    def is_definition(self) -> bool:
+        """Whether it defines a function, a class, or what others have defined."""
+        return isinstance(self.node, _FUNCTION | ast.ClassDef | _IMPORT)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether it imports nothing but the standard library."""
+        if isinstance(self.node, ast.Import):
+            modules = [alias.name for alias in self.node.names]
+        elif isinstance(self.node, ast.ImportFrom) and not self.node.level:
+            modules = [self.node.module or ""]
         else:
-            return node.id if isinstance(node, ast.Name) else ""
+            return False
+        return all(name.partition(".")[0] in sys.stdlib_module_names for name in modules)
 
+    @cached_property
+    def is_stub(self) -> bool:
+        """Whether it defines a function that does nothing yet, or not all that it should."""
+        if self.unfinished or not isinstance(self.node, _FUNCTION):
+            return self.unfinished
+        return not self.node.decorator_list and all(map(_does_nothing, self.node.body))
 
-def _object_of(node: ast.expr) -> str:
-    """The name whose object, or a part of it, an expression may be; empty if there is none."""
-    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred | ast.Call):
-        if isinstance(node, ast.Call) and not isinstance(node.func, ast.Attribute):
-            return ""
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else ""
+    @cached_property
+    def is_stray(self) -> bool:
+        """Whether it belongs into a function, as a `return` does."""
+        waiting: list[ast.AST] = [self.node]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _INSIDE_ALONE):
+                return True
+            if not isinstance(node, _FUNCTION | ast.ClassDef | ast.Lambda):
+                waiting += ast.iter_child_nodes(node)
+        return False
+
+    @property
+    def call(self) -> ast.expr | None:
+        """What it calls, if it is a call or gives names to what a call returns."""
+        value = getattr(self.node, "value", None)
+        return value.func if isinstance(value, ast.Call) else None
+
+    def is_always_needed(self, modules: Set[str]) -> bool:
+        """Whether it sets something of the interpreter, as `sys.setrecursionlimit(9999)` does."""
+        if self.is_import:
+            return self.is_future or (self.is_standard and not self.binds)  # imports `*`
+        name = getattr(self.call, "attr", getattr(self.call, "id", ""))
+        expression = isinstance(self.node, ast.Expr)
+        return expression and name.startswith(_SETTINGS) and bool(self.reads & modules)
+
+    def is_example(self, wanted: Set[str]) -> bool:
+        """Whether it only checks, shows, or asks, or is like `f = f(1)`."""
+        if isinstance(self.node, ast.Expr) and self.call is not None:
+            return _root(self.call) in _NEVER_NEEDED
+        name = self.call.id if isinstance(self.call, ast.Name) else None
+        return isinstance(self.node, ast.Assert) or name in self.binds & wanted
 
 
 def _does_nothing(node: ast.stmt) -> bool:
     if isinstance(node, ast.Raise):
-        error = node.exc
-        return error is not None and _root(error) == "NotImplementedError"
+        return node.exc is not None and _root(node.exc) == "NotImplementedError"
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant)
-    return isinstance(node, ast.Pass | ast.Import | ast.ImportFrom)
+    return isinstance(node, ast.Pass | _IMPORT)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The line at which Python refused a text."""
+
+    line: int
+    """How many lines may parse: those before the one that is refused."""
+    at_end: bool
+    """Whether the text may be the beginning of one that parses."""
+
+
+def split_lines(text: str) -> list[str]:
+    """Split a text into lines as Python counts them; "?" is in place of one no program can hold.
+
+    `splitlines` knows more ends of lines.
+    """
+    text = text[:MAX_CHARACTERS].replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")[:_MAX_LINES]
+    # Half of a surrogate pair cannot be encoded.
+    return [line if "\0" not in line and line == _encodable(line) else "?" for line in lines]
+
+
+def _encodable(line: str) -> str:
+    return line.encode("utf-8", "replace").decode()
+
+
+def parse_or_refuse(lines: Sequence[str]) -> ast.Module | Refusal:
+    """Parse lines, or tell the line at which Python refused them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in strings
+            return ast.parse("\n".join(lines))
+    except SyntaxError as error:
+        # At the end of the text Python may name a line behind it.
+        line = min(max((error.lineno or 1) - 1, 0), len(lines) - 1)
+        open_still = "never closed" in error.msg or "unterminated triple" in error.msg
+        return Refusal(line, open_still or not any(text.strip() for text in lines[line + 1 :]))
+    except (ValueError, MemoryError, RecursionError, OverflowError, SystemError):
+        return Refusal(len(lines) // 2, False)  # too deep, and nobody says where
+
+
+def source_of(node: ast.stmt, lines: Sequence[bytes]) -> str:
+    """Give the text of a statement at the left margin, with its decorators; offsets count bytes."""
+    decorators = getattr(node, "decorator_list", [])
+    first = min(part.lineno for part in [node, *decorators]) - 1
+    rows = list(lines[first : node.end_lineno or node.lineno])
+    rows[-1] = rows[-1][: node.end_col_offset]
+    if not decorators:
+        rows[0] = rows[0][node.col_offset :]
+    return b"\n".join(rows).decode()
+
+
+class Search:
+    """Finds statements in several forms of one text.
+
+    A text made to be slow ends it: only so many lines are parsed in all.
+    """
+
+    def __init__(self) -> None:
+        self._room = _MAX_PARSED_LINES
+        self._found: dict[tuple[tuple[str, ...], bool], list[Statement]] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing more is parsed."""
+        return self._room <= 0
+
+    def find(self, lines: Sequence[str], *, closed: bool = True) -> list[Statement]:
+        r"""Find the statements of the top level in a text, and leave out what is no Python.
+
+        A statement that Python refuses is left out as a whole. Of one that the end of the text
+        cuts off, what there is of it is taken; `closed` tells that the text is whole.
+
+        Example:
+            >>> lines = ["Sure (here:", "x = 1", "It's done.", "y = 2"]
+            >>> [statement.source for statement in Search().find(lines)]
+            ['x = 1', 'y = 2']
+        """
+        key = tuple(lines), closed
+        if key not in self._found:
+            self._found[key] = list(self._walk(lines, closed))
+        return self._found[key]
+
+    def _walk(self, lines: Sequence[str], closed: bool) -> Iterator[Statement]:
+        start = 0
+        while start < len(lines) and not self.is_over:
+            first = lines[start]
+            if not first.strip() or first[0] in " \t\f":
+                start += 1
+                continue
+            body, stop, cut_off = self._longest_start(lines[start:])
+            rest = next((line for line in lines[start + stop :] if line.strip()), "")
+            encoded = [line.encode() for line in lines[start : start + stop]]
+            # An indented rest belongs to the last statement.
+            broken = body[-1] if body and rest[:1] in (" ", "\t") else None
+            for node in body:
+                if node is not broken or (cut_off and not closed):
+                    yield Statement(node, source_of(node, encoded), unfinished=node is broken)
+            start += max(stop, 1)
+
+    def _longest_start(self, lines: Sequence[str]) -> tuple[list[ast.stmt], int, bool]:
+        """Parse as many lines from the first on as possible; tell if the text ends too early."""
+        stop, cut_off = len(lines), None
+        while stop > 0 and not self.is_over:
+            tree = parse_or_refuse(lines[:stop])
+            if isinstance(tree, ast.Module):
+                self._room -= stop
+                return tree.body, stop, bool(cut_off)
+            # All lines were put together, even if the parser saw only the first of them.
+            self._room -= stop if tree.at_end else tree.line + 1 + stop // 20
+            cut_off = tree.at_end if cut_off is None else cut_off
+            stop = tree.line
+        return [], 0, bool(cut_off)
+
+
+def names_read(source: str, without: Set[str] = BUILTINS) -> list[str]:
+    r"""List the names that a program, such as a problem's tests, needs from elsewhere, sorted.
+
+    Example:
+        >>> names_read("import math\nassert math.floor(f(len('a'))) == 1")
+        ['f']
+    """
+    statements = Search().find(split_lines(source))
+    bound = {name for statement in statements for name in statement.binds}
+    return sorted({name for s in statements for name in s.reads} - bound - without)

@@ -60,8 +60,8 @@ class Evaluation:
         if not examples:
             raise ConfigError(f"task {recipe.task} has no problems")
         self._num_examples = len(examples)
-        # A task that has a number of its own tells it.
-        self._num_fewshot = getattr(task, "num_fewshot", recipe.num_fewshot)
+        own_fewshot = task.num_fewshot
+        self._num_fewshot = recipe.num_fewshot if own_fewshot is None else own_fewshot
         selected = recipe.selected(rows)
         # Before the weights, which may take minutes.
         output = expanded(recipe.output)

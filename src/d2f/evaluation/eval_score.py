@@ -68,10 +68,10 @@ def score_row(
     What was answered is written before this returns, also when it is interrupted. The result is
     whether there were any.
     """
-    records = {i: r for i, r in known_problems(row, folder).items() if i < count}
-    todo = [index for index in range(count) if index not in records]
-    report = _Report(row.name, count, reporter)
-    report.add(records.values())
+    known = known_problems(row, folder)
+    todo = [index for index in range(count) if index not in known]
+    records = [record for index, record in known.items() if index < count]
+    _report(row, records, count, reporter)
     if not todo:
         return False
     # What an engine does once is nobody's: compiling, capturing the first graphs.
@@ -87,7 +87,8 @@ def score_row(
             written = make_records(row, pending, spent / len(pending))
             folder.add_problems(written)
             pending.clear()
-            report.add(written)
+            records.extend(written)
+            _report(row, records, count, reporter)
         spent, last = 0.0, time.monotonic()
 
     try:
@@ -167,27 +168,18 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
     }
 
 
-class _Report:
-    """Reports the running result of a row."""
-
-    def __init__(self, name: str, total: int, reporter: Reporter) -> None:
-        self._name, self._total, self._reporter = name, total, reporter
-        self._done = self._right = self._tokens = self._forwards = 0
-        self._seconds = 0.0
-
-    def add(self, records: Any) -> None:
-        for record in records:
-            self._done += 1
-            self._right += record["correct"]
-            self._tokens += record["num_tokens"]
-            self._forwards += record["num_forwards"]
-            self._seconds += record["seconds"]
-        if self._done:
-            self._reporter.progress(
-                self._name,
-                self._done,
-                self._total,
-                f"score {self._right / self._done:.1%}  "
-                f"{ratio(self._tokens, self._forwards):.2f} tokens/forward  "
-                f"{ratio(self._tokens, self._seconds):.0f} tokens/s",
-            )
+def _report(row: EvalRow, records: Sequence[Record], count: int, reporter: Reporter) -> None:
+    """Report the running result of a row."""
+    if not records:
+        return
+    right, tokens, forwards, seconds = (
+        sum(record[name] for record in records)
+        for name in ("correct", "num_tokens", "num_forwards", "seconds")
+    )
+    reporter.progress(
+        row.name,
+        len(records),
+        count,
+        f"score {right / len(records):.1%}  {ratio(tokens, forwards):.2f} tokens/forward  "
+        f"{ratio(tokens, seconds):.0f} tokens/s",
+    )

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f.errors import ConfigError, counted
-from d2f.evaluation.harness_scoring import (
-    CodeEval,
-    CodeScorer,
-    MathScorer,
-    cut,
-    score_texts,
-    stop_strings,
-)
+from d2f.evaluation.harness_scoring import CodeScorer, MathScorer, cut, score_texts, stop_strings
 from d2f.evaluation.harness_source import (
     DEFINITIONS,
     build_part,
@@ -23,11 +16,12 @@ from d2f.evaluation.harness_source import (
     quiet,
     read_definitions,
 )
-from d2f.evaluation.task import CLEANED_TASKS, Example, Verdict
+from d2f.evaluation.task import CLEANED_TASKS, Example, Task, Verdict
 from d2f.problems.number_variants import Collection, Variant, strip_annotations
 from d2f.problems.number_variants.variants import NUM_KNOWN
 
 HARNESS_TASKS = tuple(DEFINITIONS)
+GSM8K_VARIANTS = "gsm8k-variants"
 FEWSHOT_SEED = 1234
 """With which lm-eval draws the examples of few-shot prompts, unless told otherwise."""
 _VALIDATION: Mapping[str, str] = {
@@ -40,7 +34,7 @@ _VALIDATION: Mapping[str, str] = {
 _GOLD: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "gsm8k": lambda doc: str(doc["answer"]),
     "gsm8k_cot": lambda doc: str(doc["answer"]),
-    "gsm8k-variants": lambda doc: str(doc["answer"]),
+    GSM8K_VARIANTS: lambda doc: str(doc["answer"]),
     "minerva_math": lambda doc: str(doc["solution"]),
     "minerva_math500": lambda doc: str(doc["solution"]),
     "humaneval": lambda doc: str(doc["canonical_solution"]),
@@ -59,7 +53,7 @@ def load_harness_task(
     offline: bool = False,
     num_fewshot: int | None = None,
     clean_up: str = "ours",
-) -> HarnessTask:
+) -> Task:
     """Load one of lm-eval's benchmarks, one of `HARNESS_TASKS`; arguments as in `load_task`.
 
     Raises:
@@ -69,8 +63,8 @@ def load_harness_task(
     Example:
         `load_harness_task("gsm8k", data="data", num_examples=100)`
     """
-    code_eval = CodeEval() if name in CLEANED_TASKS else None
-    definitions = read_definitions(name, code_eval)
+    code_scorer = CodeScorer(clean_up) if name in CLEANED_TASKS else None
+    definitions = read_definitions(name, code_scorer)
     for definition in definitions:
         if split == "validation":
             if name not in _VALIDATION:
@@ -87,92 +81,65 @@ def load_harness_task(
         del definitions[1:]
     parts = [build_part(name, definition, data, offline) for definition in definitions]
     shots = _num_shots(name, parts[0], num_fewshot)
-    return HarnessTask(
-        name,
-        parts,
-        num_fewshot=shots,
-        num_examples=num_examples,
-        scorer=_scorer(name, code_eval, clean_up),
-    )
+    scorer: Scorer = code_scorer or score_texts
+    if name.startswith("minerva"):
+        scorer = MathScorer(find_lm_eval(name) / "tasks" / "minerva_math" / "utils.py")
+    return _task(name, parts, shots, num_examples, scorer)
 
 
-class HarnessTask:
-    """One of lm-eval's benchmarks.
+def _task(
+    name: str, parts: Sequence[Any], num_fewshot: int, num_examples: int | None, score: Scorer
+) -> Task:
+    """Make a task of lm-eval's parts.
 
-    `stop` is the definition's, but for HumanEval none, as in the paper's scripts: models that chat
-    answer with fenced blocks, which those strings would cut to pieces.
+    The stop strings are the definition's, but for HumanEval none, as in the paper's scripts: models
+    that chat answer with fenced blocks, which those strings would cut to pieces.
     """
+    stop = () if name == "humaneval" else stop_strings(parts[0])
+    examples: list[Example] = []
+    with quiet():
+        for number, part in enumerate(parts):
+            room = len(part.task_docs)
+            if num_examples is not None:
+                room = min(room, num_examples - len(examples))
+            docs = [part.task_docs[i] for i in range(room)]
+            plain, chats = (_contexts(part, docs, num_fewshot, chat=chat) for chat in (False, True))
+            examples += [
+                Example(
+                    id=str(doc.get("task_id") or doc.get("unique_id") or len(examples) + i),
+                    prompt=prompt,
+                    messages=tuple(messages),
+                    response=_GOLD[name](doc),
+                    source=(number, doc),
+                )
+                for i, (doc, prompt, messages) in enumerate(zip(docs, plain, chats, strict=True))
+            ]
 
-    def __init__(
-        self,
-        name: str,
-        parts: Sequence[Any],
-        *,
-        num_fewshot: int,
-        num_examples: int | None,
-        scorer: Scorer,
-    ) -> None:
-        self.name, self.num_fewshot = name, num_fewshot
-        self.stop = () if name == "humaneval" else stop_strings(parts[0])
-        self._parts, self._num_examples, self._score = parts, num_examples, scorer
-        self._examples: list[Example] | None = None
-
-    def examples(self) -> Sequence[Example]:
-        """The problems, in the data's order."""
-        if self._examples is None:
-            self._examples = []
-            with quiet():
-                for number, part in enumerate(self._parts):
-                    self._examples += self._examples_of(number, part)
-        return self._examples
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+    def mark(examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
         """Mark answers as lm-eval does, cut at the stop strings wherever they were not yet."""
         verdicts: dict[int, Verdict] = {}
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(parts):
             here = [i for i, example in enumerate(examples) if example.source[0] == number]
             docs = [examples[i].source[1] for i in here]
             with quiet():
-                marked = self._score(part, docs, [cut(texts[i], self.stop) for i in here])
+                marked = score(part, docs, [cut(texts[i], stop) for i in here])
             verdicts.update(zip(here, marked, strict=True))
         return [verdicts[i] for i in range(len(examples))]
 
-    def _examples_of(self, number: int, part: Any) -> list[Example]:
-        assert self._examples is not None
-        room = len(part.task_docs)
-        if self._num_examples is not None:
-            room = min(room, self._num_examples - len(self._examples))
-        docs = [part.task_docs[i] for i in range(room)]
-        plain, chats = (self._contexts(part, docs, chat=chat) for chat in (False, True))
-        return [
-            Example(
-                id=_id(doc, len(self._examples) + i),
-                prompt=prompt,
-                messages=tuple(messages),
-                response=_GOLD[self.name](doc),
-                source=(number, doc),
-            )
-            for i, (doc, prompt, messages) in enumerate(zip(docs, plain, chats, strict=True))
-        ]
-
-    def _contexts(self, part: Any, docs: Sequence[Any], *, chat: bool) -> list[Any]:
-        # Examples are drawn anew for each problem, one after the other from one stream.
-        part.set_fewshot_seed(FEWSHOT_SEED)
-        form: dict[str, Any] = {"gen_prefix": None}
-        if chat:
-            form |= {
-                "apply_chat_template": True,
-                "fewshot_as_multiturn": True,
-                "chat_template": lambda messages, add_generation_prompt: messages,
-            }
-        return [part.fewshot_context(doc, self.num_fewshot, **form) for doc in docs]
+    return Task(name=name, problems=examples, mark=mark, stop=stop, num_fewshot=num_fewshot)
 
 
-def _id(doc: Mapping[str, Any], number: int) -> str:
-    for column in ("task_id", "unique_id"):
-        if doc.get(column) is not None:
-            return str(doc[column])
-    return str(number)
+def _contexts(part: Any, docs: Sequence[Any], num_fewshot: int, *, chat: bool) -> list[Any]:
+    # Examples are drawn anew for each problem, one after the other from one stream.
+    part.set_fewshot_seed(FEWSHOT_SEED)
+    form: dict[str, Any] = {"gen_prefix": None}
+    if chat:
+        form |= {
+            "apply_chat_template": True,
+            "fewshot_as_multiturn": True,
+            "chat_template": lambda messages, add_generation_prompt: messages,
+        }
+    return [part.fewshot_context(doc, num_fewshot, **form) for doc in docs]
 
 
 def _num_shots(name: str, part: Any, wanted: int | None) -> int:
@@ -193,17 +160,6 @@ def _num_shots(name: str, part: Any, wanted: int | None) -> int:
     return wanted
 
 
-def _scorer(name: str, code_eval: CodeEval | None, clean_up: str) -> Scorer:
-    if code_eval is not None:
-        return CodeScorer(code_eval, clean_up=clean_up)
-    if name.startswith("gsm8k"):
-        return score_texts
-    return MathScorer(find_lm_eval(name) / "tasks" / "minerva_math" / "utils.py")
-
-
-GSM8K_VARIANTS = "gsm8k-variants"
-
-
 def load_gsm8k_variants(
     *,
     num_examples: int | None = None,
@@ -211,7 +167,7 @@ def load_gsm8k_variants(
     split: str = "test",
     data: str | Path | None = None,
     offline: bool = False,
-) -> HarnessTask:
+) -> Task:
     """Load a part of GSM8K's training problems, put and judged as lm-eval's gsm8k without examples.
 
     The split "test" has 1,000 known problems with numbers that no training row has, and
@@ -245,10 +201,4 @@ def load_gsm8k_variants(
         for number, problem in enumerate(chosen)
     ]
     part = part_of_rows(definition, {"train": rows})
-    return HarnessTask(
-        GSM8K_VARIANTS,
-        [part],
-        num_fewshot=0,
-        num_examples=num_examples,
-        scorer=score_texts,
-    )
+    return _task(GSM8K_VARIANTS, [part], 0, num_examples, score_texts)

@@ -24,21 +24,14 @@ from d2f.evaluation.benchmark_files import DataRow, read_split
 
 LM_EVAL_VERSION = "0.4.13"
 _MINERVA = "minerva_math/minerva_math"
+_SUBJECTS = (
+    "algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra",
+    "precalc",
+)  # fmt: skip
 DEFINITIONS: dict[str, tuple[str, ...]] = {
     "gsm8k": ("gsm8k/gsm8k.yaml",),
     "gsm8k_cot": ("gsm8k/gsm8k-cot.yaml",),
-    "minerva_math": tuple(
-        f"{_MINERVA}_{subject}.yaml"
-        for subject in (
-            "algebra",
-            "counting_and_prob",
-            "geometry",
-            "intermediate_algebra",
-            "num_theory",
-            "prealgebra",
-            "precalc",
-        )
-    ),
+    "minerva_math": tuple(f"{_MINERVA}_{subject}.yaml" for subject in _SUBJECTS),
     "minerva_math500": (f"{_MINERVA}500.yaml",),
     "humaneval": ("humaneval/humaneval.yaml",),
     "mbpp": ("mbpp/mbpp.yaml",),
@@ -47,11 +40,9 @@ DEFINITIONS: dict[str, tuple[str, ...]] = {
 
 
 def read_definitions(name: str, code_eval: Any = None) -> list[dict[str, Any]]:
-    """The definitions of a task, with their functions.
+    """Give the definitions of one of `DEFINITIONS`, with their functions.
 
-    Args:
-        name: One of `DEFINITIONS`.
-        code_eval: What takes the place of the hub's metric `code_eval`, for `CLEANED_TASKS`.
+    `code_eval` takes the place of the hub's metric of this name, for `CLEANED_TASKS`.
 
     Raises:
         ConfigError: lm-eval is missing, another version, or lacks what the task needs.
@@ -144,13 +135,7 @@ _Rows = Mapping[str, list[tuple[str, DataRow]]]
 def build_part(
     name: str, definition: Mapping[str, Any], data: str | Path | None, offline: bool
 ) -> Any:
-    """A task object of lm-eval.
-
-    Args:
-        name: Of the benchmark, or of the group that the definition belongs to.
-        definition: As `read_definitions` gives it.
-        data: A folder of the public files; None: from the hub.
-        offline: Ask no network.
+    """Make a task object of lm-eval, on a folder of the public files or, without, on the hub's.
 
     Raises:
         ConfigError: The data cannot be had or read.
@@ -199,11 +184,7 @@ def _no_network() -> Iterator[None]:
 
 
 def part_of_rows(definition: Mapping[str, Any], rows: _Rows) -> Any:
-    """A task object of lm-eval on rows at hand.
-
-    Args:
-        definition: As `read_definitions` gives it.
-        rows: Per split that it names, each row with the place where it stands.
+    """Make a task object of lm-eval on the rows of each split that its definition names.
 
     Raises:
         ConfigError: A row is not what the task's own functions can use.

@@ -1,16 +1,17 @@
 """Mark answers to MATH problems with lm-eval's scorer, in a process of its own.
 
 That scorer parses and simplifies whatever formula a model wrote: it may run for ever, eat memory
-or end the process, and its own time limit works in a process's first thread only. Run as a program;
-it reads one JSON object a line and answers with one. Imports nothing of this package.
+or end the process, and its own time limit works in a process's first thread only. Run as a program
+whose input is one end of a pipe, on which it answers JSON with JSON. Imports nothing of this
+package.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ def main(file: str) -> None:
     """Serve until the other side closes its end."""
     import resource  # what asks can be imported where this does not exist
 
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints is no reply
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
@@ -45,9 +44,14 @@ def main(file: str) -> None:
     assert spec is not None and spec.loader is not None
     official = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(official)
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(official, json.loads(line))), file=replies, flush=True)
+    pipe = Connection(0)
+    reply = {"ready": True}
+    while True:
+        pipe.send_bytes(json.dumps(reply).encode())
+        try:
+            reply = answer(official, json.loads(pipe.recv_bytes()))
+        except EOFError:
+            return
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from d2f.errors import ConfigError
 from d2f.evaluation.code_answer import read_answer
-from d2f.evaluation.harness_scoring import Execute
 from d2f.evaluation.sandbox import run_programs
-from d2f.evaluation.task import Example, ListedTask, Verdict, one_by_one
+from d2f.evaluation.task import Example, Task, Verdict, one_by_one
 from d2f.problems import Problem, extract_answer, generate_problems
 from d2f.problems.functions import FunctionProblem, generate_function_problems, program
 
@@ -20,7 +20,7 @@ MOST_EXAMPLES = 1_000_000
 
 def load_native_task(
     name: str, *, num_examples: int | None = None, seed: int = 0, split: str = "test"
-) -> ListedTask:
+) -> Task:
     """Generate a native task's problems.
 
     The answer to a word problem is correct if it ends with `####` and the right number.
@@ -40,12 +40,16 @@ def load_native_task(
     if name == "functions":
         return functions_task(count, seed=seed, split=split)
     problems = _examples(generate_problems(count, seed=seed, split=split), seed, split)
-    return ListedTask(name=name, problems=problems, mark=one_by_one(_compare))
+    return Task(name=name, problems=problems, mark=one_by_one(_compare))
 
 
 def functions_task(
-    count: int, *, seed: int = 0, split: str = "test", execute: Execute = run_programs
-) -> ListedTask:
+    count: int,
+    *,
+    seed: int = 0,
+    split: str = "test",
+    execute: Callable[[Sequence[str]], Sequence[Any]] = run_programs,
+) -> Task:
     """Generate Python functions to write; an answer that passes hidden tests is correct.
 
     `execute` runs the answers with their tests.
@@ -67,7 +71,7 @@ def functions_task(
         ]
 
     problems = generate_function_problems(count, seed=seed, split=split)
-    return ListedTask(name="functions", problems=_examples(problems, seed, split), mark=mark)
+    return Task(name="functions", problems=_examples(problems, seed, split), mark=mark)
 
 
 def _examples(

@@ -14,7 +14,7 @@ from d2f.engine.stops import StopStrings
 from d2f.errors import D2FError
 from d2f.evaluation.answering import Answer, Answering, fitted_engine
 from d2f.evaluation.metrics import ratio, standard_error
-from d2f.evaluation.task import Example, ListedTask, Task, Verdict, one_by_one
+from d2f.evaluation.task import Example, Task, Verdict, one_by_one
 from d2f.models.transformer import Transformer
 from d2f.problems.written_number import last_number
 from d2f.text import Tokenizer
@@ -119,7 +119,7 @@ class QuickScore:
         }
 
 
-def own_rows(pairs: Sequence[tuple[str, str]], answer: str = "number") -> ListedTask:
+def own_rows(pairs: Sequence[tuple[str, str]], answer: str = "number") -> Task:
     """Make a task of samples of a user's own data that were kept out of training.
 
     Args:
@@ -151,4 +151,4 @@ def own_rows(pairs: Sequence[tuple[str, str]], answer: str = "number") -> Listed
         Example(id=str(number), prompt=prompt, response=response)
         for number, (prompt, response) in enumerate(pairs)
     ]
-    return ListedTask(name="held-out samples", problems=problems, mark=one_by_one(compare))
+    return Task(name="held-out samples", problems=problems, mark=one_by_one(compare))

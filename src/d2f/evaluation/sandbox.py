@@ -20,10 +20,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,15 +107,17 @@ def run_programs(
     if not programs:
         return []
     count = min(workers or _num_processors(), len(programs))
-    crew = _Crew(programs, limits or Limits())
-    with ThreadPoolExecutor(count, thread_name_prefix="d2f-sandbox") as pool:
+    crew = _Crew(count, limits or Limits())
+    with closing(crew), ThreadPoolExecutor(count, thread_name_prefix="d2f-sandbox") as pool:
+        futures = [pool.submit(crew.run, program) for program in programs]
         try:
-            for future in as_completed([pool.submit(crew.work) for _ in range(count)]):
+            for future in as_completed(futures):
                 future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
             crew.stop()
             raise
-    return [crew.executions[index] for index in range(len(programs))]
+    return [future.result() for future in futures]
 
 
 @functools.cache
@@ -194,30 +196,22 @@ class Server:
         reason = self._receive(length).decode("utf-8", "replace")
         return Execution(passed=passed, reason=reason, seconds=seconds)
 
-    def close(self) -> None:
-        """End the server, and a running program with it."""
-        self._end()
-
     def interrupt(self) -> None:
         """Make a `run` in another thread fail at once."""
-        try:
+        with suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it is closed already
 
     def _start(self, kind: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
         script = Path(__file__).with_name("sandbox_child.py")
         # The flags of `-I`, but for the one that hides PYTHONHASHSEED: without it, what hangs on
         # the order of a set would pass in one evaluation and fail in the next.
-        command = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(script), kind]
-        libraries = {
-            name: value for name in ("LD_LIBRARY_PATH",) if (value := os.environ.get(name))
-        }
+        flags = ("-P", "-s", "-S", "-B", "-X", "utf8")
+        libraries = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH" and v}
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 process = subprocess.Popen(
-                    [*command, self._folder],
+                    [sys.executable, *flags, str(script), kind, self._folder],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -230,8 +224,12 @@ class Server:
                 raise
         return process, ours
 
+    def close(self) -> None:
+        """End the server, and a running program with it."""
+        self._end()
+
     def _end(self) -> str:
-        """End the server; what it complained about."""
+        """End the server, and give what it complained about."""
         # The server sees this end, kills its program and removes its folder.
         self._socket.close()
         try:
@@ -253,53 +251,42 @@ class Server:
 
 
 class _Crew:
-    """Threads that share out programs among a server each."""
+    """Servers that share out programs; each is started when one needs it, and again if it dies."""
 
-    def __init__(self, programs: Sequence[str], limits: Limits) -> None:
-        self._programs = programs
+    def __init__(self, count: int, limits: Limits) -> None:
         self._limits = limits
-        self._indices: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(programs)):
-            self._indices.put(index)
+        self._idle: queue.LifoQueue[Server | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(None)
         self._servers: set[Server] = set()
-        self._stopped = threading.Event()
-        self.executions: dict[int, Execution] = {}
+        self._stopped = False
 
-    def work(self) -> None:
-        """Run programs until none is left; a server that dies is replaced."""
-        server = None
+    def run(self, program: str) -> Execution:
+        server = self._idle.get()
+        start = time.monotonic()
         try:
-            while not self._stopped.is_set():
-                try:
-                    index = self._indices.get_nowait()
-                except queue.Empty:
-                    return
-                if server is None:
-                    server = Server()
-                    self._servers.add(server)
-                    if self._stopped.is_set():
-                        return  # `stop` may have come before it was known
-                start = time.monotonic()
-                try:
-                    self.executions[index] = server.run(self._programs[index], self._limits)
-                except OSError:
-                    self.executions[index] = Execution(
-                        passed=False,
-                        reason="the sandbox died while this program ran",
-                        seconds=time.monotonic() - start,
-                    )
-                    self._dismiss(server)
-                    server = None
+            if server is None:
+                server = Server()
+                self._servers.add(server)
+            if self._stopped:  # `stop` may have come before this server was known
+                server.interrupt()
+            try:
+                return server.run(program, self._limits)
+            except OSError:
+                self._servers.discard(server)
+                server.close()
+                server = None
+                reason = "the sandbox died while this program ran"
+                return Execution(passed=False, reason=reason, seconds=time.monotonic() - start)
         finally:
-            if server is not None:
-                self._dismiss(server)
+            self._idle.put(server)
 
     def stop(self) -> None:
-        """Let all threads end soon."""
-        self._stopped.set()
+        """Let all programs end soon."""
+        self._stopped = True
         for server in list(self._servers):
             server.interrupt()
 
-    def _dismiss(self, server: Server) -> None:
-        self._servers.discard(server)
-        server.close()
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d2f.text import Tokenizer
@@ -60,48 +60,34 @@ class Verdict:
     """All scores of the task's own scorer; `correct` follows the first."""
 
 
-class Task(Protocol):
-    """A benchmark."""
-
-    @property
-    def name(self) -> str:
-        """Name of the task in recipes."""
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-
-    def examples(self) -> Sequence[Example]:
-        """Give all problems, always in the same order."""
-
-    def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Mark answers; an answer that does anything at all gets a verdict, never an error."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class ListedTask:
-    """A benchmark whose problems lie in memory.
+class Task:
+    """A benchmark.
 
     Example:
         >>> exact = one_by_one(lambda example, text: Verdict(correct=text == example.response))
-        >>> task = ListedTask(
+        >>> task = Task(
         ...     name="sums", problems=(Example(id="0", prompt="1+1=", response="2"),), mark=exact)
         >>> [verdict.correct for verdict in task.judge(task.examples(), ["2"])]
         [True]
     """
 
     name: str
+    """Name of the task in recipes."""
     problems: Sequence[Example]
     mark: Callable[[Sequence[Example], Sequence[str]], list[Verdict]]
-    """Marks answers, one text per problem."""
+    """Marks answers, one text per problem; whatever an answer does, it gets a verdict."""
     stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
+    num_fewshot: int | None = None
+    """Examples in each prompt, where the task has a number of its own."""
 
     def examples(self) -> Sequence[Example]:
-        """Give all problems, in the order of the list."""
+        """Give all problems, always in the same order."""
         return self.problems
 
     def judge(self, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
-        """Mark one text per problem."""
+        """Mark answers, one text per problem."""
         return self.mark(examples, texts)
 
 

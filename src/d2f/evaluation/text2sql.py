@@ -13,7 +13,7 @@ from typing import Any
 
 from d2f.errors import ConfigError
 from d2f.evaluation.benchmark_files import FILES, read_split
-from d2f.evaluation.task import Example, ListedTask, Verdict, one_by_one
+from d2f.evaluation.task import Example, Task, Verdict, one_by_one
 
 TEXT_TO_SQL = ("advising", "wikisql")
 """The two collections: Advising has one database, WikiSQL a table for each question."""
@@ -175,7 +175,7 @@ def load_text_to_sql(
     num_examples: int | None = None,
     split: str = "test",
     data: str | Path | None = None,
-) -> ListedTask:
+) -> Task:
     """Load the questions of a split; an answer is correct if its SQL has the same form as gold.
 
     Arguments are those of `load_task`, `name` one of `d2f.problems.text2sql.TEXT_TO_SQL`.
@@ -194,7 +194,7 @@ def load_text_to_sql(
             f"name the folder as data; {files.origin}"
         )
     rows = [row for _, row in read_split(name, split, data)][:num_examples]
-    return ListedTask(
+    return Task(
         name=name,
         problems=[
             Example(

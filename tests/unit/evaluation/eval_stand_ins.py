@@ -57,7 +57,7 @@ num_runs = 2
 class Letters:
     """Right is an answer with an `e`; notes what it was asked to judge."""
 
-    name = "letters"
+    name, num_fewshot = "letters", None
 
     def __init__(self, count=7, *, stop=(), responses=True, prompts=None):
         self.stop = stop
