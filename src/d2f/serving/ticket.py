@@ -8,7 +8,7 @@ room again.
 from __future__ import annotations
 
 import asyncio
-import threading
+import functools
 import time
 import weakref
 from collections import deque
@@ -26,7 +26,6 @@ has the whole state, so the reader loses nothing but the steps between."""
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
 """Bounds of `Retry-After`; common clients wait no longer than a minute."""
 _NUM_RECENT = 64
-"""The number of ended requests that `Pace` remembers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,62 +186,47 @@ class Ticket:
 
 
 class Mailbox:
-    """Carries updates from the engines' thread to the tickets, with one wake-up of the loop a step.
-
-    An update that the loop has not fetched yet is replaced by a newer one of the same request; the
-    updates of a watched request are all kept.
-    """
+    """Carries news from the engines' thread to the event loop, with one wake-up of it a step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         self._loop, self._metrics = loop, metrics
-        self._lock = threading.Lock()
-        self._updates: dict[Job, list[Update]] = {}
-        self._calls: list[Callable[[], None]] = []
+        self._news: deque[Callable[[], None]] = deque()
         self._woken = False
-        """Whether the loop was woken and has not fetched the news yet."""
+        """Whether the loop was woken and has not begun to fetch the news."""
         self._cpu_seconds = time.thread_time()
 
     def post(self, job: Job, update: Update) -> None:
-        """Store an update for the job's ticket."""
-        with self._lock:
-            if job.watch:
-                self._updates.setdefault(job, []).append(update)
-            else:
-                self._updates[job] = [update]
+        """Send an update to the job's ticket."""
+        self._news.append(functools.partial(_hand_out, job, update))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have a function called on the loop, before the tickets get their updates."""
-        with self._lock:
-            self._calls.append(function)
+        """Have a function called on the loop."""
+        self._news.append(function)
 
     def send(self) -> bool:
         """Wake the loop if there is news; False if the loop is closed."""
-        with self._lock:
-            needed = not self._woken and bool(self._updates or self._calls)
-            self._woken = self._woken or needed
-        if not needed:
-            return True
-        try:
-            self._loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:
-            return False
+        if self._news and not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                return False
         return True
 
     def _deliver(self) -> None:
-        with self._lock:
-            updates, self._updates = self._updates, {}
-            calls, self._calls = self._calls, []
-            self._woken = False
-        for function in calls:
-            function()
-        for job, news in updates.items():
-            ticket = job.ticket() if job.ticket is not None else None
-            if ticket is not None:
-                for update in news:
-                    ticket.receive(update)
+        # First, so that news which come after the last look wake the loop again.
+        self._woken = False
+        while self._news:
+            self._news.popleft()()
         spent = time.thread_time()
         self._metrics.event_loop_cpu.inc(spent - self._cpu_seconds)
         self._cpu_seconds = spent
+
+
+def _hand_out(job: Job, update: Update) -> None:
+    ticket = job.ticket() if job.ticket is not None else None
+    if ticket is not None:
+        ticket.receive(update)
 
 
 class Pace:

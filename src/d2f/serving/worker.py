@@ -7,12 +7,12 @@ two steps what the event loop tells it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from d2f.engine.request import Output, Request
@@ -192,7 +192,7 @@ class Station:
             self.num_started -= 1
 
 
-class Worker:
+class Worker(threading.Thread):
     """A thread that steps the engines in turn and carries out commands in between.
 
     With nothing to do it sleeps until a command comes. On the event loop it calls `on_ready` once
@@ -209,6 +209,8 @@ class Worker:
         on_ready: Command,
         on_end: Callable[[str | None], None],
     ) -> None:
+        # A daemon: a process that ends without `stop` must not wait for an engine.
+        super().__init__(name="d2f-engine", daemon=True)
         self.pace = Pace()
         self._mailbox, self._metrics = mailbox, metrics
         self._on_ready, self._on_end = on_ready, on_end
@@ -218,59 +220,42 @@ class Worker:
         }
         self._turns = list(self._stations.values())
         """The stations; the one that stepped latest comes last."""
-        self._news = threading.Condition()
-        self._commands: deque[Command] = deque()
-        self._closed = False
-        """Whether commands are no longer taken."""
-        self._ended: str | None = None
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._closed: str | None = None
         """The message to clients that come after the end; None before it."""
-        self._draining = False
-        self._ending = False
+        self._draining = self._ending = False
         self._cpu_seconds = 0.0
-        # A daemon: a process that ends without `stop` must not wait for an engine.
-        self._thread = threading.Thread(target=self._run, name="d2f-engine", daemon=True)
 
     # ----------------------------------------------------------------- called on the event loop
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait for the end of a thread that has called `on_end`."""
-        self._thread.join()
 
     def admit(self, model_name: str, jobs: Sequence[Job]) -> asyncio.Future[None]:
         """Give requests to an engine, all or none; the future ends once the engine has decided."""
         answer = asyncio.get_running_loop().create_future()
-        station = self._stations[model_name]
-        if not self._tell(functools.partial(self._admit, station, jobs, answer)):
-            answer.set_exception(Unavailable(self._ended or STOPPING))
+        self._commands.put(partial(self._admit, self._stations[model_name], jobs, answer))
         return answer
 
     def cancel(self, job: Job) -> None:
         """Take a request out of its engine."""
-        self._tell(functools.partial(self._stations[job.model_name].cancel, job))
+        self._commands.put(partial(self._stations[job.model_name].cancel, job))
 
     def drain(self) -> None:
         """End as soon as no request is left."""
-        self._tell(functools.partial(setattr, self, "_draining", True))
+        self._commands.put(partial(setattr, self, "_draining", True))
 
     def end(self) -> None:
         """End after the step that runs."""
-        self._tell(functools.partial(setattr, self, "_ending", True))
+        self._commands.put(partial(setattr, self, "_ending", True))
 
-    def _tell(self, command: Command) -> bool:
-        """Have a command carried out on the thread; False if the thread has ended."""
-        with self._news:
-            if not self._closed:
-                self._commands.append(command)
-                self._news.notify()
-            return not self._closed
+    def _farewell(self, fault: str | None) -> None:
+        # Commands that came too late for the thread.
+        while not self._commands.empty():
+            self._commands.get()()
+        self._on_end(fault)
 
     # ---------------------------------------------------------------------- called on the thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Work until told to stop, until an engine fails, or until the event loop is closed."""
         fault: str | None = None
         try:
             for station in self._turns:
@@ -288,7 +273,12 @@ class Worker:
             fault = f"the engine failed ({name}); the server's log says more"
             if isinstance(error, D2FError):
                 fault = str(error)
-        self._close(fault)
+        self._closed = fault or STOPPING
+        for station in self._turns:
+            station.end_all(self._closed)
+        self._metrics.set_load(running=0, pages=[])
+        self._mailbox.call(partial(self._farewell, fault))
+        self._mailbox.send()
 
     def _work(self) -> None:
         while self._report() and self._carry_out():
@@ -300,26 +290,26 @@ class Worker:
 
     def _carry_out(self) -> bool:
         """Carry out the commands, waiting for one if no engine is busy; False: the thread ends."""
-        with self._news:
-            while not (self._commands or self._busy() or self._draining):
-                self._news.wait()
-        while self._commands:
-            self._commands.popleft()()
+        wait = not (self._busy() or self._draining)
+        while wait or not self._commands.empty():
+            self._commands.get()()
+            wait = False
         return not self._ending and (self._busy() or not self._draining)
 
     def _busy(self) -> bool:
         return any(station.busy for station in self._turns)
 
     def _admit(self, station: Station, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
-        ended = self._ended
-        error = Unavailable(ended) if ended else self._failure_to_admit(station, jobs)
-        self._mailbox.call(functools.partial(_answer, answer, error))
+        error = self._failure_to_admit(station, jobs)
+        self._mailbox.call(partial(_answer, answer, error))
         if error is not None:
             # A refusal is sent at once; an acceptance may wait for the next step.
             self._mailbox.send()
 
     def _failure_to_admit(self, station: Station, jobs: Sequence[Job]) -> Exception | None:
         # A function of its own: an exception must not be kept by a frame of its own traceback.
+        if self._closed is not None:
+            return Unavailable(self._closed)
         try:
             station.admit(jobs)
         except D2FError as refused:
@@ -340,19 +330,6 @@ class Worker:
             pages=[station.pages for station in self._turns],
         )
         return self._mailbox.send()
-
-    def _close(self, fault: str | None) -> None:
-        """End all requests and answer the commands that came meanwhile."""
-        self._ended = fault or STOPPING
-        with self._news:
-            self._closed = True
-        for station in self._turns:
-            station.end_all(self._ended)
-        while self._commands:
-            self._commands.popleft()()
-        self._metrics.set_load(running=0, pages=[])
-        self._mailbox.call(functools.partial(self._on_end, fault))
-        self._mailbox.send()
 
 
 def _answer(answer: asyncio.Future[None], error: Exception | None) -> None:
