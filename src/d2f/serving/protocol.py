@@ -265,13 +265,14 @@ class ChatBody(GenerationBody):
     }
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = CompletionBody | ChatBody
+AnyBody = TypeVar("AnyBody", bound=GenerationBody)
 _TABLES: dict[str, type[_Body]] = {
     "policy": Policy, "stream_options": StreamOptions, "messages": Message,
 }  # fmt: skip
 
 
-def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
+def parse_body(kind: type[AnyBody], value: dict[str, Any]) -> AnyBody:
     """Check a body.
 
     Raises:
