@@ -51,8 +51,8 @@ class BulkOptions:
         bool, typer.Option("--fresh", help="--input: throw away what an earlier run has answered.")
     ] = False
 
-    def bulk(self, prompt: str | None, *, stream: bool) -> Bulk | None:
-        """Check the options for a file of prompts; None if one prompt is given."""
+    def source(self, prompt: str | None, *, stream: bool) -> PromptFile | None:
+        """Check the options and return the file of prompts; None if one prompt is given."""
         if self.input is None:
             if prompt is None:
                 raise typer.BadParameter(
@@ -74,24 +74,7 @@ class BulkOptions:
             raise UsageError("--output -: answers go to a file, so that a run can go on; name one")
         if output.resolve() == self.input.resolve() or _is_link_to(output, self.input):
             raise UsageError(f"--output {output} is the file with the prompts; name another")
-        return Bulk(
-            source=_read_source(self.input, self.column or ()),
-            output=output,
-            num_samples=self.n or 1,
-            batch_size=self.batch_size,
-            fresh=self.fresh,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bulk:
-    """A file of prompts to answer, and the file for the answers."""
-
-    source: PromptFile
-    output: Path
-    num_samples: int
-    batch_size: int | None
-    fresh: bool
+        return _read_source(self.input, self.column or ())
 
 
 def _is_link_to(one: Path, other: Path) -> bool:

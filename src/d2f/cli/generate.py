@@ -228,12 +228,12 @@ def generate_command(
     """
     if stream and as_json:
         raise UsageError("--stream and --json exclude each other")
-    bulk = in_bulk.bulk(prompt, stream=stream)
+    source = in_bulk.source(prompt, stream=stream)
     asked.check()
-    if bulk is not None:
+    if source is not None:
         from d2f.cli.generate_bulk import answer_file
 
-        answer_file(bulk, asked, as_json)
+        answer_file(source, in_bulk, asked, as_json)
     elif prompt is not None:
         _answer_one(_read(prompt), asked, stream, as_json)
 
