@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -160,19 +160,14 @@ def _spread(target: Callable[..., T]) -> tuple[list[inspect.Parameter], Callable
     return parameters, run
 
 
-def _option(name: str, kind: type, help: str) -> inspect.Parameter:
-    annotation = Annotated[kind | None, typer.Option(help=help)]  # type: ignore[valid-type]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+def _option(name: str, kind: Any, help: str) -> inspect.Parameter:
+    kind = Annotated[kind | None, typer.Option(help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _policy_options() -> list[inspect.Parameter]:
     kinds = get_type_hints(DecodingPolicy)
-    return [
-        _option(name, (get_args(kinds[name]) or (kinds[name],))[0], help)
-        for name, help in _POLICY_HELP.items()
-    ]
+    return [_option(name, kinds[name], help) for name, help in _POLICY_HELP.items()]
 
 
 def _strategy_options() -> list[inspect.Parameter]:

@@ -33,7 +33,6 @@ from d2f.decoding.strategies import default_strategy
 from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:
-    from d2f.decoding.batch import GenerationResult
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
     from d2f.models.spec import ModelSpec
@@ -181,16 +180,16 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Return all options on which answers depend, except for the model's files."""
-        names = ("strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+        names = (
+            "strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+            "seed", "chat", "system",
+        )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},
             "policy": self.changed,
-            "seed": self.seed,
             "stop": list(self.stop or ()),
             "eos": list(self.choice.eos or ()),
             "replace_eos": self.choice.replace_eos,
-            "chat": self.chat,
-            "system": self.system,
             "dtype": self.choice.dtype,
         }
 
@@ -239,10 +238,50 @@ def generate_command(
 
 
 def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
-    loaded, tokenizer, request = asked.load()
-    request = asked.limited(request, loaded.spec, asked.prompt_ids(tokenizer, prompt))
-    result, text, seconds = _answer(loaded, tokenizer, request, stream)
-    _report(result, text, seconds, stream, as_json)
+    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.engine.response_text import ResponseText
+
+    model, tokenizer, request = asked.load()
+    request = asked.limited(request, model.spec, asked.prompt_ids(tokenizer, prompt))
+    engine = Engine(model, EngineConfig(), tokenizer)
+    _warm_up(engine, request)
+    response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
+    text, result = "", None
+    start = time.perf_counter()
+    if stream:
+        for output in engine.stream(request):
+            result = output.result
+            more = response.grow(output.token_ids)
+            typer.echo(more, nl=False)
+            text += more
+    else:
+        [result] = engine.generate([request])
+    seconds = time.perf_counter() - start
+    assert result is not None
+    rest = response.end(result.token_ids)
+    text += rest
+    count, forwards = len(result.token_ids), result.num_forwards
+    if as_json:
+        facts = {
+            "text": text,
+            "token_ids": result.token_ids,
+            "num_tokens": count,
+            "num_forwards": forwards,
+            "tokens_per_forward": result.tokens_per_forward,
+            "seconds": seconds,
+            "tokens_per_second": count / seconds,
+            "finish_reason": result.finish_reason,
+        }
+        typer.echo(json.dumps(facts))
+        return
+    typer.echo(rest if stream else text)
+    explain_blank(text)
+    log.print(
+        f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
+        f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
+        f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
+        style="dim",
+    )
 
 
 def _read(prompt: str) -> str:
@@ -252,32 +291,6 @@ def _read(prompt: str) -> str:
         where = " on stdin" if prompt == "-" else ""
         raise RequestError(f"the prompt{where} is empty; write what the model is to answer")
     return text
-
-
-def _answer(
-    model: Transformer, tokenizer: Tokenizer, request: Request, stream: bool
-) -> tuple[GenerationResult, str, float]:
-    """Return the answer, its text, and its seconds; with `stream`, print the text as it grows."""
-    from d2f.engine.engine import Engine, EngineConfig
-    from d2f.engine.response_text import ResponseText
-
-    engine = Engine(model, EngineConfig(), tokenizer)
-    _warm_up(engine, request)
-    response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
-    text, result = "", None
-    start = time.perf_counter()
-    if stream:
-        for output in engine.stream(request):
-            result = output.result
-            text += _say(response.grow(output.token_ids))
-    else:
-        result = engine.generate([request])[0]
-    seconds = time.perf_counter() - start
-    assert result is not None
-    rest = response.end(result.token_ids)
-    if stream:
-        typer.echo(rest)
-    return result, text + rest, seconds
 
 
 def _warm_up(engine: Engine, request: Request) -> None:
@@ -291,39 +304,3 @@ def _warm_up(engine: Engine, request: Request) -> None:
     )
     engine.generate([few])
     engine.forget_prompts()
-
-
-def _say(text: str) -> str:
-    typer.echo(text, nl=False)
-    return text
-
-
-def _report(
-    result: GenerationResult, text: str, seconds: float, streamed: bool, as_json: bool
-) -> None:
-    count, forwards = len(result.token_ids), result.num_forwards
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "text": text,
-                    "token_ids": result.token_ids,
-                    "num_tokens": count,
-                    "num_forwards": result.num_forwards,
-                    "tokens_per_forward": result.tokens_per_forward,
-                    "seconds": seconds,
-                    "tokens_per_second": count / seconds,
-                    "finish_reason": result.finish_reason,
-                }
-            )
-        )
-        return
-    if not streamed:
-        typer.echo(text)
-    explain_blank(text)
-    log.print(
-        f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
-        f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
-        f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
-        style="dim",
-    )
