@@ -30,12 +30,7 @@ _NUM_RECENT = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The state of a request after a step of the engine.
-
-    Example:
-        >>> Update(seconds=0.5, waited=0.1, num_forwards=2, token_ids=[4, 5]).done
-        False
-    """
+    """The state of a request after a step of the engine."""
 
     seconds: float = 0.0
     """Seconds since the request's first step began; 0 before that."""
@@ -99,12 +94,10 @@ class Job:
 class Ticket:
     """A client's hold on a request in the service: the updates, and the means to cancel it.
 
-    A ticket is an asynchronous iterator of updates: one for each step that commits tokens, or for
-    every step if the request is watched. A slow reader gets the newest state only; of a watched
-    request it gets the last `MOST_UNREAD` updates. One task at a time may read a ticket, either by
-    `async for` or by `last`. A ticket that is dropped before its end cancels its request.
-
-    Only the thread of the service's event loop may use it.
+    `async for` gives an update for each step that commits tokens, or for every step if the request
+    is watched. A slow reader gets the newest state only; of a watched request it gets the last
+    `MOST_UNREAD` updates. One task at a time may read a ticket, on the service's event loop. A
+    ticket that is dropped before its end cancels its request.
     """
 
     def __init__(self, job: Job, on_cancel: Callable[[Job], None]) -> None:
@@ -235,13 +228,6 @@ class Pace:
     The queue has room when a request leaves it, which is when a running one ends. The rate at which
     requests left lately would mislead: they come in bursts with idle times between. One thread
     writes, any thread may read.
-
-    Example:
-        >>> pace = Pace()
-        >>> pace.leave()
-        >>> pace.begin("a", time.perf_counter())
-        >>> pace.num_left, pace.seconds_for(1)
-        (1, 1.0)
     """
 
     def __init__(self) -> None:
@@ -283,8 +269,7 @@ class Pace:
 def _remaining(age: float, taken: list[float]) -> float:
     """Expected seconds until a request of this age ends, going by those that took longer.
 
-    Where no recent request took longer, it may last as long again; the more requests are known, the
-    less likely that is.
+    Where none did, it may last as long again, the less likely the more requests are known.
 
     Example:
         >>> _remaining(3.0, [2.0, 4.0, 8.0]), _remaining(3.0, []), _remaining(3.0, [1.0, 2.0])

@@ -1,33 +1,16 @@
-"""The thread that runs the engines: it steps them in turn and posts what is new of their requests.
-
-A `Station` is one engine with its requests; the `Worker` is the thread, which carries out between
-two steps what the event loop tells it.
-"""
+"""One engine of the server with its requests, stepped by the thread of the service."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from d2f.engine.request import Output, Request
-from d2f.errors import D2FError
 from d2f.serving.errors import Unavailable
 from d2f.serving.metrics import Metrics
 from d2f.serving.served_model import ServedModel
 from d2f.serving.ticket import Job, Mailbox, Pace
-
-log = logging.getLogger(__name__)
-
-Command = Callable[[], None]
-
-STOPPING = "the server is stopping"
-"""The message to clients whose requests come, or still run, when the server stops."""
 
 
 class Station:
@@ -190,152 +173,3 @@ class Station:
         else:
             self._pace.end(job, answered=answered)
             self.num_started -= 1
-
-
-class Worker(threading.Thread):
-    """A thread that steps the engines in turn and carries out commands in between.
-
-    With nothing to do it sleeps until a command comes. On the event loop it calls `on_ready` once
-    all engines are warm and `on_end` when the thread ends, with what clients are told if it failed.
-    Nobody else may touch the engines of the models meanwhile.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[ServedModel],
-        *,
-        mailbox: Mailbox,
-        metrics: Metrics,
-        on_ready: Command,
-        on_end: Callable[[str | None], None],
-    ) -> None:
-        # A daemon: a process that ends without `stop` must not wait for an engine.
-        super().__init__(name="d2f-engine", daemon=True)
-        self.pace = Pace()
-        self._mailbox, self._metrics = mailbox, metrics
-        self._on_ready, self._on_end = on_ready, on_end
-        self._stations = {
-            model.name: Station(model, mailbox=mailbox, metrics=metrics, pace=self.pace)
-            for model in models
-        }
-        self._turns = list(self._stations.values())
-        """The stations; the one that stepped latest comes last."""
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._closed: str | None = None
-        """The message to clients that come after the end; None before it."""
-        self._draining = self._ending = False
-        self._cpu_seconds = 0.0
-
-    # ----------------------------------------------------------------- called on the event loop
-
-    def admit(self, model_name: str, jobs: Sequence[Job]) -> asyncio.Future[None]:
-        """Give requests to an engine, all or none; the future ends once the engine has decided."""
-        answer = asyncio.get_running_loop().create_future()
-        self._commands.put(partial(self._admit, self._stations[model_name], jobs, answer))
-        return answer
-
-    def cancel(self, job: Job) -> None:
-        """Take a request out of its engine."""
-        self._commands.put(partial(self._stations[job.model_name].cancel, job))
-
-    def drain(self) -> None:
-        """End as soon as no request is left."""
-        self._commands.put(partial(setattr, self, "_draining", True))
-
-    def end(self) -> None:
-        """End after the step that runs."""
-        self._commands.put(partial(setattr, self, "_ending", True))
-
-    def _farewell(self, fault: str | None) -> None:
-        # Commands that came too late for the thread.
-        while not self._commands.empty():
-            self._commands.get()()
-        self._on_end(fault)
-
-    # ---------------------------------------------------------------------- called on the thread
-
-    def run(self) -> None:
-        """Work until told to stop, until an engine fails, or until the event loop is closed."""
-        fault: str | None = None
-        try:
-            for station in self._turns:
-                station.warm_up()
-            self._mailbox.call(self._on_ready)
-            self._work()
-            for station in self._turns:
-                station.abort_all()
-        except BaseException as error:
-            # Nobody may wait for a thread that has gone, whatever ended it.
-            log.exception("the engine failed")
-            self._metrics.count_error("engine")
-            # Clients must not learn of paths and the like, which foreign errors name.
-            name = type(error).__name__
-            fault = f"the engine failed ({name}); the server's log says more"
-            if isinstance(error, D2FError):
-                fault = str(error)
-        self._closed = fault or STOPPING
-        for station in self._turns:
-            station.end_all(self._closed)
-        self._metrics.set_load(running=0, pages=[])
-        self._mailbox.call(partial(self._farewell, fault))
-        self._mailbox.send()
-
-    def _work(self) -> None:
-        while self._report() and self._carry_out():
-            busy = [station for station in self._turns if station.busy]
-            if busy:
-                self._turns.remove(busy[0])
-                self._turns.append(busy[0])
-                busy[0].step()
-
-    def _carry_out(self) -> bool:
-        """Carry out the commands, waiting for one if no engine is busy; False: the thread ends."""
-        wait = not (self._busy() or self._draining)
-        while wait or not self._commands.empty():
-            self._commands.get()()
-            wait = False
-        return not self._ending and (self._busy() or not self._draining)
-
-    def _busy(self) -> bool:
-        return any(station.busy for station in self._turns)
-
-    def _admit(self, station: Station, jobs: Sequence[Job], answer: asyncio.Future[None]) -> None:
-        error = self._failure_to_admit(station, jobs)
-        self._mailbox.call(partial(_answer, answer, error))
-        if error is not None:
-            # A refusal is sent at once; an acceptance may wait for the next step.
-            self._mailbox.send()
-
-    def _failure_to_admit(self, station: Station, jobs: Sequence[Job]) -> Exception | None:
-        # A function of its own: an exception must not be kept by a frame of its own traceback.
-        if self._closed is not None:
-            return Unavailable(self._closed)
-        try:
-            station.admit(jobs)
-        except D2FError as refused:
-            return refused
-        except Exception as unexpected:
-            # If the engine is broken and not the request, the next step shows it.
-            log.exception("a request could not be added")
-            return unexpected
-        return None
-
-    def _report(self) -> bool:
-        """Bring the gauges up to date and send the news; False if nobody reads them any more."""
-        spent = time.thread_time()
-        self._metrics.engine_cpu.inc(spent - self._cpu_seconds)
-        self._cpu_seconds = spent
-        self._metrics.set_load(
-            running=sum(station.num_started for station in self._turns),
-            pages=[station.pages for station in self._turns],
-        )
-        return self._mailbox.send()
-
-
-def _answer(answer: asyncio.Future[None], error: Exception | None) -> None:
-    if answer.done():
-        return
-    if error is None:
-        answer.set_result(None)
-    else:
-        answer.set_exception(error)
