@@ -49,17 +49,6 @@ class AnswerFile:
     It is created if need be, and locked by this process until `close`. `settings` is everything
     that the answers depend on; a file with answers of other settings is refused, unless `fresh`
     deletes them.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
-        >>> answers = AnswerFile(path, {"seed": 0})
-        >>> answers.begin({})
-        >>> counts = {"num_tokens": 3, "num_forwards": 1, "finish_reason": "eos"}
-        >>> answers.add([{"response": "2", "row": 4, **counts}])
-        >>> answers.close()
-        >>> AnswerFile(path, {"seed": 0}).has(4)
-        True
     """
 
     def __init__(

@@ -31,17 +31,7 @@ _WARM_TOKENS = 8
 
 @dataclass(kw_only=True)
 class ChatSession:
-    """A model, the settings of its answers, and the conversation so far.
-
-    Example:
-        >>> from d2f.testing import tiny_model, write_tokenizer
-        >>> import tempfile
-        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
-        >>> session = ChatSession(model=tiny_model("llada"), tokenizer=tokenizer, strategy="serial")
-        >>> session.change_policy(["block_size=4"])
-        >>> session.request("1+1=").policy.block_size
-        4
-    """
+    """A model, the settings of its answers, and the conversation so far."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -221,8 +211,7 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
             f"{seconds:.3f}",
             f"{count / seconds:.0f}",
         )
-        text = harmless(tokenizer.decode(result.token_ids))
-        answers.setdefault(text, []).append(strategy)
+        answers.setdefault(harmless(tokenizer.decode(result.token_ids)), []).append(strategy)
     console.print(table)
     for text, names in answers.items():
         console.print(f"\n[bold]{', '.join(names)}[/bold]")

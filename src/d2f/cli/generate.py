@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bulk_options import BulkOptions
 from d2f.cli.console import explain_blank, log
 from d2f.cli.decoding_options import (
     LimitOption,
@@ -28,11 +26,12 @@ from d2f.cli.decoding_options import (
     given,
     with_option_groups,
 )
-from d2f.cli.usage import Command, UsageError
+from d2f.cli.usage import UsageError, usage
 from d2f.decoding.strategies import default_strategy
 from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:
+    from d2f.cli.prompt_file import PromptFile
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
     from d2f.models.spec import ModelSpec
@@ -41,7 +40,10 @@ if TYPE_CHECKING:
     from d2f.training.pairs import Message, Prompt
 
 _WARM_TOKENS = 8
-_OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+ANSWER_COLUMNS = (
+    "messages", "row", "sample", "seed", "num_tokens", "num_forwards", "finish_reason",
+)  # fmt: skip
+"""Columns of an answer's line beside its text, whose column must have another name."""
 
 PromptArgument = Annotated[
     str | None,
@@ -56,34 +58,86 @@ JsonOption = Annotated[
 ]
 
 
-class PromptCommand(Command):
-    """A command whose prompt may begin with a dash, such as `-5 + 3?`."""
+@dataclass(frozen=True, kw_only=True)
+class BulkOptions:
+    """A file of prompts to answer, the file for the answers, and how they are made."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Move words that begin with a dash and are not options behind a `--`."""
-        flags = (o for o in self.params if getattr(o, "is_flag", True))
-        plain = {name for option in flags for name in (*option.opts, *option.secondary_opts)}
-        return super().parse_args(ctx, _prompts_last(args, plain))
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts (.jsonl, .json, .parquet); needs --output.", metavar="FILE"
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(help="--input: where a line for each answer goes.", metavar="FILE"),
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="--input: what a column holds, as prompt=question, messages=conversations or any "
+            "other name in data.columns of a training recipe; repeatable.",
+            metavar="WHAT=NAME",
+        ),
+    ] = None
+    n: Annotated[int | None, typer.Option(help="--input: answers of a row.", min=1)] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="--input: answers at a time. Default: 16, on a GPU 128.", min=1),
+    ] = None
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="--input: throw away what an earlier run has answered.")
+    ] = False
+
+    def source(self, prompt: str | None, *, stream: bool) -> PromptFile | None:
+        """Check the options and return the file of prompts; None if one prompt is given."""
+        if self.input is None:
+            if prompt is None:
+                raise typer.BadParameter(
+                    "there is nothing to answer; give a PROMPT, or --input FILE"
+                )
+            for field in fields(self):
+                if getattr(self, field.name):
+                    option = "--" + field.name.replace("_", "-")
+                    raise UsageError(f"{option}: without effect without --input")
+            return None
+        if prompt is not None:
+            raise UsageError("a PROMPT and --input exclude each other")
+        output = self.output
+        if output is None:
+            raise UsageError("--input needs --output, the file for the answers")
+        if stream:
+            raise UsageError("--stream: without effect with --input")
+        if str(output) == "-":
+            raise UsageError("--output -: answers go to a file, so that a run can go on; name one")
+        if output.resolve() == self.input.resolve() or _is_link_to(output, self.input):
+            raise UsageError(f"--output {output} is the file with the prompts; name another")
+        return _read_source(self.input, self.column or ())
 
 
-def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
-    """Return the words of a command line with those behind a `--` that only look like options.
+def _is_link_to(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
-    Example:
-        >>> _prompts_last(["-5 + 3?", "--seed", "-1", "--json"], {"--json"})
-        ['--seed', '-1', '--json', '--', '-5 + 3?']
-    """
-    words, options, prompts = iter(args), list[str](), list[str]()
+
+def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
+    # Imported here: these modules import torch, and `d2f --help` must start fast.
+    from d2f.cli.prompt_file import PromptFile
+    from d2f.recipe import from_table
+    from d2f.training.sections import ColumnConfig
+
+    table = {}
     for word in words:
-        if word == "--":
-            prompts += words
-        elif word.startswith("-") and word != "-" and not _OPTION.fullmatch(word):
-            prompts.append(word)
-        else:
-            options.append(word)
-            if word.startswith("--") and "=" not in word and word not in flags:
-                options += islice(words, 1)
-    return [*options, "--", *prompts] if prompts else options
+        what, equals, name = word.partition("=")
+        if not equals or not what or not name:
+            raise UsageError(f"--column {word!r}: write it as WHAT=NAME, prompt=question say")
+        table[what] = name
+    if table.get("response") in ANSWER_COLUMNS:
+        raise UsageError(
+            f"--column response={table['response']}: an answer's line has another column of this "
+            f"name, as it has {', '.join(ANSWER_COLUMNS)}; name another"
+        )
+    with usage():
+        return PromptFile(path=path, columns=from_table(ColumnConfig, table, "--column"))
 
 
 @dataclass(frozen=True, kw_only=True)

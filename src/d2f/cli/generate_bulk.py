@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from d2f.cli.answer_file import AnswerFile
-from d2f.cli.bulk_options import BulkOptions
 from d2f.cli.console import log, say
 from d2f.cli.model_files import model_sha256
 from d2f.cli.prompt_file import PromptFile, PromptRow, refuse_all
@@ -24,7 +23,7 @@ from d2f.errors import RequestError, counted
 from d2f.training.pairs import BadRow, BadRows
 
 if TYPE_CHECKING:
-    from d2f.cli.generate import Asked
+    from d2f.cli.generate import Asked, BulkOptions
     from d2f.engine.request import Request
     from d2f.evaluation.answering import Answer
     from d2f.models.spec import ModelSpec

@@ -30,7 +30,7 @@ ENDPOINTS = (
 )
 """The endpoints under which requests are counted; all else is "other"."""
 ERRORS = ("request", "queue_full", "unavailable", "timeout", "internal", "engine")
-"""Kinds of errors: the service counts `request`, `queue_full` and `engine`, the gateway all others."""
+"""Kinds of errors; the service counts the first two and the last, the gateway the others."""
 OTHER = "other"
 
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.cli.conftest import POLICY
 
 from d2f.cli import answer_file
-from d2f.cli.bulk_options import ANSWER_COLUMNS, BulkOptions
+from d2f.cli.generate import ANSWER_COLUMNS, BulkOptions
 from d2f.cli.usage import UsageError
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
