@@ -7,27 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2f.cli.console import explain_blank, log, out, say
-from d2f.cli.decoding_options import (
-    LimitOption,
-    ModelChoice,
-    SeedOption,
-    StrategyOption,
-    TemperatureOption,
-    check_choices,
-    check_fit,
-    chosen_policy,
-    given,
-    with_option_groups,
-)
+from d2f.cli.decoding_options import Decoding, with_option_groups
 from d2f.cli.usage import usage
-from d2f.decoding.strategies import default_strategy
 from d2f.errors import D2FError, RequestError, counted, unknown_name
 
 if TYPE_CHECKING:
@@ -68,12 +55,7 @@ _COMMANDS = {
 @with_option_groups
 def chat_command(
     *,
-    choice: ModelChoice,
-    strategy: StrategyOption = None,
-    max_new_tokens: LimitOption = None,
-    changed: dict[str, Any],
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
+    decoding: Decoding,
     history: HistoryOption = None,
     slow: SlowOption = None,
 ) -> None:
@@ -86,30 +68,23 @@ def chat_command(
 
     Example:  d2f chat --strategy serial --slow 0.5
     """
-    from d2f.engine.request import Request
-
-    asked = Request(
-        prompt_ids=(), temperature=temperature, seed=seed, **given(max_new_tokens=max_new_tokens)
-    )
-    check_choices(asked, strategy, changed)
-    loaded, tokenizer = choice.load()
+    decoding.check(decoding.request())
+    model, tokenizer, request = decoding.load(decoding.request())
     from d2f.cli.chat_session import ChatSession
 
-    strategy = strategy or default_strategy(loaded.spec, policy=bool(changed))
-    chosen_policy(loaded.spec, strategy, changed)
-    check_fit(loaded.spec, replace(asked, strategy=strategy))
+    assert request.strategy is not None
     with usage():
         session = ChatSession(
-            model=loaded,
+            model=model,
             tokenizer=tokenizer,
-            strategy=strategy,
-            changed=changed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            strategy=request.strategy,
+            changed=decoding.changed,
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            seed=decoding.seed,
             remembers=_remembers(history, tokenizer),
         )
-        session.change_strategy(strategy, [])
+        session.change_strategy(request.strategy, [])
     chat = Chat(session, slow)
     chat.welcome()
     if not chat.run() and not chat.is_live:

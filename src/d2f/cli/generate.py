@@ -14,27 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2f.cli.console import explain_blank, log
-from d2f.cli.decoding_options import (
-    LimitOption,
-    ModelChoice,
-    SeedOption,
-    StrategyOption,
-    TemperatureOption,
-    check_choices,
-    check_fit,
-    chosen_policy,
-    given,
-    with_option_groups,
-)
+from d2f.cli.decoding_options import Decoding, with_option_groups
 from d2f.cli.usage import UsageError, usage
-from d2f.decoding.strategies import default_strategy
 from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:
     from d2f.cli.prompt_file import PromptFile
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
-    from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
     from d2f.training.pairs import Message, Prompt
@@ -144,21 +131,15 @@ def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
 class Asked:
     """The options of `d2f generate` as the user gave them, without the prompts."""
 
-    choice: ModelChoice
-    strategy: StrategyOption = None
-    max_new_tokens: LimitOption = None
-    changed: dict[str, Any]
-    """Fields of the decoding policy that options set."""
+    decoding: Decoding
     options: dict[str, Any]
     """Options of the strategy."""
-    temperature: TemperatureOption = 0.0
     top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")] = 0
     top_p: Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")] = 1.0
     min_p: Annotated[
         float,
         typer.Option(help="Sample among tokens of at least this share of the largest probability."),
     ] = 0.0
-    seed: SeedOption = 0
     stop: Annotated[
         list[str] | None,
         typer.Option(help="The text ends before this; repeatable.", metavar="TEXT"),
@@ -173,48 +154,30 @@ class Asked:
     @cached_property
     def request(self) -> Request:
         """The request without a prompt and without what depends on the model."""
-        from d2f.engine.request import Request
-
-        return Request(
-            prompt_ids=(),
-            **given(max_new_tokens=self.max_new_tokens),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=tuple(self.stop or ()),
-            options=self.options,
-        )
+        names = ("options", "top_k", "top_p", "min_p")
+        more = {name: getattr(self, name) for name in names}
+        return self.decoding.request(stop=tuple(self.stop or ()), **more)
 
     def check(self) -> None:
         """Refuse options that fit no model, before one is loaded."""
         if self.system is not None and self.chat is False:
             raise UsageError("--system: without effect with --no-chat")
-        check_choices(self.request, self.strategy, self.changed)
+        self.decoding.check(self.request)
 
     def load(self, dtype: str | None = None) -> tuple[Transformer, Tokenizer, Request]:
-        """Load the model and its tokenizer; return them and the request with the model's defaults.
-
-        `dtype` is what to load if the user named none; None: the model's own.
-        """
-        choice = self.choice
-        model, tokenizer = replace(choice, dtype=choice.dtype or dtype).load()
-        self._check_template(tokenizer)
-        strategy = self.strategy or default_strategy(model.spec, policy=bool(self.changed))
-        policy = chosen_policy(model.spec, strategy, self.changed)
-        request = replace(self.request, strategy=strategy, policy=policy)
-        return model, tokenizer, self.limited(request, model.spec)
-
-    def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
-        """Return the request with a prompt and, if the user named none, the default length."""
-        from d2f.engine.policy import default_limit
-
-        if self.max_new_tokens is None:
-            limit = default_limit(spec, len(prompt_ids))
-            request = replace(request, max_new_tokens=limit)
-        check_fit(spec, request)
-        return replace(request, prompt_ids=prompt_ids)
+        """Load as `Decoding.load` does, for prompts of the form that the options say."""
+        model, tokenizer, request = self.decoding.load(self.request, dtype)
+        if tokenizer.chat_template is None and (self.chat or self.system is not None):
+            option = "--chat" if self.chat else "--system"
+            raise UsageError(
+                f"{option}: this model has no chat template; pass the prompt without it"
+            )
+        if self.system is not None and "system" in tokenizer.left_out:
+            raise UsageError(
+                "--system: this model's chat template leaves system messages out; pass the prompt "
+                "without it"
+            )
+        return model, tokenizer, request
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, rendered by the chat template if it is used.
@@ -234,30 +197,20 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Return all options on which answers depend, except for the model's files."""
-        names = (
-            "strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
-            "seed", "chat", "system",
-        )  # fmt: skip
+        decoding, choice = self.decoding, self.decoding.choice
+        names = ("options", "top_k", "top_p", "min_p", "chat", "system")
         return {
             **{name: getattr(self, name) for name in names},
-            "policy": self.changed,
+            "strategy": decoding.strategy,
+            "max_new_tokens": decoding.max_new_tokens,
+            "policy": decoding.changed,
+            "temperature": decoding.temperature,
+            "seed": decoding.seed,
             "stop": list(self.stop or ()),
-            "eos": list(self.choice.eos or ()),
-            "replace_eos": self.choice.replace_eos,
-            "dtype": self.choice.dtype,
+            "eos": list(choice.eos or ()),
+            "replace_eos": choice.replace_eos,
+            "dtype": choice.dtype,
         }
-
-    def _check_template(self, tokenizer: Tokenizer) -> None:
-        if tokenizer.chat_template is None and (self.chat or self.system is not None):
-            option = "--chat" if self.chat else "--system"
-            raise UsageError(
-                f"{option}: this model has no chat template; pass the prompt without it"
-            )
-        if self.system is not None and "system" in tokenizer.left_out:
-            raise UsageError(
-                "--system: this model's chat template leaves system messages out; pass the prompt "
-                "without it"
-            )
 
 
 @with_option_groups
@@ -296,7 +249,7 @@ def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
     from d2f.engine.response_text import ResponseText
 
     model, tokenizer, request = asked.load()
-    request = asked.limited(request, model.spec, asked.prompt_ids(tokenizer, prompt))
+    request = asked.decoding.limited(request, model.spec, asked.prompt_ids(tokenizer, prompt))
     engine = Engine(model, EngineConfig(), tokenizer)
     _warm_up(engine, request)
     response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)

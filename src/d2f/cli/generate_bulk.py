@@ -41,7 +41,7 @@ def answer_file(source: PromptFile, options: BulkOptions, asked: Asked, as_json:
     source.check()
     settings = {
         "input": source.sha256,
-        "model": model_sha256(asked.choice.source, asked.choice.adapter),
+        "model": model_sha256(asked.decoding.choice.source, asked.decoding.choice.adapter),
         "columns": asdict(source.columns),
         "n": num_samples,
         **asked.settings(),
@@ -113,7 +113,9 @@ class _Run:
         model, self._tokenizer, self._request = self._asked.load(answers.about.get("dtype"))
         self._spec = model.spec
         dtype = str(model.dtype).removeprefix("torch.")
-        answers.begin({"model": self._asked.choice.source, "dtype": dtype, **describe_code()})
+        answers.begin(
+            {"model": self._asked.decoding.choice.source, "dtype": dtype, **describe_code()}
+        )
         size = batch_size or _BATCH_SIZE.get(model.device.type, 128)
         engine = Engine(model, EngineConfig(max_batch_size=size), self._tokenizer)
         terminal, start = Terminal(), time.perf_counter()
@@ -189,7 +191,7 @@ class _Run:
     def _ask(self, row: PromptRow) -> Request:
         prompt_ids = self._asked.prompt_ids(self._tokenizer, row.prompt)
         try:
-            request = self._asked.limited(self._request, self._spec, prompt_ids)
+            request = self._asked.decoding.limited(self._request, self._spec, prompt_ids)
         except UsageError as error:
             # The options fit the model, but not the few positions that this prompt leaves.
             raise BadRow(str(error)) from None
