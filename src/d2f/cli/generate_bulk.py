@@ -10,24 +10,27 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from d2f.cli.answer_file import AnswerFile
 from d2f.cli.console import log, say
+from d2f.cli.generate import Asked, BulkOptions
 from d2f.cli.model_files import model_sha256
 from d2f.cli.prompt_file import PromptFile, PromptRow, refuse_all
 from d2f.cli.usage import UsageError
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.request import Request
+from d2f.engine.response_text import ResponseText
 from d2f.errors import RequestError, counted
+from d2f.evaluation.answering import Answer, Answering
+from d2f.evaluation.eval_progress import Terminal
+from d2f.models.spec import ModelSpec
+from d2f.provenance import describe_code
+from d2f.text import Tokenizer
+from d2f.training.data import derive_seed
 from d2f.training.pairs import BadRow, BadRows
-
-if TYPE_CHECKING:
-    from d2f.cli.generate import Asked, BulkOptions
-    from d2f.engine.request import Request
-    from d2f.evaluation.answering import Answer
-    from d2f.models.spec import ModelSpec
-    from d2f.text import Tokenizer
 
 _BATCH_SIZE = {"cpu": 16, "cuda": 128}
 
@@ -104,11 +107,6 @@ class _Run:
 
     def answer(self, batch_size: int | None) -> None:
         """Answer the rows that have no answer yet."""
-        from d2f.engine.engine import Engine, EngineConfig
-        from d2f.evaluation.answering import Answering
-        from d2f.evaluation.eval_progress import Terminal
-        from d2f.provenance import describe_code
-
         answers = self._answers
         model, self._tokenizer, self._request = self._asked.load(answers.about.get("dtype"))
         self._spec = model.spec
@@ -205,8 +203,6 @@ class _Run:
     def _record(
         self, row: PromptRow, sample: int, request: Request, answer: Answer
     ) -> dict[str, Any]:
-        from d2f.engine.response_text import ResponseText
-
         ends, columns = self._spec.eos_token_ids, self._source.columns
         response = ResponseText(self._tokenizer, eos_token_ids=ends, stop=request.stop)
         text = response.end(answer.token_ids)
@@ -233,8 +229,6 @@ class _Run:
 
 def _seeded(request: Request, row: int, sample: int) -> Request:
     """With noise of its own, which depends on nothing but the seed and the place."""
-    from d2f.training.data import derive_seed
-
     if request.temperature == 0:
         return request
     return replace(request, seed=derive_seed(request.seed, f"answer {sample}", row))

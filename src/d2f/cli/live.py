@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 
+from d2f.decoding.batch import BlockView
+from d2f.engine.engine import Engine
+from d2f.engine.request import Output, Request
 from d2f.text import Tokenizer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from d2f.decoding.batch import BlockView
-    from d2f.engine.engine import Engine
-    from d2f.engine.request import Output, Request
 
 SLOWED_SECONDS = 0.25
 """Seconds for which a forward is shown; it takes a few milliseconds, too fast to watch."""
@@ -78,9 +76,6 @@ def watch_answer(
     them at the end; elsewhere each forward prints a line. `stopped` is called after each forward
     and while waiting; if it returns True, decoding ends and the request leaves the engine.
     """
-    from rich.console import Group
-    from rich.live import Live
-
     forwards, seconds, output = 0, 0.0, None
     screen = Live(console=console, auto_refresh=False, transient=console.is_terminal)
     with screen, closing(engine.stream(request)) as stream:
