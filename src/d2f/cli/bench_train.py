@@ -110,7 +110,7 @@ def _plan(
     if chosen is None:
         raise UsageError(f"--checkpointing {checkpointing!r}; it must be no, yes or both")
     sizes: list[int | None] = []
-    for word in (micro_batch or setup.default_micro_batch).split(","):
+    for word in (micro_batch or ("8" if setup.options.shipped else "1,4")).split(","):
         sizes += [None] if word.strip() == "max" else numbers(word)
     if setup.processes.world_size > 1 and (None in sizes or repeat_batch):
         raise UsageError("--micro-batch max and --repeat-batch are for one process")

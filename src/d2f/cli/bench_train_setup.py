@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,7 +18,7 @@ from d2f.evaluation.environment import describe_environment
 from d2f.evaluation.rates import Rates, measure_rates, nominal_bf16_rate
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig, attach_adapter
-from d2f.models.presets import preset_spec, random_model
+from d2f.models.presets import preset_spec
 from d2f.models.spec import ModelSpec
 from d2f.models.transformer import Transformer
 from d2f.shipped import shipped_model
@@ -37,6 +37,7 @@ from d2f.training.sections import (
 _SHIPPED_NOISE: dict[str, Any] = {"kind": "original", "low": 0.2, "high": 1.0, "block_size": 16}
 _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_size": 16}
 
+_OBJECTIVE = "forward_kl"
 _REPORTED = (1, 10, 50, 100)
 """Steps on the repeated batch whose loss is shown, and the last."""
 _MOST_TRIED = 32
@@ -50,39 +51,28 @@ class TrainSetup:
     An update has one micro-batch for each process.
     """
 
-    shape: str | None
-    model: str | None
-    """Folder or hub id; None without a shape: the shipped student and its teacher."""
-    layers: int | None
+    options: TrainOptions
+    processes: Processes
+    dtype: str
     length: int
     lora: int | None
     """Rank; None: all weights are trained."""
-    dropout: float
-    sharding: str
     loss_memory: int
-    lr: float
-    compiled: bool
-    processes: Processes
-    dtype: str
-    objective: str = "forward_kl"
 
     @classmethod
     def of(cls, options: TrainOptions, processes: Processes, dtype: str) -> TrainSetup:
         """Fill in the defaults of the options that depend on the model."""
         if options.full and options.lora is not None:
             raise ConfigError("--lora and --full exclude each other")
-        shipped = options.shape is None and options.model is None
-        given = {one.name: getattr(options, one.name) for one in fields(options)}
-        all_weights = given.pop("full") or shipped
-        given["length"] = options.length or (272 if shipped else 1024)
-        given["lora"] = options.lora or (None if all_weights else 32)
-        given["loss_memory"] = options.loss_memory or (2048 if shipped else 384)
-        return cls(**given, processes=processes, dtype=dtype)
-
-    @property
-    def default_micro_batch(self) -> str:
-        """The sizes that are measured without `--micro-batch`."""
-        return "8" if self._shipped else "1,4"
+        shipped = options.shipped
+        return cls(
+            options=options,
+            processes=processes,
+            dtype=dtype,
+            length=options.length or (272 if shipped else 1024),
+            lora=options.lora or (None if options.full or shipped else 32),
+            loss_memory=options.loss_memory or (2048 if shipped else 384),
+        )
 
     @property
     def device(self) -> str:
@@ -90,23 +80,25 @@ class TrainSetup:
         return str(self.processes.device)
 
     @property
-    def _shipped(self) -> bool:
-        return self.shape is None and self.model is None
+    def _noise(self) -> dict[str, Any]:
+        return _SHIPPED_NOISE if self.options.shipped else _NOISE
 
     def to_dict(self) -> dict[str, Any]:
         """For a result file."""
-        names = (
-            "length", "lora", "dropout", "sharding", "loss_memory", "lr", "compiled", "objective",
-        )  # fmt: skip
-        noise = _SHIPPED_NOISE if self._shipped else _NOISE
+        own, given = ("length", "lora", "loss_memory"), ("dropout", "sharding", "lr", "compiled")
         return {
-            **{name: getattr(self, name) for name in names},
-            "noise": noise,
+            **{name: getattr(self, name) for name in own},
+            **{name: getattr(self.options, name) for name in given},
+            "objective": _OBJECTIVE,
+            "noise": self._noise,
             "processes": self.processes.world_size,
         }
 
     def config(self, micro_batch: int, checkpointing: bool, output: str) -> TrainConfig:
         """The recipe of a row."""
+        options, lora = self.options, None
+        if self.lora is not None:
+            lora = LoraConfig(r=self.lora, alpha=self.lora, dropout=options.dropout)
         return TrainConfig(
             stage="d2f",
             output=output,
@@ -115,19 +107,17 @@ class TrainSetup:
             batch_size=micro_batch * self.processes.world_size,
             micro_batch_size=micro_batch,
             precision=self.dtype,
-            compile=self.compiled,
+            compile=options.compiled,
             loss_memory_mib=self.loss_memory,
             activation_checkpointing=checkpointing,
-            sharding=self.sharding,
+            sharding=options.sharding,
             # Neither weights nor data are read: both are made here.
             model=ModelConfig(init="unused", dtype=self.dtype if self.lora else "float32"),
             data=DataConfig(kind="problems", num_problems=1, sequence_length=self.length),
-            lora=LoraConfig(r=self.lora, alpha=self.lora, dropout=self.dropout)
-            if self.lora
-            else None,
-            noise=NoiseConfig(**(_SHIPPED_NOISE if self._shipped else _NOISE)),
-            objective=ObjectiveConfig(objective=self.objective),
-            optimizer=OptimizerConfig(lr=self.lr),
+            lora=lora,
+            noise=NoiseConfig(**self._noise),
+            objective=ObjectiveConfig(objective=_OBJECTIVE),
+            optimizer=OptimizerConfig(lr=options.lr),
         )
 
     @contextmanager
@@ -141,35 +131,30 @@ class TrainSetup:
 
     def _models(self, config: TrainConfig) -> tuple[Transformer, Transformer | None]:
         """The student with what it trains, and the teacher if it is another model."""
-        student = self._student(config.model.dtype)
+        student, _ = self.options.load(self.device, config.model.dtype)
         self._check(student.spec)
         if config.lora is not None:
             attach_adapter(student, config.lora, generator(config.seed, "adapter"))
             return student, None
-        if self._shipped:
+        if self.options.shipped:
             folder = shipped_model("teacher")
             teacher = load_model(folder, device=self.device, dtype=config.model.dtype)
         else:
             teacher = copy.deepcopy(student)
         return student.requires_grad_(True), teacher.eval().requires_grad_(False)
 
-    def _student(self, dtype: str) -> Transformer:
-        if self.shape is not None:
-            spec = preset_spec(self.shape, num_layers=self.layers)
-            return random_model(spec, device=self.device, dtype=dtype)
-        source = self.model or shipped_model("student")
-        return load_model(source, device=self.device, dtype=dtype)
-
     def check(self) -> None:
         """Refuse what can be seen to be wrong before anything is measured."""
         self.config(1, False, "unused")
-        if self.shape is not None:
-            self._check(preset_spec(self.shape, num_layers=self.layers))
+        shape = self.options.shape
+        if shape is not None:
+            self._check(preset_spec(shape, num_layers=self.options.layers))
 
     def _check(self, spec: ModelSpec) -> None:
+        name = self.options.shape or self.options.model
         if spec.architecture.causal:
             raise ConfigError(
-                f"{self.shape or self.model} is autoregressive; the measured stage distils "
+                f"{name} is autoregressive; the measured stage distils "
                 "diffusion models, such as llada-8b and dream-7b"
             )
         if self.length > spec.max_positions:
@@ -179,9 +164,10 @@ class TrainSetup:
 
     def describe(self, student: Transformer) -> dict[str, Any]:
         """Describe the measured model, for a result file."""
-        name = self.shape or source_label(self.model or str(shipped_model("student")))
+        shape, model = self.options.shape, self.options.model
+        name = shape or source_label(model or str(shipped_model("student")))
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        return describe_model(student, name, random=self.shape is not None) | {
+        return describe_model(student, name, random=shape is not None) | {
             "num_trained_parameters": trained
         }
 
@@ -207,18 +193,12 @@ def measure(
     for number, (size, checkpointing) in enumerate(plan, 1):
         if size is None:
             size = _largest(setup, checkpointing)
-            report["largest_micro_batch"].append(
-                {
-                    "micro_batch": size,
-                    "checkpointing": checkpointing,
-                    "at_least": size == _MOST_TRIED,
-                }
-            )
+            found = {"micro_batch": size, "checkpointing": checkpointing}
+            report["largest_micro_batch"].append(found | {"at_least": size == _MOST_TRIED})
         if size > 0:
             _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
-            report["rows"].append(
-                _row(setup, rates, (size, checkpointing), steps, repeat_batch, report)
-            )
+            how = size, checkpointing
+            report["rows"].append(_row(setup, rates, how, steps, repeat_batch, report))
         save(report | {"complete": number == len(plan)})
     if not report["model"]:
         raise ConfigError("not even the model fits into the memory; cut it by --layers")
@@ -310,8 +290,8 @@ def _repeat(setup: TrainSetup, bench: StepBench, num_steps: int) -> dict[str, An
     shown = sorted({n for n in _REPORTED if n <= num_steps} | {num_steps})
     return {
         "num_steps": num_steps,
-        "lr": setup.lr,
-        "objective": setup.objective,
+        "lr": setup.options.lr,
+        "objective": _OBJECTIVE,
         "floor": bench.floor(),
         "loss_at": {str(n): losses[n - 1] for n in shown},
         "losses": losses,
