@@ -6,9 +6,8 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from d2f.engine.policy import (
     changed_policy,
@@ -190,7 +189,7 @@ async def _encode(body: Body, model: ServedModel, settings: ServeSettings) -> li
 
 def _prompt_ids(body: Body, tokenizer: Tokenizer) -> list[list[int]]:
     if isinstance(body, CompletionBody):
-        prompts: Sequence[str | list[int]] = body.prompt
+        prompts = cast("list[str | list[int]]", body.prompt)
         return [
             tokenizer.encode_prompt(prompt, chat=False) if isinstance(prompt, str) else prompt
             for prompt in prompts
