@@ -186,25 +186,19 @@ def _race(
         )
         for name, model, strategy, early_stop in ROWS
     ]
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[right]} right"),
-        TimeElapsedColumn(),
-    )
+    name, right = TextColumn("{task.description:>16}"), TextColumn("{task.fields[right]} right")
+    columns = (name, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn())
     with Progress(*columns, console=log) as progress:
         tasks = {
             e.name: progress.add_task(e.name, total=len(e.requests), right=0) for e in entrants
         }
-        right = dict.fromkeys(tasks, 0)
+        num_right = dict.fromkeys(tasks, 0)
 
         def on_answer(name: str, correct: bool) -> None:
-            right[name] += correct
-            progress.update(tasks[name], advance=1, right=right[name])
+            num_right[name] += correct
+            progress.update(tasks[name], advance=1, right=num_right[name])
 
-        rows = race_by_problem(entrants, on_answer)
-    return rows, limit
+        return race_by_problem(entrants, on_answer), limit
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:

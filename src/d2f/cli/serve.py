@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,19 +159,15 @@ def main_model(choice: ModelChoice, name: str | None, max_batch_size: int) -> Se
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    examples = example_problems() if choice.source == DEFAULT_MODEL else []
+    source, shipped = choice.source, choice.source.startswith(PREFIX)
+    own_name = f"d2f-{source.removeprefix(PREFIX)}" if shipped else Path(source).resolve().name
+    examples = example_problems() if source == DEFAULT_MODEL else []
     return ServedModel(
-        name=name or _served_name(choice.source),
+        name=name or own_name,
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
         examples=tuple(problem.prompt for problem in examples),
     )
-
-
-def _served_name(source: str) -> str:
-    if source.startswith(PREFIX):
-        return f"d2f-{source.removeprefix(PREFIX)}"
-    return Path(source).resolve().name
 
 
 def _race_model(name: str, choice: ModelChoice) -> ServedModel:
@@ -181,20 +176,17 @@ def _race_model(name: str, choice: ModelChoice) -> ServedModel:
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    config, spec = EngineConfig(max_batch_size=RACE_BATCH_SIZE), loaded.spec
+    spec, most = loaded.spec, RACE_BATCH_SIZE
     # Said in bytes, so that on a GPU it does not take the memory that is free.
     size = enough_bytes(
         spec,
-        [spec.max_positions] * RACE_BATCH_SIZE,
-        page_size=config.page_size,
-        max_batch_size=RACE_BATCH_SIZE,
+        [spec.max_positions] * most,
+        page_size=EngineConfig.page_size,
+        max_batch_size=most,
         dtype=loaded.dtype,
     )
-    return ServedModel(
-        name=name,
-        engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
-        tokenizer=tokenizer,
-    )
+    config = EngineConfig(max_batch_size=most, kv_cache_bytes=size)
+    return ServedModel(name=name, engine=Engine(loaded, config, tokenizer), tokenizer=tokenizer)
 
 
 def example_problems() -> list[Problem]:

@@ -19,11 +19,9 @@ from d2f.training.sources import encode_prompt, read_held_out
 from d2f.training.trainer import Sampler
 
 # How a stage's model answers during training. Vanilla takes two tokens a step, to be done soon.
-_STRATEGIES: dict[str, str] = {
-    "autoregressive": "autoregressive",
-    "masked-diffusion": "vanilla",
-    "d2f": "pipelined",
-}
+_STRATEGIES = {
+    "autoregressive": "autoregressive", "masked-diffusion": "vanilla", "d2f": "pipelined",
+}  # fmt: skip
 _WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", "wikisql")
 
 
