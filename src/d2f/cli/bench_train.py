@@ -73,6 +73,7 @@ def train_command(
 
     from d2f.cli.bench_train_setup import TrainSetup, measure
     from d2f.cli.device import choose_device, choose_dtype, fastest_dtype
+    from d2f.evaluation.rates import measure_rates
     from d2f.training.processes import Processes
 
     with Processes.current(None if device is None else choose_device(device)) as processes:
@@ -95,7 +96,8 @@ def train_command(
             if json_file is not None and processes.is_main:
                 write_json(json_file, report | {"memory_limit_gib": memory_limit})
 
-        report = measure(setup, plan, steps, repeat_batch, save)
+        rates = measure_rates(setup.device, setup.dtype)
+        report = measure(setup, rates, plan, steps, repeat_batch, save)
         if processes.is_main:
             _print_report(report)
             if json_file is not None:

@@ -15,7 +15,7 @@ from d2f.cli.console import log
 from d2f.cli.step_bench import StepBench, free_memory, largest, survives
 from d2f.errors import ConfigError, counted
 from d2f.evaluation.environment import describe_environment
-from d2f.evaluation.rates import Rates, measure_rates, nominal_bf16_rate
+from d2f.evaluation.rates import Rates, nominal_bf16_rate
 from d2f.models.checkpoint import load_model
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.models.presets import preset_spec
@@ -174,13 +174,13 @@ class TrainSetup:
 
 def measure(
     setup: TrainSetup,
+    rates: Rates,
     plan: list[tuple[int | None, bool]],
     steps: int,
     repeat_batch: int,
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """All rows, and the run on one batch; what there is is saved after each row."""
-    rates = measure_rates(setup.device, setup.dtype)
     report: dict[str, Any] = {
         "environment": describe_environment(device=setup.device, dtype=setup.dtype),
         "model": {},
