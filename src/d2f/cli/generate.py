@@ -197,20 +197,13 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Return all options on which answers depend, except for the model's files."""
-        decoding, choice = self.decoding, self.decoding.choice
-        names = ("options", "top_k", "top_p", "min_p", "chat", "system")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "strategy": decoding.strategy,
-            "max_new_tokens": decoding.max_new_tokens,
-            "policy": decoding.changed,
-            "temperature": decoding.temperature,
-            "seed": decoding.seed,
-            "stop": list(self.stop or ()),
-            "eos": list(choice.eos or ()),
-            "replace_eos": choice.replace_eos,
-            "dtype": choice.dtype,
-        }
+        given = {**vars(self.decoding.choice), **vars(self.decoding), **vars(self)}
+        names = (
+            "strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+            "seed", "chat", "system", "replace_eos", "dtype",
+        )  # fmt: skip
+        lists = {name: list(given[name] or ()) for name in ("stop", "eos")}
+        return {name: given[name] for name in names} | lists | {"policy": given["changed"]}
 
 
 @with_option_groups
