@@ -6,8 +6,8 @@ import pytest
 from tests.unit.serving.running import Metrics, request, served
 
 from d2f.serving import station as module
-from d2f.serving.ticket import Job, Pace
 from d2f.serving.station import Station
+from d2f.serving.ticket import Job, Pace
 
 
 class Letters:
