@@ -33,11 +33,8 @@ _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> the protocol's."""
 _FAREWELL_SECONDS = 1.0
 """Seconds for which a client that does not read may hold up the last event."""
-
-
-def _to_json(value: Any) -> str:
-    """Compact JSON. Text that a tokenizer gave can always be written as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# Compact. Text that a tokenizer gave can always be written as UTF-8.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _head(plan: Plan, chat_object: str) -> dict[str, Any]:
@@ -146,10 +143,10 @@ class _Choice:
         content: dict[str, Any] = {"text": text}
         if plan.chat and whole:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        elif plan.chat and self._begun:
+            content = {"delta": {"content": text} if text else {}}
         elif plan.chat:
-            role = {} if self._begun else {"role": "assistant"}
-            content = {"delta": role | ({"content": text} if text or role else {})}
-            self._begun = True
+            content, self._begun = {"delta": {"role": "assistant", "content": text}}, True
         tokens: Sequence[TokenLogprob] = ()
         if plan.logprobs and result is None:
             tokens = self._text.logprobs(*_block_facts(update), ended=False)
@@ -241,6 +238,7 @@ class EventStream(Response):
         self._deadline, self._metrics = deadline, metrics
         # What all events share is written once.
         self._head = f"data: {_to_json(_head(plan, 'chat.completion.chunk'))[:-1]}"
+        self._tail = ',"usage":null' if plan.options.include_usage else ""
         self._choices = [_Choice(plan, index, texts) for index in range(len(plan.requests))]
         self._lasts: dict[int, Update] = {}
         """The last update of each choice that has ended."""
@@ -279,23 +277,20 @@ class EventStream(Response):
             raise Unavailable("the server ended this request; try again")
         last = _DONE
         if self._plan.options.include_usage:
-            last = self._chunk(choices=[], usage=_usage(self._plan, self._ended())) + _DONE
+            usage = _to_json(_usage(self._plan, self._ended()))
+            last = f'{self._head},"choices":[],"usage":{usage}}}\n\n'.encode() + _DONE
         await send({"type": "http.response.body", "body": last})
 
     def _event(self, index: int, update: Update) -> bytes:
         if update.result is not None:
             self._lasts[index] = update
-        options, choice = self._plan.options, self._choices[index]
+        choice, tail = self._choices[index], self._tail
         piece = choice.shown(update)
         if piece is None:
             return b""
-        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
-        if options.include_provisional:
-            more["d2f"] = choice.provisional(update)
-        return self._chunk(choices=[piece], **more)
-
-    def _chunk(self, **fields: Any) -> bytes:
-        return f"{self._head},{_to_json(fields)[1:]}\n\n".encode()
+        if self._plan.options.include_provisional:
+            tail += f',"d2f":{_to_json(choice.provisional(update))}'
+        return f'{self._head},"choices":[{_to_json(piece)}]{tail}}}\n\n'.encode()
 
     def _ended(self) -> list[Update]:
         """The last updates in the order of the choices."""
