@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f.cli.bench_train_setup import TrainOptions
+from d2f.cli.bench_train import TrainOptions
+from d2f.cli.bench_train_setup import TrainSetup
 from d2f.diffusion.layout import BlockLayout, visible
 from d2f.evaluation.environment import describe_environment
 from d2f.evaluation.results import write_json
@@ -166,7 +167,7 @@ def compare_steps(device: str, tiny: Path | None) -> list[dict[str, Any]]:
                 shape=None if tiny else shape, model=None if tiny is None else str(tiny / shape),
                 layers=None if tiny else 2, length=64 if tiny else 1024, lora=32, compiled=compiled,
             )  # fmt: skip
-            setup = options.setup(Processes.current(device), "bfloat16")
+            setup = TrainSetup.of(options, Processes.current(device), "bfloat16")
             with setup.bench(1, False) as bench:
                 losses.append(torch.tensor(bench.repeat(5)))
         # There is no fp32 truth here: weights drawn in another type are other weights.

@@ -49,17 +49,6 @@ class AnswerFile:
     It is created if need be, and locked by this process until `close`. `settings` is everything
     that the answers depend on; a file with answers of other settings is refused, unless `fresh`
     deletes them.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
-        >>> answers = AnswerFile(path, {"seed": 0})
-        >>> answers.begin({})
-        >>> counts = {"num_tokens": 3, "num_forwards": 1, "finish_reason": "eos"}
-        >>> answers.add([{"response": "2", "row": 4, **counts}])
-        >>> answers.close()
-        >>> AnswerFile(path, {"seed": 0}).has(4)
-        True
     """
 
     def __init__(
@@ -70,11 +59,10 @@ class AnswerFile:
         self._settings_path = self._real.with_name(self._real.name + ".settings")
         self._settings, self._num_samples = settings, num_samples
         self.totals = Totals()
-        self._done = bytearray()
-        """1 at the key of each answer that the file has."""
-        self._keys, self._offsets = array("q"), array("q")
-        self._tidy = True
-        """Whether the lines are in the input's order, with no foreign lines among them."""
+        self._places = array("q")
+        """The place in the file + 1 of each answer, by its key; 0: it has none."""
+        self._foreign = False
+        """Whether lines of other kinds are among the answers."""
         self._size = 0
         self._file = self._open()
         try:
@@ -91,7 +79,7 @@ class AnswerFile:
     def has(self, row: int, sample: int = 0) -> bool:
         """Return whether the file has an answer."""
         key = self._key(row, sample)
-        return key < len(self._done) and bool(self._done[key])
+        return key < len(self._places) and bool(self._places[key])
 
     def begin(self, about: Mapping[str, Any]) -> None:
         """Write the file of settings, before the first answer."""
@@ -127,9 +115,10 @@ class AnswerFile:
 
     def finish(self) -> None:
         """Sort the lines into the order of the input, and flush them to the disk."""
+        places = [place for place in self._places if place]
         try:
-            if not self._tidy:
-                self._sort()
+            if self._foreign or places != sorted(places):
+                self._rewrite(places)
             else:
                 os.fsync(self._file)
         except OSError as error:
@@ -204,7 +193,7 @@ class AnswerFile:
                 except (ValueError, KeyError, TypeError):
                     # The line was not written by a run, or was damaged by a crash.
                     self._size += len(line)
-                    self._tidy = False
+                    self._foreign = True
 
     def _note(self, record: Mapping[str, Any], length: int) -> None:
         """Count a record as the last line of the file."""
@@ -213,20 +202,17 @@ class AnswerFile:
             raise ValueError(f"a second answer to row {row}")
         self.totals.add(record)
         key = self._key(row, sample)
-        if key >= len(self._done):
-            self._done.extend(bytes(key + 1 - len(self._done)))
-        self._tidy = self._tidy and (not self._keys or self._keys[-1] < key)
-        self._done[key] = True
-        self._keys.append(key)
-        self._offsets.append(self._size)
+        if key >= len(self._places):
+            self._places.frombytes(bytes(8 * (key + 1 - len(self._places))))
+        self._places[key] = self._size + 1
         self._size += length
 
-    def _sort(self) -> None:
+    def _rewrite(self, places: Iterable[int]) -> None:
         part = self._real.with_name(self._real.name + ".part")
         try:
             with self._real.open("rb") as source, part.open("wb") as target:
-                for place in sorted(range(len(self._keys)), key=self._keys.__getitem__):
-                    source.seek(self._offsets[place])
+                for place in places:
+                    source.seek(place - 1)
                     target.write(source.readline())
                 target.flush()
                 os.fsync(target.fileno())

@@ -60,6 +60,11 @@ class Source:
         if self.layers is not None and self.shape is None:
             raise UsageError("--layers: only a --shape can be cut")
 
+    @property
+    def shipped(self) -> bool:
+        """Whether nothing was chosen, so that the shipped student is measured."""
+        return self.shape is None and self.model is None
+
     def load(self, device: str, dtype: str) -> tuple[Transformer, str]:
         """Return the model, by default the shipped student, and its name for results."""
         from d2f.models.checkpoint import load_model

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bench_options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    numbers,
-)
-from d2f.cli.bench_train_setup import TrainOptions
-from d2f.cli.console import check_writable, log, out, plain_table, shown
+from d2f.cli.bench_options import DeviceOption, DtypeOption, JsonOption, Source, numbers
+from d2f.cli.console import check_writable, out, plain_table, shown
 from d2f.cli.decoding_options import with_option_groups
 from d2f.cli.usage import UsageError, usage
-from d2f.errors import ConfigError, counted
+from d2f.errors import counted
 from d2f.evaluation.results import write_json
 
 if TYPE_CHECKING:
     from d2f.cli.bench_train_setup import TrainSetup
-    from d2f.cli.step_bench import StepBench
-    from d2f.evaluation.rates import Rates
 
-_REPORTED = (1, 10, 50, 100)
-"""Steps on the repeated batch whose loss is shown, and the last."""
 
-_MOST_TRIED = 32
-"""Largest size that `--micro-batch max` tries: each try compiles, and smaller ones fill a GPU."""
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Source):
+    """The options of `d2f bench train` that all measured rows share."""
+
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
+    ] = None
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
+    ] = None
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False
+    dropout: Annotated[
+        float, typer.Option(help="Of the adapter; the recipes have 0.1.", min=0, max=1)
+    ] = 0.0
+    sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none"
+    loss_memory: Annotated[
+        int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
+    ] = None
+    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-4
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="On a GPU.")] = True
 
 
 @with_option_groups
@@ -64,6 +71,7 @@ def train_command(
     """
     import torch
 
+    from d2f.cli.bench_train_setup import TrainSetup, measure
     from d2f.cli.device import choose_device, choose_dtype, fastest_dtype
     from d2f.evaluation.rates import measure_rates
     from d2f.training.processes import Processes
@@ -78,18 +86,18 @@ def train_command(
             dtype = processes.from_main(fastest_dtype(processes.device.type))
         with usage():
             chosen = choose_dtype(dtype, processes.device.type)
-            setup = options.setup(processes, chosen)
+            setup = TrainSetup.of(options, processes, chosen)
             setup.check()
         plan = _plan(setup, micro_batch, checkpointing, repeat_batch)
         if memory_limit is not None:
             _limit_memory(setup.device, memory_limit)
-        rates = measure_rates(setup.device, setup.dtype)
 
         def save(report: dict[str, Any]) -> None:
             if json_file is not None and processes.is_main:
                 write_json(json_file, report | {"memory_limit_gib": memory_limit})
 
-        report = _measure(setup, rates, plan, steps, repeat_batch, save)
+        rates = measure_rates(setup.device, setup.dtype)
+        report = measure(setup, rates, plan, steps, repeat_batch, save)
         if processes.is_main:
             _print_report(report)
             if json_file is not None:
@@ -104,7 +112,7 @@ def _plan(
     if chosen is None:
         raise UsageError(f"--checkpointing {checkpointing!r}; it must be no, yes or both")
     sizes: list[int | None] = []
-    for word in (micro_batch or setup.default_micro_batch).split(","):
+    for word in (micro_batch or ("8" if setup.options.shipped else "1,4")).split(","):
         sizes += [None] if word.strip() == "max" else numbers(word)
     if setup.processes.world_size > 1 and (None in sizes or repeat_batch):
         raise UsageError("--micro-batch max and --repeat-batch are for one process")
@@ -120,146 +128,6 @@ def _limit_memory(device: str, gib: float) -> None:
         raise UsageError("--memory-limit is for a GPU")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0))
-
-
-def _measure(
-    setup: TrainSetup,
-    rates: Rates,
-    plan: list[tuple[int | None, bool]],
-    steps: int,
-    repeat_batch: int,
-    save: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """All rows, and the run on one batch; what there is is saved after each row."""
-    from d2f.evaluation.environment import describe_environment
-
-    report: dict[str, Any] = {
-        "environment": describe_environment(device=setup.device, dtype=setup.dtype),
-        "model": {},
-        "settings": setup.to_dict(),
-        "rates": rates.to_dict(),
-        "rows": [],
-        "largest_micro_batch": [],
-        "repeat": {} if repeat_batch else None,
-    }
-    for number, (size, checkpointing) in enumerate(plan, 1):
-        if size is None:
-            size = _largest(setup, checkpointing)
-            report["largest_micro_batch"].append(
-                {
-                    "micro_batch": size,
-                    "checkpointing": checkpointing,
-                    "at_least": size == _MOST_TRIED,
-                }
-            )
-        if size > 0:
-            _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
-            report["rows"].append(
-                _row(setup, rates, (size, checkpointing), steps, repeat_batch, report)
-            )
-        save(report | {"complete": number == len(plan)})
-    if not report["model"]:
-        raise ConfigError("not even the model fits into the memory; cut it by --layers")
-    return report
-
-
-def _row(
-    setup: TrainSetup,
-    rates: Rates,
-    how: tuple[int, bool],
-    steps: int,
-    repeat_batch: int,
-    report: dict[str, Any],
-) -> dict[str, Any]:
-    """One setting, measured; the first also says what the model is and repeats a batch."""
-    from d2f.cli.step_bench import survives
-
-    row: dict[str, Any] = {"micro_batch": how[0], "checkpointing": how[1]}
-
-    def run() -> None:
-        with setup.bench(*how) as bench:
-            report["model"] = setup.describe(bench.trainer.student)
-            if report["repeat"] == {}:
-                # First, as it is about fresh weights; what it leaves is as fast.
-                report["repeat"] = row | _repeat(setup, bench, repeat_batch)
-            row.update(_costs(setup, bench, rates, steps))
-
-    if setup.processes.world_size == 1:
-        row["fits"] = survives(run)
-    else:
-        # All would have to agree that one lacks memory; here they end with its error.
-        run()
-        row["fits"] = True
-    return row
-
-
-def _say(setup: TrainSetup, text: str) -> None:
-    if setup.processes.is_main:
-        log.print(text, style="dim")
-
-
-def _largest(setup: TrainSetup, checkpointing: bool) -> int:
-    """Largest micro-batch of which two steps run."""
-    from d2f.cli.step_bench import largest, survives
-
-    def fits(size: int) -> bool:
-        def run() -> None:
-            with setup.bench(size, checkpointing) as bench:
-                bench.time(1, num_warm_up=1)
-
-        found = survives(run)
-        _say(setup, f"micro-batch {size} {'fits' if found else 'does not fit'}")
-        return found
-
-    return largest(fits, first=4, most=_MOST_TRIED)
-
-
-def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
-    from d2f.evaluation.environment import describe_environment
-    from d2f.evaluation.rates import nominal_bf16_rate
-
-    processes = setup.processes
-    bench.peak_memory()
-    times = bench.time(steps)
-    peaks = processes.share(bench.peak_memory())
-    mean = max(processes.share(times.mean))
-    flops, dense = bench.flops(), bench.flops(only_visible=False)
-    processor = describe_environment(device=setup.device, dtype=setup.dtype)["processor"]
-    nominal = nominal_bf16_rate(processor) if setup.dtype == "bfloat16" else None
-    tokens = bench.config.batch_size * bench.config.data.sequence_length
-    return {
-        "seconds": asdict(times),
-        "milliseconds": 1000 * mean,
-        "tokens_per_second": tokens / mean,
-        "flops": flops.to_dict(),
-        "flops_all_pairs": dense.total,
-        "nominal_flops_per_second": nominal,
-        "utilisation": {
-            "nominal": flops.total / mean / nominal if nominal else None,
-            "nominal_all_pairs": dense.total / mean / nominal if nominal else None,
-            "measured": flops.total / mean / rates.matmul_flops_per_second,
-        },
-        "phases_ms": bench.phases(max(steps // 2, 1)),
-        "loss_in_student": not bench.trainer.loss.selects,
-        "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
-        "peak_bytes_of_each": peaks,
-        "loss_peak_bytes": bench.loss_memory(),
-        "num_counted": bench.num_counted,
-    }
-
-
-def _repeat(setup: TrainSetup, bench: StepBench, num_steps: int) -> dict[str, Any]:
-    """Train on one batch, and hold the loss against the least that there is."""
-    losses = bench.repeat(num_steps)
-    shown = sorted({n for n in _REPORTED if n <= num_steps} | {num_steps})
-    return {
-        "num_steps": num_steps,
-        "lr": setup.lr,
-        "objective": setup.objective,
-        "floor": bench.floor(),
-        "loss_at": {str(n): losses[n - 1] for n in shown},
-        "losses": losses,
-    }
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -1,64 +1,47 @@
-"""The models, recipe and device that `d2f bench train` measures."""
+"""The models, recipe and device of `d2f bench train`, and its measurements."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
-from d2f.cli.bench_options import Source, describe_model, source_label
+from d2f.cli.bench_options import describe_model, source_label
+from d2f.cli.bench_train import TrainOptions
+from d2f.cli.console import log
+from d2f.cli.step_bench import StepBench, free_memory, largest, survives
 from d2f.errors import ConfigError, counted
+from d2f.evaluation.environment import describe_environment
+from d2f.evaluation.rates import Rates, nominal_bf16_rate
+from d2f.models.checkpoint import load_model
+from d2f.models.lora import LoraConfig, attach_adapter
+from d2f.models.presets import preset_spec
+from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Transformer
+from d2f.shipped import shipped_model
+from d2f.training.config import TrainConfig
+from d2f.training.data import generator
+from d2f.training.processes import Processes
+from d2f.training.sections import (
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
 
-if TYPE_CHECKING:
-    from d2f.cli.step_bench import StepBench
-    from d2f.models.spec import ModelSpec
-    from d2f.models.transformer import Transformer
-    from d2f.training.config import TrainConfig
-    from d2f.training.processes import Processes
-
-_LONGEST = 1024
 # recipes/shipped_student.toml and recipes/distill_llada_8b_instruct.toml
-_SHIPPED: dict[str, Any] = {"length": 272, "loss_memory": 2048, "micro_batch": "8"}
 _SHIPPED_NOISE: dict[str, Any] = {"kind": "original", "low": 0.2, "high": 1.0, "block_size": 16}
 _NOISE: dict[str, Any] = {"kind": "monotone", "low": 0.3, "high": 0.7, "block_size": 16}
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(Source):
-    """The options of `d2f bench train` that all measured rows share."""
-
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence. Default: 1024; shipped: 272.", min=8)
-    ] = None
-    lora: Annotated[
-        int | None, typer.Option(help="Rank of the adapter. Default: 32; shipped: --full.", min=1)
-    ] = None
-    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False
-    dropout: Annotated[
-        float, typer.Option(help="Of the adapter; the recipes have 0.1.", min=0, max=1)
-    ] = 0.0
-    sharding: Annotated[str, typer.Option(help="On several processes: none or full.")] = "none"
-    loss_memory: Annotated[
-        int | None, typer.Option(help="loss_memory_mib of the recipe, in MiB.", min=1)
-    ] = None
-    lr: Annotated[float, typer.Option(help="Learning rate.", min=0)] = 1e-4
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="On a GPU.")] = True
-
-    def setup(self, processes: Processes, dtype: str) -> TrainSetup:
-        """Fill in the defaults that depend on the model."""
-        if self.full and self.lora is not None:
-            raise ConfigError("--lora and --full exclude each other")
-        shipped = self.shape is None and self.model is None
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "full"}
-        given["length"] = self.length or (_SHIPPED["length"] if shipped else _LONGEST)
-        given["lora"] = self.lora or (None if self.full or shipped else 32)
-        given["loss_memory"] = self.loss_memory or (_SHIPPED["loss_memory"] if shipped else 384)
-        return TrainSetup(**given, processes=processes, dtype=dtype)
+_OBJECTIVE = "forward_kl"
+_REPORTED = (1, 10, 50, 100)
+"""Steps on the repeated batch whose loss is shown, and the last."""
+_MOST_TRIED = 32
+"""Largest size that `--micro-batch max` tries: each try compiles, and smaller ones fill a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +51,28 @@ class TrainSetup:
     An update has one micro-batch for each process.
     """
 
-    shape: str | None
-    model: str | None
-    """Folder or hub id; None without a shape: the shipped student and its teacher."""
-    layers: int | None
+    options: TrainOptions
+    processes: Processes
+    dtype: str
     length: int
     lora: int | None
     """Rank; None: all weights are trained."""
-    dropout: float
-    sharding: str
     loss_memory: int
-    lr: float
-    compiled: bool
-    processes: Processes
-    dtype: str
-    objective: str = "forward_kl"
 
-    @property
-    def default_micro_batch(self) -> str:
-        """The sizes that are measured without `--micro-batch`."""
-        return _SHIPPED["micro_batch"] if self._shipped else "1,4"
+    @classmethod
+    def of(cls, options: TrainOptions, processes: Processes, dtype: str) -> TrainSetup:
+        """Fill in the defaults of the options that depend on the model."""
+        if options.full and options.lora is not None:
+            raise ConfigError("--lora and --full exclude each other")
+        shipped = options.shipped
+        return cls(
+            options=options,
+            processes=processes,
+            dtype=dtype,
+            length=options.length or (272 if shipped else 1024),
+            lora=options.lora or (None if options.full or shipped else 32),
+            loss_memory=options.loss_memory or (2048 if shipped else 384),
+        )
 
     @property
     def device(self) -> str:
@@ -95,33 +80,25 @@ class TrainSetup:
         return str(self.processes.device)
 
     @property
-    def _shipped(self) -> bool:
-        return self.shape is None and self.model is None
+    def _noise(self) -> dict[str, Any]:
+        return _SHIPPED_NOISE if self.options.shipped else _NOISE
 
     def to_dict(self) -> dict[str, Any]:
         """For a result file."""
-        names = (
-            "length", "lora", "dropout", "sharding", "loss_memory", "lr", "compiled", "objective",
-        )  # fmt: skip
-        noise = _SHIPPED_NOISE if self._shipped else _NOISE
+        own, given = ("length", "lora", "loss_memory"), ("dropout", "sharding", "lr", "compiled")
         return {
-            **{name: getattr(self, name) for name in names},
-            "noise": noise,
+            **{name: getattr(self, name) for name in own},
+            **{name: getattr(self.options, name) for name in given},
+            "objective": _OBJECTIVE,
+            "noise": self._noise,
             "processes": self.processes.world_size,
         }
 
     def config(self, micro_batch: int, checkpointing: bool, output: str) -> TrainConfig:
         """The recipe of a row."""
-        from d2f.models.lora import LoraConfig
-        from d2f.training.config import TrainConfig
-        from d2f.training.sections import (
-            DataConfig,
-            ModelConfig,
-            NoiseConfig,
-            ObjectiveConfig,
-            OptimizerConfig,
-        )
-
+        options, lora = self.options, None
+        if self.lora is not None:
+            lora = LoraConfig(r=self.lora, alpha=self.lora, dropout=options.dropout)
         return TrainConfig(
             stage="d2f",
             output=output,
@@ -130,26 +107,22 @@ class TrainSetup:
             batch_size=micro_batch * self.processes.world_size,
             micro_batch_size=micro_batch,
             precision=self.dtype,
-            compile=self.compiled,
+            compile=options.compiled,
             loss_memory_mib=self.loss_memory,
             activation_checkpointing=checkpointing,
-            sharding=self.sharding,
+            sharding=options.sharding,
             # Neither weights nor data are read: both are made here.
             model=ModelConfig(init="unused", dtype=self.dtype if self.lora else "float32"),
             data=DataConfig(kind="problems", num_problems=1, sequence_length=self.length),
-            lora=LoraConfig(r=self.lora, alpha=self.lora, dropout=self.dropout)
-            if self.lora
-            else None,
-            noise=NoiseConfig(**(_SHIPPED_NOISE if self._shipped else _NOISE)),
-            objective=ObjectiveConfig(objective=self.objective),
-            optimizer=OptimizerConfig(lr=self.lr),
+            lora=lora,
+            noise=NoiseConfig(**self._noise),
+            objective=ObjectiveConfig(objective=_OBJECTIVE),
+            optimizer=OptimizerConfig(lr=options.lr),
         )
 
     @contextmanager
     def bench(self, micro_batch: int, checkpointing: bool) -> Iterator[StepBench]:
         """Models, optimizer and steps of a row, all freed at the end."""
-        from d2f.cli.step_bench import StepBench, free_memory
-
         free_memory()
         with TemporaryDirectory(prefix="d2f-bench-") as folder:
             config = self.config(micro_batch, checkpointing, folder)
@@ -158,46 +131,30 @@ class TrainSetup:
 
     def _models(self, config: TrainConfig) -> tuple[Transformer, Transformer | None]:
         """The student with what it trains, and the teacher if it is another model."""
-        from d2f.models.checkpoint import load_model
-        from d2f.models.lora import attach_adapter
-        from d2f.shipped import shipped_model
-        from d2f.training.data import generator
-
-        student = self._student(config.model.dtype)
+        student, _ = self.options.load(self.device, config.model.dtype)
         self._check(student.spec)
         if config.lora is not None:
             attach_adapter(student, config.lora, generator(config.seed, "adapter"))
             return student, None
-        if self._shipped:
+        if self.options.shipped:
             folder = shipped_model("teacher")
             teacher = load_model(folder, device=self.device, dtype=config.model.dtype)
         else:
             teacher = copy.deepcopy(student)
         return student.requires_grad_(True), teacher.eval().requires_grad_(False)
 
-    def _student(self, dtype: str) -> Transformer:
-        from d2f.models.checkpoint import load_model
-        from d2f.models.presets import preset_spec, random_model
-        from d2f.shipped import shipped_model
-
-        if self.shape is not None:
-            spec = preset_spec(self.shape, num_layers=self.layers)
-            return random_model(spec, device=self.device, dtype=dtype)
-        source = self.model or shipped_model("student")
-        return load_model(source, device=self.device, dtype=dtype)
-
     def check(self) -> None:
         """Refuse what can be seen to be wrong before anything is measured."""
-        from d2f.models.presets import preset_spec
-
         self.config(1, False, "unused")
-        if self.shape is not None:
-            self._check(preset_spec(self.shape, num_layers=self.layers))
+        shape = self.options.shape
+        if shape is not None:
+            self._check(preset_spec(shape, num_layers=self.options.layers))
 
     def _check(self, spec: ModelSpec) -> None:
+        name = self.options.shape or self.options.model
         if spec.architecture.causal:
             raise ConfigError(
-                f"{self.shape or self.model} is autoregressive; the measured stage distils "
+                f"{name} is autoregressive; the measured stage distils "
                 "diffusion models, such as llada-8b and dream-7b"
             )
         if self.length > spec.max_positions:
@@ -207,10 +164,135 @@ class TrainSetup:
 
     def describe(self, student: Transformer) -> dict[str, Any]:
         """Describe the measured model, for a result file."""
-        from d2f.shipped import shipped_model
-
-        name = self.shape or source_label(self.model or str(shipped_model("student")))
+        shape, model = self.options.shape, self.options.model
+        name = shape or source_label(model or str(shipped_model("student")))
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        return describe_model(student, name, random=self.shape is not None) | {
+        return describe_model(student, name, random=shape is not None) | {
             "num_trained_parameters": trained
         }
+
+
+def measure(
+    setup: TrainSetup,
+    rates: Rates,
+    plan: list[tuple[int | None, bool]],
+    steps: int,
+    repeat_batch: int,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """All rows, and the run on one batch; what there is is saved after each row."""
+    report: dict[str, Any] = {
+        "environment": describe_environment(device=setup.device, dtype=setup.dtype),
+        "model": {},
+        "settings": setup.to_dict(),
+        "rates": rates.to_dict(),
+        "rows": [],
+        "largest_micro_batch": [],
+        "repeat": {} if repeat_batch else None,
+    }
+    for number, (size, checkpointing) in enumerate(plan, 1):
+        if size is None:
+            size = _largest(setup, checkpointing)
+            found = {"micro_batch": size, "checkpointing": checkpointing}
+            report["largest_micro_batch"].append(found | {"at_least": size == _MOST_TRIED})
+        if size > 0:
+            _say(setup, f"micro-batch {size}{', recomputing' * checkpointing} …")
+            how = size, checkpointing
+            report["rows"].append(_row(setup, rates, how, steps, repeat_batch, report))
+        save(report | {"complete": number == len(plan)})
+    if not report["model"]:
+        raise ConfigError("not even the model fits into the memory; cut it by --layers")
+    return report
+
+
+def _row(
+    setup: TrainSetup,
+    rates: Rates,
+    how: tuple[int, bool],
+    steps: int,
+    repeat_batch: int,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """One setting, measured; the first also says what the model is and repeats a batch."""
+    row: dict[str, Any] = {"micro_batch": how[0], "checkpointing": how[1]}
+
+    def run() -> None:
+        with setup.bench(*how) as bench:
+            report["model"] = setup.describe(bench.trainer.student)
+            if report["repeat"] == {}:
+                # First, as it is about fresh weights; what it leaves is as fast.
+                report["repeat"] = row | _repeat(setup, bench, repeat_batch)
+            row.update(_costs(setup, bench, rates, steps))
+
+    if setup.processes.world_size == 1:
+        row["fits"] = survives(run)
+    else:
+        # All would have to agree that one lacks memory; here they end with its error.
+        run()
+        row["fits"] = True
+    return row
+
+
+def _say(setup: TrainSetup, text: str) -> None:
+    if setup.processes.is_main:
+        log.print(text, style="dim")
+
+
+def _largest(setup: TrainSetup, checkpointing: bool) -> int:
+    """Largest micro-batch of which two steps run."""
+
+    def fits(size: int) -> bool:
+        def run() -> None:
+            with setup.bench(size, checkpointing) as bench:
+                bench.time(1, num_warm_up=1)
+
+        found = survives(run)
+        _say(setup, f"micro-batch {size} {'fits' if found else 'does not fit'}")
+        return found
+
+    return largest(fits, first=4, most=_MOST_TRIED)
+
+
+def _costs(setup: TrainSetup, bench: StepBench, rates: Rates, steps: int) -> dict[str, Any]:
+    processes = setup.processes
+    bench.peak_memory()
+    times = bench.time(steps)
+    peaks = processes.share(bench.peak_memory())
+    mean = max(processes.share(times.mean))
+    flops, dense = bench.flops(), bench.flops(only_visible=False)
+    processor = describe_environment(device=setup.device, dtype=setup.dtype)["processor"]
+    nominal = nominal_bf16_rate(processor) if setup.dtype == "bfloat16" else None
+    tokens = bench.config.batch_size * bench.config.data.sequence_length
+    return {
+        "seconds": asdict(times),
+        "milliseconds": 1000 * mean,
+        "tokens_per_second": tokens / mean,
+        "flops": flops.to_dict(),
+        "flops_all_pairs": dense.total,
+        "nominal_flops_per_second": nominal,
+        "utilisation": {
+            "nominal": flops.total / mean / nominal if nominal else None,
+            "nominal_all_pairs": dense.total / mean / nominal if nominal else None,
+            "measured": flops.total / mean / rates.matmul_flops_per_second,
+        },
+        "phases_ms": bench.phases(max(steps // 2, 1)),
+        "loss_in_student": not bench.trainer.loss.selects,
+        "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
+        "peak_bytes_of_each": peaks,
+        "loss_peak_bytes": bench.loss_memory(),
+        "num_counted": bench.num_counted,
+    }
+
+
+def _repeat(setup: TrainSetup, bench: StepBench, num_steps: int) -> dict[str, Any]:
+    """Train on one batch, and hold the loss against the least that there is."""
+    losses = bench.repeat(num_steps)
+    shown = sorted({n for n in _REPORTED if n <= num_steps} | {num_steps})
+    return {
+        "num_steps": num_steps,
+        "lr": setup.options.lr,
+        "objective": _OBJECTIVE,
+        "floor": bench.floor(),
+        "loss_at": {str(n): losses[n - 1] for n in shown},
+        "losses": losses,
+    }

@@ -5,28 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2f.cli.console import explain_blank, log, out, say
-from d2f.cli.decoding_options import (
-    LimitOption,
-    ModelChoice,
-    SeedOption,
-    StrategyOption,
-    TemperatureOption,
-    check_choices,
-    check_fit,
-    chosen_policy,
-    given,
-    with_option_groups,
-)
+from d2f.cli.decoding_options import Decoding, with_option_groups
 from d2f.cli.usage import usage
-from d2f.decoding.strategies import default_strategy
 from d2f.errors import D2FError, RequestError, counted, unknown_name
 
 if TYPE_CHECKING:
@@ -67,12 +55,7 @@ _COMMANDS = {
 @with_option_groups
 def chat_command(
     *,
-    choice: ModelChoice,
-    strategy: StrategyOption = None,
-    max_new_tokens: LimitOption = None,
-    changed: dict[str, Any],
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
+    decoding: Decoding,
     history: HistoryOption = None,
     slow: SlowOption = None,
 ) -> None:
@@ -85,30 +68,23 @@ def chat_command(
 
     Example:  d2f chat --strategy serial --slow 0.5
     """
-    from d2f.engine.request import Request
-
-    asked = Request(
-        prompt_ids=(), temperature=temperature, seed=seed, **given(max_new_tokens=max_new_tokens)
-    )
-    check_choices(asked, strategy, changed)
-    loaded, tokenizer = choice.load()
+    decoding.check(decoding.request())
+    model, tokenizer, request = decoding.load(decoding.request())
     from d2f.cli.chat_session import ChatSession
 
-    strategy = strategy or default_strategy(loaded.spec, policy=bool(changed))
-    chosen_policy(loaded.spec, strategy, changed)
-    check_fit(loaded.spec, replace(asked, strategy=strategy))
+    assert request.strategy is not None
     with usage():
         session = ChatSession(
-            model=loaded,
+            model=model,
             tokenizer=tokenizer,
-            strategy=strategy,
-            changed=changed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            strategy=request.strategy,
+            changed=decoding.changed,
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            seed=decoding.seed,
             remembers=_remembers(history, tokenizer),
         )
-        session.change_strategy(strategy, [])
+        session.change_strategy(request.strategy, [])
     chat = Chat(session, slow)
     chat.welcome()
     if not chat.run() and not chat.is_live:
@@ -121,36 +97,27 @@ def _remembers(history: bool | None, tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template is not None and "history" not in tokenizer.left_out
 
 
-class Leave(Exception):
-    """The user ends the conversation."""
-
-
-class LeaveAtOnce(Leave):
+class LeaveAtOnce(Exception):
     """The user ends the conversation with a second Ctrl-C."""
 
 
-class Interrupts:
-    """Context in which the first Ctrl-C is only recorded, and the second raises `LeaveAtOnce`."""
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Only note the first Ctrl-C, of which the function tells; at the second `LeaveAtOnce`."""
+    count = 0
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> Interrupts:
-        self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def stopped(self) -> bool:
-        """Return whether Ctrl-C was pressed."""
-        return self.count > 0
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        # An exception could interrupt a step of the engine; the loop asks `stopped` after each.
-        self.count += 1
-        if self.count > 1:
+    def note(_number: int, _frame: FrameType | None) -> None:
+        # An exception could interrupt a step of the engine; the loop asks after each.
+        nonlocal count
+        count += 1
+        if count > 1:
             raise LeaveAtOnce
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Chat:
@@ -169,7 +136,9 @@ class Chat:
 
     def welcome(self) -> None:
         """Print the model's facts, and whether it is told the conversation."""
-        model = self.session.model
+        from d2f.cli.live import SIGNS, legend
+
+        model, tokenizer = self.session.model, self.session.tokenizer
         spec = model.spec
         if self.is_live:
             log.print(
@@ -177,21 +146,17 @@ class Chat:
                 f"{spec.num_parameters / 1e6:,.1f}M parameters on {model.device}, "
                 f"{str(model.dtype).removeprefix('torch.')}, strategy {self.session.strategy}"
             )
-            from d2f.cli.live import SIGNS, legend
-
             log.print(legend())
             log.print(SIGNS, style="dim")
-        tokenizer = self.session.tokenizer
         if not self.session.remembers:
-            reason = "no history"
-            if tokenizer.chat_template is None:
-                reason = "no chat template"
-            elif "history" in tokenizer.left_out:
-                reason = "a model of single questions"
+            single = "history" in tokenizer.left_out
+            reason = "a model of single questions" if single else "no history"
+            reason = reason if tokenizer.chat_template is not None else "no chat template"
             log.print(f"{reason}: each message stands alone", style="dim")
         if self.is_live:
             log.print("/example asks something it can answer, /help lists commands", style="dim")
-            _edit_lines()
+            with suppress(ImportError):  # the import enables editing and the keys of earlier lines
+                import readline  # noqa: F401
 
     def run(self) -> bool:
         """Answer lines until the input ends; return whether all succeeded."""
@@ -203,7 +168,7 @@ class Chat:
                 well &= self._heed(line.strip())
             except LeaveAtOnce:
                 raise KeyboardInterrupt from None
-            except (EOFError, Leave):
+            except (EOFError, StopIteration):
                 return well
             except KeyboardInterrupt:
                 if pressed or not self.is_live:
@@ -215,10 +180,7 @@ class Chat:
         if self.is_live:
             log.print()
             return input("> ")
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
+        return next(sys.stdin)
 
     def _heed(self, line: str) -> bool:
         """Carry out a command or answer a message; return whether it succeeded."""
@@ -236,7 +198,7 @@ class Chat:
                 self._ask(line)
         except D2FError as error:
             self._say_error(str(error))
-        except (Leave, EOFError):
+        except (LeaveAtOnce, EOFError):
             raise
         except Exception as error:
             # The exception may have interrupted a step and left the engine in a bad state.
@@ -265,19 +227,19 @@ class Chat:
             from d2f.cli.live import watch_answer
 
             slow = self._seconds_per_forward()
-            with Interrupts() as interrupts:
+            with _interruptible() as stopped:
                 watched = watch_answer(
                     out,
                     self.session.engine,
                     request,
                     self.session.tokenizer,
                     slow=slow,
-                    stopped=interrupts.stopped,
+                    stopped=stopped,
                 )
             output, seconds = watched.output, watched.seconds
-            result = output.result if output is not None else None
+            result = None if output is None else output.result
             if result is None:
-                self._print_text(output.token_ids if output is not None else [])
+                self._print_text(output.token_ids if output else [])
                 log.print("stopped; not kept", style="dim")
                 raise KeyboardInterrupt
         else:
@@ -350,8 +312,8 @@ class Chat:
             raise RequestError("there is no prompt to race with: /race PROMPT")
         requests = self.session.race_requests(message)
         finishes = []
-        with Interrupts() as interrupts:
-            for finish in run_race(self.session.engine, requests, interrupts.stopped):
+        with _interruptible() as stopped:
+            for finish in run_race(self.session.engine, requests, stopped):
                 finishes.append(finish)
                 log.print(f"{finish.strategy}: {finish.seconds:.3f} s", style="dim")
         if len(requests) > 1:
@@ -360,7 +322,7 @@ class Chat:
                 style="dim",
             )
         print_race(out, finishes, self.session.tokenizer)
-        if interrupts.stopped():
+        if stopped():
             raise KeyboardInterrupt
 
     def _example(self, _words: list[str]) -> None:
@@ -373,12 +335,4 @@ class Chat:
         self._ask(prompt)
 
     def _quit(self, _words: list[str]) -> None:
-        raise Leave
-
-
-def _edit_lines() -> None:
-    """Enable editing of the input line, and the arrow keys for earlier lines."""
-    try:
-        import readline  # noqa: F401  (the import has this effect)
-    except ImportError:
-        return
+        raise EOFError

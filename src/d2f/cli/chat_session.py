@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2f.cli.console import plain_table
 from d2f.decoding.batch import GenerationResult
@@ -31,23 +31,12 @@ _WARM_TOKENS = 8
 
 @dataclass(kw_only=True)
 class ChatSession:
-    """A model, the settings of its answers, and the conversation so far.
-
-    Example:
-        >>> from d2f.testing import tiny_model, write_tokenizer
-        >>> import tempfile
-        >>> tokenizer = Tokenizer.load(write_tokenizer(tempfile.mkdtemp()))
-        >>> session = ChatSession(model=tiny_model("llada"), tokenizer=tokenizer, strategy="serial")
-        >>> session.change_policy(["block_size=4"])
-        >>> session.request("1+1=").policy.block_size
-        4
-    """
+    """A model, the settings of its answers, and the conversation so far."""
 
     model: Transformer
     tokenizer: Tokenizer
     strategy: str
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the strategy."""
     changed: dict[str, Any] = field(default_factory=dict)
     """Fields of the policy that differ from the model's own."""
     max_new_tokens: int | None = None
@@ -145,13 +134,11 @@ class ChatSession:
     ) -> Request:
         useless = unheeded(strategy, self.changed)
         heeded = {name: value for name, value in self.changed.items() if name not in useless}
-        limit = self.max_new_tokens
-        if limit is None:
-            limit = default_limit(self.model.spec, len(prompt_ids))
+        spec, limit = self.model.spec, self.max_new_tokens
         return Request(
             prompt_ids=prompt_ids,
-            max_new_tokens=limit,
-            policy=changed_policy(self.model.spec, heeded),
+            max_new_tokens=default_limit(spec, len(prompt_ids)) if limit is None else limit,
+            policy=changed_policy(spec, heeded),
             strategy=strategy,
             temperature=self.temperature,
             seed=self.seed + self.num_answers,
@@ -159,8 +146,7 @@ class ChatSession:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finish:
+class Finish(NamedTuple):
     """The answer of one strategy and its time."""
 
     strategy: str
@@ -185,13 +171,13 @@ def run_race(
         result = answer(engine, request, stopped)
         if result is None:
             return
-        yield Finish(strategy=name, result=result, seconds=time.perf_counter() - start)
+        yield Finish(name, result, time.perf_counter() - start)
 
 
 def answer(
     engine: Engine, request: Request, stopped: Callable[[], bool]
 ) -> GenerationResult | None:
-    """Return the answer to a request without showing it; None if it was stopped."""
+    """The answer to a request; None if it was stopped."""
     number = engine.add(request)
     try:
         while not stopped():
@@ -214,19 +200,18 @@ def print_race(console: Console, finishes: list[Finish], tokenizer: Tokenizer) -
     )  # fmt: skip
     table = plain_table(gap, names=[""], numbers=columns)
     answers: dict[str, list[str]] = {}
-    for finish in finishes:
-        result, count = finish.result, len(finish.result.token_ids)
+    for strategy, result, seconds in finishes:
+        count, forwards = len(result.token_ids), result.num_forwards
         table.add_row(
-            finish.strategy,
+            strategy,
             str(count),
-            str(result.num_forwards),
+            str(forwards),
             f"{result.tokens_per_forward:.2f}",
-            f"{1000 * finish.seconds / max(result.num_forwards, 1):.2f}",
-            f"{finish.seconds:.3f}",
-            f"{count / finish.seconds:.0f}",
+            f"{1000 * seconds / max(forwards, 1):.2f}",
+            f"{seconds:.3f}",
+            f"{count / seconds:.0f}",
         )
-        text = harmless(tokenizer.decode(result.token_ids))
-        answers.setdefault(text, []).append(finish.strategy)
+        answers.setdefault(harmless(tokenizer.decode(result.token_ids)), []).append(strategy)
     console.print(table)
     for text, names in answers.items():
         console.print(f"\n[bold]{', '.join(names)}[/bold]")

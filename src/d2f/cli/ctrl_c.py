@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _AGAIN_SECONDS = 0.05
@@ -38,12 +38,7 @@ class CtrlC:
             sys.unraisablehook = self._unraisable
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended = True
         if self._heard:
             sys.unraisablehook = self._hook

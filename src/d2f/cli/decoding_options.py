@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from d2f.cli.usage import UsageError, usage
-from d2f.decoding.strategies import STRATEGIES, check_strategy, unheeded
+from d2f.decoding.strategies import STRATEGIES, check_strategy, default_strategy, unheeded
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import counted
 from d2f.shipped import PREFIX
@@ -26,19 +26,6 @@ T = TypeVar("T")
 
 DEFAULT_MODEL = f"{PREFIX}student"
 
-StrategyOption = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{', '.join(STRATEGIES)}. Default: pipelined; autoregressive for such a model; "
-        "vanilla for a diffusion model that was not distilled."
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(help="Most tokens of the response. Default: what the model names, else 256."),
-]
-TemperatureOption = Annotated[float, typer.Option(help="0: the most probable tokens.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 _POLICY_HELP = {
     "block_size": "Tokens of a block.",
     "add_threshold": "Open a block at this decoded share of the last.",
@@ -114,6 +101,86 @@ class ModelChoice:
         return loaded, tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """The options that choose a model, and the strategy, policy, length and noise of answers."""
+
+    choice: ModelChoice
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(STRATEGIES)}. Default: pipelined; autoregressive for such a model; "
+            "vanilla for a diffusion model that was not distilled."
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of the response. Default: what the model names, else 256."),
+    ] = None
+    changed: dict[str, Any]
+    """Fields of the decoding policy that options set."""
+    temperature: Annotated[float, typer.Option(help="0: the most probable tokens.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0
+
+    def request(self, **more: Any) -> Request:
+        """The request without a prompt and without what depends on the model."""
+        from d2f.engine.request import Request
+
+        more |= given(max_new_tokens=self.max_new_tokens)
+        return Request(prompt_ids=(), temperature=self.temperature, seed=self.seed, **more)
+
+    def check(self, request: Request) -> None:
+        """Refuse what no model could be asked for before any is loaded, which may take minutes."""
+        from d2f.engine.request import check_request
+
+        with usage():
+            DecodingPolicy.from_dict(self.changed)
+            if self.strategy is None:
+                check_request(replace(request, options={}))
+                return
+            check_request(replace(request, strategy=self.strategy))
+        self._check_heeded(self.strategy)
+
+    def load(
+        self, request: Request, dtype: str | None = None
+    ) -> tuple[Transformer, Tokenizer, Request]:
+        """Load the model and its tokenizer; return them and the request with the model's defaults.
+
+        `dtype` is what to load if the user named none; None: the model's own.
+        """
+        from d2f.engine.policy import changed_policy
+
+        choice = self.choice
+        model, tokenizer = replace(choice, dtype=choice.dtype or dtype).load()
+        strategy = self.strategy or default_strategy(model.spec, policy=bool(self.changed))
+        self._check_heeded(strategy)
+        policy = changed_policy(model.spec, self.changed)
+        request = replace(request, strategy=strategy, policy=policy)
+        return model, tokenizer, self.limited(request, model.spec)
+
+    def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
+        """Return the request with a prompt and, if the user named none, the default length."""
+        from d2f.engine.policy import default_limit
+
+        if self.max_new_tokens is None:
+            request = replace(request, max_new_tokens=default_limit(spec, len(prompt_ids)))
+        strategy, limit = request.strategy, request.max_new_tokens
+        assert strategy is not None
+        if limit > spec.max_positions:
+            positions = counted(spec.max_positions, "position")
+            raise UsageError(f"--max-new-tokens {limit} is more than the model's {positions}")
+        with usage():
+            # An empty prompt is refused later, as a prompt.
+            check_strategy(strategy, request.options, spec, 1, limit)
+        return replace(request, prompt_ids=prompt_ids)
+
+    def _check_heeded(self, strategy: str) -> None:
+        useless = unheeded(strategy, self.changed)
+        if useless:
+            options = ", ".join("--" + name.replace("_", "-") for name in useless)
+            raise UsageError(f"{options}: without effect on strategy {strategy}")
+
+
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that were given, which are those that are not None.
 
@@ -160,19 +227,14 @@ def _spread(target: Callable[..., T]) -> tuple[list[inspect.Parameter], Callable
     return parameters, run
 
 
-def _option(name: str, kind: type, help: str) -> inspect.Parameter:
-    annotation = Annotated[kind | None, typer.Option(help=help)]  # type: ignore[valid-type]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+def _option(name: str, kind: Any, help: str) -> inspect.Parameter:
+    kind = Annotated[kind | None, typer.Option(help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _policy_options() -> list[inspect.Parameter]:
     kinds = get_type_hints(DecodingPolicy)
-    return [
-        _option(name, (get_args(kinds[name]) or (kinds[name],))[0], help)
-        for name, help in _POLICY_HELP.items()
-    ]
+    return [_option(name, kinds[name], help) for name, help in _POLICY_HELP.items()]
 
 
 def _strategy_options() -> list[inspect.Parameter]:
@@ -190,44 +252,3 @@ def _strategy_options() -> list[inspect.Parameter]:
         )
         for name, of in takers.items()
     ]
-
-
-def check_choices(request: Request, strategy: str | None, changed: dict[str, Any]) -> None:
-    """Refuse what no model could be asked for before any is loaded, which may take minutes."""
-    from d2f.engine.request import check_request
-
-    with usage():
-        DecodingPolicy.from_dict(changed)
-        if strategy is None:
-            check_request(replace(request, options={}))
-            return
-        check_request(replace(request, strategy=strategy))
-    _check_heeded(strategy, changed)
-
-
-def check_fit(spec: ModelSpec, request: Request) -> None:
-    """Refuse a strategy, or options of it, that the model cannot be decoded with."""
-    assert request.strategy is not None
-    if request.max_new_tokens > spec.max_positions:
-        raise UsageError(
-            f"--max-new-tokens {request.max_new_tokens} is more than the model's "
-            f"{counted(spec.max_positions, 'position')}"
-        )
-    with usage():
-        # An empty prompt is refused later, as a prompt.
-        check_strategy(request.strategy, request.options, spec, 1, request.max_new_tokens)
-
-
-def chosen_policy(spec: ModelSpec, strategy: str, changed: dict[str, Any]) -> DecodingPolicy:
-    """Return the model's policy with the fields that were given as options."""
-    from d2f.engine.policy import changed_policy
-
-    _check_heeded(strategy, changed)
-    return changed_policy(spec, changed)
-
-
-def _check_heeded(strategy: str, changed: dict[str, Any]) -> None:
-    useless = unheeded(strategy, changed)
-    if useless:
-        options = ", ".join("--" + name.replace("_", "-") for name in useless)
-        raise UsageError(f"{options}: without effect on strategy {strategy}")

@@ -65,15 +65,15 @@ def demo_command(
     check_writable(json_file, picture)
     from d2f.cli.device import choose_device, choose_dtype, choose_threads
     from d2f.evaluation.environment import describe_environment
-    from d2f.models.checkpoint import read_spec
+    from d2f.models.checkpoint import load_model, read_spec
     from d2f.problems import generate_problems
-    from d2f.shipped import shipped_model
+    from d2f.shipped import MODELS, shipped_model
     from d2f.text import Tokenizer
 
     device = choose_device(device)
     choose_threads(read_spec(shipped_model("student")).num_parameters, device)
     dtype = choose_dtype(dtype, device)
-    models = _load_models(device, dtype)
+    models = {name: load_model(shipped_model(name), device=device, dtype=dtype) for name in MODELS}
     tokenizer = Tokenizer.load(shipped_model("student"))
     problems = list(generate_problems(num_problems, seed=seed, split="test"))
     environment = describe_environment(device=device, dtype=dtype)
@@ -114,13 +114,6 @@ def _choose_plot(wanted: Path | None) -> Path | None:
     return None
 
 
-def _load_models(device: str, dtype: str) -> dict[str, Transformer]:
-    from d2f.models.checkpoint import load_model
-    from d2f.shipped import MODELS, shipped_model
-
-    return {name: load_model(shipped_model(name), device=device, dtype=dtype) for name in MODELS}
-
-
 def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     from rich.text import Text
 
@@ -144,13 +137,12 @@ def _show_live(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
         assert output is not None and output.result is not None
         if out.is_terminal:
             out.print(render_blocks(output.blocks, tokenizer), soft_wrap=False)
-        text = tokenizer.decode(output.result.token_ids)
-        verdict = "right" if extract_answer(text) == problem.answer else "wrong"
+        token_ids, forwards = output.result.token_ids, counted(watched.num_forwards, "forward")
+        right = extract_answer(tokenizer.decode(token_ids)) == problem.answer
         say(
             out,
-            f"[dim]{counted(len(output.result.token_ids), 'token')} in "
-            f"{counted(watched.num_forwards, 'forward')}: "
-            f"{verdict}, the answer is {problem.answer}[/dim]\n",
+            f"[dim]{counted(len(token_ids), 'token')} in {forwards}: "
+            f"{'right' if right else 'wrong'}, the answer is {problem.answer}[/dim]\n",
         )
 
 
@@ -194,25 +186,19 @@ def _race(
         )
         for name, model, strategy, early_stop in ROWS
     ]
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[right]} right"),
-        TimeElapsedColumn(),
-    )
+    name, right = TextColumn("{task.description:>16}"), TextColumn("{task.fields[right]} right")
+    columns = (name, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn())
     with Progress(*columns, console=log) as progress:
         tasks = {
             e.name: progress.add_task(e.name, total=len(e.requests), right=0) for e in entrants
         }
-        right = dict.fromkeys(tasks, 0)
+        num_right = dict.fromkeys(tasks, 0)
 
         def on_answer(name: str, correct: bool) -> None:
-            right[name] += correct
-            progress.update(tasks[name], advance=1, right=right[name])
+            num_right[name] += correct
+            progress.update(tasks[name], advance=1, right=num_right[name])
 
-        rows = race_by_problem(entrants, on_answer)
-    return rows, limit
+        return race_by_problem(entrants, on_answer), limit
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -253,11 +239,8 @@ def _print_reasons(
         speed = fast["tokens_per_second"] / slow["tokens_per_second"]
         yields = fast["tokens_per_forward"] / slow["tokens_per_forward"]
         costs = fast["milliseconds_per_forward"] / slow["milliseconds_per_forward"]
-        say(
-            out,
-            f"pipelined is [bold]{speed:.1f}x {name}[/bold]: {yields:.1f}x the tokens/forward, "
-            f"{costs:.2f}x ms/forward",
-        )
+        ratios = f"{yields:.1f}x the tokens/forward, {costs:.2f}x ms/forward"
+        say(out, f"pipelined is [bold]{speed:.1f}x {name}[/bold]: {ratios}")
     by_name = {row.name: row for row in answers}
     gap, error = paired_difference(by_name["pipelined"], by_name["autoregressive"])
     out.print(f"Score, pipelined minus autoregressive: {gap:+.1%} ±{100 * error:.1f} (paired)")

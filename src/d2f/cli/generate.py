@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2f.cli.bulk_options import BulkOptions
 from d2f.cli.console import explain_blank, log
-from d2f.cli.decoding_options import (
-    LimitOption,
-    ModelChoice,
-    SeedOption,
-    StrategyOption,
-    TemperatureOption,
-    check_choices,
-    check_fit,
-    chosen_policy,
-    given,
-    with_option_groups,
-)
-from d2f.cli.usage import Command, UsageError
-from d2f.decoding.strategies import default_strategy
+from d2f.cli.decoding_options import Decoding, with_option_groups
+from d2f.cli.usage import UsageError, usage
 from d2f.errors import RequestError, counted
 
 if TYPE_CHECKING:
-    from d2f.decoding.batch import GenerationResult
+    from d2f.cli.prompt_file import PromptFile
     from d2f.engine.engine import Engine
     from d2f.engine.request import Request
-    from d2f.models.spec import ModelSpec
     from d2f.models.transformer import Transformer
     from d2f.text import Tokenizer
     from d2f.training.pairs import Message, Prompt
 
 _WARM_TOKENS = 8
-_OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+ANSWER_COLUMNS = (
+    "messages", "row", "sample", "seed", "num_tokens", "num_forwards", "finish_reason",
+)  # fmt: skip
+"""Columns of an answer's line beside its text, whose column must have another name."""
 
 PromptArgument = Annotated[
     str | None,
@@ -57,55 +45,101 @@ JsonOption = Annotated[
 ]
 
 
-class PromptCommand(Command):
-    """A command whose prompt may begin with a dash, such as `-5 + 3?`."""
+@dataclass(frozen=True, kw_only=True)
+class BulkOptions:
+    """A file of prompts to answer, the file for the answers, and how they are made."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Move words that begin with a dash and are not options behind a `--`."""
-        flags = (o for o in self.params if getattr(o, "is_flag", True))
-        plain = {name for option in flags for name in (*option.opts, *option.secondary_opts)}
-        return super().parse_args(ctx, _prompts_last(args, plain))
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of prompts (.jsonl, .json, .parquet); needs --output.", metavar="FILE"
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(help="--input: where a line for each answer goes.", metavar="FILE"),
+    ] = None
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="--input: what a column holds, as prompt=question, messages=conversations or any "
+            "other name in data.columns of a training recipe; repeatable.",
+            metavar="WHAT=NAME",
+        ),
+    ] = None
+    n: Annotated[int | None, typer.Option(help="--input: answers of a row.", min=1)] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="--input: answers at a time. Default: 16, on a GPU 128.", min=1),
+    ] = None
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="--input: throw away what an earlier run has answered.")
+    ] = False
+
+    def source(self, prompt: str | None, *, stream: bool) -> PromptFile | None:
+        """Check the options and return the file of prompts; None if one prompt is given."""
+        if self.input is None:
+            if prompt is None:
+                raise typer.BadParameter(
+                    "there is nothing to answer; give a PROMPT, or --input FILE"
+                )
+            for field in fields(self):
+                if getattr(self, field.name):
+                    option = "--" + field.name.replace("_", "-")
+                    raise UsageError(f"{option}: without effect without --input")
+            return None
+        if prompt is not None:
+            raise UsageError("a PROMPT and --input exclude each other")
+        output = self.output
+        if output is None:
+            raise UsageError("--input needs --output, the file for the answers")
+        if stream:
+            raise UsageError("--stream: without effect with --input")
+        if str(output) == "-":
+            raise UsageError("--output -: answers go to a file, so that a run can go on; name one")
+        if output.resolve() == self.input.resolve() or _is_link_to(output, self.input):
+            raise UsageError(f"--output {output} is the file with the prompts; name another")
+        return _read_source(self.input, self.column or ())
 
 
-def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
-    """Return the words of a command line with those behind a `--` that only look like options.
+def _is_link_to(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
-    Example:
-        >>> _prompts_last(["-5 + 3?", "--seed", "-1", "--json"], {"--json"})
-        ['--seed', '-1', '--json', '--', '-5 + 3?']
-    """
-    words, options, prompts = iter(args), list[str](), list[str]()
+
+def _read_source(path: Path, words: Sequence[str]) -> PromptFile:
+    # Imported here: these modules import torch, and `d2f --help` must start fast.
+    from d2f.cli.prompt_file import PromptFile
+    from d2f.recipe import from_table
+    from d2f.training.sections import ColumnConfig
+
+    table = {}
     for word in words:
-        if word == "--":
-            prompts += words
-        elif word.startswith("-") and word != "-" and not _OPTION.fullmatch(word):
-            prompts.append(word)
-        else:
-            options.append(word)
-            if word.startswith("--") and "=" not in word and word not in flags:
-                options += islice(words, 1)
-    return [*options, "--", *prompts] if prompts else options
+        what, equals, name = word.partition("=")
+        if not equals or not what or not name:
+            raise UsageError(f"--column {word!r}: write it as WHAT=NAME, prompt=question say")
+        table[what] = name
+    if table.get("response") in ANSWER_COLUMNS:
+        raise UsageError(
+            f"--column response={table['response']}: an answer's line has another column of this "
+            f"name, as it has {', '.join(ANSWER_COLUMNS)}; name another"
+        )
+    with usage():
+        return PromptFile(path=path, columns=from_table(ColumnConfig, table, "--column"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """The options of `d2f generate` as the user gave them, without the prompts."""
 
-    choice: ModelChoice
-    strategy: StrategyOption = None
-    max_new_tokens: LimitOption = None
-    changed: dict[str, Any]
-    """Fields of the decoding policy that options set."""
+    decoding: Decoding
     options: dict[str, Any]
     """Options of the strategy."""
-    temperature: TemperatureOption = 0.0
     top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")] = 0
     top_p: Annotated[float, typer.Option(help="Sample among the top tokens of this mass.")] = 1.0
     min_p: Annotated[
         float,
         typer.Option(help="Sample among tokens of at least this share of the largest probability."),
     ] = 0.0
-    seed: SeedOption = 0
     stop: Annotated[
         list[str] | None,
         typer.Option(help="The text ends before this; repeatable.", metavar="TEXT"),
@@ -120,48 +154,30 @@ class Asked:
     @cached_property
     def request(self) -> Request:
         """The request without a prompt and without what depends on the model."""
-        from d2f.engine.request import Request
-
-        return Request(
-            prompt_ids=(),
-            **given(max_new_tokens=self.max_new_tokens),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=tuple(self.stop or ()),
-            options=self.options,
-        )
+        names = ("options", "top_k", "top_p", "min_p")
+        more = {name: getattr(self, name) for name in names}
+        return self.decoding.request(stop=tuple(self.stop or ()), **more)
 
     def check(self) -> None:
         """Refuse options that fit no model, before one is loaded."""
         if self.system is not None and self.chat is False:
             raise UsageError("--system: without effect with --no-chat")
-        check_choices(self.request, self.strategy, self.changed)
+        self.decoding.check(self.request)
 
     def load(self, dtype: str | None = None) -> tuple[Transformer, Tokenizer, Request]:
-        """Load the model and its tokenizer; return them and the request with the model's defaults.
-
-        `dtype` is what to load if the user named none; None: the model's own.
-        """
-        choice = self.choice
-        model, tokenizer = replace(choice, dtype=choice.dtype or dtype).load()
-        self._check_template(tokenizer)
-        strategy = self.strategy or default_strategy(model.spec, policy=bool(self.changed))
-        policy = chosen_policy(model.spec, strategy, self.changed)
-        request = replace(self.request, strategy=strategy, policy=policy)
-        return model, tokenizer, self.limited(request, model.spec)
-
-    def limited(self, request: Request, spec: ModelSpec, prompt_ids: Sequence[int] = ()) -> Request:
-        """Return the request with a prompt and, if the user named none, the default length."""
-        from d2f.engine.policy import default_limit
-
-        if self.max_new_tokens is None:
-            limit = default_limit(spec, len(prompt_ids))
-            request = replace(request, max_new_tokens=limit)
-        check_fit(spec, request)
-        return replace(request, prompt_ids=prompt_ids)
+        """Load as `Decoding.load` does, for prompts of the form that the options say."""
+        model, tokenizer, request = self.decoding.load(self.request, dtype)
+        if tokenizer.chat_template is None and (self.chat or self.system is not None):
+            option = "--chat" if self.chat else "--system"
+            raise UsageError(
+                f"{option}: this model has no chat template; pass the prompt without it"
+            )
+        if self.system is not None and "system" in tokenizer.left_out:
+            raise UsageError(
+                "--system: this model's chat template leaves system messages out; pass the prompt "
+                "without it"
+            )
+        return model, tokenizer, request
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, rendered by the chat template if it is used.
@@ -181,30 +197,13 @@ class Asked:
 
     def settings(self) -> dict[str, Any]:
         """Return all options on which answers depend, except for the model's files."""
-        names = ("strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "policy": self.changed,
-            "seed": self.seed,
-            "stop": list(self.stop or ()),
-            "eos": list(self.choice.eos or ()),
-            "replace_eos": self.choice.replace_eos,
-            "chat": self.chat,
-            "system": self.system,
-            "dtype": self.choice.dtype,
-        }
-
-    def _check_template(self, tokenizer: Tokenizer) -> None:
-        if tokenizer.chat_template is None and (self.chat or self.system is not None):
-            option = "--chat" if self.chat else "--system"
-            raise UsageError(
-                f"{option}: this model has no chat template; pass the prompt without it"
-            )
-        if self.system is not None and "system" in tokenizer.left_out:
-            raise UsageError(
-                "--system: this model's chat template leaves system messages out; pass the prompt "
-                "without it"
-            )
+        given = {**vars(self.decoding.choice), **vars(self.decoding), **vars(self)}
+        names = (
+            "strategy", "options", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
+            "seed", "chat", "system", "replace_eos", "dtype",
+        )  # fmt: skip
+        lists = {name: list(given[name] or ()) for name in ("stop", "eos")}
+        return {name: given[name] for name in names} | lists | {"policy": given["changed"]}
 
 
 @with_option_groups
@@ -228,21 +227,61 @@ def generate_command(
     """
     if stream and as_json:
         raise UsageError("--stream and --json exclude each other")
-    bulk = in_bulk.bulk(prompt, stream=stream)
+    source = in_bulk.source(prompt, stream=stream)
     asked.check()
-    if bulk is not None:
+    if source is not None:
         from d2f.cli.generate_bulk import answer_file
 
-        answer_file(bulk, asked, as_json)
+        answer_file(source, in_bulk, asked, as_json)
     elif prompt is not None:
         _answer_one(_read(prompt), asked, stream, as_json)
 
 
 def _answer_one(prompt: str, asked: Asked, stream: bool, as_json: bool) -> None:
-    loaded, tokenizer, request = asked.load()
-    request = asked.limited(request, loaded.spec, asked.prompt_ids(tokenizer, prompt))
-    result, text, seconds = _answer(loaded, tokenizer, request, stream)
-    _report(result, text, seconds, stream, as_json)
+    from d2f.engine.engine import Engine, EngineConfig
+    from d2f.engine.response_text import ResponseText
+
+    model, tokenizer, request = asked.load()
+    request = asked.decoding.limited(request, model.spec, asked.prompt_ids(tokenizer, prompt))
+    engine = Engine(model, EngineConfig(), tokenizer)
+    _warm_up(engine, request)
+    response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
+    text, result = "", None
+    start = time.perf_counter()
+    if stream:
+        for output in engine.stream(request):
+            result = output.result
+            more = response.grow(output.token_ids)
+            typer.echo(more, nl=False)
+            text += more
+    else:
+        [result] = engine.generate([request])
+    seconds = time.perf_counter() - start
+    assert result is not None
+    rest = response.end(result.token_ids)
+    text += rest
+    count, forwards = len(result.token_ids), result.num_forwards
+    if as_json:
+        facts = {
+            "text": text,
+            "token_ids": result.token_ids,
+            "num_tokens": count,
+            "num_forwards": forwards,
+            "tokens_per_forward": result.tokens_per_forward,
+            "seconds": seconds,
+            "tokens_per_second": count / seconds,
+            "finish_reason": result.finish_reason,
+        }
+        typer.echo(json.dumps(facts))
+        return
+    typer.echo(rest if stream else text)
+    explain_blank(text)
+    log.print(
+        f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
+        f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
+        f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
+        style="dim",
+    )
 
 
 def _read(prompt: str) -> str:
@@ -252,32 +291,6 @@ def _read(prompt: str) -> str:
         where = " on stdin" if prompt == "-" else ""
         raise RequestError(f"the prompt{where} is empty; write what the model is to answer")
     return text
-
-
-def _answer(
-    model: Transformer, tokenizer: Tokenizer, request: Request, stream: bool
-) -> tuple[GenerationResult, str, float]:
-    """Return the answer, its text, and its seconds; with `stream`, print the text as it grows."""
-    from d2f.engine.engine import Engine, EngineConfig
-    from d2f.engine.response_text import ResponseText
-
-    engine = Engine(model, EngineConfig(), tokenizer)
-    _warm_up(engine, request)
-    response = ResponseText(tokenizer, eos_token_ids=model.spec.eos_token_ids, stop=request.stop)
-    text, result = "", None
-    start = time.perf_counter()
-    if stream:
-        for output in engine.stream(request):
-            result = output.result
-            text += _say(response.grow(output.token_ids))
-    else:
-        result = engine.generate([request])[0]
-    seconds = time.perf_counter() - start
-    assert result is not None
-    rest = response.end(result.token_ids)
-    if stream:
-        typer.echo(rest)
-    return result, text + rest, seconds
 
 
 def _warm_up(engine: Engine, request: Request) -> None:
@@ -291,39 +304,3 @@ def _warm_up(engine: Engine, request: Request) -> None:
     )
     engine.generate([few])
     engine.forget_prompts()
-
-
-def _say(text: str) -> str:
-    typer.echo(text, nl=False)
-    return text
-
-
-def _report(
-    result: GenerationResult, text: str, seconds: float, streamed: bool, as_json: bool
-) -> None:
-    count, forwards = len(result.token_ids), result.num_forwards
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "text": text,
-                    "token_ids": result.token_ids,
-                    "num_tokens": count,
-                    "num_forwards": result.num_forwards,
-                    "tokens_per_forward": result.tokens_per_forward,
-                    "seconds": seconds,
-                    "tokens_per_second": count / seconds,
-                    "finish_reason": result.finish_reason,
-                }
-            )
-        )
-        return
-    if not streamed:
-        typer.echo(text)
-    explain_blank(text)
-    log.print(
-        f"{counted(count, 'token')} in {counted(forwards, 'forward')} "
-        f"({result.tokens_per_forward:.1f} per forward), {seconds:.3f} s, "
-        f"{count / seconds:.0f} tokens/s, ended by {result.finish_reason}",
-        style="dim",
-    )

@@ -10,53 +10,57 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from d2f.cli.answer_file import AnswerFile
-from d2f.cli.bulk_options import Bulk
 from d2f.cli.console import log, say
+from d2f.cli.generate import Asked, BulkOptions
 from d2f.cli.model_files import model_sha256
-from d2f.cli.prompt_file import PromptRow, refuse_all
+from d2f.cli.prompt_file import PromptFile, PromptRow, refuse_all
 from d2f.cli.usage import UsageError
+from d2f.engine.engine import Engine, EngineConfig
+from d2f.engine.request import Request
+from d2f.engine.response_text import ResponseText
 from d2f.errors import RequestError, counted
+from d2f.evaluation.answering import Answer, Answering
+from d2f.evaluation.eval_progress import Terminal
+from d2f.models.spec import ModelSpec
+from d2f.provenance import describe_code
+from d2f.text import Tokenizer
+from d2f.training.data import derive_seed
 from d2f.training.pairs import BadRow, BadRows
-
-if TYPE_CHECKING:
-    from d2f.cli.generate import Asked
-    from d2f.engine.request import Request
-    from d2f.evaluation.answering import Answer
-    from d2f.models.transformer import Transformer
-    from d2f.text import Tokenizer
 
 _BATCH_SIZE = {"cpu": 16, "cuda": 128}
 
 
-def answer_file(bulk: Bulk, asked: Asked, as_json: bool) -> None:
+def answer_file(source: PromptFile, options: BulkOptions, asked: Asked, as_json: bool) -> None:
     """Answer the rows that earlier runs have not answered, and print a summary of all rows."""
-    if bulk.num_samples > 1 and asked.request.temperature == 0:
-        raise UsageError(f"--n {bulk.num_samples}: all the same at --temperature 0")
-    bulk.source.check()
+    num_samples, output = options.n or 1, options.output
+    assert output is not None
+    if num_samples > 1 and asked.request.temperature == 0:
+        raise UsageError(f"--n {num_samples}: all the same at --temperature 0")
+    source.check()
     settings = {
-        "input": bulk.source.sha256,
-        "model": model_sha256(asked.choice.source, asked.choice.adapter),
-        "columns": asdict(bulk.source.columns),
-        "n": bulk.num_samples,
+        "input": source.sha256,
+        "model": model_sha256(asked.decoding.choice.source, asked.decoding.choice.adapter),
+        "columns": asdict(source.columns),
+        "n": num_samples,
         **asked.settings(),
     }
-    answers = AnswerFile(bulk.output, settings, num_samples=bulk.num_samples, fresh=bulk.fresh)
+    answers = AnswerFile(output, settings, num_samples=num_samples, fresh=options.fresh)
     with closing(answers):
-        run = _Run(bulk, asked, answers)
+        run = _Run(source, num_samples, asked, answers)
         try:
             with _sigterm_as_ctrl_c():
                 if answers.totals.answers < run.num_wanted:
-                    run.answer()
+                    run.answer(options.batch_size)
                 answers.finish()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped; {answers.totals.answers:,} of {counted(run.num_wanted, 'answer', ',')} "
-                f"are in {bulk.output}; go on with the same command"
+                f"are in {output}; go on with the same command"
             ) from None
     if not answers.totals.answers:
         refuse_all(run.bad_rows)
@@ -79,37 +83,45 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 class _Run:
-    """A run through the prompts, with its counts."""
+    """A run through the prompts: a request for each missing answer, and a line for each one."""
 
-    def __init__(self, bulk: Bulk, asked: Asked, answers: AnswerFile) -> None:
-        self._bulk, self._asked, self._answers = bulk, asked, answers
-        self.num_wanted = bulk.source.num_rows * bulk.num_samples
+    _tokenizer: Tokenizer
+    _spec: ModelSpec
+    _request: Request
+    """The request without a prompt."""
+
+    def __init__(
+        self, source: PromptFile, num_samples: int, asked: Asked, answers: AnswerFile
+    ) -> None:
+        self._source, self._num_samples = source, num_samples
+        self._asked, self._answers = asked, answers
+        self.num_wanted = source.num_rows * num_samples
         self._num_before = answers.totals.answers
         self._num_tokens, self._seconds = 0, 0.0
         """Tokens and seconds of this run, without earlier ones."""
         self.bad_rows = BadRows()
+        """Rows without a prompt, and rows whose request failed."""
+        self._open: dict[int, tuple[PromptRow, int, Request]] = {}
+        """Row, sample and request of each answer in progress, by its number."""
+        self._failed: set[int] = set()
 
-    def answer(self) -> None:
+    def answer(self, batch_size: int | None) -> None:
         """Answer the rows that have no answer yet."""
-        from d2f.engine.engine import Engine, EngineConfig
-        from d2f.evaluation.answering import Answering
-        from d2f.evaluation.eval_progress import Terminal
-        from d2f.provenance import describe_code
-
-        bulk, answers = self._bulk, self._answers
-        loaded = model, tokenizer, _ = self._asked.load(answers.about.get("dtype"))
+        answers = self._answers
+        model, self._tokenizer, self._request = self._asked.load(answers.about.get("dtype"))
+        self._spec = model.spec
         dtype = str(model.dtype).removeprefix("torch.")
-        answers.begin({"model": self._asked.choice.source, "dtype": dtype, **describe_code()})
-        size = bulk.batch_size or _BATCH_SIZE.get(model.device.type, 128)
-        engine = Engine(model, EngineConfig(max_batch_size=size), tokenizer)
-        desk = AnswerDesk(bulk, self._asked, loaded)
-        self.bad_rows = desk.bad_rows
+        answers.begin(
+            {"model": self._asked.decoding.choice.source, "dtype": dtype, **describe_code()}
+        )
+        size = batch_size or _BATCH_SIZE.get(model.device.type, 128)
+        engine = Engine(model, EngineConfig(max_batch_size=size), self._tokenizer)
         terminal, start = Terminal(), time.perf_counter()
         try:
-            for finished, _ in Answering(engine, desk.numbers(answers), desk.request):
-                written = desk.take(finished)
-                answers.add(written)
-                self._num_tokens += sum(record["num_tokens"] for record in written)
+            for finished, _ in Answering(engine, self._numbers(), lambda n: self._open[n][2]):
+                records = self._take(finished)
+                answers.add(records)
+                self._num_tokens += sum(record["num_tokens"] for record in records)
                 self._seconds = time.perf_counter() - start
                 terminal.progress("answers", answers.totals.answers, *self._pace())
         finally:
@@ -117,9 +129,9 @@ class _Run:
             engine.close()
 
     def _pace(self) -> tuple[int, str]:
-        """Return the number of answers expected in all, and a text with speed and time left."""
+        """The number of answers expected in all, and a text with speed and time left."""
         done = self._answers.totals.answers
-        total = max(self.num_wanted - self.bad_rows.count * self._bulk.num_samples, done)
+        total = max(self.num_wanted - self.bad_rows.count * self._num_samples, done)
         text = f"{self._num_tokens / self._seconds:,.0f} tokens/s"
         if not log.is_terminal:  # a terminal shows a progress bar instead
             left = self._seconds * (total - done) / max(done - self._num_before, 1)
@@ -130,8 +142,8 @@ class _Run:
         """Return the counts of answers and bad rows, and the speed of this run."""
         totals = self._answers.totals
         return {
-            "output": str(self._bulk.output),
-            "num_rows": self._bulk.source.num_rows,
+            "output": str(self._answers.path),
+            "num_rows": self._source.num_rows,
             "num_answers": totals.answers,
             "num_new_answers": totals.answers - self._num_before,
             "num_tokens": totals.tokens,
@@ -143,6 +155,83 @@ class _Run:
             "num_bad_rows": self.bad_rows.count,
             "bad_rows": self.bad_rows.to_table(),
         }
+
+    def _numbers(self) -> Iterator[int]:
+        """Yield a number for each missing answer; bad rows are counted and get no number."""
+        number = 0
+        for row in self._source.prompts(self.bad_rows):
+            samples = range(self._num_samples)
+            missing = [one for one in samples if not self._answers.has(row.number, one)]
+            if not missing:
+                continue
+            try:
+                request = self._ask(row)
+            except (BadRow, RequestError) as error:
+                self.bad_rows.add(self._source.where(row.number), str(error))
+                continue
+            for sample in missing:
+                number += 1
+                self._open[number] = row, sample, _seeded(request, row.number, sample)
+                yield number
+
+    def _take(self, finished: Sequence[Answer]) -> list[dict[str, Any]]:
+        """The lines of answers; what has failed is counted."""
+        records = []
+        for answer in finished:
+            row, sample, request = self._open.pop(answer.index)
+            if answer.error is None:
+                records.append(self._record(row, sample, request, answer))
+            elif row.number not in self._failed:
+                self._failed.add(row.number)
+                self.bad_rows.add(self._source.where(row.number), answer.error)
+        return records
+
+    def _ask(self, row: PromptRow) -> Request:
+        prompt_ids = self._asked.prompt_ids(self._tokenizer, row.prompt)
+        try:
+            request = self._asked.decoding.limited(self._request, self._spec, prompt_ids)
+        except UsageError as error:
+            # The options fit the model, but not the few positions that this prompt leaves.
+            raise BadRow(str(error)) from None
+        if len(prompt_ids) + request.max_new_tokens > self._spec.max_positions:
+            raise BadRow(
+                f"the prompt and {counted(request.max_new_tokens, 'new token')} are more than the "
+                f"model's {counted(self._spec.max_positions, 'position')}"
+            )
+        return request
+
+    def _record(
+        self, row: PromptRow, sample: int, request: Request, answer: Answer
+    ) -> dict[str, Any]:
+        ends, columns = self._spec.eos_token_ids, self._source.columns
+        response = ResponseText(self._tokenizer, eos_token_ids=ends, stop=request.stop)
+        text = response.end(answer.token_ids)
+        new: dict[str, Any] = {}
+        if row.messages is not None:
+            # An answer replaces the assistant's message at the end of a conversation.
+            before = list(row.row[row.messages])
+            last = before[-1][columns.role]
+            if columns.roles.get(last, last) == "assistant":
+                before.pop()
+            new[row.messages] = [*before, {columns.role: "assistant", columns.content: text}]
+        new |= {columns.response: text, "row": row.number}
+        if self._num_samples > 1:
+            new["sample"] = sample
+        if request.temperature > 0:
+            new["seed"] = request.seed
+        new |= {
+            "num_tokens": len(answer.token_ids),
+            "num_forwards": answer.num_forwards,
+            "finish_reason": answer.finish_reason,
+        }
+        return kept_columns(row.row, new, row.messages) | new
+
+
+def _seeded(request: Request, row: int, sample: int) -> Request:
+    """With noise of its own, which depends on nothing but the seed and the place."""
+    if request.temperature == 0:
+        return request
+    return replace(request, seed=derive_seed(request.seed, f"answer {sample}", row))
 
 
 def _say_summary(summary: Mapping[str, Any], bad_rows: BadRows) -> None:
@@ -160,108 +249,6 @@ def _say_summary(summary: Mapping[str, Any], bad_rows: BadRows) -> None:
         rows = counted(summary["num_rows"], "row", ",")
         text = f"{bad_rows.count:,} of {rows} are bad and have no answer: {bad_rows.text()}"
         say(log, text, markup=False)
-
-
-class AnswerDesk:
-    """Makes a request for each missing answer, and a line for each finished one."""
-
-    def __init__(
-        self, bulk: Bulk, asked: Asked, loaded: tuple[Transformer, Tokenizer, Request]
-    ) -> None:
-        model, self._tokenizer, self._request = loaded
-        self._bulk, self._asked, self._spec = bulk, asked, model.spec
-        self.bad_rows = BadRows()
-        """Rows without a prompt, and rows whose request failed."""
-        self._open: dict[int, tuple[PromptRow, int, Request]] = {}
-        """Row, sample and request of each answer in progress, by its number."""
-        self._failed: set[int] = set()
-
-    def numbers(self, answers: AnswerFile) -> Iterator[int]:
-        """Yield a number for each missing answer; bad rows are counted and get no number."""
-        number = 0
-        for row in self._bulk.source.prompts(self.bad_rows):
-            samples = range(self._bulk.num_samples)
-            missing = [one for one in samples if not answers.has(row.number, one)]
-            if not missing:
-                continue
-            try:
-                request = self._ask(row)
-            except (BadRow, RequestError) as error:
-                self.bad_rows.add(self._bulk.source.where(row.number), str(error))
-                continue
-            for sample in missing:
-                number += 1
-                self._open[number] = row, sample, self._seeded(request, row.number, sample)
-                yield number
-
-    def request(self, number: int) -> Request:
-        """Return the request with a number."""
-        return self._open[number][2]
-
-    def take(self, finished: Sequence[Answer]) -> list[dict[str, Any]]:
-        """The lines of answers; what has failed is counted."""
-        records = []
-        for answer in finished:
-            row, sample, request = self._open.pop(answer.index)
-            if answer.error is None:
-                records.append(self._record(row, sample, request, answer))
-            elif row.number not in self._failed:
-                self._failed.add(row.number)
-                self.bad_rows.add(self._bulk.source.where(row.number), answer.error)
-        return records
-
-    def _ask(self, row: PromptRow) -> Request:
-        prompt_ids = self._asked.prompt_ids(self._tokenizer, row.prompt)
-        try:
-            request = self._asked.limited(self._request, self._spec, prompt_ids)
-        except UsageError as error:
-            # The options fit the model, but not the few positions that this prompt leaves.
-            raise BadRow(str(error)) from None
-        if len(prompt_ids) + request.max_new_tokens > self._spec.max_positions:
-            raise BadRow(
-                f"the prompt and {counted(request.max_new_tokens, 'new token')} are more than the "
-                f"model's {counted(self._spec.max_positions, 'position')}"
-            )
-        return request
-
-    def _seeded(self, request: Request, row: int, sample: int) -> Request:
-        """With noise of its own, which depends on nothing but the seed and the place."""
-        from d2f.training.data import derive_seed
-
-        if request.temperature == 0:
-            return request
-        return replace(request, seed=derive_seed(request.seed, f"answer {sample}", row))
-
-    def _record(
-        self, row: PromptRow, sample: int, request: Request, answer: Answer
-    ) -> dict[str, Any]:
-        from d2f.engine.response_text import ResponseText
-
-        ends = self._spec.eos_token_ids
-        text = ResponseText(self._tokenizer, eos_token_ids=ends, stop=request.stop).end(
-            answer.token_ids
-        )
-        new: dict[str, Any] = {}
-        if row.messages is not None:
-            new[row.messages] = self._continued(row.row[row.messages], text)
-        new |= {self._bulk.source.columns.response: text, "row": row.number}
-        if self._bulk.num_samples > 1:
-            new["sample"] = sample
-        if request.temperature > 0:
-            new["seed"] = request.seed
-        new |= {
-            "num_tokens": len(answer.token_ids),
-            "num_forwards": answer.num_forwards,
-            "finish_reason": answer.finish_reason,
-        }
-        return kept_columns(row.row, new, row.messages) | new
-
-    def _continued(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
-        """Return the conversation with the answer at its end, replacing an assistant's message."""
-        columns = self._bulk.source.columns
-        last = messages[-1][columns.role]
-        before = messages[:-1] if columns.roles.get(last, last) == "assistant" else messages
-        return [*before, {columns.role: "assistant", columns.content: text}]
 
 
 def kept_columns(

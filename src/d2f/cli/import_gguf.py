@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,8 +36,8 @@ def import_command(
     with usage():
         resolve_dtype(dtype)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    shown = log.is_terminal
-    with Progress(*columns, console=log, transient=True, disable=not shown) as progress:
+    off = not log.is_terminal
+    with Progress(*columns, console=log, transient=True, disable=off) as progress:
         task = progress.add_task("weights", total=None)
         about = import_gguf(
             file,
@@ -45,10 +45,6 @@ def import_command(
             dtype=dtype,
             on_bytes=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    _report(about, folder)
-
-
-def _report(about: dict[str, Any], folder: Path) -> None:
     numbers = sum(blocks["numbers"] for blocks in about["blocks"].values())
     types = ", ".join(f"{b['numbers']:,} in {name}" for name, b in about["blocks"].items())
     say(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _BRIEF = 4  # lines about an adapter beside its model, whose own lines have the other facts
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+    "head_dim", "max_positions", "tie_embeddings",
+)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
@@ -39,23 +43,25 @@ def inspect_command(
 
     Example: d2f inspect ./my-model --adapter ./my-adapter
     """
-    alone = adapter is None and _is_adapter(model)
+    from d2f.hub import resolve_folder
+    from d2f.models.lora_config import is_adapter
+
+    alone = adapter is None and is_adapter(resolve_folder(model, weights=False))
     report = inspect_adapter(model) if alone else inspect_model(model, adapter)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         from rich.console import Console
+        from rich.table import Table
 
-        Console().print(_render(adapter_lines(report) if alone else _lines(report)))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for line in adapter_lines(report) if alone else _lines(report):
+            table.add_row(*line)
+        Console().print(table)
     if not alone and report["tokenizer"] and report["tokenizer"]["error"]:
         raise typer.Exit(1)
-
-
-def _is_adapter(name: str) -> bool:
-    from d2f.hub import resolve_folder
-    from d2f.models.lora_config import is_adapter
-
-    return is_adapter(resolve_folder(name, weights=False))
 
 
 def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         "decodes": "autoregressively" if spec.architecture.causal else "by diffusion",
         "parameters": spec.num_parameters,
         "dtype": None if stored is None else _dtypes(stored),
-        "sizes": _sizes(spec),
+        "sizes": {name: getattr(spec, name) for name in _SIZES},
         "token_ids": {
             "mask": spec.mask_token_id,
             "eos": list(spec.eos_token_ids),
@@ -110,7 +116,12 @@ def inspect_model(path: str | Path, adapter: str | Path | None = None) -> dict[s
         "strategy": default_strategy(spec),
         "max_new_tokens": default_limit(spec),
         "recommended_policy": None if policy is None else policy.to_dict(),
-        "memory": _memory(spec),
+        "memory": {
+            "weights_bf16_bytes": 2 * spec.num_parameters,
+            "weights_fp32_bytes": 4 * spec.num_parameters,
+            "kv_bf16_bytes_per_token": spec.kv_bytes_per_token,
+            "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
+        },
         "files": None if stored is None else _files(stored),
         "gguf_blocks": block_counts(stored or {}) or None,
     }
@@ -122,18 +133,15 @@ def _tokenizer(folder: Path) -> dict[str, Any] | None:
 
     if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         return None
+    template = None
     try:
         tokenizer = Tokenizer.load(folder)
         if tokenizer.chat_template is not None:
             check_chat_template(tokenizer.chat_template)
+            template = {"leaves_out": list(tokenizer.left_out)}
     except CheckpointError as error:
         return {"num_tokens": None, "chat_template": None, "error": str(error)}
-    left_out = list(tokenizer.left_out)
-    return {
-        "num_tokens": tokenizer.vocab_size,
-        "chat_template": None if tokenizer.chat_template is None else {"leaves_out": left_out},
-        "error": None,
-    }
+    return {"num_tokens": tokenizer.vocab_size, "chat_template": template, "error": None}
 
 
 def inspect_adapter(path: str | Path) -> dict[str, Any]:
@@ -187,28 +195,12 @@ def _adapter(name: str, folder: Path, base: ModelSpec) -> dict[str, Any]:
     return inspect_adapter(name) | {"targets": sorted(set(parts)), "modules": len(parts)}
 
 
-def _sizes(spec: ModelSpec) -> dict[str, Any]:
-    names = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"]
-    names += ["num_kv_heads", "head_dim", "max_positions", "tie_embeddings"]
-    return {name: getattr(spec, name) for name in names}
-
-
-def _memory(spec: ModelSpec) -> dict[str, int]:
-    return {
-        "weights_bf16_bytes": 2 * spec.num_parameters,
-        "weights_fp32_bytes": 4 * spec.num_parameters,
-        "kv_bf16_bytes_per_token": spec.kv_bytes_per_token,
-        "kv_bf16_bytes_at_max_positions": spec.kv_bytes_per_token * spec.max_positions,
-    }
-
-
 def _dtypes(stored: dict[str, StoredTensor]) -> str:
-    """Return the dtypes of the tensors, beginning with that of most numbers."""
+    """The dtypes of the tensors, beginning with that of most numbers."""
     count: Counter[str] = Counter()
     for tensor in stored.values():
-        numbers = tensor.num_bytes // tensor.dtype.itemsize
-        count[str(tensor.dtype).removeprefix("torch.")] += numbers
-    return ", ".join(name for name, _ in count.most_common())
+        count[str(tensor.dtype)] += tensor.num_bytes // tensor.dtype.itemsize
+    return ", ".join(name.removeprefix("torch.") for name, _ in count.most_common())
 
 
 def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
@@ -217,18 +209,6 @@ def _files(stored: dict[str, StoredTensor]) -> list[dict[str, Any]]:
         {"name": file.name, "bytes": file.stat().st_size, "tensors": number}
         for file, number in sorted(count.items())
     ]
-
-
-def _render(lines: list[tuple[str, str]]) -> Any:
-    """Return the lines of a report as a rich table of two columns."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in lines:
-        table.add_row(name, value)
-    return table
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -265,13 +245,10 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         size = _human(file["bytes"])
         lines.append(("file", f"{file['name']}, {size}, {counted(file['tensors'], 'tensor')}"))
     blocks = (report["gguf_blocks"] or {}).items()
-    lines += [("blocks" if n == 0 else "", _blocks(*one)) for n, one in enumerate(blocks)]
+    for number, (name, count) in enumerate(blocks):
+        tensors = f"{counted(count['tensors'], 'tensor')} of {count['numbers']:,} numbers"
+        lines.append(("" if number else "blocks", f"{name}, {_human(count['bytes'])}, {tensors}"))
     return lines
-
-
-def _blocks(name: str, count: dict[str, int]) -> str:
-    tensors = counted(count["tensors"], "tensor")
-    return f"{name}, {_human(count['bytes'])}, {tensors} of {count['numbers']:,} numbers"
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
@@ -279,18 +256,13 @@ def _tokenizer_line(tokenizer: dict[str, Any] | None, vocab_size: int) -> str:
         return "none"
     if tokenizer["error"]:
         return f"cannot be used: {tokenizer['error']}"
-    size = counted(tokenizer["num_tokens"], "token", ",")
-    line = f"{size}, {_template(tokenizer['chat_template'])}"
-    more = tokenizer["num_tokens"] - vocab_size
+    number, template = tokenizer["num_tokens"], tokenizer["chat_template"]
+    line = f"{counted(number, 'token', ',')}, {'no' if template is None else 'a'} chat template"
+    if template and template["leaves_out"]:
+        words = {"system": "system messages", "history": "all before the user's last message"}
+        line += f", which leaves out {' and '.join(words[name] for name in template['leaves_out'])}"
+    more = number - vocab_size
     return f"{line}; the model does not know {more:,} of them" if more > 0 else line
-
-
-def _template(template: dict[str, Any] | None) -> str:
-    if template is None:
-        return "no chat template"
-    words = {"system": "system messages", "history": "all before the user's last message"}
-    left_out = " and ".join(words[name] for name in template["leaves_out"])
-    return f"a chat template, which leaves out {left_out}" if left_out else "a chat template"
 
 
 def _end(end: dict[str, Any]) -> str:
@@ -302,11 +274,9 @@ def _end(end: dict[str, Any]) -> str:
 def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of a report; the lines that do not also belong to a model come first."""
     known = "its weights" if report["checks_base"] else "its name only"
-    base = f"{report['base_model'] or 'not named'}, known by {known}"
-    mask = report["mask_token_id"]
+    mask, limit = report["mask_token_id"], report["max_new_tokens"]
     read = f"{report['base_type']}, " if report["base_type"] else ""
     diffusion = f"as a diffusion model with mask token {mask}"
-    limit = report["max_new_tokens"]
     unset = "none; decoded by vanilla" if report["distilled"] is False else "none"
     scale = ", scaled by 1 / sqrt(r)" if report["use_rslora"] else ""
     return [
@@ -317,7 +287,7 @@ def adapter_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{counted(report['parameters'], 'parameter', ',')})",
         ),
         ("stored as", f"{report['dtype']}, {_human(report['bytes'])}"),
-        ("base", base),
+        ("base", f"{report['base_model'] or 'not named'}, known by {known}"),
         ("base is read", f"{read}{'as it is' if mask is None else diffusion}"),
         ("policy", _pairs(report["recommended_policy"] or {}) or unset),
         (
@@ -333,9 +303,8 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def _human(count: float) -> str:
-    """Return a number of bytes as a text in a suitable unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    """A number of bytes in a suitable unit."""
+    if count < 1024:
+        return f"{count:,.0f} B"
+    power = min((int(count).bit_length() - 1) // 10, 3)
+    return f"{count / 1024**power:,.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

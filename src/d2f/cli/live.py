@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from rich.console import Console, Group
+from rich.live import Live
 from rich.text import Text
 
+from d2f.decoding.batch import BlockView
+from d2f.engine.engine import Engine
+from d2f.engine.request import Output, Request
 from d2f.text import Tokenizer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from d2f.decoding.batch import BlockView
-    from d2f.engine.engine import Engine
-    from d2f.engine.request import Output, Request
 
 SLOWED_SECONDS = 0.25
 """Seconds for which a forward is shown; it takes a few milliseconds, too fast to watch."""
@@ -35,8 +32,7 @@ _PATIENCE_SECONDS = 0.02
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watched:
+class Watched(NamedTuple):
     """An answer that was shown while it was decoded."""
 
     output: Output | None
@@ -80,9 +76,6 @@ def watch_answer(
     them at the end; elsewhere each forward prints a line. `stopped` is called after each forward
     and while waiting; if it returns True, decoding ends and the request leaves the engine.
     """
-    from rich.console import Group
-    from rich.live import Live
-
     forwards, seconds, output = 0, 0.0, None
     screen = Live(console=console, auto_refresh=False, transient=console.is_terminal)
     with screen, closing(engine.stream(request)) as stream:
@@ -102,13 +95,9 @@ def watch_answer(
             status = Text(f"forward {forwards}", style="dim")
             shown = last_lines(blocks, console, console.height - 2)
             screen.update(Group(shown, status), refresh=True)
-            _wait_until(start + slow, stopped)
-    return Watched(output=output, num_forwards=forwards, seconds=seconds)
-
-
-def _wait_until(end: float, stopped: Callable[[], bool]) -> None:
-    while (rest := end - time.perf_counter()) > 0 and not stopped():
-        time.sleep(min(rest, _PATIENCE_SECONDS))
+            while (rest := start + slow - time.perf_counter()) > 0 and not stopped():
+                time.sleep(min(rest, _PATIENCE_SECONDS))
+    return Watched(output, forwards, seconds)
 
 
 def last_lines(text: Text, console: Console, most: int) -> Text:
@@ -127,34 +116,22 @@ def render_blocks(
     begins each block on a new line, with a space behind its state, so that no state is broken over
     lines or read as part of a word.
     """
-    text = Text()
-    writer = _Writer(tokenizer)
+    text, stream = Text(), tokenizer.stream(skip_special_tokens=False)
     for number, block in enumerate(blocks, 1):
         style = STYLES[block.state.value]
         if apart and number > 1:
             text.append("\n")
         if named:
             text.append(f"[{block.state.value}]" + " " * apart, "bold")
-        written = "".join(map(writer.write, block.token_ids))
+        written = ""
+        for token in block.token_ids:
+            if token is not None:
+                written += stream.push([token])
+            else:
+                # The text behind a gap does not depend on the gap.
+                written += stream.close() + "·"
+                stream = tokenizer.stream(skip_special_tokens=False, follows=True)
         if number == len(blocks):
-            written += writer.close()
+            written += stream.close()
         text.append(harmless(written.replace("\n", "⏎").replace("<|endoftext|>", "■")), style)
     return text
-
-
-class _Writer:
-    """Decodes tokens one after the other; the text behind a gap does not depend on the gap."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = tokenizer.stream(skip_special_tokens=False)
-
-    def write(self, token: int | None) -> str:
-        if token is not None:
-            return self._stream.push([token])
-        text = self._stream.close() + "·"
-        self._stream = self._tokenizer.stream(skip_special_tokens=False, follows=True)
-        return text
-
-    def close(self) -> str:
-        return self._stream.close()

@@ -20,14 +20,14 @@ from d2f.cli.console import log, say
 from d2f.cli.ctrl_c import CtrlC
 from d2f.cli.demo import demo_command
 from d2f.cli.eval import eval_command
-from d2f.cli.generate import PromptCommand, generate_command
+from d2f.cli.generate import generate_command
 from d2f.cli.import_gguf import import_command
 from d2f.cli.inspect import inspect_command
 from d2f.cli.recipes import recipes_app
 from d2f.cli.report import report_command
 from d2f.cli.serve import serve_command
 from d2f.cli.train import train_command
-from d2f.cli.usage import Command, UsageError
+from d2f.cli.usage import Command, PromptCommand, UsageError
 from d2f.errors import D2FError, D2FWarning
 
 

@@ -32,15 +32,7 @@ class PromptRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """A file of rows: one JSON object per line, a `.json` list of objects, or a `.parquet` file.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "prompts.jsonl"
-        >>> _ = path.write_text('{"prompt": "1+1="}')
-        >>> PromptFile(path=path).num_rows
-        1
-    """
+    """A file of rows: one JSON object per line, a `.json` list of objects, or a `.parquet` file."""
 
     path: Path
     columns: ColumnConfig = ColumnConfig()  # noqa: RUF009 - it is frozen
@@ -82,15 +74,19 @@ class PromptFile:
         """Return the place of a row, as messages name it."""
         return f"{self.path}:{number}"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Hash of the file's content."""
-        return self._survey[0]
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Number of rows, bad ones included."""
-        return self._survey[1]
+        if isinstance(self._part, ParquetPart) or self._part.listed:
+            return sum(1 for _ in self._part.rows())
+        with self.path.open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
 
     @cached_property
     def _part(self) -> JsonPart | ParquetPart:
@@ -98,27 +94,13 @@ class PromptFile:
             return ParquetPart(path=self.path)
         return JsonPart(path=self.path, listed=self.path.suffix == ".json")
 
-    @cached_property
-    def _survey(self) -> tuple[str, int]:
-        digest, num_lines = hashlib.sha256(), 0
-        with self.path.open("rb") as file:
-            for line in file:
-                digest.update(line)
-                num_lines += bool(line.strip())
-        is_lines = isinstance(self._part, JsonPart) and not self._part.listed
-        num_rows = num_lines if is_lines else sum(1 for _ in self._part.rows())
-        return digest.hexdigest(), num_rows
-
     def _columns_of(self, row: object) -> ColumnConfig:
         """Return the columns to read; by default, `messages` replaces a missing `prompt`."""
         columns = self.columns
         plain = columns.messages is None and columns.prompt == ColumnConfig.prompt
-        found = isinstance(row, Mapping) and columns.prompt not in row and _MESSAGES in row
-        return (
-            replace(columns, messages=_MESSAGES, response="response")
-            if plain and found
-            else columns
-        )
+        if plain and isinstance(row, Mapping) and columns.prompt not in row and _MESSAGES in row:
+            return replace(columns, messages=_MESSAGES, response="response")
+        return columns
 
 
 def refuse_all(bad_rows: BadRows) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,14 +32,14 @@ EXAMPLES_SEED = 135
 """A seed whose problems the student solves, the first one with four blocks at work."""
 
 
-@with_option_groups
-def serve_command(
-    *,
-    choice: ModelChoice,
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of `d2f serve` that are settings of the HTTP side under the same names."""
+
     host: Annotated[str, typer.Option(help="Address; one that others reach needs a key.")] = (
         "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 8000,
+    )
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 8000
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -47,31 +47,38 @@ def serve_command(
             envvar="D2F_API_KEY",
             show_envvar=True,
         ),
-    ] = None,
+    ] = None
+    max_waiting: Annotated[
+        int, typer.Option(help="Most requests that wait; others are refused.", min=1)
+    ] = 256
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds a request may take, waiting included.", min=0)
+    ] = 600.0
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a response. Default: all positions.", min=1)
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a prompt. Default: all positions.", min=1)
+    ] = None
+    drain_seconds: Annotated[
+        float, typer.Option(help="Seconds that running requests have when it ends.", min=0)
+    ] = 30.0
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what clients send.")] = (
+        False
+    )
+
+
+@with_option_groups
+def serve_command(
+    *,
+    choice: ModelChoice,
+    options: ServeOptions,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its folder's name.")
     ] = None,
     max_batch_size: Annotated[
         int, typer.Option(help="Most sequences that are decoded together.", min=1)
     ] = 64,
-    max_waiting: Annotated[
-        int, typer.Option(help="Most requests that wait; others are refused.", min=1)
-    ] = 256,
-    request_timeout: Annotated[
-        float, typer.Option(help="Seconds a request may take, waiting included.", min=0)
-    ] = 600.0,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a response. Default: all positions.", min=1)
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of a prompt. Default: all positions.", min=1)
-    ] = None,
-    drain_seconds: Annotated[
-        float, typer.Option(help="Seconds that running requests have when it ends.", min=0)
-    ] = 30.0,
-    log_prompts: Annotated[
-        bool, typer.Option("--log-prompts", help="Log what clients send.")
-    ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,21 +107,10 @@ def serve_command(
     from d2f.serving.settings import ServeSettings
 
     with usage():
-        settings = ServeSettings(
-            host=host,
-            port=port,
-            api_key=api_key,
-            max_waiting=max_waiting,
-            request_timeout=request_timeout,
-            max_tokens=max_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            drain_seconds=drain_seconds,
-            log_prompts=log_prompts,
-            cors_origins=tuple(cors_origin or ()),
-        )
+        settings = ServeSettings(**vars(options), cors_origins=tuple(cors_origin or ()))
     sources = _race_sources(race_model, shipped=choice.source == DEFAULT_MODEL)
     # What fails in milliseconds comes before the weights, which may take minutes.
-    with open_socket(host, port) as bound, LogWriter(sys.stderr):
+    with open_socket(options.host, options.port) as bound, LogWriter(sys.stderr):
         served = [main_model(choice, name, max_batch_size)]
         for race_name, source in sources.items():
             rival = ModelChoice(model=source, device=choice.device, dtype=choice.dtype)
@@ -160,19 +156,15 @@ def main_model(choice: ModelChoice, name: str | None, max_batch_size: int) -> Se
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    examples = example_problems() if choice.source == DEFAULT_MODEL else []
+    source, shipped = choice.source, choice.source.startswith(PREFIX)
+    own_name = f"d2f-{source.removeprefix(PREFIX)}" if shipped else Path(source).resolve().name
+    examples = example_problems() if source == DEFAULT_MODEL else []
     return ServedModel(
-        name=name or _served_name(choice.source),
+        name=name or own_name,
         engine=Engine(loaded, EngineConfig(max_batch_size=max_batch_size), tokenizer),
         tokenizer=tokenizer,
         examples=tuple(problem.prompt for problem in examples),
     )
-
-
-def _served_name(source: str) -> str:
-    if source.startswith(PREFIX):
-        return f"d2f-{source.removeprefix(PREFIX)}"
-    return Path(source).resolve().name
 
 
 def _race_model(name: str, choice: ModelChoice) -> ServedModel:
@@ -181,20 +173,17 @@ def _race_model(name: str, choice: ModelChoice) -> ServedModel:
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    config, spec = EngineConfig(max_batch_size=RACE_BATCH_SIZE), loaded.spec
+    spec, most = loaded.spec, RACE_BATCH_SIZE
     # Said in bytes, so that on a GPU it does not take the memory that is free.
     size = enough_bytes(
         spec,
-        [spec.max_positions] * RACE_BATCH_SIZE,
-        page_size=config.page_size,
-        max_batch_size=RACE_BATCH_SIZE,
+        [spec.max_positions] * most,
+        page_size=EngineConfig.page_size,
+        max_batch_size=most,
         dtype=loaded.dtype,
     )
-    return ServedModel(
-        name=name,
-        engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
-        tokenizer=tokenizer,
-    )
+    config = EngineConfig(max_batch_size=most, kv_cache_bytes=size)
+    return ServedModel(name=name, engine=Engine(loaded, config, tokenizer), tokenizer=tokenizer)
 
 
 def example_problems() -> list[Problem]:

@@ -115,9 +115,9 @@ def train_command(
         reporter.close()
     if as_json and is_main:
         out.print_json(json.dumps(asdict(summary)))
+    if not summary.finished and not is_main:
+        raise typer.Exit(130)
     if not summary.finished:
-        if not is_main:
-            raise typer.Exit(130)
         raise KeyboardInterrupt(
             f"stopped at step {summary.steps}; saved in {summary.folder}; "
             "go on with the same command and --resume"
@@ -151,11 +151,10 @@ def _read(recipe: Path, overrides: Sequence[str]) -> TrainConfig:
 
 
 def _print_summary(summary: TrainingSummary) -> None:
-    line = f"{summary.folder}  ({counted(summary.steps, 'step')}, {summary.seconds:.0f} s)"
-    out.print(line, markup=False)
-    if summary.best is not None:
-        score, step = summary.best["score"], summary.best["step"]
-        line = f"{summary.best['folder']}  (best score, {score:.1%} at step {step})"
+    steps, best = counted(summary.steps, "step"), summary.best
+    out.print(f"{summary.folder}  ({steps}, {summary.seconds:.0f} s)", markup=False)
+    if best is not None:
+        line = f"{best['folder']}  (best score, {best['score']:.1%} at step {best['step']})"
         out.print(line, markup=False)
 
 
@@ -171,11 +170,8 @@ def plan(
     device = _device(gpu, config)
     compiled = config.compile and device["name"] != "cpu"
     found = estimate(config, spec, processes=processes, compiled=compiled)
-    data = plan_data(config, spec)
-    epochs = None
-    if data.num_rows is not None:
-        epochs = config.steps * config.batch_size / data.num_rows
-    seconds = None
+    data, seconds = plan_data(config, spec), None
+    epochs = config.steps * config.batch_size / data.num_rows if data.num_rows else None
     if device["flops_per_second"] is not None:
         seconds = found.seconds(config.steps, device["flops_per_second"], share)
         seconds = min(seconds, config.max_seconds or seconds)
@@ -238,13 +234,11 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
             "flops_per_second": nominal_bf16_rate(gpu) if fast else fp32,
             "rate": f"the maker's, {precision}",
         }
+    nominal, kind, name, memory_bytes = None, "cpu", "cpu", None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         nominal = nominal_bf16_rate(properties.name) if fast else None
-        name, memory_bytes = properties.name, properties.total_memory
-    else:
-        nominal, name, memory_bytes = None, "cpu", None
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind, name, memory_bytes = "cuda", properties.name, properties.total_memory
     rate = nominal or measure_rates(kind, precision).matmul_flops_per_second
     return {
         "name": name,
@@ -269,25 +263,19 @@ def _print_plan(facts: dict[str, Any]) -> None:
         f"{f'on each of {processes} processes ' if processes > 1 else ''}"
         f"{accumulated} micro-batch{'es' if accumulated > 1 else ''} of {facts['micro_batch_size']}"
     )
-    most = "at most " if facts["max_seconds"] else ""
-    until = f" within {_duration(facts['max_seconds'])}" if facts["max_seconds"] else ""
+    updates = counted(facts["updates"], "update", ",")
+    if facts["max_seconds"]:
+        updates = f"at most {updates} within {_duration(facts['max_seconds'])}"
     if data["num_samples"] is None:
-        _say(
-            f"{most}{counted(facts['updates'], 'update', ',')}{until}; epochs not known: "
-            f"{data['note']}"
-        )
+        _say(f"{updates}; epochs not known: {data['note']}")
     else:
         samples, rows = counted(data["num_samples"], "sample", ","), data["num_rows"]
         epochs = "epochs (not known before samples are packed)"
         if rows is not None:
             epochs = f"{data['epochs']:.2f} epochs"
-        packed = (
-            f" in {counted(rows, 'row', ',')}" if rows not in (None, data["num_samples"]) else ""
-        )
-        _say(
-            f"{most}{counted(facts['updates'], 'update', ',')}{until}: {epochs} of {samples}"
-            f"{packed} ({data['note']})"
-        )
+        if rows not in (None, data["num_samples"]):
+            samples += f" in {counted(rows, 'row', ',')}"
+        _say(f"{updates}: {epochs} of {samples} ({data['note']})")
     _print_memory(facts)
     if facts["seconds"] is not None:
         rate, update = device["flops_per_second"], facts["computed_flops_per_update"]
@@ -311,8 +299,7 @@ def _print_memory(facts: dict[str, Any]) -> None:
     out.print()
     out.print(table)
     chosen = "on" if facts["activation_checkpointing"] else "off"
-    room = facts["device"]["memory_bytes"]
-    told = ""
+    room, told = facts["device"]["memory_bytes"], ""
     if room is not None:
         fits = "less" if one["total"] < room else "more"
         told = f"; that is {fits} than the {room / 2**30:,.1f} GiB of {facts['device']['name']}"

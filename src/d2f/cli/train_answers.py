@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from d2f.evaluation.task import Task
-    from d2f.models.transformer import Transformer
-    from d2f.text import Tokenizer
-    from d2f.training.config import TrainConfig
-    from d2f.training.evaluations import Evaluator, HeldOut
-    from d2f.training.sections import EvaluateConfig
-    from d2f.training.trainer import Sampler
+from d2f.engine.generate import generate_ids
+from d2f.engine.policy import check_decoding
+from d2f.evaluation.quick_score import QuickScore, own_rows
+from d2f.evaluation.task import Task
+from d2f.evaluation.tasks import load_task
+from d2f.models.transformer import Transformer
+from d2f.text import Tokenizer
+from d2f.training.config import TrainConfig
+from d2f.training.evaluations import Evaluator, HeldOut
+from d2f.training.sections import EvaluateConfig
+from d2f.training.sources import encode_prompt, read_held_out
+from d2f.training.trainer import Sampler
 
 # How a stage's model answers during training. Vanilla takes two tokens a step, to be done soon.
-_STRATEGIES: dict[str, str] = {
-    "autoregressive": "autoregressive",
-    "masked-diffusion": "vanilla",
-    "d2f": "pipelined",
-}
+_STRATEGIES = {
+    "autoregressive": "autoregressive", "masked-diffusion": "vanilla", "d2f": "pipelined",
+}  # fmt: skip
 _WITH_VALIDATION = ("word-problems", "functions", "gsm8k-variants", "advising", "wikisql")
 
 
 def make_sampler(config: TrainConfig, tokenizer: Tokenizer) -> Sampler:
     """Make a function that answers a few prompts: held-out problems, or the first rows."""
-    from d2f.engine.generate import generate_ids
-    from d2f.training.sources import encode_prompt, read_held_out
-
     assert config.sample is not None
     count, most = config.sample.num_prompts, config.sample.max_new_tokens
     pairs = read_held_out(config.data, count)
@@ -57,9 +56,6 @@ def make_evaluator(
     config: TrainConfig, tokenizer: Tokenizer
 ) -> Callable[[Sequence[HeldOut]], Evaluator]:
     """Make a function that scores the model on a benchmark, or on samples held out."""
-    from d2f.engine.policy import check_decoding
-    from d2f.evaluation.quick_score import QuickScore, own_rows
-
     settings = config.evaluate
     assert settings is not None
     strategy = settings.strategy or _STRATEGIES[config.stage]
@@ -92,8 +88,6 @@ def make_evaluator(
 
 
 def _load_task(settings: EvaluateConfig) -> Task:
-    from d2f.evaluation.tasks import load_task
-
     assert settings.task is not None
     split = settings.split or ("validation" if settings.task in _WITH_VALIDATION else "test")
     return load_task(

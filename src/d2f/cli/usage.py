@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,8 @@ from d2f.errors import ConfigError, RequestError
 from d2f.shipped.recipes import find_recipe
 
 T = TypeVar("T")
+
+_OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
 class UsageError(ConfigError):
@@ -33,6 +37,36 @@ class Command(TyperCommand):
                 option = next(p.opts[0] for p in self.params if p.name == name)
                 raise UsageError(f"{option} is {value}; it must be a finite number")
         return super().invoke(ctx)
+
+
+class PromptCommand(Command):
+    """A command whose prompt may begin with a dash, such as `-5 + 3?`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move words that begin with a dash and are not options behind a `--`."""
+        flags = (o for o in self.params if getattr(o, "is_flag", True))
+        plain = {name for option in flags for name in (*option.opts, *option.secondary_opts)}
+        return super().parse_args(ctx, _prompts_last(args, plain))
+
+
+def _prompts_last(args: Iterable[str], flags: set[str]) -> list[str]:
+    """Return the words of a command line with those behind a `--` that only look like options.
+
+    Example:
+        >>> _prompts_last(["-5 + 3?", "--seed", "-1", "--json"], {"--json"})
+        ['--seed', '-1', '--json', '--', '-5 + 3?']
+    """
+    words, options, prompts = iter(args), list[str](), list[str]()
+    for word in words:
+        if word == "--":
+            prompts += words
+        elif word.startswith("-") and word != "-" and not _OPTION.fullmatch(word):
+            prompts.append(word)
+        else:
+            options.append(word)
+            if word.startswith("--") and "=" not in word and word not in flags:
+                options += islice(words, 1)
+    return [*options, "--", *prompts] if prompts else options
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def load_text_to_sql(
 ) -> Task:
     """Load the questions of a split; an answer is correct if its SQL has the same form as gold.
 
-    Arguments are those of `load_task`, `name` one of `d2f.problems.text2sql.TEXT_TO_SQL`.
+    Arguments are those of `load_task`, `name` one of `TEXT_TO_SQL`.
 
     Raises:
         ConfigError: No folder is named, or the file is missing or broken.

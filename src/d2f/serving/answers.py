@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -32,11 +33,8 @@ _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 """The engine's words -> the protocol's."""
 _FAREWELL_SECONDS = 1.0
 """Seconds for which a client that does not read may hold up the last event."""
-
-
-def _to_json(value: Any) -> str:
-    """Compact JSON. Text that a tokenizer gave can always be written as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# Compact. Text that a tokenizer gave can always be written as UTF-8.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _head(plan: Plan, chat_object: str) -> dict[str, Any]:
@@ -47,16 +45,6 @@ def _head(plan: Plan, chat_object: str) -> dict[str, Any]:
         "created": plan.created,
         "model": plan.model.name,
     }
-
-
-def _new_choice(plan: Plan, texts: TokenTexts) -> ResponseText:
-    """The empty response to one of a plan's requests."""
-    return ResponseText(
-        plan.model.tokenizer,
-        eos_token_ids=plan.eos_token_ids,
-        stop=plan.stop,
-        texts=texts if plan.logprobs else None,
-    )
 
 
 def _usage(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
@@ -83,29 +71,13 @@ def log_fields(plan: Plan, lasts: Sequence[Update]) -> dict[str, Any]:
     return {name: fields[name] for name in _LOGGED}
 
 
-# ---------------------------------------------------------------------------------- whole answers
-
-
 def whole_answer(plan: Plan, lasts: Sequence[Update], texts: TokenTexts) -> bytes:
     """The JSON answer to a request that is not streamed."""
-    choices = [_whole_choice(plan, index, last, texts) for index, last in enumerate(lasts)]
+    choices = [
+        _Choice(plan, index, texts).shown(last, whole=True) for index, last in enumerate(lasts)
+    ]
     head = _head(plan, "chat.completion")
     return _to_json({**head, "choices": choices, "usage": _usage(plan, lasts)}).encode()
-
-
-def _whole_choice(plan: Plan, index: int, last: Update, texts: TokenTexts) -> dict[str, Any]:
-    choice, result = _new_choice(plan, texts), last.result
-    assert result is not None
-    text = choice.end(result.token_ids)
-    logprobs = None
-    if plan.logprobs:
-        tokens = choice.logprobs(result.probabilities, result.alternatives, ended=True)
-        logprobs = _logprobs(plan, tokens)
-    content: dict[str, Any] = {"text": text}
-    if plan.chat:
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-    reason = _FINISH_REASONS[result.finish_reason]
-    return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _logprobs(plan: Plan, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -119,10 +91,11 @@ def _logprobs(plan: Plan, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+    tops = [_top(token) for token in tokens]
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_top(token) for token in tokens] if plan.num_alternatives else None,
+        "top_logprobs": tops if plan.requests[0].num_alternatives else None,
         "text_offset": [token.offset for token in tokens],
     }
 
@@ -142,7 +115,106 @@ def _top(token: TokenLogprob) -> dict[str, float]:
     return top | {token.text: token.logprob}
 
 
-# ---------------------------------------------------------------------------------------- streams
+class _Choice:
+    """One response of an answer, and what the client was told of it."""
+
+    def __init__(self, plan: Plan, index: int, texts: TokenTexts) -> None:
+        self._plan, self._index, self._token_texts = plan, index, texts
+        request = plan.requests[index]
+        self._text = ResponseText(
+            plan.model.tokenizer,
+            eos_token_ids=plan.eos_token_ids,
+            stop=request.stop,
+            texts=texts if plan.logprobs else None,
+        )
+        self._begun = False
+        self._known: list[int | None] = []
+        """The tokens that a client who asked for provisional ones knows."""
+
+    def shown(self, update: Update, *, whole: bool = False) -> dict[str, Any] | None:
+        """The choice of an event, or of a `whole` answer; None if it tells nothing new."""
+        plan, result = self._plan, update.result
+        if result is None:
+            text = self._text.grow(update.token_ids)
+        else:
+            text = self._text.end(result.token_ids)
+        if not (text or result is not None or plan.options.include_provisional):
+            return None
+        content: dict[str, Any] = {"text": text}
+        if plan.chat and whole:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        elif plan.chat and self._begun:
+            content = {"delta": {"content": text} if text else {}}
+        elif plan.chat:
+            content, self._begun = {"delta": {"role": "assistant", "content": text}}, True
+        tokens: Sequence[TokenLogprob] = ()
+        if plan.logprobs and result is None:
+            tokens = self._text.logprobs(*_block_facts(update), ended=False)
+        elif plan.logprobs and result is not None:
+            tokens = self._text.logprobs(result.probabilities, result.alternatives, ended=True)
+        return {
+            "index": self._index,
+            **content,
+            "logprobs": _logprobs(plan, tokens) if tokens or (plan.logprobs and whole) else None,
+            "finish_reason": None if result is None else _FINISH_REASONS[result.finish_reason],
+        }
+
+    def provisional(self, update: Update) -> dict[str, Any]:
+        """The field `d2f` of an event."""
+        result = update.result
+        committed = update.token_ids if result is None else result.token_ids
+        lengths = [len(block.token_ids) for block in update.blocks]
+        places = zip(itertools.accumulate(lengths, initial=0), lengths, update.blocks, strict=False)
+        told: dict[str, Any] = {
+            "seconds": round(update.seconds, 6),
+            "waited": round(update.waited, 6),
+            "num_forwards": update.num_forwards if result is None else result.num_forwards,
+            "num_committed": len(committed),
+            "tokens": self._fresh(update),
+            "blocks": [
+                {"start": start, "length": length, "state": block.state.value}
+                for start, length, block in places
+            ],
+        }
+        if result is not None:
+            told |= {
+                "done": True,
+                "num_tokens": len(result.token_ids),
+                "tokens_per_forward": result.tokens_per_forward,
+            }
+        return told
+
+    def _fresh(self, update: Update) -> list[dict[str, Any]]:
+        """The tokens that the client does not know yet."""
+        tokens = [token for block in update.blocks for token in block.token_ids]
+        probabilities, _ = _block_facts(update)
+        if update.result is not None:
+            # A last update may have no blocks any more; the response stands where they were.
+            count = len(update.result.token_ids)
+            tokens[:count] = update.result.token_ids
+            probabilities[:count] = update.result.probabilities
+        known = self._known
+        known += [None] * (len(tokens) - len(known))
+        fresh = []
+        for position, token in enumerate(tokens):
+            if token is not None and token != known[position]:
+                known[position] = token
+                probability = probabilities[position]
+                fresh.append(
+                    {
+                        "position": position,
+                        "token_id": token,
+                        "text": self._token_texts[token],
+                        "probability": None if probability is None else round(probability, 6),
+                    }
+                )
+        return fresh
+
+
+def _block_facts(update: Update) -> tuple[list[float | None], list[Any]]:
+    """Probabilities and alternatives of the tokens of all blocks."""
+    probabilities = [value for block in update.blocks for value in block.probabilities]
+    return probabilities, [found for block in update.blocks for found in block.alternatives]
 
 
 class EventStream(Response):
@@ -163,8 +235,13 @@ class EventStream(Response):
         # The length is not known beforehand.
         del self.headers["content-length"]
         self._plan, self._tickets = plan, tickets
-        self._chunks = Chunks(plan, texts)
         self._deadline, self._metrics = deadline, metrics
+        # What all events share is written once.
+        self._head = f"data: {_to_json(_head(plan, 'chat.completion.chunk'))[:-1]}"
+        self._tail = ',"usage":null' if plan.options.include_usage else ""
+        self._choices = [_Choice(plan, index, texts) for index in range(len(plan.requests))]
+        self._lasts: dict[int, Update] = {}
+        """The last update of each choice that has ended."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events; a fault is the last of them."""
@@ -186,21 +263,38 @@ class EventStream(Response):
         finally:
             for ticket in self._tickets:
                 ticket.cancel()
-            if self._chunks.lasts:
-                scope["d2f.log"].update(log_fields(self._plan, self._chunks.ended()))
+            if self._lasts:
+                scope["d2f.log"].update(log_fields(self._plan, self._ended()))
 
     async def _write(self, send: Send) -> None:
-        chunks = self._chunks
         async for index, update in _merged(self._tickets):
             if update.error is not None:
                 raise update.error
-            event = chunks.event(index, update)
+            event = self._event(index, update)
             if event:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        if len(chunks.lasts) < len(self._tickets):
+        if len(self._lasts) < len(self._tickets):
             raise Unavailable("the server ended this request; try again")
-        last = chunks.usage() + _DONE if self._plan.include_usage else _DONE
+        last = _DONE
+        if self._plan.options.include_usage:
+            usage = _to_json(_usage(self._plan, self._ended()))
+            last = f'{self._head},"choices":[],"usage":{usage}}}\n\n'.encode() + _DONE
         await send({"type": "http.response.body", "body": last})
+
+    def _event(self, index: int, update: Update) -> bytes:
+        if update.result is not None:
+            self._lasts[index] = update
+        choice, tail = self._choices[index], self._tail
+        piece = choice.shown(update)
+        if piece is None:
+            return b""
+        if self._plan.options.include_provisional:
+            tail += f',"d2f":{_to_json(choice.provisional(update))}'
+        return f'{self._head},"choices":[{_to_json(piece)}]{tail}}}\n\n'.encode()
+
+    def _ended(self) -> list[Update]:
+        """The last updates in the order of the choices."""
+        return [self._lasts[index] for index in sorted(self._lasts)]
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Update]]:
@@ -227,129 +321,3 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Update]
 
 async def _next(ticket: Ticket) -> Update | None:
     return await anext(ticket, None)
-
-
-class Chunks:
-    """Writes the events of one answer, each as the bytes to send."""
-
-    def __init__(self, plan: Plan, texts: TokenTexts) -> None:
-        self._plan = plan
-        # What all chunks share is written once.
-        self._head = f"data: {_to_json(_head(plan, 'chat.completion.chunk'))[:-1]}"
-        self._null_usage = ',"usage":null' if plan.include_usage else ""
-        self._choices = [_new_choice(plan, texts) for _ in plan.requests]
-        self._begun = [False] * len(plan.requests)
-        self._decoded = [Decoded(texts) for _ in plan.requests]
-        self.lasts: dict[int, Update] = {}
-        """The last update of each choice that has ended."""
-
-    def event(self, index: int, update: Update) -> bytes:
-        """The event of a choice's update; empty if it tells the client nothing new."""
-        choice, result = self._choices[index], update.result
-        if result is None:
-            text, reason = choice.grow(update.token_ids), "null"
-        else:
-            text, reason = (
-                choice.end(result.token_ids),
-                f'"{_FINISH_REASONS[result.finish_reason]}"',
-            )
-            self.lasts[index] = update
-        if not (text or result is not None or self._plan.include_provisional):
-            return b""
-        logprobs = self._logprobs(choice, update) if self._plan.logprobs else "null"
-        content = f'"text":{json.dumps(text, ensure_ascii=False)}'
-        if self._plan.chat:
-            content = f'"delta":{self._delta(index, text)}'
-        extra = ""
-        if self._plan.include_provisional:
-            extra = f',"d2f":{_to_json(self._decoded[index].news(update))}'
-        return (
-            f'{self._head},"choices":[{{"index":{index},{content},"logprobs":{logprobs},'
-            f'"finish_reason":{reason}}}]{self._null_usage}{extra}}}\n\n'
-        ).encode()
-
-    def ended(self) -> list[Update]:
-        """The last updates in the order of the choices."""
-        return [self.lasts[index] for index in sorted(self.lasts)]
-
-    def usage(self) -> bytes:
-        """The event that follows when all choices have ended."""
-        total = _to_json(_usage(self._plan, self.ended()))
-        return f'{self._head},"choices":[],"usage":{total}}}\n\n'.encode()
-
-    def _delta(self, index: int, text: str) -> str:
-        content = f'"content":{json.dumps(text, ensure_ascii=False)}'
-        if self._begun[index]:
-            return f"{{{content}}}" if text else "{}"
-        self._begun[index] = True
-        return f'{{"role":"assistant",{content}}}'
-
-    def _logprobs(self, choice: ResponseText, update: Update) -> str:
-        result = update.result
-        if result is not None:
-            probabilities: Sequence[float | None] = result.probabilities
-            alternatives = result.alternatives
-        else:
-            probabilities = [value for block in update.blocks for value in block.probabilities]
-            alternatives = [found for block in update.blocks for found in block.alternatives]
-        tokens = choice.logprobs(probabilities, alternatives, ended=result is not None)
-        return _to_json(_logprobs(self._plan, tokens)) if tokens else "null"
-
-
-class Decoded:
-    """The tokens of a response that a client who asked for provisional tokens was told of."""
-
-    def __init__(self, texts: TokenTexts) -> None:
-        self._texts = texts
-        self._known: list[int | None] = []
-
-    def news(self, update: Update) -> dict[str, Any]:
-        """The field `d2f` of a chunk."""
-        result = update.result
-        committed = update.token_ids if result is None else result.token_ids
-        news: dict[str, Any] = {
-            "seconds": round(update.seconds, 6),
-            "waited": round(update.waited, 6),
-            "num_forwards": update.num_forwards if result is None else result.num_forwards,
-            "num_committed": len(committed),
-            "tokens": self._fresh(update),
-        }
-        start, blocks = 0, []
-        for block in update.blocks:
-            length = len(block.token_ids)
-            blocks.append({"start": start, "length": length, "state": block.state.value})
-            start += length
-        news["blocks"] = blocks
-        if result is not None:
-            news |= {
-                "done": True,
-                "num_tokens": len(result.token_ids),
-                "tokens_per_forward": result.tokens_per_forward,
-            }
-        return news
-
-    def _fresh(self, update: Update) -> list[dict[str, Any]]:
-        """The tokens that the client does not know yet."""
-        tokens = [token for block in update.blocks for token in block.token_ids]
-        probabilities = [value for block in update.blocks for value in block.probabilities]
-        if update.result is not None:
-            # A last update may have no blocks any more; the response stands where they were.
-            count = len(update.result.token_ids)
-            tokens[:count] = update.result.token_ids
-            probabilities[:count] = update.result.probabilities
-        known = self._known
-        known += [None] * (len(tokens) - len(known))
-        fresh = []
-        for position, token in enumerate(tokens):
-            if token is not None and token != known[position]:
-                known[position] = token
-                probability = probabilities[position]
-                fresh.append(
-                    {
-                        "position": position,
-                        "token_id": token,
-                        "text": self._texts[token],
-                        "probability": None if probability is None else round(probability, 6),
-                    }
-                )
-        return fresh

@@ -30,7 +30,7 @@ from d2f.serving.errors import ApiError, show_value
 from d2f.serving.gateway import Gateway, read_json, unless_gone
 from d2f.serving.metrics import Metrics
 from d2f.serving.plan import make_plan
-from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
+from d2f.serving.protocol import ChatBody, CompletionBody, parse_body
 from d2f.serving.served_model import find_model
 from d2f.serving.service import Service, ServiceState
 from d2f.serving.settings import ServeSettings
@@ -192,7 +192,9 @@ class _Endpoints:
 
     # ------------------------------------------------------------------------ generation
 
-    async def _generate(self, request: Request, kind: type[GenerationBody]) -> Response:
+    async def _generate(
+        self, request: Request, kind: type[CompletionBody] | type[ChatBody]
+    ) -> Response:
         scope, settings = request.scope, self._settings
         log = scope["d2f.log"]
         deadline = asyncio.get_running_loop().time() + settings.request_timeout
@@ -203,13 +205,12 @@ class _Endpoints:
             body = parse_body(kind, value)
             plan = await make_plan(body, self._service.models, settings)
             name = plan.model.name
-            log |= {"model": name, "stream": plan.stream}
+            stream = bool(body.stream)
+            log |= {"model": name, "stream": stream}
             # Probabilities of a response that is not finished stand in its blocks only.
-            watch = plan.stream and (plan.include_provisional or plan.logprobs)
-            tickets = await self._service.submit(
-                name, plan.requests, follow=plan.stream, watch=watch
-            )
-            if plan.stream:
+            watch = stream and (plan.options.include_provisional or plan.logprobs)
+            tickets = await self._service.submit(name, plan.requests, follow=stream, watch=watch)
+            if stream:
                 return EventStream(plan, tickets, self._texts[name], deadline, self._metrics)
             try:
                 lasts = await unless_gone(request.receive, _lasts(tickets))

@@ -23,15 +23,7 @@ _LONGEST_MESSAGE = 1000
 
 
 class QueueFull(D2FError):
-    """The queue is full; the same request can be served later.
-
-    Args:
-        retry_after: Seconds, at least 1, after which a new attempt makes sense.
-
-    Example:
-        >>> str(QueueFull(2.0))
-        'the queue is full; try again in 2 s'
-    """
+    """The queue is full; the same request can be served after some seconds, at least 1."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the queue is full; try again in {math.ceil(retry_after)} s")
@@ -55,10 +47,6 @@ class ApiError(Exception):
         param: The field of the request that is wrong.
         code: A name of the error for programs.
         headers: Further headers of the answer.
-
-    Example:
-        >>> ApiError(404, "no such model", param="model", code="model_not_found").status
-        404
     """
 
     def __init__(

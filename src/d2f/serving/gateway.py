@@ -225,17 +225,17 @@ def _malformed(what: str) -> ApiError:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do work for a client as long as it is there.
-
-    Args:
-        receive: The ASGI channel of a request whose body was read.
-        work: Cancelled when the client goes, or when this call is cancelled.
+    """Do work for a client, whose body was read, as long as it is there.
 
     Raises:
-        Disconnected: The client went away first.
+        Disconnected: The client went away first; the work was cancelled.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_wait_for_end(receive))
+
+    async def wait_for_end() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(wait_for_end())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -247,8 +247,3 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             task.cancel()
             # The task must not send any more once this call has ended.
             await asyncio.wait((task,))
-
-
-async def _wait_for_end(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

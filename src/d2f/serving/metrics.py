@@ -30,9 +30,7 @@ ENDPOINTS = (
 )
 """The endpoints under which requests are counted; all else is "other"."""
 ERRORS = ("request", "queue_full", "unavailable", "timeout", "internal", "engine")
-"""Kinds of errors: a request that failed alone, one that was refused because the queue was full or
-the service not available, one that took too long, an unexpected exception, a broken engine. The
-service counts `request`, `queue_full` and `engine`, the gateway counts the others."""
+"""Kinds of errors; the service counts the first two and the last, the gateway the others."""
 OTHER = "other"
 
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -44,13 +42,6 @@ class Metrics:
     """The counters, gauges and histograms of one server, in a registry of its own.
 
     Label values come from known lists, so that clients cannot make the number of series grow.
-
-    Example:
-        >>> metrics = Metrics(["d2f-student"])
-        >>> metrics.count_request("d2f-student", "/v1/completions", 200)
-        >>> text, content_type = metrics.render()
-        >>> 'endpoint="/v1/completions",model="d2f-student",status="200"} 1.0' in text.decode()
-        True
     """
 
     def __init__(self, model_names: Iterable[str] = ()) -> None:

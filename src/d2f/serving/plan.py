@@ -6,9 +6,8 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from d2f.engine.policy import (
     changed_policy,
@@ -20,7 +19,7 @@ from d2f.engine.policy import (
 from d2f.engine.request import Request
 from d2f.errors import ConfigError, counted
 from d2f.serving.errors import ApiError, bad_field
-from d2f.serving.protocol import ChatBody, CompletionBody, GenerationBody
+from d2f.serving.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from d2f.serving.served_model import ServedModel, find_model
 from d2f.serving.settings import ServeSettings
 from d2f.text import Tokenizer
@@ -33,32 +32,22 @@ _LONG_TEXT = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The requests to the engine of one POST, and the form of their answer.
-
-    Choice i of prompt p is `requests[p * n + i]`.
-    """
+    """The requests to the engine of one POST. Choice i of prompt p is `requests[p * n + i]`."""
 
     model: ServedModel
     requests: list[Request]
     chat: bool
-    stop: tuple[str, ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
+    logprobs: bool
+    options: StreamOptions
+    eos_token_ids: tuple[int, ...]
     """Tokens that end each response and are no part of its text."""
-    logprobs: bool = False
-    num_alternatives: int = 0
-    """The number of most probable tokens that are told with each logprob."""
-    stream: bool = False
-    include_usage: bool = False
-    include_provisional: bool = False
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int
     """The number of tokens of all prompts, each counted once."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-async def make_plan(
-    body: GenerationBody, models: dict[str, ServedModel], settings: ServeSettings
-) -> Plan:
+async def make_plan(body: Body, models: dict[str, ServedModel], settings: ServeSettings) -> Plan:
     """Encode the prompts and fill in what the body leaves open.
 
     Raises:
@@ -67,22 +56,19 @@ async def make_plan(
     """
     default = next(iter(models))
     model = find_model(models, default if body.model is None else body.model)
-    n = body.n or 1
-    number = len(body.prompt) * n if isinstance(body, CompletionBody) else n
-    if number > settings.max_choices:
-        most = settings.max_choices
+    n, most = body.n or 1, settings.max_choices
+    number = n if isinstance(body, ChatBody) else len(body.prompt) * n
+    if number > most:
         raise _refused("n", f"{number} responses to one request; at most {most} are allowed")
     prompts = await _encode(body, model, settings)
-    options = body.stream_options
-    if options is not None and not body.stream:
+    if body.stream_options is not None and not body.stream:
         raise _refused("stream_options", "only a stream has them; add stream: true")
     decoding = _decoding(body, model)
     ends = _ends(body, model)
     seed = body.seed
     if seed is None:
         seed = secrets.randbits(31) if body.temperature else 0
-    wanted = body.logprobs if isinstance(body, CompletionBody | ChatBody) else None
-    told = body.top_logprobs if isinstance(body, ChatBody) else wanted
+    told = body.top_logprobs if isinstance(body, ChatBody) else body.logprobs
     requests = [
         Request(
             prompt_ids=ids,
@@ -106,13 +92,9 @@ async def make_plan(
         model=model,
         requests=requests,
         chat=isinstance(body, ChatBody),
-        stop=body.stops,
+        logprobs=body.logprobs is not None and body.logprobs is not False,
+        options=body.stream_options or StreamOptions(),
         eos_token_ids=ends,
-        logprobs=wanted is not None and wanted is not False,
-        num_alternatives=told or 0,
-        stream=bool(body.stream),
-        include_usage=options is not None and bool(options.include_usage),
-        include_provisional=options is not None and bool(options.include_provisional),
         num_prompt_tokens=sum(map(len, prompts)),
     )
 
@@ -121,7 +103,7 @@ def _refused(param: str, words: str) -> ApiError:
     return bad_field(param, f"{param}: {words}")
 
 
-def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
+def _decoding(body: Body, model: ServedModel) -> dict[str, Any]:
     changes = body.policy.changes() if body.policy is not None else {}
     strategy = body.strategy
     if strategy is None:
@@ -139,7 +121,7 @@ def _decoding(body: GenerationBody, model: ServedModel) -> dict[str, Any]:
     return {"strategy": strategy, "policy": policy, "options": options}
 
 
-def _ends(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
+def _ends(body: Body, model: ServedModel) -> tuple[int, ...]:
     """Tokens that end a response: the body's and, unless they replace these, the model's own."""
     spec = model.engine.model.spec
     own = () if body.replace_eos else spec.eos_token_ids
@@ -163,9 +145,7 @@ def most_tokens(model: ServedModel, settings: ServeSettings) -> int:
     return room if settings.max_tokens is None else min(room, settings.max_tokens)
 
 
-def _limit(
-    body: GenerationBody, prompt_length: int, model: ServedModel, settings: ServeSettings
-) -> int:
+def _limit(body: Body, prompt_length: int, model: ServedModel, settings: ServeSettings) -> int:
     """Most tokens of a response."""
     given, other = body.max_tokens, body.max_completion_tokens
     if given is not None and other is not None and given != other:
@@ -188,15 +168,12 @@ def _limit(
     return wanted
 
 
-async def _encode(
-    body: GenerationBody, model: ServedModel, settings: ServeSettings
-) -> list[list[int]]:
+async def _encode(body: Body, model: ServedModel, settings: ServeSettings) -> list[list[int]]:
     """The token ids of all prompts."""
     most = most_prompt_tokens(model, settings)
     if isinstance(body, ChatBody):
         param, texts = "messages", ["".join(message.text for message in body.messages)]
     else:
-        assert isinstance(body, CompletionBody)
         param, texts = "prompt", [prompt for prompt in body.prompt if isinstance(prompt, str)]
     for text in texts:
         if len(text) > most * _MOST_CHARACTERS_PER_TOKEN:
@@ -210,14 +187,13 @@ async def _encode(
     return prompts
 
 
-def _prompt_ids(body: GenerationBody, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompt_ids(body: Body, tokenizer: Tokenizer) -> list[list[int]]:
     if isinstance(body, CompletionBody):
-        prompts: Sequence[str | list[int]] = body.prompt
+        prompts = cast("list[str | list[int]]", body.prompt)
         return [
             tokenizer.encode_prompt(prompt, chat=False) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
-    assert isinstance(body, ChatBody)
     messages = body.messages
     if tokenizer.chat_template is not None:
         return [tokenizer.encode_chat([message.for_template() for message in messages])]

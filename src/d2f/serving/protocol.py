@@ -15,9 +15,9 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    PlainValidator,
     ValidationError,
-    WithJsonSchema,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 
 from d2f.engine.request import MOST_ALTERNATIVES, MOST_TEMPERATURE
@@ -27,17 +27,6 @@ from d2f.serving.errors import ApiError, bad_field, show_value
 _MOST_TOKEN_ID = 2**31 - 1
 _MOST_STOPS = 16
 _LONGEST_STOP = 256
-
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MOST_TOKEN_ID}}
-_PROMPT_SCHEMA = {
-    "description": "A text, or its token ids, or several of either.",
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "minItems": 1, "items": {"type": "string"}},
-        {**_IDS, "minItems": 1},
-        {"type": "array", "minItems": 1, "items": _IDS},
-    ],
-}
 
 
 def _show_neutral(schema: dict[str, Any], kind: type[_Body]) -> None:
@@ -60,31 +49,32 @@ class _Body(BaseModel):
     """Fields of OpenAI's that are not supported -> the values at which they change nothing."""
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item <= _MOST_TOKEN_ID for item in value
-    )
-
-
-def _check_prompt(value: Any) -> list[str] | list[list[int]]:
+def _as_list(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """A prompt as a list of prompts."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
-            return value
-        if _is_ids(value):
-            return [value]
-    raise ValueError(
-        "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
-    )
+    try:
+        checked = check(value)
+    except ValidationError:
+        raise ValueError(
+            "must be a text, a list of texts, a list of token ids or a list of such lists, "
+            "not empty"
+        ) from None
+    return [checked] if isinstance(checked, str) or isinstance(checked[0], int) else checked
 
 
+_Several = Field(min_length=1, fail_fast=True)
 StopText = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=_MOST_STOPS)] | None
 TokenId = Annotated[int, Field(ge=0, le=_MOST_TOKEN_ID)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=_MOST_STOPS, fail_fast=True)] | None
-Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+_Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+Prompt = Annotated[
+    str
+    | Annotated[list[str], _Several]
+    | Annotated[list[TokenId], _Several]
+    | Annotated[list[_Ids], _Several],
+    WrapValidator(_as_list),
+    Field(description="A text, or its token ids, or several of either."),
+]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)] | None
 Count = Annotated[int, Field(ge=1, lt=2**31)] | None
 Alternatives = Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None
@@ -265,13 +255,14 @@ class ChatBody(GenerationBody):
     }
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = CompletionBody | ChatBody
+AnyBody = TypeVar("AnyBody", bound=GenerationBody)
 _TABLES: dict[str, type[_Body]] = {
     "policy": Policy, "stream_options": StreamOptions, "messages": Message,
 }  # fmt: skip
 
 
-def parse_body(kind: type[Body], value: dict[str, Any]) -> Body:
+def parse_body(kind: type[AnyBody], value: dict[str, Any]) -> AnyBody:
     """Check a body.
 
     Raises:

@@ -26,11 +26,6 @@ def open_socket(host: str, port: int) -> socket.socket:
 
     Raises:
         ConfigError: There is no such host, or the port is in use or not allowed.
-
-    Example:
-        >>> with open_socket("127.0.0.1", 0) as bound:
-        ...     bound.getsockname()[0]
-        '127.0.0.1'
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

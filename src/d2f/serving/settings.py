@@ -53,12 +53,7 @@ def _check_origin(origin: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """The address that the server listens on, and what it demands and refuses.
-
-    Example:
-        >>> ServeSettings(port=0).host
-        '127.0.0.1'
-    """
+    """The address that the server listens on, and what it demands and refuses."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -90,16 +85,16 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "port"):
             value = getattr(self, name)
-            unlimited = value is None and name.endswith("_tokens")
-            if type(value) is not int and not unlimited:
+            if type(value) is not int and not (value is None and name.endswith("_tokens")):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number")
         for name in _COUNTS:
             at_least(name, getattr(self, name), 1)
         for name in _SECONDS:
-            if type(getattr(self, name)) not in (int, float):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a number")
-            at_least(name, getattr(self, name), 0)
-            if math.isinf(getattr(self, name)):
+            value = getattr(self, name)
+            if type(value) not in (int, float):
+                raise ConfigError(f"{name} is {value!r}; it must be a number")
+            at_least(name, value, 0)
+            if math.isinf(value):
                 raise ConfigError(f"{name} is infinite; it must be a finite number of seconds")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port!r}; it must be a whole number from 0 to 65535")

@@ -8,7 +8,7 @@ room again.
 from __future__ import annotations
 
 import asyncio
-import threading
+import functools
 import time
 import weakref
 from collections import deque
@@ -26,17 +26,11 @@ has the whole state, so the reader loses nothing but the steps between."""
 LEAST_SECONDS, MOST_SECONDS = 1.0, 60.0
 """Bounds of `Retry-After`; common clients wait no longer than a minute."""
 _NUM_RECENT = 64
-"""The number of ended requests that `Pace` remembers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """The state of a request after a step of the engine.
-
-    Example:
-        >>> Update(seconds=0.5, waited=0.1, num_forwards=2, token_ids=[4, 5]).done
-        False
-    """
+    """The state of a request after a step of the engine."""
 
     seconds: float = 0.0
     """Seconds since the request's first step began; 0 before that."""
@@ -100,12 +94,10 @@ class Job:
 class Ticket:
     """A client's hold on a request in the service: the updates, and the means to cancel it.
 
-    A ticket is an asynchronous iterator of updates: one for each step that commits tokens, or for
-    every step if the request is watched. A slow reader gets the newest state only; of a watched
-    request it gets the last `MOST_UNREAD` updates. One task at a time may read a ticket, either by
-    `async for` or by `last`. A ticket that is dropped before its end cancels its request.
-
-    Only the thread of the service's event loop may use it.
+    `async for` gives an update for each step that commits tokens, or for every step if the request
+    is watched. A slow reader gets the newest state only; of a watched request it gets the last
+    `MOST_UNREAD` updates. One task at a time may read a ticket, on the service's event loop. A
+    ticket that is dropped before its end cancels its request.
     """
 
     def __init__(self, job: Job, on_cancel: Callable[[Job], None]) -> None:
@@ -187,62 +179,47 @@ class Ticket:
 
 
 class Mailbox:
-    """Carries updates from the engines' thread to the tickets, with one wake-up of the loop a step.
-
-    An update that the loop has not fetched yet is replaced by a newer one of the same request; the
-    updates of a watched request are all kept.
-    """
+    """Carries news from the engines' thread to the event loop, with one wake-up of it a step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
         self._loop, self._metrics = loop, metrics
-        self._lock = threading.Lock()
-        self._updates: dict[Job, list[Update]] = {}
-        self._calls: list[Callable[[], None]] = []
+        self._news: deque[Callable[[], None]] = deque()
         self._woken = False
-        """Whether the loop was woken and has not fetched the news yet."""
+        """Whether the loop was woken and has not begun to fetch the news."""
         self._cpu_seconds = time.thread_time()
 
     def post(self, job: Job, update: Update) -> None:
-        """Store an update for the job's ticket."""
-        with self._lock:
-            if job.watch:
-                self._updates.setdefault(job, []).append(update)
-            else:
-                self._updates[job] = [update]
+        """Send an update to the job's ticket."""
+        self._news.append(functools.partial(_hand_out, job, update))
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have a function called on the loop, before the tickets get their updates."""
-        with self._lock:
-            self._calls.append(function)
+        """Have a function called on the loop."""
+        self._news.append(function)
 
     def send(self) -> bool:
         """Wake the loop if there is news; False if the loop is closed."""
-        with self._lock:
-            needed = not self._woken and bool(self._updates or self._calls)
-            self._woken = self._woken or needed
-        if not needed:
-            return True
-        try:
-            self._loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:
-            return False
+        if self._news and not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                return False
         return True
 
     def _deliver(self) -> None:
-        with self._lock:
-            updates, self._updates = self._updates, {}
-            calls, self._calls = self._calls, []
-            self._woken = False
-        for function in calls:
-            function()
-        for job, news in updates.items():
-            ticket = job.ticket() if job.ticket is not None else None
-            if ticket is not None:
-                for update in news:
-                    ticket.receive(update)
+        # First, so that news which come after the last look wake the loop again.
+        self._woken = False
+        while self._news:
+            self._news.popleft()()
         spent = time.thread_time()
         self._metrics.event_loop_cpu.inc(spent - self._cpu_seconds)
         self._cpu_seconds = spent
+
+
+def _hand_out(job: Job, update: Update) -> None:
+    ticket = job.ticket() if job.ticket is not None else None
+    if ticket is not None:
+        ticket.receive(update)
 
 
 class Pace:
@@ -251,13 +228,6 @@ class Pace:
     The queue has room when a request leaves it, which is when a running one ends. The rate at which
     requests left lately would mislead: they come in bursts with idle times between. One thread
     writes, any thread may read.
-
-    Example:
-        >>> pace = Pace()
-        >>> pace.leave()
-        >>> pace.begin("a", time.perf_counter())
-        >>> pace.num_left, pace.seconds_for(1)
-        (1, 1.0)
     """
 
     def __init__(self) -> None:
@@ -299,8 +269,7 @@ class Pace:
 def _remaining(age: float, taken: list[float]) -> float:
     """Expected seconds until a request of this age ends, going by those that took longer.
 
-    Where no recent request took longer, it may last as long again; the more requests are known, the
-    less likely that is.
+    Where none did, it may last as long again, the less likely the more requests are known.
 
     Example:
         >>> _remaining(3.0, [2.0, 4.0, 8.0]), _remaining(3.0, []), _remaining(3.0, [1.0, 2.0])

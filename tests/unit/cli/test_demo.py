@@ -60,7 +60,7 @@ def check_report(text):
 
 
 def test_files_are_checked_before_the_race(d2f, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "_load_models", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr("d2f.models.checkpoint.load_model", lambda *_, **__: pytest.fail("began"))
     for option in ("--json", "--plot"):
         done = d2f("demo", option, tmp_path / "missing" / "file")
         assert (done.code, done.err.count("\n")) == (1, 1)
@@ -75,7 +75,7 @@ def test_files_are_checked_before_the_race(d2f, tmp_path, monkeypatch):
 
 def test_without_matplotlib(d2f, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(demo, "_load_models", lambda *_: sys.exit(0))
+    monkeypatch.setattr("d2f.models.checkpoint.load_model", lambda *_, **__: sys.exit(0))
     asked = d2f("demo", "--plot", "race.png")
     assert asked.code == 1
     assert "--plot needs matplotlib: pip install matplotlib" in asked.err

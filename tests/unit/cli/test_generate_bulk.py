@@ -14,7 +14,7 @@ import pytest
 from tests.unit.cli.conftest import POLICY
 
 from d2f.cli import answer_file
-from d2f.cli.bulk_options import ANSWER_COLUMNS, BulkOptions
+from d2f.cli.generate import ANSWER_COLUMNS, BulkOptions
 from d2f.cli.usage import UsageError
 from d2f.engine.engine import Engine
 from d2f.engine.request import Request
@@ -354,7 +354,7 @@ def test_wrong_options_are_refused_in_one_clear_line(bulk, options, message):
 def test_options_that_belong_together(given, message):
     options = {name: value for name, value in given.items() if name != "prompt"}
     with pytest.raises(UsageError, match=re.escape(message)):
-        BulkOptions(**options).bulk(given.get("prompt"), stream=False)
+        BulkOptions(**options).source(given.get("prompt"), stream=False)
 
 
 def test_a_second_name_of_the_prompts_is_no_output(bulk, source, output):

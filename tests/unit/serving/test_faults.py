@@ -162,7 +162,7 @@ def test_a_thread_whose_loop_has_gone_ends():
         return service, tickets
 
     service, tickets = asyncio.run(run())
-    service._worker._thread.join(timeout=30)
-    assert not service._worker._thread.is_alive()
+    service._thread.join(timeout=30)
+    assert not service._thread.is_alive()
     assert all_free(model)
     del tickets

@@ -13,17 +13,16 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from d2f.cli import ray_app
-from d2f.cli.ray_app import RayArguments
+from d2f.cli.ray_app import LocalClients, RayArguments, Replica, deployment_options
 from d2f.errors import ConfigError
 from d2f.serving.errors import Unavailable
-from d2f.serving.ray_app import LocalClients, Replica, Scaling, deployment_options
 from d2f.serving.settings import ServeSettings
 from d2f.testing import write_checkpoint
 
 
 def test_options_of_the_deployment():
-    scaling = Scaling(min_replicas=2, max_replicas=5, target_ongoing_requests=8, num_gpus=1)
-    options = deployment_options(scaling, max_batch_size=64, max_waiting=256, drain_seconds=30)
+    scaling = {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 8, "num_gpus": 1}
+    options = deployment_options(RayArguments(**scaling))
     assert options["autoscaling_config"] == {
         "min_replicas": 2,
         "initial_replicas": 2,
@@ -51,7 +50,7 @@ def test_options_of_the_deployment():
 )
 def test_impossible_scaling_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Scaling(**values)
+        RayArguments(**values)
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):

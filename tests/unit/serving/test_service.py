@@ -340,7 +340,7 @@ def test_a_drain_lets_requests_end_and_takes_no_more():
         update = await ticket.last()
         await stopping
         assert service.state is ServiceState.STOPPED
-        assert not service._worker._thread.is_alive()
+        assert not service._thread.is_alive()
         return update.result.token_ids
 
     assert asyncio.run(run()) == expected([request(length=40)])[0]
@@ -360,7 +360,7 @@ def test_what_outlasts_a_drain_ends_with_a_word():
             with pytest.raises(Unavailable, match="stopping"):
                 await service.submit("tiny", [request()])
             assert all_free(model)
-            assert not service._worker._thread.is_alive()
+            assert not service._thread.is_alive()
 
     asyncio.run(run())
 
@@ -422,9 +422,9 @@ def test_nothing_is_kept_of_requests_that_are_done():
                 tickets = await service.submit("tiny", requests, watch=round_ % 2 == 0)
                 await asyncio.gather(*(ticket.last() for ticket in tickets))
             del tickets, requests
-            [station] = service._worker._stations.values()
+            [station] = service._stations.values()
             assert not station._jobs
-            assert not service._worker._mailbox._updates
+            assert not service._mailbox._news
             await asyncio.sleep(0)
             gc.collect()
             left = [one for one in gc.get_objects() if type(one) in (Job, Ticket, Update)]

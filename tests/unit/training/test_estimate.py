@@ -9,6 +9,7 @@ import torch
 from tests.unit.training.memory import LiveMemory
 from tests.unit.training.tiny_run import make_config, make_trainer
 
+from d2f.cli.bench_train import TrainOptions
 from d2f.cli.bench_train_setup import TrainSetup
 from d2f.models.lora import LoraConfig, attach_adapter
 from d2f.models.presets import preset_spec
@@ -91,14 +92,9 @@ def test_memory_at_8b_is_that_measured_on_a_gpu(report, row):
     noise = NoiseConfig(**settings.pop("noise"))
     processes = Processes(torch.device("meta"))
     processes.world_size = settings.pop("processes")
-    setup = TrainSetup(
-        shape=report["model"]["name"],
-        model=None,
-        layers=None,
-        dtype="bfloat16",
-        processes=processes,
-        **settings,
-    )
+    assert settings.pop("objective", "forward_kl") == "forward_kl"
+    options = TrainOptions(shape=report["model"]["name"], full=settings["lora"] is None, **settings)
+    setup = TrainSetup.of(options, processes, "bfloat16")
     config = replace(setup.config(row["micro_batch"], row["checkpointing"], "unused"), noise=noise)
     spec = preset_spec(report["model"]["name"])
     found = estimate(config, spec, processes=processes.world_size, compiled=config.compile)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from tests.unit.serving.running import Metrics, request, served
 
-from d2f.serving import worker as module
+from d2f.serving import station as module
+from d2f.serving.station import Station
 from d2f.serving.ticket import Job, Pace
-from d2f.serving.worker import Station
 
 
 class Letters:
