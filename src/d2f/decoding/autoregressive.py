@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.batch import BlockState, BlockView, decoded_prefix
-from d2f.decoding.paged import PagedDecoder, StepShape, make_record
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
+from d2f.decoding.step import StepShape, make_record
 
 
 class AutoregressiveDecoder(PagedDecoder):

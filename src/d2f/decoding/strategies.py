@@ -291,17 +291,17 @@ def _alone(name: str, decoder: str, options: type[Options]) -> Strategy:
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy(name="pipelined", decoder="pipelined:PipelinedDecoder", heeds=_PIPELINE),
+        Strategy(name="pipelined", decoder="paged:PipelinedDecoder", heeds=_PIPELINE),
         # One block after the other.
         Strategy(
             name="serial",
-            decoder="pipelined:PipelinedDecoder",
+            decoder="paged:PipelinedDecoder",
             heeds=(*_WINDOW, *_TOKENS),
             fixes={"add_threshold": 1.0, "activate_threshold": 1.0},
         ),
         Strategy(
             name="entropy",
-            decoder="pipelined:EntropyDecoder",
+            decoder="paged:EntropyDecoder",
             options=EntropyOptions,
             heeds=(*_WINDOW, *_SHARES),
             fixes={"confidence": "neg_entropy"},

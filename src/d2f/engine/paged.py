@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from d2f.decoding.batch import NOT_FINITE, BlockView
-from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import RowSizes, RowStorage, power_of_two
+from d2f.decoding.step import RowRecord, StepShape
 from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
 from d2f.engine.request import Progress, Task
 from d2f.engine.runner import Pending, Runner, StepSizer

@@ -17,8 +17,8 @@ from d2f.decoding.batch import (
     cut_at_eos,
     decoded_prefix,
 )
-from d2f.decoding.paged import RowRecord
 from d2f.decoding.rows import HostRow, RowRequest
+from d2f.decoding.step import RowRecord
 from d2f.decoding.strategies import Strategy, check_strategy, default_strategy, find_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.stops import StopStrings
@@ -138,12 +138,13 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
+    fixes = find_strategy(strategy).fixes
     return dataclasses.replace(
         request,
         prompt_ids=prompt,
         strategy=strategy,
         eos_token_id=eos_ids,
-        policy=dataclasses.replace(policy, **find_strategy(strategy).fixes),
+        policy=dataclasses.replace(policy, **fixes) if fixes else policy,
         stop=stop,
         # Whole numbers of any size are none to torch.
         temperature=float(request.temperature),

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape, read_record
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import RowStorage, power_of_two
+from d2f.decoding.step import RowRecord, StepShape, read_record
 from d2f.engine.clock import StepClock, StepTime
 from d2f.engine.request import Task
 

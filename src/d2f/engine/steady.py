@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from d2f.decoding.paged import PagedDecoder, StepShape
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import (
     NEW_ROW,
     HostRow,
@@ -18,6 +18,7 @@ from d2f.decoding.rows import (
     RowStorage,
     power_of_two,
 )
+from d2f.decoding.step import StepShape
 from d2f.decoding.strategies import STRATEGIES, default_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.clock import StepClock

@@ -19,7 +19,7 @@ from tests.unit.engine.workload import (
 )
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
-from d2f.decoding.pipelined import PipelinedDecoder
+from d2f.decoding.paged import PipelinedDecoder
 from d2f.decoding.rows import RowStorage
 from d2f.engine.paged import LEAST_ALONE
 from d2f.engine.pages import PromptCache
