@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,22 +176,15 @@ def _served_name(source: str) -> str:
 
 def _race_model(name: str, choice: ModelChoice) -> ServedModel:
     from d2f.engine.engine import Engine, EngineConfig
-    from d2f.engine.pages import enough_bytes
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    config, spec = EngineConfig(max_batch_size=RACE_BATCH_SIZE), loaded.spec
-    # Said in bytes, so that on a GPU it does not take the memory that is free.
-    size = enough_bytes(
-        spec,
-        [spec.max_positions] * RACE_BATCH_SIZE,
-        page_size=config.page_size,
-        max_batch_size=RACE_BATCH_SIZE,
-        dtype=loaded.dtype,
-    )
+    config = EngineConfig(max_batch_size=RACE_BATCH_SIZE)
+    # Fitted, so that on a GPU it does not take the memory that is free.
+    config = config.fitted(loaded, [loaded.spec.max_positions] * RACE_BATCH_SIZE)
     return ServedModel(
         name=name,
-        engine=Engine(loaded, dataclasses.replace(config, kv_cache_bytes=size), tokenizer),
+        engine=Engine(loaded, config, tokenizer),
         tokenizer=tokenizer,
     )
 

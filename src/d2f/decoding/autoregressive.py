@@ -31,7 +31,7 @@ class AutoregressiveDecoder(PagedDecoder):
     def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
         """Each step ahead appends one token, which the next one computes."""
         end = row.state.end + ahead
-        return (end - 1 if ahead else row.state.start), min(end, row.asked.longest)
+        return (end - 1 if ahead else row.state.start), min(end, row.longest)
 
     def num_candidates(self, row: HostRow) -> int:
         """One."""

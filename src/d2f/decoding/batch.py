@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.alternatives import Alternatives
+from d2f.decoding.strategies import Options
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
 from d2f.ops.sampling import CONFIDENCE_CODES, Sampling
@@ -80,6 +81,23 @@ class GenerationResult:
     def query_tokens_per_forward(self) -> float:
         """Tokens computed / forwards: what a forward costs, beside what it yields."""
         return self.num_query_tokens / max(self.num_forwards, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRequest:
+    """What a row is asked for."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    policy: DecodingPolicy
+    options: Options = field(default_factory=Options)
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    early_stop: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,13 +207,11 @@ class StepSizer:
 
     Args:
         runner: It runs the steps.
-        max_rows: Rows of its storage.
         max_end: A bound for the end of every row.
         exact: The host knows where every row stands, so no step need be larger than its rows.
     """
 
     runner: Runner
-    max_rows: int
     max_end: int
     exact: bool
 
@@ -244,11 +242,11 @@ class StepSizer:
                 self._bucket(running, counts),
                 longest,
                 one_token=decoder.one_token,
-                max_rows=self.max_rows,
+                max_rows=self.runner.storage.max_rows,
                 max_end=self.max_end,
                 **kinds,
             )
-        num_rows = min(power_of_two(num_rows), self.max_rows)
+        num_rows = min(power_of_two(num_rows), self.runner.storage.max_rows)
         candidates = sum(
             end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
         )
