@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.alternatives import Alternatives, choose_with_alternatives, read_alternatives
-from d2f.decoding.batch import Decoded, Sequences
+from d2f.decoding.batch import Decoded, DecodingBatch, RowRequest
 from d2f.decoding.workspace import Workspace
 from d2f.models.cache import PagedCache, ScratchCache
 from d2f.models.transformer import Transformer
@@ -70,7 +70,7 @@ class Canvas:
 
     Args:
         model: The model; packed.
-        sequences: The batch.
+        asked: What the sequences of the batch are asked for.
         workspace: Where its buffers are.
         keeps_cache: Each layer keeps the keys and values of its last forward.
         responses: What is decoded already, None where it is not; None: nothing.
@@ -82,7 +82,7 @@ class Canvas:
     def __init__(
         self,
         model: Transformer,
-        sequences: Sequences,
+        asked: Sequence[RowRequest],
         workspace: Workspace,
         *,
         keeps_cache: bool = False,
@@ -92,21 +92,18 @@ class Canvas:
         alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         assert model.spec.mask_token_id is not None
-        self.model, self.sequences = model, sequences
+        self.model, self.asked = model, asked
         self.workspace, self.backend = workspace, workspace.backend
         self.mask_token_id = model.spec.mask_token_id
-        self.counts = [
-            len(prompt) + limit
-            for prompt, limit in zip(sequences.prompts, sequences.max_new_tokens, strict=True)
-        ]
+        self.counts = [len(one.prompt) + one.max_new_tokens for one in asked]
         self.num_tokens = workspace.padded(sum(self.counts))
         self.width = workspace.padded(max(self.counts))
-        self.response_width = workspace.padded(max(sequences.max_new_tokens))
+        self.response_width = workspace.padded(max(one.max_new_tokens for one in asked))
         num_pages = -(-self.width // PAGE_SIZE)
-        num_eos = len(sequences.eos_token_ids)
-        self.num_alternatives = min(sequences.num_alternatives, model.spec.vocab_size)
+        num_eos = len(asked[0].eos_token_ids)
+        self.num_alternatives = min(asked[0].num_alternatives, model.spec.vocab_size)
         self.key: Hashable = (
-            "canvas", len(sequences), self.num_tokens, self.width, self.response_width, num_eos,
+            "canvas", len(asked), self.num_tokens, self.width, self.response_width, num_eos,
             keeps_cache, self.num_alternatives,
         )  # fmt: skip
         device = model.device
@@ -115,7 +112,7 @@ class Canvas:
             def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
                 return torch.zeros(shape, device=device, dtype=dtype)
 
-            batch = len(sequences)
+            batch = len(asked)
             return CanvasBuffers(
                 ids_T=zeros(self.num_tokens + 1),
                 probability_T=zeros(self.num_tokens + 1, dtype=torch.float32),
@@ -130,7 +127,7 @@ class Canvas:
 
         self.buffers = workspace.buffers(self.key, make)
         # By powers of two, so that all lengths together take no more than twice the longest's room.
-        capacity = 1 << (len(sequences) * num_pages).bit_length()
+        capacity = 1 << (len(asked) * num_pages).bit_length()
         kind = PagedCache if keeps_cache else ScratchCache
         self.cache = workspace.buffers(
             (kind, capacity),
@@ -142,12 +139,12 @@ class Canvas:
                 dtype=model.dtype,
             ),
         )
-        nothing = [[None] * limit for limit in sequences.max_new_tokens]
+        nothing = [[None] * one.max_new_tokens for one in asked]
         self._responses: Sequence[Sequence[int | None]] | None = responses or nothing
         """None where they must be read first."""
         self._probabilities: Sequence[Sequence[float | None]] | None = probabilities or nothing
         """Likewise."""
-        self._write(self._responses, self._probabilities, finite or [True] * len(sequences))
+        self._write(self._responses, self._probabilities, finite or [True] * len(asked))
         self._write_alternatives(alternatives)
 
     def _write(
@@ -157,17 +154,14 @@ class Canvas:
         finite: Sequence[bool],
     ) -> None:
         """Fill the buffers."""
-        sequences, buffers = self.sequences, self.buffers
-        ids: list[int] = []
-        for prompt, response in zip(sequences.prompts, responses, strict=True):
-            ids += [*prompt, *(self.mask_token_id if t is None else t for t in response)]
-        accepted: list[float] = []
-        for prompt, known in zip(sequences.prompts, probabilities, strict=True):
-            accepted += [*[0.0] * len(prompt), *(p or 0.0 for p in known)]
+        buffers, ids, accepted = self.buffers, list[int](), list[float]()
+        for one, response, known in zip(self.asked, responses, probabilities, strict=True):
+            ids += [*one.prompt, *(self.mask_token_id if t is None else t for t in response)]
+            accepted += [*[0.0] * len(one.prompt), *(p or 0.0 for p in known)]
         count_B = torch.tensor(self.counts)
         first_B = count_B.cumsum(0) - count_B
-        prompt_B = torch.tensor([len(prompt) for prompt in sequences.prompts])
-        seed_B = torch.tensor(sequences.seeds)
+        prompt_B = torch.tensor([len(one.prompt) for one in self.asked])
+        seed_B = torch.tensor([one.seed for one in self.asked])
         row_U = torch.arange(len(count_B)).repeat_interleave(count_B)
         position_U = torch.arange(len(row_U)) - first_B[row_U]
         pages_BP = torch.arange(buffers.pages_BP.numel(), dtype=torch.int32) + 1
@@ -186,7 +180,7 @@ class Canvas:
         buffers.tokens_3T.copy_(tokens_3T)
         buffers.facts_5B.copy_(torch.stack([first_B, prompt_B, count_B, limit_B, seed_B]))
         buffers.pages_BP.copy_(pages_BP)
-        buffers.eos_E.copy_(torch.tensor(sequences.eos_token_ids, dtype=torch.long))
+        buffers.eos_E.copy_(torch.tensor(self.asked[0].eos_token_ids, dtype=torch.long))
         buffers.step_1.zero_()
         buffers.report_3B.zero_()
         buffers.report_3B[2].copy_(torch.tensor(finite))
@@ -284,7 +278,7 @@ class Canvas:
             self.backend,
             mask_token_id=self.mask_token_id,
             count=self.num_alternatives,
-            sampling=lambda part: self.sequences.sampling(
+            sampling=lambda part: self.asked[0].sampling(
                 seed_M[part], position_M[part], step_M[part]
             ),
             confidence_M=None if confidence is None else torch.full_like(seed_M, confidence),
@@ -365,11 +359,25 @@ class Canvas:
         """A buffer's values at the responses' places, on the host."""
         values_T, ends = values_T.cpu(), itertools.accumulate(self.counts)
         return [
-            values_T[end - limit : end].tolist()
-            for end, limit in zip(ends, self.sequences.max_new_tokens, strict=True)
+            values_T[end - one.max_new_tokens : end].tolist()
+            for end, one in zip(ends, self.asked, strict=True)
         ]
 
 
 def _first(flag_BR: Tensor, index_R: Tensor) -> Tensor:
     """Where each row's first flag is set; beyond every position if none is: (B,)."""
     return index_R.where(flag_BR, _FAR).amin(-1)
+
+
+class CanvasBatch(DecodingBatch):
+    """A batch whose sequences lie on a canvas."""
+
+    canvas: Canvas
+
+    def decoded(self, row: int) -> Decoded:
+        """The response of a sequence as far as it is decoded."""
+        return self.canvas.decoded(row)
+
+    def finite(self) -> list[bool]:
+        """Of which sequences all logits so far were finite."""
+        return self.canvas.report()[2]

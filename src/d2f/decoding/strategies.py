@@ -279,8 +279,6 @@ class Strategy:
 _WINDOW = ("block_size", "max_live_blocks")
 _SHARES = ("add_threshold", "activate_threshold")
 _TOKENS = ("confidence_threshold", "confidence")
-
-
 _PIPELINE = (*_WINDOW, *_SHARES, *_TOKENS)
 
 
@@ -314,7 +312,9 @@ STRATEGIES: dict[str, Strategy] = {
         _alone("dual-cache", "fast_dllm:DualCacheBatch", FastOptions),
         _alone("dllm-cache", "dllm_cache:DLLMCacheBatch", RefreshOptions),
         Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
-        Strategy(name="reference", decoder="reference:ReferenceBatch", heeds=_PIPELINE),
+        Strategy(
+            name="reference", decoder="reference:ReferenceSequence", heeds=_PIPELINE, max_rows=1
+        ),
     )
 }
 

@@ -327,6 +327,7 @@ class Task(HostRow):
             min_p=request.min_p,
             seed=request.seed,
             early_stop=request.early_stop,
+            num_alternatives=request.num_alternatives,
         )
         return cls(number=number, request=request, strategy=strategy, stops=stops, asked=asked)
 
