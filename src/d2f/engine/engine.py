@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from d2f.decoding.batch import BlockView, GenerationResult, decoded_prefix
+from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.strategies import Strategy
 from d2f.decoding.workspace import Workspace
@@ -247,14 +247,10 @@ class Engine:
                 self._advance()
                 if number not in self._ready and number in self._tasks:
                     task, blocks = self._tasks[number], self.view(number)
-                    tokens = decoded_prefix(t for block in blocks for t in block.token_ids)
+                    tokens = (token for block in blocks for token in block.token_ids)
                     if blocks:
-                        yield Output(
-                            request_id=number,
-                            blocks=blocks,
-                            eos_token_ids=task.asked.eos_token_ids,
-                            stop_at=task.stop_at(tokens),
-                        )
+                        token_ids = task.up_to_end(tokens)
+                        yield Output(request_id=number, blocks=blocks, token_ids=token_ids)
             output = self._ready[number]
             if output.error is not None:
                 raise output.error
@@ -388,7 +384,7 @@ class Engine:
         self._ready[task.number] = Output(
             request_id=task.number,
             blocks=self.view(task.number) if task.number in self._watched else [],
-            eos_token_ids=task.asked.eos_token_ids,
+            token_ids=[] if result is None else result.token_ids,
             result=result,
             error=task.error,
         )

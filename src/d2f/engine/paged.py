@@ -109,8 +109,8 @@ class PagedLane:
         needed, pages = self._pages_for(task.longest), self.pool.num_pages
         if needed > pages:
             raise RequestError(
-                f"the prompt's {counted(len(task.request.prompt_ids), 'token')} and max_new_tokens "
-                f"{task.request.max_new_tokens} need {needed} pages of the key/value cache, which "
+                f"the prompt's {counted(len(task.asked.prompt), 'token')} and max_new_tokens "
+                f"{task.asked.max_new_tokens} need {needed} pages of the key/value cache, which "
                 f"has {pages} of {counted(self._page_size, 'token')}; shorten the prompt, lower "
                 "max_new_tokens or give the engine more with kv_cache_bytes"
             )
@@ -126,7 +126,7 @@ class PagedLane:
 
     def progress(self, task: Task) -> Progress:
         """How far a request is."""
-        token_ids = task.up_to_end(task.decoded())
+        token_ids = task.up_to_end(task.tokens)
         return Progress(token_ids=token_ids, num_forwards=task.state.forwards)
 
     def remove(self, task: Task) -> None:

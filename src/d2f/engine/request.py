@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.alternatives import Alternatives as Alternatives
 from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
@@ -135,22 +134,12 @@ class Output:
     request_id: int
     blocks: list[BlockView]
     """The response's blocks as they stand; of streamed requests only."""
-    eos_token_ids: tuple[int, ...] = ()
-    """Those of the request."""
-    stop_at: int | None = None
-    """Tokens that complete a stop string, where the request goes on behind it."""
+    token_ids: list[int] = field(default_factory=list)
+    """The response so far, up to its first gap, EOS or stop string."""
     result: GenerationResult | None = None
     """Set when the request is done."""
     error: RequestError | None = None
     """Set when it failed."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The response so far, up to its first gap."""
-        if self.result is not None:
-            return self.result.token_ids
-        tokens = (token for block in self.blocks for token in block.token_ids)
-        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0][: self.stop_at]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +279,6 @@ class Task(HostRow):
     """A request on its way through the engine: its progress, and what it holds."""
 
     number: int
-    request: Request
-    """Resolved."""
     strategy: Strategy
     stops: StopStrings | None = None
     """Where the request has any."""
@@ -329,13 +316,13 @@ class Task(HostRow):
             early_stop=request.early_stop,
             num_alternatives=request.num_alternatives,
         )
-        return cls(number=number, request=request, strategy=strategy, stops=stops, asked=asked)
+        return cls(number=number, strategy=strategy, stops=stops, asked=asked)
 
     def clear(self) -> None:
         """Make room for the response, of which nothing is decoded yet."""
         length = self.asked.max_new_tokens
         self.tokens, self.probabilities = [None] * length, [None] * length
-        self.alternatives = [()] * length if self.request.num_alternatives else []
+        self.alternatives = [()] * length if self.asked.num_alternatives else []
 
     def report(self, record: RowRecord) -> None:
         """Take over what a step that ran it reports."""
@@ -344,7 +331,7 @@ class Task(HostRow):
             self.tokens[place] = token
             self.probabilities[place] = probability
             if self.alternatives:
-                self.alternatives[place] = alternatives[: self.request.num_alternatives]
+                self.alternatives[place] = alternatives[: self.asked.num_alternatives]
 
     def decoded(self) -> list[int]:
         """The response up to its first gap."""
@@ -363,17 +350,15 @@ class Task(HostRow):
         """
         return self.stops is not None and self.ends_at_stop and self.stops.found(self.decoded())
 
-    def stop_at(self, token_ids: Sequence[int]) -> int | None:
-        """How many tokens complete a stop string behind which a running request goes on."""
+    def up_to_end(self, tokens: Iterable[int | None]) -> list[int]:
+        """Of a running request's tokens those before the first gap that its result will have."""
+        token_ids, _ = cut_at_eos(decoded_prefix(tokens), self.asked.eos_token_ids)
+        if self.ends_at_stop:
+            return token_ids
         try:
-            return None if self.ends_at_stop else self._num_until_stop(token_ids)
+            return token_ids[: self._num_until_stop(token_ids)]
         except RequestError:  # its result will fail with the same
-            return None
-
-    def up_to_end(self, token_ids: list[int]) -> list[int]:
-        """Of a running request's tokens those that its result will have."""
-        token_ids, _ = cut_at_eos(token_ids, self.asked.eos_token_ids)
-        return token_ids[: self.stop_at(token_ids)]
+            return token_ids
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
         """A response up to the token that completes a stop string, if there is one.

@@ -274,7 +274,7 @@ class StepSizer:
             "ranked": any(one.policy.confidence != "probability" for one in asked),
             # All that may be asked for, so that there are few shapes.
             "num_alternatives": min(MOST_ALTERNATIVES, self.runner.decoder.model.spec.vocab_size)
-            if any(task.request.num_alternatives for task in running)
+            if any(one.num_alternatives for one in asked)
             else 0,
         }
 

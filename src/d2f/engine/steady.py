@@ -126,9 +126,8 @@ class SteadyStep:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that the step reads once."""
-        spec, positions = self.model.spec, self.kv_length + self.window
-        per_token = spec.kv_bytes_per_token // 2 * self.model.dtype.itemsize
-        return self.batch_size * positions * per_token
+        positions = self.batch_size * (self.kv_length + self.window)
+        return PagedCache.page_bytes(self.model.spec, positions, self.model.dtype)
 
     @property
     def product_flops(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult, decoded_prefix
+from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult
 from d2f.decoding.workspace import Workspace
 from d2f.engine.request import Progress, Task
 from d2f.errors import RequestError
@@ -88,7 +88,7 @@ class UnpagedLane:
             return Progress(token_ids=[], num_forwards=0)
         row = self._rows.index(task)
         tokens = [token for block in self._batch.view(row) for token in block.token_ids]
-        token_ids = task.up_to_end(decoded_prefix(tokens))
+        token_ids = task.up_to_end(tokens)
         return Progress(token_ids=token_ids, num_forwards=self._batch.num_forwards[row])
 
     def step(self) -> None:
