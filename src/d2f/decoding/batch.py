@@ -1,6 +1,6 @@
 """The records that every strategy takes and returns: requests, views of blocks, results.
 
-Shapes: M positions.
+Shapes: M positions, R positions of a response, A alternatives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives
+from d2f.decoding.alternatives import Alternatives, read_alternatives
 from d2f.decoding.strategies import Options
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
@@ -172,6 +172,24 @@ class Decoded:
     """With which each token was accepted, None where not decoded."""
     alternatives: list[Alternatives] = field(default_factory=list)
     """Of each token, empty where not decoded; of a request that asks for none it has no items."""
+
+    @classmethod
+    def read(
+        cls, ids_R: Tensor, probability_R: Tensor, alternatives_RA: Tensor, mask_token_id: int
+    ) -> Decoded:
+        """A response of R positions as it stands on the device.
+
+        Its alternatives are numbers (`d2f.decoding.alternatives`); A is 0 where none are asked for.
+        """
+        tokens = [None if token == mask_token_id else token for token in ids_R.tolist()]
+        pairs = zip(tokens, probability_R.tolist(), strict=True)
+        return cls(
+            tokens=tokens,
+            probabilities=[None if token is None else p for token, p in pairs],
+            alternatives=read_alternatives(alternatives_RA.cpu().numpy())
+            if alternatives_RA.shape[1]
+            else [],
+        )
 
     def block(self, state: BlockState, place: slice = slice(None)) -> BlockView:
         """A part of it as a block that somebody watches."""

@@ -14,11 +14,10 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, choose_with_alternatives, read_alternatives
+from d2f.decoding.alternatives import choose_with_alternatives
 from d2f.decoding.batch import Decoded, DecodingBatch, RowRequest
 from d2f.decoding.workspace import Workspace
 from d2f.models.cache import PagedCache, ScratchCache
@@ -65,6 +64,16 @@ class Block:
     """Where a token is needed."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """A response that another canvas goes on with, as the buffers have it."""
+
+    ids_R: Tensor
+    probability_R: Tensor
+    alternatives_RA: Tensor
+    finite: bool
+
+
 class Canvas:
     """The tokens of a batch and what is done with all of them alike.
 
@@ -73,10 +82,7 @@ class Canvas:
         asked: What the sequences of the batch are asked for.
         workspace: Where its buffers are.
         keeps_cache: Each layer keeps the keys and values of its last forward.
-        responses: What is decoded already, None where it is not; None: nothing.
-        probabilities: Those of `responses`.
-        finite: Which sequences met finite logits only; None: all.
-        alternatives: Those of `responses` as numbers, (B, R, A).
+        kept: What other canvases kept of these responses; None: nothing is decoded yet.
     """
 
     def __init__(
@@ -86,10 +92,7 @@ class Canvas:
         workspace: Workspace,
         *,
         keeps_cache: bool = False,
-        responses: Sequence[Sequence[int | None]] | None = None,
-        probabilities: Sequence[Sequence[float | None]] | None = None,
-        finite: Sequence[bool] | None = None,
-        alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> None:
         assert model.spec.mask_token_id is not None
         self.model, self.asked = model, asked
@@ -139,25 +142,21 @@ class Canvas:
                 dtype=model.dtype,
             ),
         )
-        nothing = [[None] * one.max_new_tokens for one in asked]
-        self._responses: Sequence[Sequence[int | None]] | None = responses or nothing
-        """None where they must be read first."""
-        self._probabilities: Sequence[Sequence[float | None]] | None = probabilities or nothing
-        """Likewise."""
-        self._write(self._responses, self._probabilities, finite or [True] * len(asked))
-        self._write_alternatives(alternatives)
+        self._decoded: list[Decoded] | None = None
+        """None where the responses must be read first."""
+        self._write()
+        for place, known in zip(self._places(), kept or [], strict=bool(kept)):
+            self.buffers.ids_T[place].copy_(known.ids_R)
+            self.buffers.probability_T[place].copy_(known.probability_R)
+            self.buffers.alternatives_TA[place].copy_(known.alternatives_RA)
+        if kept:
+            self.buffers.report_3B[2].copy_(torch.tensor([known.finite for known in kept]))
 
-    def _write(
-        self,
-        responses: Sequence[Sequence[int | None]],
-        probabilities: Sequence[Sequence[float | None]],
-        finite: Sequence[bool],
-    ) -> None:
-        """Fill the buffers."""
-        buffers, ids, accepted = self.buffers, list[int](), list[float]()
-        for one, response, known in zip(self.asked, responses, probabilities, strict=True):
-            ids += [*one.prompt, *(self.mask_token_id if t is None else t for t in response)]
-            accepted += [*[0.0] * len(one.prompt), *(p or 0.0 for p in known)]
+    def _write(self) -> None:
+        """Fill the buffers; the responses are masks."""
+        buffers, ids = self.buffers, list[int]()
+        for one in self.asked:
+            ids += [*one.prompt, *[self.mask_token_id] * one.max_new_tokens]
         count_B = torch.tensor(self.counts)
         first_B = count_B.cumsum(0) - count_B
         prompt_B = torch.tensor([len(one.prompt) for one in self.asked])
@@ -172,27 +171,24 @@ class Canvas:
         tokens_3T[:, : len(ids)] = torch.stack([position_U, slot_U, count_B[row_U]])
         ids_T = torch.zeros(self.num_tokens + 1, dtype=torch.long)
         ids_T[: len(ids)] = torch.tensor(ids)
-        probability_T = torch.zeros(self.num_tokens + 1)
-        probability_T[: len(ids)] = torch.tensor(accepted)
         limit_B = count_B - prompt_B
         buffers.ids_T.copy_(ids_T)
-        buffers.probability_T.copy_(probability_T)
+        buffers.probability_T.zero_()
+        buffers.alternatives_TA.zero_()
         buffers.tokens_3T.copy_(tokens_3T)
         buffers.facts_5B.copy_(torch.stack([first_B, prompt_B, count_B, limit_B, seed_B]))
         buffers.pages_BP.copy_(pages_BP)
         buffers.eos_E.copy_(torch.tensor(self.asked[0].eos_token_ids, dtype=torch.long))
         buffers.step_1.zero_()
         buffers.report_3B.zero_()
-        buffers.report_3B[2].copy_(torch.tensor(finite))
+        buffers.report_3B[2].fill_(1)
 
-    def _write_alternatives(self, alternatives: Sequence[Sequence[Sequence[int]]] | None) -> None:
-        held_TA = self.buffers.alternatives_TA
-        held_TA.zero_()
-        if alternatives is None or self.num_alternatives == 0:
-            return
+    def _places(self) -> list[slice]:
+        """Where each response lies among the tokens."""
         ends = itertools.accumulate(self.counts)
-        for end, known in zip(ends, alternatives, strict=True):
-            held_TA[end - len(known) : end].copy_(torch.tensor(known))
+        return [
+            slice(end - one.max_new_tokens, end) for end, one in zip(ends, self.asked, strict=True)
+        ]
 
     # --------------------------------------------------------------------- parts of a step
 
@@ -313,7 +309,7 @@ class Canvas:
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run a step made of these parts; `key` tells it from others on canvases of this shape."""
-        self._responses = self._probabilities = None
+        self._decoded = None
         self.workspace.run((self.key, key), step)
 
     def report(self) -> tuple[list[int], list[int], list[bool]]:
@@ -321,46 +317,29 @@ class Canvas:
         gaps, ends, finite = self.buffers.report_3B.tolist()
         return gaps, ends, [bool(flag) for flag in finite]
 
-    def responses(self) -> Sequence[Sequence[int | None]]:
-        """The responses, None where not decoded."""
-        if self._responses is None:
-            self._responses = [
-                [None if token == self.mask_token_id else token for token in ids]
-                for ids in self._read(self.buffers.ids_T)
-            ]
-        return self._responses
-
-    def probabilities(self) -> Sequence[Sequence[float | None]]:
-        """With which each token of the responses was accepted, None where not decoded."""
-        if self._probabilities is None:
-            accepted = self._read(self.buffers.probability_T)
-            self._probabilities = [
-                [None if token is None else p for token, p in zip(response, known, strict=True)]
-                for response, known in zip(self.responses(), accepted, strict=True)
-            ]
-        return self._probabilities
-
-    def alternative_numbers(self) -> list[list[list[int]]]:
-        """The alternatives of the responses as numbers, as another canvas takes them."""
-        return self._read(self.buffers.alternatives_TA)
-
     def decoded(self, row: int) -> Decoded:
         """A response as far as it is decoded."""
-        alternatives: list[Alternatives] = []
-        if self.num_alternatives:
-            alternatives = read_alternatives(np.array(self.alternative_numbers()[row]))
-        return Decoded(
-            tokens=list(self.responses()[row]),
-            probabilities=list(self.probabilities()[row]),
-            alternatives=alternatives,
-        )
+        if self._decoded is None:
+            buffers, mask = self.buffers, self.mask_token_id
+            ids_T, probability_T = buffers.ids_T.cpu(), buffers.probability_T.cpu()
+            found_TA = buffers.alternatives_TA.cpu()
+            self._decoded = [
+                Decoded.read(ids_T[place], probability_T[place], found_TA[place], mask)
+                for place in self._places()
+            ]
+        return self._decoded[row]
 
-    def _read(self, values_T: Tensor) -> list[list]:
-        """A buffer's values at the responses' places, on the host."""
-        values_T, ends = values_T.cpu(), itertools.accumulate(self.counts)
+    def keep(self, rows: Sequence[int]) -> list[Kept]:
+        """What another canvas needs to go on with these responses."""
+        buffers, places, finite = self.buffers, self._places(), self.report()[2]
         return [
-            values_T[end - one.max_new_tokens : end].tolist()
-            for end, one in zip(ends, self.asked, strict=True)
+            Kept(
+                ids_R=buffers.ids_T[places[row]].clone(),
+                probability_R=buffers.probability_T[places[row]].clone(),
+                alternatives_RA=buffers.alternatives_TA[places[row]].clone(),
+                finite=finite[row],
+            )
+            for row in rows
         ]
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
+from d2f.decoding.alternatives import find_alternatives
 from d2f.decoding.batch import Decoded, DecodingBatch, RowRequest
 from d2f.decoding.strategies import RefreshOptions
 from d2f.decoding.transfer import keep_best
@@ -232,18 +232,8 @@ class DLLMCacheBatch(DecodingBatch):
 
     def decoded(self, row: int) -> Decoded:
         """The response as far as it is decoded."""
-        ids, known = self.state.ids_L[: self.limit].tolist(), self.state.probability_R.tolist()
-        tokens = [None if token == self.mask_token_id else token for token in ids]
-        alternatives: list[Alternatives] = []
-        if self.num_alternatives:
-            alternatives = read_alternatives(self.state.alternatives_RA.cpu().numpy())
-        return Decoded(
-            tokens=tokens,
-            probabilities=[
-                None if token is None else p for token, p in zip(tokens, known, strict=True)
-            ],
-            alternatives=alternatives,
-        )
+        state, ids_R = self.state, self.state.ids_L[: self.limit]
+        return Decoded.read(ids_R, state.probability_R, state.alternatives_RA, self.mask_token_id)
 
     def finite(self) -> list[bool]:
         """Whether all logits so far were finite."""

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2f.decoding.batch import RowRequest
-from d2f.decoding.canvas import Canvas, CanvasBatch
+from d2f.decoding.canvas import Canvas, CanvasBatch, Kept
 from d2f.decoding.strategies import BLOCK_LENGTH, VanillaOptions
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
@@ -120,9 +119,9 @@ class VanillaBatch(CanvasBatch):
         self._lay_out()
 
     @torch.inference_mode()
-    def _lay_out(self, **known: Any) -> None:
-        """Lay the sequences out, with what is known of their responses."""
-        self.canvas = Canvas(self.model, self.asked, self.workspace, **known)
+    def _lay_out(self, kept: Sequence[Kept] | None = None) -> None:
+        """Lay the sequences out, with what was kept of their responses."""
+        self.canvas = Canvas(self.model, self.asked, self.workspace, kept=kept)
         self.canvas.buffers.step_1.fill_(max(self.num_forwards))
         longest = max(len(plan) for plan in self.plans)
         self.block_length = max(end - start for plan in self.plans for start, end, _ in plan)
@@ -176,13 +175,7 @@ class VanillaBatch(CanvasBatch):
 
     def select(self, rows: list[int]) -> None:
         """Go on with these sequences only, in this order."""
-        canvas = self.canvas
-        known = {
-            "responses": canvas.responses(),
-            "probabilities": canvas.probabilities(),
-            "finite": self.finite(),
-            "alternatives": canvas.alternative_numbers(),
-        }
+        kept = self.canvas.keep(rows)
         super().select(rows)
         self.plans = [self.plans[row] for row in rows]
-        self._lay_out(**{name: [of[row] for row in rows] for name, of in known.items()})
+        self._lay_out(kept)
