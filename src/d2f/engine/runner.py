@@ -87,21 +87,20 @@ def captured_shape(
 class Pending:
     """A step that was started."""
 
-    num_rows: int
+    shape: StepShape
     record: Tensor
     """On the host; on a GPU it is there once `ready` has happened."""
     ready: torch.cuda.Event | None
     clock: StepClock | None = None
     time: StepTime | None = None
     """Where the clock notes it, if there is one."""
-    num_alternatives: int = 0
 
     def read(self) -> list[RowRecord]:
         """What it reports of each row."""
         if self.ready is not None:
             with self.clock.waiting() if self.clock else nullcontext():
                 self.ready.synchronize()
-        return read_record(self.record, self.num_rows, self.num_alternatives)
+        return read_record(self.record, self.shape.num_rows, self.shape.num_alternatives)
 
 
 class Runner:
@@ -175,12 +174,12 @@ class Runner:
             else:
                 record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
         if not record.is_cuda:
-            return Pending(shape.num_rows, record, None, self.clock, time, shape.num_alternatives)
+            return Pending(shape, record, None, self.clock, time)
         host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
         host.copy_(record, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Pending(shape.num_rows, host, ready, self.clock, time, shape.num_alternatives)
+        return Pending(shape, host, ready, self.clock, time)
 
     @torch.inference_mode()
     def capture(self, shape: StepShape) -> None:
