@@ -39,6 +39,8 @@ class PagedCache:
         torch.Size([2, 2, 32, 4, 8])
     """
 
+    _each_layer = True  # has room of its own
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -87,9 +89,10 @@ class PagedCache:
         # One for padding.
         return cls(spec, num_pages=pages + 1, page_size=page_size, device=device, dtype=dtype)
 
-    @staticmethod
-    def _shape(spec: ModelSpec, num_slots: int) -> tuple[int, ...]:
-        return spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim
+    @classmethod
+    def _shape(cls, spec: ModelSpec, num_slots: int) -> tuple[int, ...]:
+        layers = spec.num_layers if cls._each_layer else 1
+        return layers, 2, num_slots, spec.num_kv_heads, spec.head_dim
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in all layers."""
@@ -104,7 +107,7 @@ class PagedCache:
 
     def layer(self, index: int) -> Tensor:
         """Keys and values of one layer: (2, S, K, H)."""
-        return self.kv_N2SKH[index]
+        return self.kv_N2SKH[index if self._each_layer else 0]
 
 
 class ScratchCache(PagedCache):
@@ -118,13 +121,7 @@ class ScratchCache(PagedCache):
         torch.Size([1, 2, 32, 4, 8])
     """
 
-    @staticmethod
-    def _shape(spec: ModelSpec, num_slots: int) -> tuple[int, ...]:
-        return 1, *PagedCache._shape(spec, num_slots)[1:]
-
-    def layer(self, index: int) -> Tensor:
-        """The same of all layers: (2, S, K, H)."""
-        return self.kv_N2SKH[0]
+    _each_layer = False
 
 
 class PagePool:
