@@ -169,20 +169,12 @@ def main_model(choice: ModelChoice, name: str | None, max_batch_size: int) -> Se
 
 def _race_model(name: str, choice: ModelChoice) -> ServedModel:
     from d2f.engine.engine import Engine, EngineConfig
-    from d2f.engine.pages import enough_bytes
     from d2f.serving.served_model import ServedModel
 
     loaded, tokenizer = choice.load()
-    spec, most = loaded.spec, RACE_BATCH_SIZE
-    # Said in bytes, so that on a GPU it does not take the memory that is free.
-    size = enough_bytes(
-        spec,
-        [spec.max_positions] * most,
-        page_size=EngineConfig.page_size,
-        max_batch_size=most,
-        dtype=loaded.dtype,
-    )
-    config = EngineConfig(max_batch_size=most, kv_cache_bytes=size)
+    config = EngineConfig(max_batch_size=RACE_BATCH_SIZE)
+    # Fitted, so that on a GPU it does not take the memory that is free.
+    config = config.fitted(loaded, [loaded.spec.max_positions] * RACE_BATCH_SIZE)
     return ServedModel(name=name, engine=Engine(loaded, config, tokenizer), tokenizer=tokenizer)
 
 

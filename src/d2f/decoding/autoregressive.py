@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.batch import BlockState, BlockView, decoded_prefix
-from d2f.decoding.paged import PagedDecoder, StepShape, make_record
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import HostRow, RowRequest, Rows, RowState
+from d2f.decoding.step import StepShape, make_record
 
 
 class AutoregressiveDecoder(PagedDecoder):
@@ -30,7 +31,7 @@ class AutoregressiveDecoder(PagedDecoder):
     def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
         """Each step ahead appends one token, which the next one computes."""
         end = row.state.end + ahead
-        return (end - 1 if ahead else row.state.start), min(end, row.asked.longest)
+        return (end - 1 if ahead else row.state.start), min(end, row.longest)
 
     def num_candidates(self, row: HostRow) -> int:
         """One."""

@@ -1,22 +1,24 @@
 """The records that every strategy takes and returns: requests, views of blocks, results.
 
-Shapes: M positions.
+Shapes: M positions, R positions of a response, A alternatives.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives
+from d2f.decoding.alternatives import Alternatives, read_alternatives
+from d2f.decoding.strategies import Options
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import RequestError
-from d2f.ops.sampling import CONFIDENCE_CODES, Sampling
+from d2f.ops.sampling import Sampling
 
 NOT_FINITE = (
     "the model's logits are not finite, so there is no answer; its weights may be broken, or the "
@@ -83,27 +85,34 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """The input of one batch: sequences that run under the same settings."""
+class RowRequest:
+    """What a sequence is asked for."""
 
-    prompts: Sequence[Sequence[int]]
-    max_new_tokens: Sequence[int]
-    seeds: Sequence[int]
+    prompt: Sequence[int]
+    max_new_tokens: int
     policy: DecodingPolicy
-    eos_token_ids: tuple[int, ...]
+    options: Options = field(default_factory=Options)
+    eos_token_ids: tuple[int, ...] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    seed: int = 0
     early_stop: bool = True
     num_alternatives: int = 0
 
-    def __len__(self) -> int:
-        """B."""
-        return len(self.prompts)
+    def joins(self, other: RowRequest) -> bool:
+        """Whether both may be in one `DecodingBatch`."""
+        prompt, limit, seed = other.prompt, other.max_new_tokens, other.seed
+        return replace(self, prompt=prompt, max_new_tokens=limit, seed=seed) == other
+
+    @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """How tokens are sampled, whatever the seed."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     def sampling(self, seed_M: Tensor, position_M: Tensor, step_M: Tensor) -> Sampling | None:
-        """How positions are sampled under these settings; None: not at all."""
+        """How positions are sampled, each with its seed; None: not at all."""
         if self.temperature == 0:
             return None
         return Sampling(
@@ -116,38 +125,6 @@ class Sequences:
             truncated=self.top_k > 0 or self.top_p < 1 or self.min_p > 0,
             min_p_M=torch.full_like(seed_M, self.min_p, dtype=torch.float32),
         )
-
-    def confidence(self, seed_M: Tensor) -> Tensor | None:
-        """What ranks each position, as `choose_tokens` takes it."""
-        if self.policy.confidence == "probability":
-            return None
-        return torch.full_like(seed_M, CONFIDENCE_CODES[self.policy.confidence])
-
-
-class DecodingBatch(Protocol):
-    """Sequences decoded together, one model call per `step`."""
-
-    def step(self) -> None:
-        """Run one model call for all unfinished sequences."""
-
-    def finished(self) -> list[bool]:
-        """Which sequences are done."""
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of sequences, of unfinished ones up to the first gap.
-
-        Raises:
-            RequestError: The model's logits were not finite.
-        """
-
-    def view(self, row: int) -> list[BlockView]:
-        """The blocks of a sequence as they stand."""
-
-    def forwards(self, row: int) -> int:
-        """Model calls so far that refined a sequence."""
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these sequences only, in this order."""
 
 
 def decoded_prefix(tokens: Iterable[int | None]) -> list[int]:
@@ -196,6 +173,24 @@ class Decoded:
     alternatives: list[Alternatives] = field(default_factory=list)
     """Of each token, empty where not decoded; of a request that asks for none it has no items."""
 
+    @classmethod
+    def read(
+        cls, ids_R: Tensor, probability_R: Tensor, alternatives_RA: Tensor, mask_token_id: int
+    ) -> Decoded:
+        """A response of R positions as it stands on the device.
+
+        Its alternatives are numbers (`d2f.decoding.alternatives`); A is 0 where none are asked for.
+        """
+        tokens = [None if token == mask_token_id else token for token in ids_R.tolist()]
+        pairs = zip(tokens, probability_R.tolist(), strict=True)
+        return cls(
+            tokens=tokens,
+            probabilities=[None if token is None else p for token, p in pairs],
+            alternatives=read_alternatives(alternatives_RA.cpu().numpy())
+            if alternatives_RA.shape[1]
+            else [],
+        )
+
     def block(self, state: BlockState, place: slice = slice(None)) -> BlockView:
         """A part of it as a block that somebody watches."""
         return BlockView(
@@ -239,3 +234,67 @@ class Decoded:
             num_decoded_tokens=count_decoded(self.tokens, eos_token_ids),
             alternatives=self.alternatives[: len(token_ids)],
         )
+
+
+class DecodingBatch(ABC):
+    """Sequences decoded together without pages, one model call per `step`.
+
+    Args:
+        asked: What they are asked for; each `joins` the others.
+    """
+
+    def __init__(self, asked: Sequence[RowRequest]) -> None:
+        self.asked = list(asked)
+        self.done = [False] * len(asked)
+        self.num_forwards = [0] * len(asked)
+        """Model calls so far that refined each sequence."""
+        self.num_query_tokens = [0] * len(asked)
+
+    @property
+    def settings(self) -> RowRequest:
+        """What all sequences have in common, in the request of the first."""
+        return self.asked[0]
+
+    @abstractmethod
+    def step(self) -> None:
+        """Run one model call for all unfinished sequences."""
+
+    @abstractmethod
+    def decoded(self, row: int) -> Decoded:
+        """The response of a sequence as far as it is decoded."""
+
+    @abstractmethod
+    def finite(self) -> list[bool]:
+        """Of which sequences all logits so far were finite."""
+
+    def finished(self) -> list[bool]:
+        """Which sequences are done."""
+        return list(self.done)
+
+    def results(self, rows: list[int]) -> list[GenerationResult]:
+        """The responses of sequences, of unfinished ones up to the first gap.
+
+        Raises:
+            RequestError: The model's logits were not finite.
+        """
+        finite = self.finite()
+        return [
+            self.decoded(row).result(
+                self.settings.eos_token_ids,
+                finite=finite[row],
+                num_forwards=self.num_forwards[row],
+                num_query_tokens=self.num_query_tokens[row],
+            )
+            for row in rows
+        ]
+
+    def view(self, row: int) -> list[BlockView]:
+        """The blocks of a sequence as they stand: one that stays active to the end."""
+        return [self.decoded(row).block(BlockState.FULLY_ACTIVE)]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these sequences only, in this order."""
+        self.asked = [self.asked[row] for row in rows]
+        self.done = [self.done[row] for row in rows]
+        self.num_forwards = [self.num_forwards[row] for row in rows]
+        self.num_query_tokens = [self.num_query_tokens[row] for row in rows]

@@ -14,12 +14,11 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, choose_with_alternatives, read_alternatives
-from d2f.decoding.batch import Decoded, Sequences
+from d2f.decoding.alternatives import choose_with_alternatives
+from d2f.decoding.batch import Decoded, DecodingBatch, RowRequest
 from d2f.decoding.workspace import Workspace
 from d2f.models.cache import PagedCache, ScratchCache
 from d2f.models.transformer import Transformer
@@ -65,48 +64,49 @@ class Block:
     """Where a token is needed."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """A response that another canvas goes on with, as the buffers have it."""
+
+    ids_R: Tensor
+    probability_R: Tensor
+    alternatives_RA: Tensor
+    finite: bool
+
+
 class Canvas:
     """The tokens of a batch and what is done with all of them alike.
 
     Args:
         model: The model; packed.
-        sequences: The batch.
+        asked: What the sequences of the batch are asked for.
         workspace: Where its buffers are.
         keeps_cache: Each layer keeps the keys and values of its last forward.
-        responses: What is decoded already, None where it is not; None: nothing.
-        probabilities: Those of `responses`.
-        finite: Which sequences met finite logits only; None: all.
-        alternatives: Those of `responses` as numbers, (B, R, A).
+        kept: What other canvases kept of these responses; None: nothing is decoded yet.
     """
 
     def __init__(
         self,
         model: Transformer,
-        sequences: Sequences,
+        asked: Sequence[RowRequest],
         workspace: Workspace,
         *,
         keeps_cache: bool = False,
-        responses: Sequence[Sequence[int | None]] | None = None,
-        probabilities: Sequence[Sequence[float | None]] | None = None,
-        finite: Sequence[bool] | None = None,
-        alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> None:
         assert model.spec.mask_token_id is not None
-        self.model, self.sequences = model, sequences
+        self.model, self.asked = model, asked
         self.workspace, self.backend = workspace, workspace.backend
         self.mask_token_id = model.spec.mask_token_id
-        self.counts = [
-            len(prompt) + limit
-            for prompt, limit in zip(sequences.prompts, sequences.max_new_tokens, strict=True)
-        ]
+        self.counts = [len(one.prompt) + one.max_new_tokens for one in asked]
         self.num_tokens = workspace.padded(sum(self.counts))
         self.width = workspace.padded(max(self.counts))
-        self.response_width = workspace.padded(max(sequences.max_new_tokens))
+        self.response_width = workspace.padded(max(one.max_new_tokens for one in asked))
         num_pages = -(-self.width // PAGE_SIZE)
-        num_eos = len(sequences.eos_token_ids)
-        self.num_alternatives = min(sequences.num_alternatives, model.spec.vocab_size)
+        num_eos = len(asked[0].eos_token_ids)
+        self.num_alternatives = min(asked[0].num_alternatives, model.spec.vocab_size)
         self.key: Hashable = (
-            "canvas", len(sequences), self.num_tokens, self.width, self.response_width, num_eos,
+            "canvas", len(asked), self.num_tokens, self.width, self.response_width, num_eos,
             keeps_cache, self.num_alternatives,
         )  # fmt: skip
         device = model.device
@@ -115,7 +115,7 @@ class Canvas:
             def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
                 return torch.zeros(shape, device=device, dtype=dtype)
 
-            batch = len(sequences)
+            batch = len(asked)
             return CanvasBuffers(
                 ids_T=zeros(self.num_tokens + 1),
                 probability_T=zeros(self.num_tokens + 1, dtype=torch.float32),
@@ -130,7 +130,7 @@ class Canvas:
 
         self.buffers = workspace.buffers(self.key, make)
         # By powers of two, so that all lengths together take no more than twice the longest's room.
-        capacity = 1 << (len(sequences) * num_pages).bit_length()
+        capacity = 1 << (len(asked) * num_pages).bit_length()
         kind = PagedCache if keeps_cache else ScratchCache
         self.cache = workspace.buffers(
             (kind, capacity),
@@ -142,32 +142,25 @@ class Canvas:
                 dtype=model.dtype,
             ),
         )
-        nothing = [[None] * limit for limit in sequences.max_new_tokens]
-        self._responses: Sequence[Sequence[int | None]] | None = responses or nothing
-        """None where they must be read first."""
-        self._probabilities: Sequence[Sequence[float | None]] | None = probabilities or nothing
-        """Likewise."""
-        self._write(self._responses, self._probabilities, finite or [True] * len(sequences))
-        self._write_alternatives(alternatives)
+        self._decoded: list[Decoded] | None = None
+        """None where the responses must be read first."""
+        self._write()
+        for place, known in zip(self._places(), kept or [], strict=bool(kept)):
+            self.buffers.ids_T[place].copy_(known.ids_R)
+            self.buffers.probability_T[place].copy_(known.probability_R)
+            self.buffers.alternatives_TA[place].copy_(known.alternatives_RA)
+        if kept:
+            self.buffers.report_3B[2].copy_(torch.tensor([known.finite for known in kept]))
 
-    def _write(
-        self,
-        responses: Sequence[Sequence[int | None]],
-        probabilities: Sequence[Sequence[float | None]],
-        finite: Sequence[bool],
-    ) -> None:
-        """Fill the buffers."""
-        sequences, buffers = self.sequences, self.buffers
-        ids: list[int] = []
-        for prompt, response in zip(sequences.prompts, responses, strict=True):
-            ids += [*prompt, *(self.mask_token_id if t is None else t for t in response)]
-        accepted: list[float] = []
-        for prompt, known in zip(sequences.prompts, probabilities, strict=True):
-            accepted += [*[0.0] * len(prompt), *(p or 0.0 for p in known)]
+    def _write(self) -> None:
+        """Fill the buffers; the responses are masks."""
+        buffers, ids = self.buffers, list[int]()
+        for one in self.asked:
+            ids += [*one.prompt, *[self.mask_token_id] * one.max_new_tokens]
         count_B = torch.tensor(self.counts)
         first_B = count_B.cumsum(0) - count_B
-        prompt_B = torch.tensor([len(prompt) for prompt in sequences.prompts])
-        seed_B = torch.tensor(sequences.seeds)
+        prompt_B = torch.tensor([len(one.prompt) for one in self.asked])
+        seed_B = torch.tensor([one.seed for one in self.asked])
         row_U = torch.arange(len(count_B)).repeat_interleave(count_B)
         position_U = torch.arange(len(row_U)) - first_B[row_U]
         pages_BP = torch.arange(buffers.pages_BP.numel(), dtype=torch.int32) + 1
@@ -178,27 +171,24 @@ class Canvas:
         tokens_3T[:, : len(ids)] = torch.stack([position_U, slot_U, count_B[row_U]])
         ids_T = torch.zeros(self.num_tokens + 1, dtype=torch.long)
         ids_T[: len(ids)] = torch.tensor(ids)
-        probability_T = torch.zeros(self.num_tokens + 1)
-        probability_T[: len(ids)] = torch.tensor(accepted)
         limit_B = count_B - prompt_B
         buffers.ids_T.copy_(ids_T)
-        buffers.probability_T.copy_(probability_T)
+        buffers.probability_T.zero_()
+        buffers.alternatives_TA.zero_()
         buffers.tokens_3T.copy_(tokens_3T)
         buffers.facts_5B.copy_(torch.stack([first_B, prompt_B, count_B, limit_B, seed_B]))
         buffers.pages_BP.copy_(pages_BP)
-        buffers.eos_E.copy_(torch.tensor(sequences.eos_token_ids, dtype=torch.long))
+        buffers.eos_E.copy_(torch.tensor(self.asked[0].eos_token_ids, dtype=torch.long))
         buffers.step_1.zero_()
         buffers.report_3B.zero_()
-        buffers.report_3B[2].copy_(torch.tensor(finite))
+        buffers.report_3B[2].fill_(1)
 
-    def _write_alternatives(self, alternatives: Sequence[Sequence[Sequence[int]]] | None) -> None:
-        held_TA = self.buffers.alternatives_TA
-        held_TA.zero_()
-        if alternatives is None or self.num_alternatives == 0:
-            return
+    def _places(self) -> list[slice]:
+        """Where each response lies among the tokens."""
         ends = itertools.accumulate(self.counts)
-        for end, known in zip(ends, alternatives, strict=True):
-            held_TA[end - len(known) : end].copy_(torch.tensor(known))
+        return [
+            slice(end - one.max_new_tokens, end) for end, one in zip(ends, self.asked, strict=True)
+        ]
 
     # --------------------------------------------------------------------- parts of a step
 
@@ -284,7 +274,7 @@ class Canvas:
             self.backend,
             mask_token_id=self.mask_token_id,
             count=self.num_alternatives,
-            sampling=lambda part: self.sequences.sampling(
+            sampling=lambda part: self.asked[0].sampling(
                 seed_M[part], position_M[part], step_M[part]
             ),
             confidence_M=None if confidence is None else torch.full_like(seed_M, confidence),
@@ -319,7 +309,7 @@ class Canvas:
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run a step made of these parts; `key` tells it from others on canvases of this shape."""
-        self._responses = self._probabilities = None
+        self._decoded = None
         self.workspace.run((self.key, key), step)
 
     def report(self) -> tuple[list[int], list[int], list[bool]]:
@@ -327,49 +317,46 @@ class Canvas:
         gaps, ends, finite = self.buffers.report_3B.tolist()
         return gaps, ends, [bool(flag) for flag in finite]
 
-    def responses(self) -> Sequence[Sequence[int | None]]:
-        """The responses, None where not decoded."""
-        if self._responses is None:
-            self._responses = [
-                [None if token == self.mask_token_id else token for token in ids]
-                for ids in self._read(self.buffers.ids_T)
-            ]
-        return self._responses
-
-    def probabilities(self) -> Sequence[Sequence[float | None]]:
-        """With which each token of the responses was accepted, None where not decoded."""
-        if self._probabilities is None:
-            accepted = self._read(self.buffers.probability_T)
-            self._probabilities = [
-                [None if token is None else p for token, p in zip(response, known, strict=True)]
-                for response, known in zip(self.responses(), accepted, strict=True)
-            ]
-        return self._probabilities
-
-    def alternative_numbers(self) -> list[list[list[int]]]:
-        """The alternatives of the responses as numbers, as another canvas takes them."""
-        return self._read(self.buffers.alternatives_TA)
-
     def decoded(self, row: int) -> Decoded:
         """A response as far as it is decoded."""
-        alternatives: list[Alternatives] = []
-        if self.num_alternatives:
-            alternatives = read_alternatives(np.array(self.alternative_numbers()[row]))
-        return Decoded(
-            tokens=list(self.responses()[row]),
-            probabilities=list(self.probabilities()[row]),
-            alternatives=alternatives,
-        )
+        if self._decoded is None:
+            buffers, mask = self.buffers, self.mask_token_id
+            ids_T, probability_T = buffers.ids_T.cpu(), buffers.probability_T.cpu()
+            found_TA = buffers.alternatives_TA.cpu()
+            self._decoded = [
+                Decoded.read(ids_T[place], probability_T[place], found_TA[place], mask)
+                for place in self._places()
+            ]
+        return self._decoded[row]
 
-    def _read(self, values_T: Tensor) -> list[list]:
-        """A buffer's values at the responses' places, on the host."""
-        values_T, ends = values_T.cpu(), itertools.accumulate(self.counts)
+    def keep(self, rows: Sequence[int]) -> list[Kept]:
+        """What another canvas needs to go on with these responses."""
+        buffers, places, finite = self.buffers, self._places(), self.report()[2]
         return [
-            values_T[end - limit : end].tolist()
-            for end, limit in zip(ends, self.sequences.max_new_tokens, strict=True)
+            Kept(
+                ids_R=buffers.ids_T[places[row]].clone(),
+                probability_R=buffers.probability_T[places[row]].clone(),
+                alternatives_RA=buffers.alternatives_TA[places[row]].clone(),
+                finite=finite[row],
+            )
+            for row in rows
         ]
 
 
 def _first(flag_BR: Tensor, index_R: Tensor) -> Tensor:
     """Where each row's first flag is set; beyond every position if none is: (B,)."""
     return index_R.where(flag_BR, _FAR).amin(-1)
+
+
+class CanvasBatch(DecodingBatch):
+    """A batch whose sequences lie on a canvas."""
+
+    canvas: Canvas
+
+    def decoded(self, row: int) -> Decoded:
+        """The response of a sequence as far as it is decoded."""
+        return self.canvas.decoded(row)
+
+    def finite(self) -> list[bool]:
+        """Of which sequences all logits so far were finite."""
+        return self.canvas.report()[2]

@@ -25,14 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
-from d2f.decoding.batch import (
-    BlockState,
-    BlockView,
-    Decoded,
-    GenerationResult,
-    Sequences,
-)
+from d2f.decoding.alternatives import find_alternatives
+from d2f.decoding.batch import Decoded, DecodingBatch, RowRequest
 from d2f.decoding.strategies import RefreshOptions
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.vanilla import transfer_plan
@@ -106,7 +100,7 @@ class _State:
         )
 
 
-class DLLMCacheBatch:
+class DLLMCacheBatch(DecodingBatch):
     """One sequence decoded by low-confidence remasking over cached features.
 
     `num_query_tokens` counts the tokens that go through a layer's projections and feed-forward
@@ -115,7 +109,7 @@ class DLLMCacheBatch:
 
     Args:
         model: The model; packed.
-        sequences: One sequence.
+        asked: Of one sequence.
         workspace: Buffers and captured steps; one batch uses them at a time.
         options: How many steps there are, and when which features are computed anew.
     """
@@ -123,15 +117,15 @@ class DLLMCacheBatch:
     def __init__(
         self,
         model: Transformer,
-        sequences: Sequences,
+        asked: Sequence[RowRequest],
         workspace: Workspace,
         options: RefreshOptions,
     ) -> None:
-        assert len(sequences) == 1, "dllm-cache decodes one sequence at a time"
+        assert len(asked) == 1, "dllm-cache decodes one sequence at a time"
         assert model.spec.mask_token_id is not None
-        self.model, self.sequences = model, sequences
-        self.mask_token_id = model.spec.mask_token_id
-        [prompt], [self.limit] = sequences.prompts, sequences.max_new_tokens
+        super().__init__(asked)
+        self.model, self.mask_token_id = model, model.spec.mask_token_id
+        prompt, self.limit = self.settings.prompt, self.settings.max_new_tokens
         self.options = options
         self.plan = transfer_plan(
             self.limit, num_steps=options.num_steps, block_length=options.block_length
@@ -142,13 +136,11 @@ class DLLMCacheBatch:
         self.workspace, self.backend = workspace, workspace.backend
         self._take_buffers()
         self._fill_buffers(prompt)
-        self.steps = self.num_query_tokens = 0
-        self.done = False
 
     @torch.inference_mode()
     def _take_buffers(self) -> None:
         model, device = self.model, self.model.device
-        settings = self.sequences
+        settings = self.settings
         num_eos = len(settings.eos_token_ids)
         self.num_alternatives = min(settings.num_alternatives, model.spec.vocab_size)
         num_slots = max(LEAST_SLOTS, 2 ** (self.length - 1).bit_length())
@@ -161,14 +153,11 @@ class DLLMCacheBatch:
             shape,
             _State.maker(self.length, self.limit, num_eos, self.num_alternatives, device),
         )
-        self._key = (
-            *shape, self.width, settings.temperature, settings.top_k, settings.top_p,
-            settings.min_p,
-        )  # fmt: skip
+        self._key = (*shape, self.width, *settings.filters)
 
     @torch.inference_mode()
     def _fill_buffers(self, prompt: Sequence[int]) -> None:
-        device, state, eos = self.model.device, self.state, self.sequences.eos_token_ids
+        device, state, eos = self.model.device, self.state, self.settings.eos_token_ids
         padding = self.length - self.limit - len(prompt)
         ids = [self.mask_token_id] * self.limit + list(prompt) + [0] * padding
         response = range(len(prompt), len(prompt) + self.limit)
@@ -178,7 +167,7 @@ class DLLMCacheBatch:
         state.alternatives_RA.zero_()
         state.positions_L.copy_(torch.tensor(positions, device=device))
         state.count_1.fill_(self.limit + len(prompt))
-        state.seed_1.copy_(torch.tensor(self.sequences.seeds, device=device))
+        state.seed_1.copy_(torch.tensor([self.settings.seed], device=device))
         state.eos_E.copy_(torch.tensor(eos, dtype=torch.long, device=device))
         state.finite.fill_(True)
         state.stopped.fill_(False)
@@ -188,15 +177,15 @@ class DLLMCacheBatch:
     @torch.inference_mode()
     def step(self) -> None:
         """One forward over the tokens that are due, then keep this step's tokens."""
-        refresh = refresh_at(self.options, self.steps, self.prompt_length, self.limit)
-        self.state.plan_4.copy_(self.plan_S4[self.steps])
+        [step], settings = self.num_forwards, self.settings
+        refresh = refresh_at(self.options, step, self.prompt_length, self.limit)
+        self.state.plan_4.copy_(self.plan_S4[step])
         self.workspace.run((*self._key, refresh), lambda: self._forward(refresh))
-        self.num_query_tokens += self.limit if refresh.response else refresh.num_tokens
-        self.num_query_tokens += self.prompt_length if refresh.prompt else 0
-        self.steps += 1
-        settings = self.sequences
+        self.num_query_tokens[0] += self.limit if refresh.response else refresh.num_tokens
+        self.num_query_tokens[0] += self.prompt_length if refresh.prompt else 0
+        self.num_forwards[0] += 1
         stops = settings.early_stop and len(settings.eos_token_ids) > 0
-        self.done = self.steps >= len(self.plan) or (stops and bool(self.state.stopped))
+        self.done[0] = step + 1 >= len(self.plan) or (stops and bool(self.state.stopped))
 
     def _forward(self, refresh: Refresh) -> None:
         """A step over the buffers; it waits for no host."""
@@ -212,7 +201,7 @@ class DLLMCacheBatch:
         old_W = ids_R[offset_W]
         candidate_W = (old_W == mask) & (offset_W >= start) & (offset_W < end)
         logits_WV = self.model.head(self._aligned(hidden_LD, offset_W), self.backend)
-        sampling = self.sequences.sampling(
+        sampling = self.settings.sampling(
             state.seed_1.expand_as(offset_W).contiguous(),
             state.positions_L[offset_W],
             step.repeat(self.width),
@@ -241,45 +230,11 @@ class DLLMCacheBatch:
             offset_W = torch.where(offset_W > 0, offset_W - 1, last_1)
         return hidden_LD[offset_W]
 
-    def _decoded(self) -> Decoded:
-        ids, known = self.state.ids_L[: self.limit].tolist(), self.state.probability_R.tolist()
-        tokens = [None if token == self.mask_token_id else token for token in ids]
-        alternatives: list[Alternatives] = []
-        if self.num_alternatives:
-            alternatives = read_alternatives(self.state.alternatives_RA.cpu().numpy())
-        return Decoded(
-            tokens=tokens,
-            probabilities=[
-                None if token is None else p for token, p in zip(tokens, known, strict=True)
-            ],
-            alternatives=alternatives,
-        )
+    def decoded(self, row: int) -> Decoded:
+        """The response as far as it is decoded."""
+        state, ids_R = self.state, self.state.ids_L[: self.limit]
+        return Decoded.read(ids_R, state.probability_R, state.alternatives_RA, self.mask_token_id)
 
-    def finished(self) -> list[bool]:
-        """Whether the sequence is done."""
-        return [self.done]
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The response, if it is asked for."""
-        if not rows:
-            return []
-        return [
-            self._decoded().result(
-                self.sequences.eos_token_ids,
-                finite=bool(self.state.finite),
-                num_forwards=self.steps,
-                num_query_tokens=self.num_query_tokens,
-            )
-        ]
-
-    def view(self, row: int) -> list[BlockView]:
-        """The whole response as one block that stays active to the end."""
-        return [self._decoded().block(BlockState.FULLY_ACTIVE)]
-
-    def forwards(self, row: int) -> int:
-        """Model calls so far that refined the sequence."""
-        return self.steps
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with the one sequence."""
-        assert rows == [0]
+    def finite(self) -> list[bool]:
+        """Whether all logits so far were finite."""
+        return [bool(self.state.finite)]

@@ -12,19 +12,14 @@ one such forward for each block, even if the first one decoded all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from d2f.decoding.batch import (
-    BlockState,
-    BlockView,
-    GenerationResult,
-    Sequences,
-)
-from d2f.decoding.canvas import Block, Canvas
+from d2f.decoding.batch import BlockState, BlockView, RowRequest
+from d2f.decoding.canvas import Block, Canvas, CanvasBatch
 from d2f.decoding.strategies import FastOptions
 from d2f.decoding.transfer import keep_above, keep_by_factor
 from d2f.decoding.workspace import Workspace
@@ -33,12 +28,12 @@ from d2f.models.transformer import Transformer
 THRESHOLD = 0.9
 
 
-class FastBatch:
+class FastBatch(CanvasBatch):
     """One sequence decoded in parallel within blocks.
 
     Args:
         model: The model; packed.
-        sequences: One sequence.
+        asked: Of one sequence.
         workspace: Where buffers and captured steps are.
         options: With a threshold, predictions of at least this probability are kept, and the
             surest one. With a factor, the n surest predictions are kept for the largest n with
@@ -51,14 +46,13 @@ class FastBatch:
     def __init__(
         self,
         model: Transformer,
-        sequences: Sequences,
+        asked: Sequence[RowRequest],
         workspace: Workspace,
         options: FastOptions,
     ) -> None:
-        assert len(sequences) == 1, "it decodes one sequence at a time"
-        self.sequences = sequences
-        self.workspace = workspace
-        self.limit = sequences.max_new_tokens[0]
+        assert len(asked) == 1, "it decodes one sequence at a time"
+        super().__init__(asked)
+        self.workspace, self.limit = workspace, self.settings.max_new_tokens
         self.block_length = min(options.block_length, self.limit)
         self.factor = None if options.factor is None else float(options.factor)
         self.threshold = THRESHOLD if options.threshold is None else options.threshold
@@ -66,11 +60,9 @@ class FastBatch:
         """Places in the response: of its first mask, and where the block that is decoded begins."""
         self.block_over = True
         """The next forward begins a block."""
-        self.num_forwards = self.num_query_tokens = 0
-        self.done = False
         self.shift = int(model.spec.architecture.shifted)
         with torch.inference_mode():
-            self.canvas = Canvas(model, sequences, workspace, keeps_cache=self.cache is not None)
+            self.canvas = Canvas(model, asked, workspace, keeps_cache=self.cache is not None)
             self.start_1, self.boundary_1D = workspace.buffers(
                 "fast",
                 lambda: (
@@ -95,20 +87,18 @@ class FastBatch:
             computed = min(size, self.limit - self.start)
             self._run("dual", lambda: self._part(size))
         gaps, ends, _ = self.canvas.report()
-        self.num_forwards += 1
-        self.num_query_tokens += computed
+        self.num_forwards[0] += 1
+        self.num_query_tokens[0] += computed
         [self.gap], [end] = gaps, ends
         self.block_over = self.gap >= self.start + size and (
             self.cache is None or not self.block_over
         )
-        stops = self.sequences.early_stop and end < self.gap
-        self.done = stops or (self.gap >= self.limit and self.block_over)
+        stops = self.settings.early_stop and end < self.gap
+        self.done[0] = stops or (self.gap >= self.limit and self.block_over)
 
     def _run(self, kind: object, step: Callable[[], None]) -> None:
-        sequences = self.sequences
-        rule = (self.threshold, self.factor)
-        sampling = (sequences.temperature, sequences.top_k, sequences.top_p, sequences.min_p)
-        self.canvas.run(("fast", self.cache, kind, self.block_length, rule, sampling), step)
+        rule = (self.threshold, self.factor, self.settings.filters)
+        self.canvas.run(("fast", self.cache, kind, self.block_length, rule), step)
 
     # --------------------------------------------------------------------- parts of a step
 
@@ -151,22 +141,6 @@ class FastBatch:
             kept_BK = keep_above(candidate_BK, probability_BK, self.threshold)
         self.canvas.take(block, choice, alternatives_MA, kept_BK)
 
-    # -------------------------------------------------------------------------- on the host
-
-    def finished(self) -> list[bool]:
-        """Whether the sequence is done."""
-        return [self.done]
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The response, up to the first mask."""
-        result = self.canvas.decoded(0).result(
-            self.sequences.eos_token_ids,
-            finite=self.canvas.report()[2][0],
-            num_forwards=self.num_forwards,
-            num_query_tokens=self.num_query_tokens,
-        )
-        return [result for _ in rows]
-
     def view(self, row: int) -> list[BlockView]:
         """The blocks up to the one that is decoded."""
         decoded, views = self.canvas.decoded(row), []
@@ -176,13 +150,6 @@ class FastBatch:
             state = BlockState.FULLY_ACTIVE if active else BlockState.COMPLETE
             views.append(decoded.block(state, place))
         return views
-
-    def forwards(self, row: int) -> int:
-        """Model calls so far that refined the sequence."""
-        return self.num_forwards
-
-    def select(self, rows: list[int]) -> None:
-        """There is one sequence only."""
 
 
 class PrefixCacheBatch(FastBatch):

@@ -8,24 +8,19 @@ the choice of a token, its probability and rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from d2f.decoding.alternatives import Alternatives, find_alternatives, read_alternatives
-from d2f.decoding.batch import (
-    BlockState,
-    BlockView,
-    Decoded,
-    GenerationResult,
-    Sequences,
-)
+from d2f.decoding.batch import BlockState, BlockView, Decoded, DecodingBatch, RowRequest
 from d2f.decoding.strategies import Options
 from d2f.decoding.workspace import Workspace
 from d2f.diffusion.layout import BlockLayout
 from d2f.models.transformer import Transformer
-from d2f.ops.sampling import choose_tokens
+from d2f.ops.sampling import CONFIDENCE_CODES, choose_tokens
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,53 +48,24 @@ class Candidate(NamedTuple):
     alternatives: Alternatives = ()
 
 
-class ReferenceBatch:
-    """Sequences decoded one after the other by the oracle."""
-
-    def __init__(
-        self, model: Transformer, sequences: Sequences, workspace: Workspace, options: Options
-    ) -> None:
-        self.rows = [ReferenceSequence(model, sequences, row) for row in range(len(sequences))]
-
-    def step(self) -> None:
-        """One forward of the first unfinished sequence."""
-        next(row for row in self.rows if not row.done).step()
-
-    def finished(self) -> list[bool]:
-        """Which sequences are done."""
-        return [row.done for row in self.rows]
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of finished sequences."""
-        return [self.rows[row].result() for row in rows]
-
-    def view(self, row: int) -> list[BlockView]:
-        """The open blocks of a sequence as they stand."""
-        return [block.block(block.state) for block in self.rows[row].blocks]
-
-    def forwards(self, row: int) -> int:
-        """Model calls so far that refined a sequence."""
-        return self.rows[row].num_forwards
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these sequences only."""
-        self.rows = [self.rows[row] for row in rows]
-
-
-class ReferenceSequence:
+class ReferenceSequence(DecodingBatch):
     """Algorithm 2 on one prompt."""
 
-    def __init__(self, model: Transformer, sequences: Sequences, row: int) -> None:
-        self.model, self.policy, self.sequences = model, sequences.policy, sequences
-        self.prompt = list(sequences.prompts[row])
-        self.limit, self.seed = sequences.max_new_tokens[row], sequences.seeds[row]
+    def __init__(
+        self,
+        model: Transformer,
+        asked: Sequence[RowRequest],
+        workspace: Workspace | None = None,
+        options: Options | None = None,
+    ) -> None:
+        assert len(asked) == 1, "the oracle decodes one sequence at a time"
+        super().__init__(asked)
+        self.model, self.policy = model, self.settings.policy
+        self.prompt, self.limit = list(self.settings.prompt), self.settings.max_new_tokens
         self.blocks: list[Block] = []
         self.eos_seen = False
-        self.done = False
-        self.finite = True
+        self.all_finite = True
         """All probabilities were."""
-        self.num_forwards = 0
-        self.num_query_tokens = 0
 
     def step(self) -> None:
         """One pass of the algorithm's loop."""
@@ -109,7 +75,7 @@ class ReferenceSequence:
         self._cache_blocks()
         self._accept(candidates)
         self._retire_blocks()
-        self.done = self._is_done()
+        self.done[0] = self._is_done()
 
     def _num_opened_tokens(self) -> int:
         return sum(len(block.tokens) for block in self.blocks)
@@ -149,25 +115,28 @@ class ReferenceSequence:
                 if token is None:
                     position = len(self.prompt) + number * self.policy.block_size + offset
                     candidates[number, offset] = self._choose(logits_LV[position], position)
-        self.finite &= all(math.isfinite(found.probability) for found in candidates.values())
+        self.all_finite &= all(math.isfinite(found.probability) for found in candidates.values())
         live = sum(len(b.tokens) for b in self.blocks if b.state is not BlockState.CACHED)
-        self.num_query_tokens += live + (len(self.prompt) if self.num_forwards == 0 else 0)
+        self.num_query_tokens[0] += live + (0 if self.num_forwards[0] else len(self.prompt))
         return candidates
 
     def _choose(self, logits_V: torch.Tensor, position: int) -> Candidate:
-        key = (self.seed, position, self.num_forwards)
+        key = (self.settings.seed, position, self.num_forwards[0])
         seed_1, position_1, step_1 = (torch.tensor([k], device=logits_V.device) for k in key)
         mask = self.model.spec.mask_token_id
-        sampling = self.sequences.sampling(seed_1, position_1, step_1)
+        sampling = self.settings.sampling(seed_1, position_1, step_1)
+        confidence_1 = None
+        if self.policy.confidence != "probability":
+            confidence_1 = torch.full_like(seed_1, CONFIDENCE_CODES[self.policy.confidence])
         choice = choose_tokens(
             logits_V[None],
             mask_token_id=mask,
-            confidence_M=self.sequences.confidence(seed_1),
+            confidence_M=confidence_1,
             sampling=sampling,
         )
         alternatives: Alternatives = ()
-        if self.sequences.num_alternatives:
-            count = min(self.sequences.num_alternatives, len(logits_V))
+        if self.settings.num_alternatives:
+            count = min(self.settings.num_alternatives, len(logits_V))
             numbers_1A = find_alternatives(logits_V[None], count, mask, sampling)
             [alternatives] = read_alternatives(numbers_1A.cpu().numpy())
         token, probability, rank = (values_1.item() for values_1 in choice)
@@ -179,7 +148,7 @@ class ReferenceSequence:
                 block.state = BlockState.CACHED
 
     def _accept(self, candidates: dict[tuple[int, int], Candidate]) -> None:
-        self.num_forwards += 1
+        self.num_forwards[0] += 1
         # The pipeline compares in fp32, where the probability was computed.
         threshold = float(torch.tensor(self.policy.confidence_threshold, dtype=torch.float32))
         for number, block in enumerate(self.blocks):
@@ -193,7 +162,7 @@ class ReferenceSequence:
                 block.tokens[offset] = mine[offset].token
                 block.probabilities[offset] = mine[offset].probability
                 block.alternatives[offset] = mine[offset].alternatives
-                self.eos_seen |= mine[offset].token in self.sequences.eos_token_ids
+                self.eos_seen |= mine[offset].token in self.settings.eos_token_ids
 
     def _retire_blocks(self) -> None:
         for block in self.blocks:
@@ -203,27 +172,29 @@ class ReferenceSequence:
                 block.state = BlockState.COMPLETE
 
     def _is_done(self) -> bool:
-        if self.sequences.early_stop:
+        if self.settings.early_stop:
             for block in self.blocks:
                 for token in block.tokens:
                     if token is None:
                         return False
-                    if token in self.sequences.eos_token_ids:
+                    if token in self.settings.eos_token_ids:
                         return True
         all_decoded = all(block.share == 1 for block in self.blocks)
         return all_decoded and (self.eos_seen or self._num_opened_tokens() >= self.limit)
 
-    def result(self) -> GenerationResult:
-        """The finished response; refused if the logits were not finite."""
-        told = self.sequences.num_alternatives > 0
-        whole = Decoded(
+    def decoded(self, row: int) -> Decoded:
+        """The response as far as it is decoded."""
+        told = self.settings.num_alternatives > 0
+        return Decoded(
             tokens=[token for block in self.blocks for token in block.tokens],
             probabilities=[one for block in self.blocks for one in block.probabilities],
             alternatives=[one for block in self.blocks for one in block.alternatives if told],
         )
-        return whole.result(
-            self.sequences.eos_token_ids,
-            finite=self.finite,
-            num_forwards=self.num_forwards,
-            num_query_tokens=self.num_query_tokens,
-        )
+
+    def finite(self) -> list[bool]:
+        """Whether all logits so far were finite."""
+        return [self.all_finite]
+
+    def view(self, row: int) -> list[BlockView]:
+        """The open blocks as they stand."""
+        return [block.block(block.state) for block in self.blocks]

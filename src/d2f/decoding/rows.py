@@ -10,20 +10,21 @@ their addresses for as long as the storage stays, so that a captured graph may r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from d2f.decoding.batch import Decoded
-from d2f.decoding.strategies import Options
-from d2f.diffusion.policy import DecodingPolicy
+from d2f.decoding.batch import Decoded, RowRequest
 from d2f.models.transformer import Transformer
 from d2f.ops.sampling import CONFIDENCE_CODES
 
 UNBOUNDED = 2**30
 """`max_live_blocks` of a policy that sets none; more than any count or place."""
+MOST_PLACES = 2**24
+"""Most response positions of all rows together; a request that needs more room than that beside
+those running waits for them."""
 
 Value = TypeVar("Value")
 
@@ -89,28 +90,6 @@ class RowReals(NamedTuple, Generic[Value]):
 NEW_ROW = RowState(done=0, start=0, end=0, forwards=0, queries=0, opened=0, complete=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowRequest:
-    """What a row is asked for."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    policy: DecodingPolicy
-    options: Options = field(default_factory=Options)
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    early_stop: bool = True
-
-    @property
-    def longest(self) -> int:
-        """Positions of prompt and longest response."""
-        return len(self.prompt) + self.max_new_tokens
-
-
 @dataclass(kw_only=True, eq=False)
 class HostRow(Decoded):
     """A sequence as the host knows it, which may be one step behind the device."""
@@ -118,6 +97,11 @@ class HostRow(Decoded):
     asked: RowRequest
     state: RowState[int] = NEW_ROW
     """As last reported; of a row that has run nothing yet, where it began."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of prompt and longest response."""
+        return len(self.asked.prompt) + self.asked.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,6 +176,10 @@ class RowSizes:
         mine, others = vars(self), vars(other)
         return RowSizes(**{name: max(mine[name], others[name]) for name in mine})
 
+    def num_places(self, max_rows: int) -> int:
+        """Response positions of so many rows."""
+        return max_rows * self.num_blocks * self.block_size
+
 
 class RowStorage:
     """Room for `max_rows` sequences.
@@ -214,7 +202,7 @@ class RowStorage:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sizes, self.mask_token_id = sizes, mask_token_id
+        self.sizes, self.max_rows, self.mask_token_id = sizes, max_rows, mask_token_id
         self.device = torch.device(device)
         self._vacant_F1 = torch.tensor(_VACANT, device=device)[:, None]
         self._ints_FB = self._vacant_F1.repeat(1, max_rows)
@@ -286,18 +274,14 @@ class RowStorage:
     ) -> None:
         """Put a sequence into a row.
 
-        Args:
-            row: Its number.
-            sequence: What it is asked for, and what was decoded of it before.
-            state: Where it begins.
-            fully: Which of its blocks are fully active.
-            threshold: What the confidence of an accepted token exceeds.
+        It begins at `state` with the blocks `fully` active, and goes on with what was decoded of it
+        before; the confidence of an accepted token exceeds the threshold.
         """
         asked, policy = sequence.asked, sequence.asked.policy
         size = min(policy.block_size, asked.max_new_tokens)
         facts = RowFacts(
             prompt=len(asked.prompt),
-            bound=asked.longest,
+            bound=sequence.longest,
             size=size,
             total=-(-asked.max_new_tokens // size),
             max_live=policy.max_live_blocks or UNBOUNDED,
@@ -316,7 +300,7 @@ class RowStorage:
         )
         self._ints_FB[:, row] = self.upload([*facts, *state])
         self._reals_FB[:, row] = self.upload(reals, torch.double)
-        others = self.rows(len(self._ints_FB[0]))
+        others = self.rows(self.max_rows)
         others.eos_BE[row] = -1
         if asked.eos_token_ids:
             others.eos_BE[row, : len(asked.eos_token_ids)] = self.upload(asked.eos_token_ids)
@@ -368,13 +352,28 @@ class RowStorage:
         # All of it: what a step computes of vacant rows must fit a storage of other sizes too.
         self._ints_FB[:, row : row + 1] = self._vacant_F1
 
+    def sizes_with(self, asked: RowRequest, least: RowSizes, *, alone: bool) -> RowSizes | None:
+        """Room for a sequence beside those stored; on a GPU room only grows, by powers of two.
+
+        None if there must not be so much. A sequence that is alone need not bear with what former
+        ones needed.
+        """
+        sizes, on_gpu = RowSizes.of(asked).union(least), self.device.type == "cuda"
+        if on_gpu:
+            sizes = sizes.rounded()
+        both = sizes.union(self.sizes)
+        fits = both.num_places(self.max_rows) <= MOST_PLACES
+        if alone:
+            return both if on_gpu and fits else sizes
+        return both if fits else None
+
     def resized(self, sizes: RowSizes) -> RowStorage:
         """A storage with other room that holds the same sequences."""
         pages_BP, boundary_BD = self._others["pages_BP"], self._others["boundary_BD"]
         assert pages_BP is not None
         other = RowStorage(
             sizes,
-            max_rows=self._ints_FB.shape[1],
+            max_rows=self.max_rows,
             num_pages=pages_BP.shape[1],
             mask_token_id=self.mask_token_id,
             boundary_size=None if boundary_BD is None else boundary_BD.shape[1],

@@ -279,8 +279,6 @@ class Strategy:
 _WINDOW = ("block_size", "max_live_blocks")
 _SHARES = ("add_threshold", "activate_threshold")
 _TOKENS = ("confidence_threshold", "confidence")
-
-
 _PIPELINE = (*_WINDOW, *_SHARES, *_TOKENS)
 
 
@@ -291,17 +289,17 @@ def _alone(name: str, decoder: str, options: type[Options]) -> Strategy:
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy(name="pipelined", decoder="pipelined:PipelinedDecoder", heeds=_PIPELINE),
+        Strategy(name="pipelined", decoder="paged:PipelinedDecoder", heeds=_PIPELINE),
         # One block after the other.
         Strategy(
             name="serial",
-            decoder="pipelined:PipelinedDecoder",
+            decoder="paged:PipelinedDecoder",
             heeds=(*_WINDOW, *_TOKENS),
             fixes={"add_threshold": 1.0, "activate_threshold": 1.0},
         ),
         Strategy(
             name="entropy",
-            decoder="pipelined:EntropyDecoder",
+            decoder="paged:EntropyDecoder",
             options=EntropyOptions,
             heeds=(*_WINDOW, *_SHARES),
             fixes={"confidence": "neg_entropy"},
@@ -314,7 +312,9 @@ STRATEGIES: dict[str, Strategy] = {
         _alone("dual-cache", "fast_dllm:DualCacheBatch", FastOptions),
         _alone("dllm-cache", "dllm_cache:DLLMCacheBatch", RefreshOptions),
         Strategy(name="vanilla", decoder="vanilla:VanillaBatch", options=VanillaOptions),
-        Strategy(name="reference", decoder="reference:ReferenceBatch", heeds=_PIPELINE),
+        Strategy(
+            name="reference", decoder="reference:ReferenceSequence", heeds=_PIPELINE, max_rows=1
+        ),
     )
 }
 

@@ -9,7 +9,6 @@ and keeps some of the predictions, as the step's plan says; the others stay mask
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -17,13 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2f.decoding.batch import (
-    BlockState,
-    BlockView,
-    GenerationResult,
-    Sequences,
-)
-from d2f.decoding.canvas import Canvas
+from d2f.decoding.batch import RowRequest
+from d2f.decoding.canvas import Canvas, CanvasBatch, Kept
 from d2f.decoding.strategies import BLOCK_LENGTH, VanillaOptions
 from d2f.decoding.transfer import keep_best
 from d2f.decoding.workspace import Workspace
@@ -109,49 +103,32 @@ def _dream_plan(max_new_tokens: int, num_steps: int, eps: float, algorithm: str)
     return [*plan, masked]
 
 
-class VanillaBatch:
+class VanillaBatch(CanvasBatch):
     """A batch decoded by one of the models' own samplers."""
 
     def __init__(
         self,
         model: Transformer,
-        sequences: Sequences,
+        asked: Sequence[RowRequest],
         workspace: Workspace,
         options: VanillaOptions,
     ) -> None:
-        self.model, self.sequences, self.workspace = model, sequences, workspace
-        self.algorithm = options.sampler
-        self.plans = [vanilla_plan(limit, options) for limit in sequences.max_new_tokens]
-        self.steps = [0] * len(sequences)
-        self.done = [False] * len(sequences)
+        super().__init__(asked)
+        self.model, self.workspace, self.algorithm = model, workspace, options.sampler
+        self.plans = [vanilla_plan(one.max_new_tokens, options) for one in asked]
         self._lay_out()
 
     @torch.inference_mode()
-    def _lay_out(
-        self,
-        responses: Sequence[Sequence[int | None]] | None = None,
-        probabilities: Sequence[Sequence[float | None]] | None = None,
-        finite: Sequence[bool] | None = None,
-        alternatives: Sequence[Sequence[Sequence[int]]] | None = None,
-    ) -> None:
-        self.canvas = Canvas(
-            self.model,
-            self.sequences,
-            self.workspace,
-            responses=responses,
-            probabilities=probabilities,
-            finite=finite,
-            alternatives=alternatives,
-        )
-        self.canvas.buffers.step_1.fill_(max(self.steps))
+    def _lay_out(self, kept: Sequence[Kept] | None = None) -> None:
+        """Lay the sequences out, with what was kept of their responses."""
+        self.canvas = Canvas(self.model, self.asked, self.workspace, kept=kept)
+        self.canvas.buffers.step_1.fill_(max(self.num_forwards))
         longest = max(len(plan) for plan in self.plans)
         self.block_length = max(end - start for plan in self.plans for start, end, _ in plan)
         # After the last step nothing is kept.
         room = 1 << longest.bit_length()
         self._key = (
-            "vanilla", room, self.block_length, self.algorithm,
-            self.sequences.temperature, self.sequences.top_k, self.sequences.top_p,
-            self.sequences.min_p,
+            "vanilla", room, self.block_length, self.algorithm, *self.settings.filters,
         )  # fmt: skip
         plan_SB3 = torch.zeros(room, len(self.plans), 3, dtype=torch.double)
         for row, plan in enumerate(self.plans):
@@ -168,13 +145,14 @@ class VanillaBatch:
         self.canvas.run(self._key, self._compute)
         stopped = [False] * len(self.done)
         # Without an EOS to wait for, how many steps there are is known, and the host runs ahead.
-        if self.sequences.early_stop and self.sequences.eos_token_ids:
+        if self.settings.early_stop and self.settings.eos_token_ids:
             gaps, ends, _ = self.canvas.report()
             stopped = [end < gap for gap, end in zip(gaps, ends, strict=True)]
         for row, done in enumerate(self.done):
             if not done:
-                self.steps[row] += 1
-                self.done[row] = stopped[row] or self.steps[row] >= len(self.plans[row])
+                self.num_forwards[row] += 1
+                self.num_query_tokens[row] += self.canvas.counts[row]
+                self.done[row] = stopped[row] or self.num_forwards[row] >= len(self.plans[row])
 
     def _compute(self) -> None:
         canvas = self.canvas
@@ -195,48 +173,9 @@ class VanillaBatch:
         seed_BK = buffers.facts_5B[4][:, None].expand_as(response_BK)
         return uniform_noise(seed_BK, buffers.facts_5B[1][:, None] + response_BK, buffers.step_1)
 
-    def finished(self) -> list[bool]:
-        """Which sequences are done."""
-        return list(self.done)
-
-    def results(self, rows: list[int]) -> list[GenerationResult]:
-        """The responses of sequences, up to the first mask."""
-        finite = self.canvas.report()[2]
-        return [
-            self.canvas.decoded(row).result(
-                self.sequences.eos_token_ids,
-                finite=finite[row],
-                num_forwards=self.steps[row],
-                num_query_tokens=self.steps[row] * self.canvas.counts[row],
-            )
-            for row in rows
-        ]
-
-    def view(self, row: int) -> list[BlockView]:
-        """The whole response as one block that stays active to the end."""
-        return [self.canvas.decoded(row).block(BlockState.FULLY_ACTIVE)]
-
-    def forwards(self, row: int) -> int:
-        """Model calls so far that refined a sequence."""
-        return self.steps[row]
-
     def select(self, rows: list[int]) -> None:
-        """Go on with these sequences only."""
-        sequences, responses = self.sequences, self.canvas.responses()
-        probabilities, finite = self.canvas.probabilities(), self.canvas.report()[2]
-        alternatives = self.canvas.alternative_numbers()
-        self.sequences = dataclasses.replace(
-            sequences,
-            prompts=[sequences.prompts[row] for row in rows],
-            max_new_tokens=[sequences.max_new_tokens[row] for row in rows],
-            seeds=[sequences.seeds[row] for row in rows],
-        )
-        for name in ("plans", "steps", "done"):
-            values = getattr(self, name)
-            setattr(self, name, [values[row] for row in rows])
-        self._lay_out(
-            [responses[row] for row in rows],
-            [probabilities[row] for row in rows],
-            [finite[row] for row in rows],
-            [alternatives[row] for row in rows],
-        )
+        """Go on with these sequences only, in this order."""
+        kept = self.canvas.keep(rows)
+        super().select(rows)
+        self.plans = [self.plans[row] for row in rows]
+        self._lay_out(kept)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from d2f.decoding.paged import StepShape
+from d2f.decoding.step import StepShape
 
 Mark = torch.cuda.Event | float
 

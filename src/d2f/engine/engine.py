@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from d2f.decoding.batch import BlockView, GenerationResult, decoded_prefix
+from d2f.decoding.batch import BlockView, GenerationResult
 from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.strategies import Strategy
 from d2f.decoding.workspace import Workspace
 from d2f.engine.clock import StepClock
 from d2f.engine.paged import PagedLane
-from d2f.engine.pages import PagePool, PromptCache, cache_pages
+from d2f.engine.request import EngineConfig as EngineConfig
 from d2f.engine.request import Output, Progress, Request, Task, resolve
 from d2f.engine.stops import StopStrings
 from d2f.engine.unpaged import UnpagedLane
-from d2f.errors import ConfigError, RequestError
-from d2f.models.cache import DUMP_PAGE, PagedCache
+from d2f.errors import RequestError
+from d2f.models.cache import PagedCache, PagePool, PromptCache
 from d2f.models.transformer import Transformer
 from d2f.ops.backend import select_backend
 
@@ -31,50 +31,6 @@ class Decodes(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Settings of an engine.
-
-    Raises:
-        ConfigError: A value is out of its range.
-
-    Example:
-        >>> EngineConfig(max_batch_size=4, page_size=8).backend
-        'auto'
-    """
-
-    max_batch_size: int = 64
-    """Most sequences that one decoder decodes together; each decoder has so many of its own."""
-    page_size: int = 16
-    """Positions of a page of the key/value cache."""
-    kv_cache_bytes: int | None = None
-    """Size of the key/value cache; None: of the memory that is free."""
-    prefill_tokens: int = 2048
-    """Most tokens that joining requests add to a step; one alone may have more."""
-    backend: str = "auto"
-    """`torch`, `triton`, or `auto`: Triton's kernels on a GPU."""
-    cuda_graphs: bool = True
-    """Capture steps as CUDA graphs; has no meaning on a CPU."""
-    overlap: bool | None = None
-    """Run the host one step behind the device; None: on a GPU. Elsewhere it only serves tests."""
-    imposed_acceptance: tuple[int, ...] | None = None
-    """Tokens that each request accepts in its first, second, … forward, whatever the model says;
-    the last number holds on. For measuring speed with random weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch_size", "page_size", "prefill_tokens", "kv_cache_bytes"):
-            value = getattr(self, name)
-            if name == "kv_cache_bytes" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        imposed = self.imposed_acceptance
-        if imposed is not None and (not imposed or any(number < 0 for number in imposed)):
-            raise ConfigError(
-                f"imposed_acceptance is {imposed!r}; it must be numbers of at least 0, one or more"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +92,6 @@ class Engine:
         self._clock: StepClock | None = None
         self._lanes: dict[type, Lane] = {}
         """By decoder."""
-        self._on_done = _weakly(self)
 
     def _lane(self, strategy: Strategy) -> Lane:
         """The lane of a strategy, opened when its first request comes.
@@ -145,37 +100,22 @@ class Engine:
         """
         decoder = strategy.decoder_class
         key = decoder if issubclass(decoder, PagedDecoder) else UnpagedLane
-        if not self._lanes:
-            self.model.prepare_steps()
         if key not in self._lanes:
-            paged = key is not UnpagedLane
-            self._lanes[key] = self._paged_lane(decoder) if paged else self._unpaged_lane()
+            if not self._lanes:
+                self.model.prepare_steps()
+            self._lanes[key] = self._open_lane(key)
         return self._lanes[key]
 
-    def _unpaged_lane(self) -> UnpagedLane:
+    def _open_lane(self, key: type[PagedDecoder] | type[UnpagedLane]) -> Lane:
         model, config = self.model, self.config
         backend = select_backend(config.backend, model.device)
-        return UnpagedLane(
-            model,
-            Workspace(model.device, use_graphs=config.cuda_graphs, backend=backend),
-            max_rows=config.max_batch_size,
-            on_done=self._on_done,
-        )
-
-    def _paged_lane(self, decoder: type[PagedDecoder]) -> PagedLane:
-        model, config, on_done = self.model, self.config, self._on_done
-        on_gpu = model.device.type == "cuda"
-        backend = select_backend(config.backend, model.device)
-        lane = PagedLane(
-            decoder(model, self._cache, backend, config.imposed_acceptance),
-            self._pool,
-            self._prompts,
-            max_rows=config.max_batch_size,
-            prefill_tokens=config.prefill_tokens,
-            use_graphs=on_gpu and config.cuda_graphs,
-            overlap=on_gpu if config.overlap is None else config.overlap,
-            on_done=lambda task: on_done(task, _result(task)),
-        )
+        # A lane keeps neither the engine nor its cache alive.
+        put_out = functools.partial(Engine._put_out, weakref.proxy(self))
+        if issubclass(key, UnpagedLane):
+            workspace = Workspace(model.device, use_graphs=config.cuda_graphs, backend=backend)
+            return key(model, workspace, max_rows=config.max_batch_size, on_done=put_out)
+        decoder = key(model, self._cache, backend, config.imposed_acceptance)
+        lane = PagedLane(decoder, self._prompts, config, on_done=put_out)
         lane.runner.clock = self._clock
         return lane
 
@@ -183,29 +123,18 @@ class Engine:
     def _cache(self) -> PagedCache:
         # Made when the first request needs it: it takes all memory that is free.
         model, config = self.model, self.config
-        num_pages = cache_pages(
+        return PagedCache.fitting(
             model.spec,
             page_size=config.page_size,
-            max_batch_size=config.max_batch_size,
+            max_sequences=config.max_batch_size,
             budget_bytes=config.kv_cache_bytes,
             device=model.device,
             dtype=model.dtype,
         )
-        return PagedCache(
-            model.spec,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            device=model.device,
-            dtype=model.dtype,
-        )
-
-    @functools.cached_property
-    def _pool(self) -> PagePool:
-        return PagePool(range(DUMP_PAGE + 1, self._cache.num_pages))
 
     @functools.cached_property
     def _prompts(self) -> PromptCache:
-        return PromptCache(self._pool)
+        return PromptCache(PagePool(self._cache.num_pages))
 
     # ------------------------------------------------------------------------------ requests
 
@@ -276,7 +205,7 @@ class Engine:
             self._forget(number)
         self._closed = True
         self._lanes.clear()
-        for name in ("_cache", "_pool", "_prompts"):
+        for name in ("_cache", "_prompts"):
             self.__dict__.pop(name, None)
 
     def generate(self, requests: Sequence[Request]) -> list[GenerationResult]:
@@ -318,14 +247,10 @@ class Engine:
                 self._advance()
                 if number not in self._ready and number in self._tasks:
                     task, blocks = self._tasks[number], self.view(number)
-                    tokens = decoded_prefix(t for block in blocks for t in block.token_ids)
+                    tokens = (token for block in blocks for token in block.token_ids)
                     if blocks:
-                        yield Output(
-                            request_id=number,
-                            blocks=blocks,
-                            eos_token_ids=task.eos_token_ids,
-                            stop_at=task.stop_at(tokens),
-                        )
+                        token_ids = task.up_to_end(tokens)
+                        yield Output(request_id=number, blocks=blocks, token_ids=token_ids)
             output = self._ready[number]
             if output.error is not None:
                 raise output.error
@@ -372,7 +297,7 @@ class Engine:
             >>> Engine(tiny_model("llada")).status()
             EngineStatus(num_waiting=0, num_running=0, num_pages=0, num_free_pages=0)
         """
-        lanes, pools = self._lanes.values(), [self._pool] if self._paged_lanes() else []
+        lanes, pools = self._lanes.values(), [self._prompts.pool] if self._paged_lanes() else []
         return EngineStatus(
             num_waiting=sum(len(lane.waiting) for lane in lanes),
             num_running=sum(lane.num_running for lane in lanes),
@@ -459,7 +384,7 @@ class Engine:
         self._ready[task.number] = Output(
             request_id=task.number,
             blocks=self.view(task.number) if task.number in self._watched else [],
-            eos_token_ids=task.eos_token_ids,
+            token_ids=[] if result is None else result.token_ids,
             result=result,
             error=task.error,
         )
@@ -468,25 +393,3 @@ class Engine:
         self._tasks.pop(number, None)
         self._watched.discard(number)
         self._ready.pop(number, None)
-
-
-def _result(task: Task) -> GenerationResult | None:
-    """Of a finished task; None if it failed, at the latest here."""
-    if task.error is None:
-        try:
-            return task.final()
-        except RequestError as error:
-            task.error = error
-    return None
-
-
-def _weakly(engine: Engine) -> Callable[[Task, GenerationResult | None], None]:
-    """Where an engine's lanes put results. A lane keeps neither the engine nor its cache alive."""
-    reference = weakref.ref(engine)
-
-    def put_out(task: Task, result: GenerationResult | None) -> None:
-        alive = reference()
-        assert alive is not None, "only a living engine steps its lanes"
-        alive._put_out(task, result)
-
-    return put_out

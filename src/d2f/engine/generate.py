@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, overload
 
 from d2f.decoding.batch import GenerationResult
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.pages import enough_bytes, free_bytes
 from d2f.engine.request import Request, resolve
 from d2f.models.transformer import Transformer
 
@@ -97,7 +95,8 @@ def generate_ids(
     }
     requests = [_request(prompt, settings, strategy_options) for prompt in prompts]
     requests = [resolve(request, model.spec) for request in requests]
-    engine = _engine_for(model, requests)
+    lengths = [len(request.prompt_ids) + request.max_new_tokens for request in requests]
+    engine = Engine(model, EngineConfig().fitted(model, lengths))
     try:
         results = engine.generate(requests)
     finally:
@@ -114,20 +113,6 @@ def _holds_lists(given: object) -> bool:
     return not hasattr(first, "__index__") and (
         isinstance(first, Sequence) or hasattr(first, "tolist")
     )
-
-
-def _engine_for(model: Transformer, requests: Sequence[Request]) -> Engine:
-    """An engine with no larger a cache than these requests can fill."""
-    config = EngineConfig()
-    enough = enough_bytes(
-        model.spec,
-        [len(request.prompt_ids) + request.max_new_tokens for request in requests],
-        page_size=config.page_size,
-        max_batch_size=config.max_batch_size,
-        dtype=model.dtype,
-    )
-    enough = max(min(enough, free_bytes(model.device)), 1)
-    return Engine(model, replace(config, kv_cache_bytes=enough))
 
 
 def _request(prompt: Sequence[int], settings: dict[str, Any], options: dict[str, Any]) -> Request:

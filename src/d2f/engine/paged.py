@@ -13,19 +13,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from d2f.decoding.batch import NOT_FINITE, BlockView
-from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape
+from d2f.decoding.batch import NOT_FINITE, BlockView, GenerationResult
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import RowSizes, RowStorage, power_of_two
-from d2f.engine.pages import CachedPrompt, PagePool, PromptCache
-from d2f.engine.request import Progress, Task
+from d2f.decoding.step import RowRecord, StepShape
+from d2f.engine.request import EngineConfig, Progress, Task
 from d2f.engine.runner import Pending, Runner, StepSizer
 from d2f.errors import D2FError, RequestError, counted
+from d2f.models.cache import CachedPrompt, PromptCache
 
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
 """Room of a row that is there from the start where graphs are captured."""
-MOST_PLACES = 2**24
-"""Most response positions of all rows together; a request that needs more room than that beside
-those running waits for them."""
 LEAST_ALONE, MOST_ALONE = 16, 1024
 """For so many steps requests join singly once memory ran out as several joined: the first number at
 first, twice as many each time, up to the second."""
@@ -44,47 +42,37 @@ class PagedLane:
 
     Args:
         decoder: The strategy; its model and cache are used.
-        pool: The pages of the cache.
         prompts: Prompts in the cache. All decoders of a model compute the same keys for a prompt.
-        max_rows: Most requests that run at once.
-        prefill_tokens: Most tokens that joining requests add to a step; one alone may have more.
-        use_graphs: Replay captured graphs.
-        overlap: Read a step's results while the next one runs, and size steps by bounds.
-        on_done: Called with each task that is finished or failed.
+        config: The engine's.
+        on_done: Called with each task that is finished or failed, and its result.
     """
 
     def __init__(
         self,
         decoder: PagedDecoder,
-        pool: PagePool,
         prompts: PromptCache,
+        config: EngineConfig,
         *,
-        max_rows: int,
-        prefill_tokens: int,
-        use_graphs: bool,
-        overlap: bool,
-        on_done: Callable[[Task], None],
+        on_done: Callable[[Task, GenerationResult | None], None],
     ) -> None:
-        self.decoder, self._on_done = decoder, on_done
-        self._max_rows, self._prefill_tokens, self._overlap = max_rows, prefill_tokens, overlap
-        model, cache = decoder.model, decoder.cache
-        self._page_size = cache.page_size
-        self.pool, self.prompts = pool, prompts
-        self._key = type(decoder)
-        longest = min(model.spec.max_positions, self.pool.num_pages * cache.page_size)
-        max_end = -(-longest // cache.page_size) * cache.page_size
+        self.decoder, self.prompts, self.pool = decoder, prompts, prompts.pool
+        self._config, self._on_done, self._key = config, on_done, type(decoder)
+        model, self._page_size = decoder.model, decoder.cache.page_size
+        on_gpu = model.device.type == "cuda"
+        use_graphs = on_gpu and config.cuda_graphs
+        self._overlap = on_gpu if config.overlap is None else config.overlap
+        """Results of a step are read while the next one runs, and steps sized by bounds."""
+        num_pages = min(self._pages_for(model.spec.max_positions), self.pool.num_pages)
+        max_end = num_pages * self._page_size
         self._least_sizes = RowSizes(num_blocks=1, block_size=1, prompt_length=1, num_eos=1)
         if use_graphs:
             # Graphs are lost when rows need more room, so most requests should find enough.
             self._least_sizes = replace(USUAL_SIZES, prompt_length=power_of_two(max_end))
         storage = RowStorage.for_model(
-            model,
-            self._least_sizes,
-            max_rows=max_rows,
-            num_pages=max_end // cache.page_size,
+            model, self._least_sizes, max_rows=config.max_batch_size, num_pages=num_pages
         )
         self.runner = Runner(decoder, storage, use_graphs=use_graphs)
-        self._sizer = StepSizer(self.runner, max_rows, max_end, exact=not overlap)
+        self._sizer = StepSizer(self.runner, max_end, exact=not self._overlap)
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         """By row."""
@@ -118,11 +106,11 @@ class PagedLane:
         Raises:
             RequestError: It needs more pages than there are.
         """
-        needed, pages = self._pages_for(task.asked.longest), self.pool.num_pages
+        needed, pages = self._pages_for(task.longest), self.pool.num_pages
         if needed > pages:
             raise RequestError(
-                f"the prompt's {counted(len(task.request.prompt_ids), 'token')} and max_new_tokens "
-                f"{task.request.max_new_tokens} need {needed} pages of the key/value cache, which "
+                f"the prompt's {counted(len(task.asked.prompt), 'token')} and max_new_tokens "
+                f"{task.asked.max_new_tokens} need {needed} pages of the key/value cache, which "
                 f"has {pages} of {counted(self._page_size, 'token')}; shorten the prompt, lower "
                 "max_new_tokens or give the engine more with kv_cache_bytes"
             )
@@ -138,7 +126,7 @@ class PagedLane:
 
     def progress(self, task: Task) -> Progress:
         """How far a request is."""
-        token_ids = task.up_to_end(task.decoded())
+        token_ids = task.up_to_end(task.tokens)
         return Progress(token_ids=token_ids, num_forwards=task.state.forwards)
 
     def remove(self, task: Task) -> None:
@@ -188,7 +176,9 @@ class PagedLane:
         for task in sorted(self.running, key=lambda task: task.number):
             if task.row is None:
                 continue
-            missing = self._pages_for(self._span(task)[1]) - len(task.pages)
+            missing = self._pages_for(self.decoder.span(task, task.num_in_flight)[1]) - len(
+                task.pages
+            )
             while task.row is not None and not self.prompts.make_room(missing):
                 self._preempt(max(self.running, key=lambda task: task.number))
             if task.row is not None and missing > 0:
@@ -216,8 +206,8 @@ class PagedLane:
     def _admit(self) -> list[Task]:
         """Let waiting requests join in order while rows, pages and the prefill budget last."""
         joined: list[Task] = []
-        budget = self._prefill_tokens
-        while self.waiting and len(self.running) < self._max_rows:
+        budget = self._config.prefill_tokens
+        while self.waiting and len(self.running) < self._config.max_batch_size:
             task = self.waiting[0]
             prompt = task.asked.prompt
             if any(number < task.number for number in self.pool.wanted_by.values()):
@@ -251,12 +241,10 @@ class PagedLane:
 
     def _has_room(self, task: Task, end: int, cached: CachedPrompt | None) -> bool:
         """Whether there are pages for its first two steps and one for each running request."""
-        end = min(end + self.decoder.growth(task.asked), task.asked.longest)
+        end = min(end + self.decoder.growth(task.asked), task.longest)
         shared = self._cached_positions(task, cached) // self._page_size
         wanted = self._pages_for(end) - shared + len(self.running)
-        if not self.prompts.make_room(wanted, spared=cached):
-            return False
-        return not self.running or self._places(self._sizes_with(task)) <= MOST_PLACES
+        return self.prompts.make_room(wanted, spared=cached) and self._sizes_with(task) is not None
 
     def _cached_positions(self, task: Task, cached: CachedPrompt | None) -> int:
         """Positions whose keys it need not compute."""
@@ -264,15 +252,12 @@ class PagedLane:
             return 0
         return len(task.asked.prompt) - self.decoder.num_recomputed
 
-    def _span(self, task: Task) -> tuple[int, int]:
-        """Bounds of the positions that a request's next step computes."""
-        return self.decoder.span(task, task.num_in_flight)
-
     def _place(self, task: Task, cached: CachedPrompt | None) -> None:
         """Give the first of those waiting a row and its first pages."""
         num_cached = self._cached_positions(task, cached)
         state, fully = self.decoder.begin(task, num_cached)
         sizes = self._sizes_with(task)
+        assert sizes is not None, "there is room"
         if sizes != self.runner.storage.sizes:
             self.runner.storage = self.runner.storage.resized(sizes)
         storage = self.runner.storage
@@ -296,21 +281,9 @@ class PagedLane:
         task.pages += self.pool.take(max(self._pages_for(state.end) - len(task.pages), 0))
         storage.write_pages([(row, index, page) for index, page in enumerate(task.pages)])
 
-    def _sizes_with(self, task: Task) -> RowSizes:
-        """Room for a request beside those running; on a GPU room only grows, by powers of two."""
-        sizes = RowSizes.of(task.asked).union(self._least_sizes)
-        on_gpu = self.runner.storage.device.type == "cuda"
-        if on_gpu:
-            sizes = sizes.rounded()
-        both = sizes.union(self.runner.storage.sizes)
-        if self.running:
-            return both
-        # Alone, it need not bear with what former requests needed.
-        keeps = on_gpu and self._places(both) <= MOST_PLACES
-        return both if keeps else sizes
-
-    def _places(self, sizes: RowSizes) -> int:
-        return self._max_rows * sizes.num_blocks * sizes.block_size
+    def _sizes_with(self, task: Task) -> RowSizes | None:
+        storage, least = self.runner.storage, self._least_sizes
+        return storage.sizes_with(task.asked, least, alone=not self.running)
 
     # ------------------------------------------------------------------------------------- run
 
@@ -391,7 +364,7 @@ class PagedLane:
 
     def _finish(self, task: Task) -> None:
         self.remove(task)
-        self._on_done(task)
+        self._on_done(task, task.final())
 
     # ---------------------------------------------------------------------------- rows and pages
 

@@ -1,32 +1,88 @@
-"""One request to the engine: what it asks, how far it is, what comes of it."""
+"""What is asked of an engine: its settings, and requests, from what they ask to what they get."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.alternatives import Alternatives as Alternatives
 from d2f.decoding.batch import (
     BlockView,
     GenerationResult,
     cut_at_eos,
     decoded_prefix,
 )
-from d2f.decoding.paged import RowRecord
 from d2f.decoding.rows import HostRow, RowRequest
+from d2f.decoding.step import RowRecord
 from d2f.decoding.strategies import Strategy, check_strategy, default_strategy, find_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.stops import StopStrings
-from d2f.errors import RequestError, counted
+from d2f.errors import ConfigError, RequestError, counted
+from d2f.models.cache import enough_bytes, free_bytes
 from d2f.models.spec import ModelSpec
+from d2f.models.transformer import Transformer
 
 MOST_TEMPERATURE = 1e30
 """All tokens are as probable long before, and a little beyond it fp32 ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine.
+
+    Raises:
+        ConfigError: A value is out of its range.
+
+    Example:
+        >>> EngineConfig(max_batch_size=4, page_size=8).backend
+        'auto'
+    """
+
+    max_batch_size: int = 64
+    """Most sequences that one decoder decodes together; each decoder has so many of its own."""
+    page_size: int = 16
+    """Positions of a page of the key/value cache."""
+    kv_cache_bytes: int | None = None
+    """Size of the key/value cache; None: of the memory that is free."""
+    prefill_tokens: int = 2048
+    """Most tokens that joining requests add to a step; one alone may have more."""
+    backend: str = "auto"
+    """`torch`, `triton`, or `auto`: Triton's kernels on a GPU."""
+    cuda_graphs: bool = True
+    """Capture steps as CUDA graphs; has no meaning on a CPU."""
+    overlap: bool | None = None
+    """Run the host one step behind the device; None: on a GPU. Elsewhere it only serves tests."""
+    imposed_acceptance: tuple[int, ...] | None = None
+    """Tokens that each request accepts in its first, second, … forward, whatever the model says;
+    the last number holds on. For measuring speed with random weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "page_size", "prefill_tokens", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if name == "kv_cache_bytes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        imposed = self.imposed_acceptance
+        if imposed is not None and (not imposed or any(number < 0 for number in imposed)):
+            raise ConfigError(
+                f"imposed_acceptance is {imposed!r}; it must be numbers of at least 0, one or more"
+            )
+
+    def fitted(
+        self, model: Transformer, lengths: Iterable[int], *, memory_share: float = 1.0
+    ) -> EngineConfig:
+        """These settings, with no larger a cache than sequences of these lengths can fill.
+
+        It takes at most `memory_share` of the memory that is free; another engine may come.
+        """
+        most = sorted(lengths, reverse=True)[: self.max_batch_size]
+        enough = enough_bytes(model.spec, most, page_size=self.page_size, dtype=model.dtype)
+        room = int(memory_share * free_bytes(model.device))
+        return dataclasses.replace(self, kv_cache_bytes=max(min(enough, room), 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +134,12 @@ class Output:
     request_id: int
     blocks: list[BlockView]
     """The response's blocks as they stand; of streamed requests only."""
-    eos_token_ids: tuple[int, ...] = ()
-    """Those of the request."""
-    stop_at: int | None = None
-    """Tokens that complete a stop string, where the request goes on behind it."""
+    token_ids: list[int] = field(default_factory=list)
+    """The response so far, up to its first gap, EOS or stop string."""
     result: GenerationResult | None = None
     """Set when the request is done."""
     error: RequestError | None = None
     """Set when it failed."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The response so far, up to its first gap."""
-        if self.result is not None:
-            return self.result.token_ids
-        tokens = (token for block in self.blocks for token in block.token_ids)
-        return cut_at_eos(decoded_prefix(tokens), self.eos_token_ids)[0][: self.stop_at]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +167,7 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     prompt = _token_ids("prompt", request.prompt_ids, spec)
     eos = spec.eos_token_ids if request.eos_token_id is None else request.eos_token_id
     eos_ids = tuple(_token_ids("EOS", [eos] if isinstance(eos, int) else eos, spec))
-    _check_limit(request.max_new_tokens)
+    _check_numbers(request)
     limit = request.max_new_tokens
     if len(prompt) + limit > spec.max_positions:
         raise RequestError(
@@ -133,17 +179,17 @@ def resolve(request: Request, spec: ModelSpec) -> Request:
     if strategy is None:
         strategy = default_strategy(spec, policy=request.policy is not None)
     check_strategy(strategy, request.options, spec, len(prompt), limit)
-    _check_sampling(request)
     stop = _stop_strings(request)
     if not isinstance(request.policy, DecodingPolicy | None):
         raise RequestError(f"policy is {request.policy!r}; it must be a DecodingPolicy")
     policy = request.policy or spec.recommended_policy or DecodingPolicy()
+    fixes = find_strategy(strategy).fixes
     return dataclasses.replace(
         request,
         prompt_ids=prompt,
         strategy=strategy,
         eos_token_id=eos_ids,
-        policy=dataclasses.replace(policy, **find_strategy(strategy).fixes),
+        policy=dataclasses.replace(policy, **fixes) if fixes else policy,
         stop=stop,
         # Whole numbers of any size are none to torch.
         temperature=float(request.temperature),
@@ -162,16 +208,37 @@ def check_request(request: Request) -> None:
     Example:
         >>> check_request(Request(prompt_ids=(), top_p=0.9))
     """
-    _check_limit(request.max_new_tokens)
+    _check_numbers(request)
     if request.strategy is not None:
         find_strategy(request.strategy).read_options(request.options)
-    _check_sampling(request)
     _stop_strings(request)
 
 
-def _check_limit(limit: object) -> None:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise RequestError(f"max_new_tokens is {limit!r}; it must be a whole number of at least 1")
+_RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "max_new_tokens": (int, lambda n: n >= 1, "a whole number of at least 1"),
+    "temperature": (
+        int | float,
+        lambda x: 0 <= x <= MOST_TEMPERATURE,
+        f"a number from 0 to {MOST_TEMPERATURE:g}",
+    ),
+    "top_k": (int, lambda n: 0 <= n < 2**63, "a whole number of 0 (all) or more"),
+    "top_p": (int | float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (int | float, lambda x: 0 <= x <= 1, "a number from 0 (all) to 1"),
+    "num_alternatives": (
+        int, lambda n: 0 <= n <= MOST_ALTERNATIVES, f"a whole number from 0 to {MOST_ALTERNATIVES}"
+    ),
+    "seed": (int, lambda n: -(2**63) <= n < 2**63, "a whole number of at most 63 bits"),
+}  # fmt: skip
+"""What the numbers of a request must be: their type, their range, and both in words."""
+
+
+def _check_numbers(request: Request) -> None:
+    for name, (kind, fits, words) in _RANGES.items():
+        value = getattr(request, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            raise RequestError(f"{name} is {value!r}; it must be {words}")
+    if not isinstance(request.early_stop, bool):
+        raise RequestError(f"early_stop is {request.early_stop!r}; it must be True or False")
 
 
 def _stop_strings(request: Request) -> tuple[str, ...]:
@@ -182,31 +249,6 @@ def _stop_strings(request: Request) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise RequestError(f"stop string {text!r} is not a text of at least one character")
     return stop
-
-
-def _check_sampling(request: Request) -> None:
-    temperature, seed = request.temperature, request.seed
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not number or not 0 <= temperature <= MOST_TEMPERATURE:
-        raise RequestError(
-            f"temperature is {temperature!r}; it must be a number from 0 to {MOST_TEMPERATURE:g}"
-        )
-    top_k, top_p, min_p = request.top_k, request.top_p, request.min_p
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 2**63:
-        raise RequestError(f"top_k is {top_k!r}; it must be a whole number of 0 (all) or more")
-    if isinstance(top_p, bool) or not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise RequestError(f"top_p is {top_p!r}; it must be a number above 0 and at most 1")
-    if isinstance(min_p, bool) or not isinstance(min_p, int | float) or not 0 <= min_p <= 1:
-        raise RequestError(f"min_p is {min_p!r}; it must be a number from 0 (all) to 1")
-    asked, most = request.num_alternatives, MOST_ALTERNATIVES
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked <= most:
-        raise RequestError(
-            f"num_alternatives is {asked!r}; it must be a whole number from 0 to {most}"
-        )
-    if not isinstance(request.early_stop, bool):
-        raise RequestError(f"early_stop is {request.early_stop!r}; it must be True or False")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed is {seed!r}; it must be a whole number of at most 63 bits")
 
 
 def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
@@ -232,22 +274,11 @@ def _token_ids(kind: str, ids: Any, spec: ModelSpec) -> list[int]:
     return numbers
 
 
-@contextmanager
-def _decoding() -> Iterator[None]:
-    """The tokenizer is the caller's; other requests have nothing to do with its errors."""
-    try:
-        yield
-    except Exception as error:
-        raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None
-
-
 @dataclass(kw_only=True, eq=False)
 class Task(HostRow):
     """A request on its way through the engine: its progress, and what it holds."""
 
     number: int
-    request: Request
-    """Resolved."""
     strategy: Strategy
     stops: StopStrings | None = None
     """Where the request has any."""
@@ -283,19 +314,15 @@ class Task(HostRow):
             min_p=request.min_p,
             seed=request.seed,
             early_stop=request.early_stop,
+            num_alternatives=request.num_alternatives,
         )
-        return cls(number=number, request=request, strategy=strategy, stops=stops, asked=asked)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Those that end it."""
-        return self.asked.eos_token_ids
+        return cls(number=number, strategy=strategy, stops=stops, asked=asked)
 
     def clear(self) -> None:
         """Make room for the response, of which nothing is decoded yet."""
         length = self.asked.max_new_tokens
         self.tokens, self.probabilities = [None] * length, [None] * length
-        self.alternatives = [()] * length if self.request.num_alternatives else []
+        self.alternatives = [()] * length if self.asked.num_alternatives else []
 
     def report(self, record: RowRecord) -> None:
         """Take over what a step that ran it reports."""
@@ -304,7 +331,7 @@ class Task(HostRow):
             self.tokens[place] = token
             self.probabilities[place] = probability
             if self.alternatives:
-                self.alternatives[place] = alternatives[: self.request.num_alternatives]
+                self.alternatives[place] = alternatives[: self.asked.num_alternatives]
 
     def decoded(self) -> list[int]:
         """The response up to its first gap."""
@@ -313,7 +340,7 @@ class Task(HostRow):
     @property
     def ends_at_stop(self) -> bool:
         """A stop string ends it; without `early_stop` it only cuts the finished response."""
-        return self.request.early_stop and bool(self.request.stop)
+        return self.stops is not None and self.asked.early_stop
 
     def reaches_stop(self) -> bool:
         """Whether the response up to its first gap holds a stop string that ends it.
@@ -321,24 +348,17 @@ class Task(HostRow):
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        if self.stops is None or not self.ends_at_stop:
-            return False
-        with _decoding():
-            return self.stops.found(self.decoded())
+        return self.stops is not None and self.ends_at_stop and self.stops.found(self.decoded())
 
-    def stop_at(self, token_ids: Sequence[int]) -> int | None:
-        """How many tokens complete a stop string behind which a running request goes on."""
+    def up_to_end(self, tokens: Iterable[int | None]) -> list[int]:
+        """Of a running request's tokens those before the first gap that its result will have."""
+        token_ids, _ = cut_at_eos(decoded_prefix(tokens), self.asked.eos_token_ids)
         if self.ends_at_stop:
-            return None
+            return token_ids
         try:
-            return self._num_until_stop(token_ids)
+            return token_ids[: self._num_until_stop(token_ids)]
         except RequestError:  # its result will fail with the same
-            return None
-
-    def up_to_end(self, token_ids: list[int]) -> list[int]:
-        """Of a running request's tokens those that its result will have."""
-        token_ids, _ = cut_at_eos(token_ids, self.eos_token_ids)
-        return token_ids[: self.stop_at(token_ids)]
+            return token_ids
 
     def cut_at_stop(self, result: GenerationResult) -> GenerationResult:
         """A response up to the token that completes a stop string, if there is one.
@@ -346,36 +366,35 @@ class Task(HostRow):
         Raises:
             RequestError: The tokenizer cannot decode it.
         """
-        token_ids = result.token_ids
-        fewest = self._num_until_stop(token_ids)
+        fewest = self._num_until_stop(result.token_ids)
         if fewest is None:
             return result
         return dataclasses.replace(
             result,
-            token_ids=token_ids[:fewest],
+            token_ids=result.token_ids[:fewest],
             probabilities=result.probabilities[:fewest],
             alternatives=result.alternatives[:fewest],
             finish_reason="stop",
         )
 
     def _num_until_stop(self, token_ids: Sequence[int]) -> int | None:
-        """How many tokens complete a stop string; None: they have none."""
-        if self.stops is None:
-            return None
-        with _decoding():
-            return self.stops.num_tokens(token_ids)
+        return None if self.stops is None else self.stops.num_tokens(token_ids)
 
-    def final(self) -> GenerationResult:
+    def final(self) -> GenerationResult | None:
         """The finished response, up to the first EOS or the token that completes a stop string.
 
-        Raises:
-            RequestError: The tokenizer cannot decode it.
+        None if the request failed, at the latest here.
         """
-        return self.cut_at_stop(
-            self.result(
-                self.eos_token_ids,
-                finite=True,
-                num_forwards=self.state.forwards,
-                num_query_tokens=self.state.queries,
-            )
-        )
+        if self.error is None:
+            try:
+                return self.cut_at_stop(
+                    self.result(
+                        self.asked.eos_token_ids,
+                        finite=True,
+                        num_forwards=self.state.forwards,
+                        num_query_tokens=self.state.queries,
+                    )
+                )
+            except RequestError as error:
+                self.error = error
+        return None

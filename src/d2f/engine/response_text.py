@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d2f.engine.request import Alternatives
+from d2f.decoding.alternatives import Alternatives
 from d2f.engine.stops import StopStrings, with_special_tokens
 from d2f.text import Tokenizer
 

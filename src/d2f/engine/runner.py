@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from d2f.decoding.alternatives import MOST_ALTERNATIVES
-from d2f.decoding.paged import PagedDecoder, RowRecord, StepShape, read_record
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import RowStorage, power_of_two
+from d2f.decoding.step import RowRecord, StepShape, read_record
 from d2f.engine.clock import StepClock, StepTime
 from d2f.engine.request import Task
 
@@ -86,21 +87,20 @@ def captured_shape(
 class Pending:
     """A step that was started."""
 
-    num_rows: int
+    shape: StepShape
     record: Tensor
     """On the host; on a GPU it is there once `ready` has happened."""
     ready: torch.cuda.Event | None
     clock: StepClock | None = None
     time: StepTime | None = None
     """Where the clock notes it, if there is one."""
-    num_alternatives: int = 0
 
     def read(self) -> list[RowRecord]:
         """What it reports of each row."""
         if self.ready is not None:
             with self.clock.waiting() if self.clock else nullcontext():
                 self.ready.synchronize()
-        return read_record(self.record, self.num_rows, self.num_alternatives)
+        return read_record(self.record, self.shape.num_rows, self.shape.num_alternatives)
 
 
 class Runner:
@@ -174,12 +174,12 @@ class Runner:
             else:
                 record = self.decoder.step(self._storage.rows(shape.num_rows), shape)
         if not record.is_cuda:
-            return Pending(shape.num_rows, record, None, self.clock, time, shape.num_alternatives)
+            return Pending(shape, record, None, self.clock, time)
         host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
         host.copy_(record, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Pending(shape.num_rows, host, ready, self.clock, time, shape.num_alternatives)
+        return Pending(shape, host, ready, self.clock, time)
 
     @torch.inference_mode()
     def capture(self, shape: StepShape) -> None:
@@ -206,13 +206,11 @@ class StepSizer:
 
     Args:
         runner: It runs the steps.
-        max_rows: Rows of its storage.
         max_end: A bound for the end of every row.
         exact: The host knows where every row stands, so no step need be larger than its rows.
     """
 
     runner: Runner
-    max_rows: int
     max_end: int
     exact: bool
 
@@ -243,11 +241,11 @@ class StepSizer:
                 self._bucket(running, counts),
                 longest,
                 one_token=decoder.one_token,
-                max_rows=self.max_rows,
+                max_rows=self.runner.storage.max_rows,
                 max_end=self.max_end,
                 **kinds,
             )
-        num_rows = min(power_of_two(num_rows), self.max_rows)
+        num_rows = min(power_of_two(num_rows), self.runner.storage.max_rows)
         candidates = sum(
             end - max(start, prompt) for (start, end), prompt in zip(spans, prompts, strict=True)
         )
@@ -275,7 +273,7 @@ class StepSizer:
             "ranked": any(one.policy.confidence != "probability" for one in asked),
             # All that may be asked for, so that there are few shapes.
             "num_alternatives": min(MOST_ALTERNATIVES, self.runner.decoder.model.spec.vocab_size)
-            if any(task.request.num_alternatives for task in running)
+            if any(one.num_alternatives for one in asked)
             else 0,
         }
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from d2f.decoding.paged import PagedDecoder, StepShape
+from d2f.decoding.paged import PagedDecoder
 from d2f.decoding.rows import (
     NEW_ROW,
     HostRow,
@@ -18,6 +18,7 @@ from d2f.decoding.rows import (
     RowStorage,
     power_of_two,
 )
+from d2f.decoding.step import StepShape
 from d2f.decoding.strategies import STRATEGIES, default_strategy
 from d2f.diffusion.policy import DecodingPolicy
 from d2f.engine.clock import StepClock
@@ -125,9 +126,8 @@ class SteadyStep:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that the step reads once."""
-        spec, positions = self.model.spec, self.kv_length + self.window
-        per_token = spec.kv_bytes_per_token // 2 * self.model.dtype.itemsize
-        return self.batch_size * positions * per_token
+        positions = self.batch_size * (self.kv_length + self.window)
+        return PagedCache.page_bytes(self.model.spec, positions, self.model.dtype)
 
     @property
     def product_flops(self) -> int:

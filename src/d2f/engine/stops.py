@@ -6,6 +6,8 @@ import bisect
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from d2f.errors import RequestError
+
 
 def with_special_tokens(stop: Sequence[str], special_tokens: Collection[str]) -> tuple[str, ...]:
     """Those of the stop strings that hold the text of a special token.
@@ -29,6 +31,8 @@ class StopStrings:
         stop: The texts.
         tokenizer: With `decode(token_ids)`. If it has `special_tokens`, a collection of texts that
             `decode` leaves out, then also `decode(token_ids, skip_special_tokens=False)`.
+
+    Each method raises `RequestError` where the tokenizer cannot decode the tokens.
 
     Example:
         >>> from d2f.testing import write_tokenizer
@@ -90,7 +94,14 @@ class StopStrings:
         return max(upto - behind, before)
 
     def _visible(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
+        return self._decode(token_ids)
 
     def _shown(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return self._decode(token_ids, skip_special_tokens=False)
+
+    def _decode(self, token_ids: Sequence[int], **options: bool) -> str:
+        try:
+            return self._tokenizer.decode(token_ids, **options)
+        except Exception as error:
+            # The tokenizer is the caller's; other requests have nothing to do with its errors.
+            raise RequestError(f"the tokenizer could not decode the response ({error!r})") from None

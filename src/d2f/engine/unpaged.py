@@ -7,13 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from d2f.decoding.batch import (
-    BlockView,
-    DecodingBatch,
-    GenerationResult,
-    Sequences,
-    decoded_prefix,
-)
+from d2f.decoding.batch import BlockView, DecodingBatch, GenerationResult
 from d2f.decoding.workspace import Workspace
 from d2f.engine.request import Progress, Task
 from d2f.errors import RequestError
@@ -94,8 +88,8 @@ class UnpagedLane:
             return Progress(token_ids=[], num_forwards=0)
         row = self._rows.index(task)
         tokens = [token for block in self._batch.view(row) for token in block.token_ids]
-        token_ids = task.up_to_end(decoded_prefix(tokens))
-        return Progress(token_ids=token_ids, num_forwards=self._batch.forwards(row))
+        token_ids = task.up_to_end(tokens)
+        return Progress(token_ids=token_ids, num_forwards=self._batch.num_forwards[row])
 
     def step(self) -> None:
         """One model call for the running batch.
@@ -118,17 +112,20 @@ class UnpagedLane:
         """The running batch, or a new one of compatible waiting requests."""
         if self._batch is None and self.waiting:
             first = self.waiting[0]
-            fits = [task for task in self.waiting if _same_settings(first, task)]
+            fits = [
+                task
+                for task in self.waiting
+                if task.strategy is first.strategy and task.asked.joins(first.asked)
+            ]
             most = first.strategy.max_rows or self._max_rows
             chosen = fits[: min(most, self._fitting_rows)]
             self._rows = list(chosen)
             self.waiting = deque(task for task in self.waiting if task not in chosen)
             for task in chosen:
                 task.tokens = []
-            start = first.strategy.decoder_class
-            self._batch = start(
-                self.model, _sequences(chosen), self._workspace, first.asked.options
-            )
+            asked = [task.asked for task in chosen]
+            decoder = first.strategy.decoder_class
+            self._batch = decoder(self.model, asked, self._workspace, first.asked.options)
         return self._batch
 
     def _make_do(self, tasks: list[Task], error: BaseException) -> None:
@@ -185,28 +182,3 @@ def _stops(batch: DecodingBatch, row: int, task: Task) -> bool:
     num_decoded = len(task.decoded())
     task.tokens = [token for block in batch.view(row) for token in block.token_ids]
     return len(task.decoded()) > num_decoded and task.reaches_stop()
-
-
-def _sequences(tasks: list[Task]) -> Sequences:
-    first = tasks[0].asked
-    return Sequences(
-        prompts=[task.asked.prompt for task in tasks],
-        max_new_tokens=[task.asked.max_new_tokens for task in tasks],
-        seeds=[task.asked.seed for task in tasks],
-        policy=first.policy,
-        eos_token_ids=first.eos_token_ids,
-        temperature=first.temperature,
-        top_k=first.top_k,
-        top_p=first.top_p,
-        min_p=first.min_p,
-        num_alternatives=tasks[0].request.num_alternatives,
-        early_stop=first.early_stop,
-    )
-
-
-def _same_settings(one: Task, other: Task) -> bool:
-    names = (
-        "strategy", "policy", "eos_token_id", "temperature", "top_k", "top_p", "min_p",
-        "early_stop", "num_alternatives", "options",
-    )  # fmt: skip
-    return all(getattr(one.request, name) == getattr(other.request, name) for name in names)

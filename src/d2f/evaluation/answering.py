@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine, EngineConfig
-from d2f.engine.pages import enough_bytes, free_bytes
 from d2f.engine.request import Output, Request
 from d2f.errors import ConfigError, RequestError
 from d2f.models.transformer import Transformer
@@ -303,12 +302,5 @@ def fitted_engine(
 
     It takes at most `memory_share` of the free memory; another engine may come.
     """
-    enough = enough_bytes(
-        model.spec,
-        [longest] * config.max_batch_size,
-        page_size=config.page_size,
-        max_batch_size=config.max_batch_size,
-        dtype=model.dtype,
-    )
-    room = max(int(memory_share * free_bytes(model.device)), 1)
-    return Engine(model, replace(config, kv_cache_bytes=min(enough, room)), tokenizer)
+    lengths = [longest] * config.max_batch_size
+    return Engine(model, config.fitted(model, lengths, memory_share=memory_share), tokenizer)

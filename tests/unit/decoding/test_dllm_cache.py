@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from tests.unit.decoding.unpaged import sequences
 
 from d2f import Engine, EngineConfig, Request, generate_ids
-from d2f.decoding.batch import Sequences
 from d2f.decoding.dllm_cache import DLLMCacheBatch
 from d2f.decoding.strategies import RefreshOptions
 from d2f.decoding.vanilla import transfer_plan
 from d2f.decoding.workspace import Workspace
-from d2f.diffusion.policy import DecodingPolicy
 from d2f.errors import ConfigError, RequestError
 from d2f.models import feature_cache
 from d2f.testing import tiny_model
@@ -25,22 +24,19 @@ def prompt_of(length, seed=0):
     return torch.randint(0, 90, (length,), generator=generator).tolist()
 
 
-def sequence(prompt, limit, *, eos=(), **settings):
-    return Sequences(
-        prompts=[prompt], max_new_tokens=[limit], seeds=[settings.pop("seed", 0)],
-        policy=DecodingPolicy(), eos_token_ids=eos, **settings,
-    )  # fmt: skip
+def sequence(prompt, limit, **settings):
+    return sequences([prompt], [limit], **({"seed": 0} | settings))
 
 
-def start(model, sequences, workspace=None, **options):
+def start(model, asked, workspace=None, **options):
     model.prepare_steps()
     # Padded, as where steps are captured.
     workspace = workspace or Workspace(model.device, use_graphs=False, pads=True)
-    return DLLMCacheBatch(model, sequences, workspace, RefreshOptions(**options))
+    return DLLMCacheBatch(model, asked, workspace, RefreshOptions(**options))
 
 
-def decode(model, sequences, workspace=None, **options):
-    batch = start(model, sequences, workspace, **options)
+def decode(model, asked, workspace=None, **options):
+    batch = start(model, asked, workspace, **options)
     while not all(batch.finished()):
         batch.step()
     [result] = batch.results([0])
@@ -270,12 +266,12 @@ def test_requests_in_turn_leave_nothing_to_each_other(model):
     requests = [(40, 12), (3, 20), (0, 8), (40, 12), (35, 12), (300, 5)]
     workspace = Workspace(model.device, pads=True)
     for length, limit in requests:
-        sequences = sequence(prompt_of(length), limit, eos=(95,))
-        batch = start(model, sequences, workspace)
-        while not batch.done:
+        asked = sequence(prompt_of(length), limit, eos=(95,))
+        batch = start(model, asked, workspace)
+        while not all(batch.done):
             batch.step()
         [shared] = batch.results([0])
-        assert shared == decode(model, sequences)
+        assert shared == decode(model, asked)
         poison(batch)
 
 
@@ -350,9 +346,9 @@ def test_no_step_waits_for_the_host(family):
         batch = start(
             model, sequence(prompt_of(5), 20, eos=(95,), early_stop=False, **settings), **options
         )
-        while not batch.done:
+        while not all(batch.done):
             batch.step()
-        assert batch.steps == 20
+        assert batch.num_forwards == [20]
 
 
 @pytest.mark.gpu
@@ -362,7 +358,7 @@ def test_captured_steps_give_the_same(family):
     captured = Workspace(model.device)
     options = {"prompt_interval": 5, "response_interval": 3}
     for length, limit in [(4, 24), (30, 24), (40, 12), (4, 24)]:
-        sequences = sequence(prompt_of(length), limit)
-        expected = decode(model, sequences, **options)
-        assert decode(model, sequences, captured, **options) == expected
+        asked = sequence(prompt_of(length), limit)
+        expected = decode(model, asked, **options)
+        assert decode(model, asked, captured, **options) == expected
     assert captured.num_graphs >= 4

@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 from d2f import DecodingPolicy, Request, generate_ids
 from d2f.cli.chat_session import ChatSession
 from d2f.cli.main import app
-from d2f.decoding.batch import Sequences
 from d2f.decoding.reference import BlockState, ReferenceSequence
 from d2f.engine.policy import check_decoding
-from d2f.engine.request import resolve
+from d2f.engine.request import Task, resolve
 from d2f.errors import ConfigError
 from d2f.evaluation.eval_recipe import RowSettings
 from d2f.serving.protocol import CompletionBody, parse_body
@@ -39,16 +38,16 @@ class EntropySequence(ReferenceSequence):
 
     def _choose(self, logits_V, position):
         candidate = super()._choose(logits_V, position)
-        scaled_V = logits_V / (self.sequences.temperature or 1.0)
+        scaled_V = logits_V / (self.settings.temperature or 1.0)
         entropy = float(torch.distributions.Categorical(logits=scaled_V).entropy())
         self.margin = min(self.margin, abs(entropy - self.limit_of_entropy))
         top_2 = logits_V[: self.model.spec.mask_token_id].topk(2).values
-        if self.sequences.temperature == 0:
+        if self.settings.temperature == 0:
             self.margin = min(self.margin, float(top_2[0] - top_2[1]))
         return candidate._replace(rank=-entropy)
 
     def _accept(self, candidates):
-        self.num_forwards += 1
+        self.num_forwards[0] += 1
         for number, block in enumerate(self.blocks):
             mine = {o: value for (n, o), value in candidates.items() if n == number}
             chosen = [o for o, found in mine.items() if -found.rank < self.limit_of_entropy]
@@ -59,22 +58,18 @@ class EntropySequence(ReferenceSequence):
             for offset in chosen:
                 block.tokens[offset] = mine[offset].token
                 block.probabilities[offset] = mine[offset].probability
-                self.eos_seen |= mine[offset].token in self.sequences.eos_token_ids
+                self.eos_seen |= mine[offset].token in self.settings.eos_token_ids
 
 
 def answer(model, request):
     """What the oracle answers, and how narrowly it decided."""
     full = resolve(request, model.spec)
-    sequences = Sequences(
-        prompts=[full.prompt_ids], max_new_tokens=[full.max_new_tokens], seeds=[full.seed],
-        policy=full.policy, eos_token_ids=full.eos_token_id, temperature=full.temperature,
-        early_stop=full.early_stop,
-    )  # fmt: skip
-    sequence = EntropySequence(model, sequences, 0)
+    asked = Task.of(0, full, model.spec, None).asked
+    sequence = EntropySequence(model, [asked])
     sequence.limit_of_entropy = full.options.get("threshold", 0.5)
-    while not sequence.done:
+    while not all(sequence.done):
         sequence.step()
-    return sequence.result(), sequence.margin
+    return sequence.results([0])[0], sequence.margin
 
 
 def told(result):

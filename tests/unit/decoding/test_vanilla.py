@@ -93,8 +93,7 @@ def test_algorithms_differ():
 
 def test_origin_keeps_positions_by_the_seed():
     def order(seed):
-        batch = sequences([[1, 2, 3]], [24])
-        batch.seeds[0] = seed
+        batch = sequences([[1, 2, 3]], [24], seed=seed)
         running = start(MODELS["Dream"], "vanilla", batch, algorithm="origin", num_steps=6)
         masks = []
         while not running.finished()[0]:

@@ -3,20 +3,23 @@
 import torch
 
 from d2f import DecodingPolicy
-from d2f.decoding.batch import Sequences
+from d2f.decoding.batch import RowRequest
 from d2f.decoding.strategies import STRATEGIES
 from d2f.decoding.workspace import Workspace
 
 
-def sequences(prompts, limits, eos=(), **settings):
-    return Sequences(
-        prompts=prompts,
-        max_new_tokens=limits,
-        seeds=[7] * len(prompts),
-        policy=DecodingPolicy(),
-        eos_token_ids=eos,
-        **settings,
-    )
+def sequences(prompts, limits, eos=(), *, seed=7, **settings):
+    return [
+        RowRequest(
+            prompt=prompt,
+            max_new_tokens=limit,
+            seed=seed,
+            policy=DecodingPolicy(),
+            eos_token_ids=eos,
+            **settings,
+        )
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
 
 
 def start(model, strategy, batch, workspace=None, **options):

@@ -19,13 +19,12 @@ from tests.unit.engine.workload import (
 )
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request, generate_ids
-from d2f.decoding.pipelined import PipelinedDecoder
+from d2f.decoding.paged import PipelinedDecoder
 from d2f.decoding.rows import RowStorage
 from d2f.engine.paged import LEAST_ALONE
-from d2f.engine.pages import PromptCache
 from d2f.engine.runner import Pending
 from d2f.errors import ConfigError, D2FError, RequestError
-from d2f.models.cache import PagedCache
+from d2f.models.cache import PagedCache, PromptCache
 from d2f.testing import tiny_model
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in-step", "overlapped"])

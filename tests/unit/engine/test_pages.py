@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from d2f.engine.pages import PagePool, PromptCache
 from d2f.errors import D2FError
+from d2f.models.cache import PagePool, PromptCache
 
 
 class Pages(RuleBasedStateMachine):
@@ -18,7 +18,7 @@ class Pages(RuleBasedStateMachine):
     @initialize(count=st.integers(1, 12))
     def start(self, count):
         self.all = set(range(1, count + 1))
-        self.pool = PagePool(range(1, count + 1))
+        self.pool = PagePool(count + 1)
         self.prompts = PromptCache(self.pool)
         self.sequences: list[list[int]] = []
         self.kept: dict[int, list[int]] = {}
@@ -120,7 +120,7 @@ TestPages.settings = settings(
 
 
 def test_the_prompt_unused_for_longest_goes_first():
-    pool = PagePool(range(1, 4))
+    pool = PagePool(4)
     prompts = PromptCache(pool)
     for name in (1, 2, 3):
         pages = pool.take(1)
@@ -133,7 +133,7 @@ def test_the_prompt_unused_for_longest_goes_first():
 
 
 def test_a_lone_sequence_gets_neighbouring_pages():
-    pool = PagePool(range(1, 9))
+    pool = PagePool(9)
     first = pool.take(5)
     pool.release(first)
     assert pool.take(8) == list(range(1, 9))

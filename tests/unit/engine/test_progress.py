@@ -12,9 +12,9 @@ from tests.unit.engine.workload import (
 )
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request
+from d2f.decoding.batch import cut_at_eos, decoded_prefix
 from d2f.decoding.strategies import STRATEGIES
 from d2f.engine.engine import EngineStatus
-from d2f.engine.request import Output
 from d2f.errors import RequestError
 from d2f.testing import tiny_model
 
@@ -127,9 +127,8 @@ def test_progress_is_what_the_view_has_up_to_its_first_gap_or_eos(name, strategy
         results |= {output.request_id: output.result for output in engine.step()}
         for number in set(numbers) - set(results):
             progress = engine.progress(number)
-            blocks = engine.view(number)
-            seen = Output(request_id=number, blocks=blocks, eos_token_ids=values["eos_token_id"])
-            assert progress.token_ids == seen.token_ids
+            seen = decoded_prefix(t for block in engine.view(number) for t in block.token_ids)
+            assert progress.token_ids == cut_at_eos(seen, values["eos_token_id"])[0]
             assert progress.token_ids[: len(before[number])] == before[number]
             before[number] = progress.token_ids
     for number in numbers:

@@ -18,7 +18,7 @@ from tests.unit.engine.workload import (
 )
 
 from d2f import DecodingPolicy, Engine, Request, generate_ids
-from d2f.engine import paged
+from d2f.decoding import rows
 from d2f.testing import tiny_model
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True], ids=["in-step", "overlapped"])
@@ -140,7 +140,8 @@ def test_joining_requests_keep_to_the_budget(budget, overlap, monkeypatch):
 
 
 def test_a_row_longer_than_the_step_allows_sits_out():
-    from d2f.decoding.rows import NEW_ROW, HostRow, RowRequest, RowSizes, RowStorage
+    from d2f.decoding.batch import RowRequest
+    from d2f.decoding.rows import NEW_ROW, HostRow, RowSizes, RowStorage
     from d2f.ops.packed import pack_tokens
 
     sizes = RowSizes(num_blocks=4, block_size=4, prompt_length=2, num_eos=1)
@@ -179,7 +180,7 @@ def generate_and_wrap(model, prompt, strategy):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_large_blocks_beside_many_small_ones_wait_for_room(overlap, monkeypatch):
     """One grid holds all rows; where it would grow too large, a request runs without the others."""
-    monkeypatch.setattr(paged, "MOST_PLACES", 4 * 64)
+    monkeypatch.setattr(rows, "MOST_PLACES", 4 * 64)
     model = cached_model("llada")
     policies = [DecodingPolicy(block_size=size) for size in (1, 32, 1, 32, 2)]
     cases = [

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from d2f import DecodingPolicy, Engine, EngineConfig, Request
-from d2f.decoding.batch import BlockState, GenerationResult, Sequences, cut_at_eos
+from d2f.decoding.batch import BlockState, GenerationResult, cut_at_eos
 from d2f.decoding.reference import ReferenceSequence
 from d2f.decoding.strategies import STRATEGIES, default_strategy
 from d2f.diffusion.policy import CONFIDENCES
-from d2f.engine.request import Output, resolve
+from d2f.engine.request import Output, Task, resolve
 from d2f.models.cache import PagedCache
 from d2f.ops.sampling import Sampling, choose_tokens, gumbel_noise
 from d2f.testing import tiny_model
@@ -96,8 +96,8 @@ class CarefulSequence(ReferenceSequence):
         super()._accept(candidates)
 
     def _gap(self, logits_V, position):
-        sequences, mask = self.sequences, self.model.spec.mask_token_id
-        return gap(logits_V, sequences.temperature, self.seed, position, self.num_forwards, mask)
+        asked, [step], mask = self.settings, self.num_forwards, self.model.spec.mask_token_id
+        return gap(logits_V, asked.temperature, asked.seed, position, step, mask)
 
     def narrow(self, margin):
         self.margin = min(self.margin, margin)
@@ -121,21 +121,10 @@ def answer_of_oracle(model, request: Request) -> Case:
     full = resolve(request, model.spec)
     if model.spec.architecture.causal:
         return autoregressive_oracle(model, request, full)
-    sequences = Sequences(
-        prompts=[full.prompt_ids],
-        max_new_tokens=[full.max_new_tokens],
-        seeds=[full.seed],
-        policy=full.policy,
-        eos_token_ids=full.eos_token_id,
-        temperature=full.temperature,
-        top_k=full.top_k,
-        top_p=full.top_p,
-        early_stop=full.early_stop,
-    )
-    sequence = CarefulSequence(model, sequences, 0)
-    while not sequence.done:
+    sequence = CarefulSequence(model, [Task.of(0, full, model.spec, None).asked])
+    while not all(sequence.done):
         sequence.step()
-    return Case(request, sequence.result(), sequence.margin)
+    return Case(request, sequence.results([0])[0], sequence.margin)
 
 
 @torch.inference_mode()

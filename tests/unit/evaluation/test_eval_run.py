@@ -309,7 +309,7 @@ def test_problems_that_fail_are_wrong_and_stop_nothing(tmp_path, monkeypatch):
 
     def step(engine):
         for task in list(engine._tasks.values()):
-            text = loader.tokenizer.decode(task.request.prompt_ids)
+            text = loader.tokenizer.decode(task.asked.prompt)
             if text == "explode alone" or (text == "explode" and len(engine._tasks) > 1):
                 raise MemoryError("out of memory")
         return real(engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2f.decoding.paged import StepShape
+from d2f.decoding.step import StepShape
 from d2f.engine.clock import StepTime
 from d2f.engine.engine import Engine, EngineConfig
 from d2f.engine.request import Request
