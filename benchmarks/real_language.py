@@ -72,6 +72,8 @@ class Task:
     """Task with the problems kept aside; None: this one."""
     further: str | None = None
     """A further test set, which is scored and not timed."""
+    train_embeddings: bool = True
+    """Whether its diffusion models train the token embeddings: not where answers repeat names."""
     asks: bool = False
     """Whether a model writes further questions, since there are few; the twin answers them."""
 
@@ -98,6 +100,7 @@ TASKS = (
         problems=573,
         kept_aside=229,
         longest=512,
+        train_embeddings=False,
         asks=True,
     ),
     Task(
@@ -109,6 +112,7 @@ TASKS = (
         problems=15236,
         kept_aside=1000,
         longest=192,
+        train_embeddings=False,
     ),
 )
 CHAT = {"adapter": ("chat", 480), "full": ("chat_full", 300)}
@@ -324,6 +328,8 @@ class Plan:
             seconds, more = ASKING
         elif model == "teacher":
             more = (f"data.sequence_length={task.longest}",)
+        if model != "autoregressive" and not task.train_embeddings:
+            more += ("model.train_embeddings=false",)
         return self._run(
             model, weights.parents[1], init, rows, seconds, needs, makes=weights,
             name=f"train-{task.name}-{to or model}",

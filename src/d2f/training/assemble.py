@@ -22,6 +22,7 @@ from d2f.text import Tokenizer
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset, derive_seed, generator
 from d2f.training.evaluations import HeldOut, hold_out
+from d2f.training.optimizer import require_gradients
 from d2f.training.processes import Processes
 from d2f.training.sources import Note, encode_data, read_pairs
 from d2f.training.tokenizer import train_tokenizer
@@ -97,7 +98,7 @@ def load_models(
         _check_teacher(model, teacher)
         teacher.eval().requires_grad_(False)
     if config.lora is None:
-        model.requires_grad_(True)
+        require_gradients(model, config.model)
     elif checkpoint is not None or config.model.init_adapter is not None:
         load_adapter(model, checkpoint or str(config.model.init_adapter), merge=False)
         use_config(model, config.lora)

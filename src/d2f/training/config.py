@@ -109,6 +109,11 @@ class TrainConfig:
                 "model.dtype bfloat16 is for frozen weights below a [lora] adapter; to train all "
                 'weights faster, keep float32 and set precision = "bfloat16"'
             )
+        if not self.model.train_embeddings and self.lora is not None:
+            raise ConfigError(
+                "model.train_embeddings = false is for runs that train all weights (lora = false); "
+                "an adapter leaves the embeddings as they are"
+            )
         if self.model.output_dtype == "int8" and self.lora is None:
             raise ConfigError(
                 'model.output_dtype "int8" is for the adapter of a [lora] table; all weights are '

@@ -42,6 +42,7 @@ from d2f.training.chunked_loss import LOGIT_BYTES
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
 from d2f.training.flops import Work, step_flops
+from d2f.training.optimizer import require_gradients
 from d2f.training.packing import pack_samples
 from d2f.training.sources import cached_data
 
@@ -161,7 +162,8 @@ def _model(config: TrainConfig, spec: ModelSpec) -> Transformer:
     if spec.architecture.causal and config.stage != "autoregressive":
         model = as_diffusion(model, mask_token_id=0)
     if config.lora is None:
-        return model.requires_grad_(True)
+        require_gradients(model, config.model)
+        return model
     attach_adapter(model, config.lora, torch.Generator())
     return model
 

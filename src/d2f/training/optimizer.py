@@ -17,8 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from d2f.errors import TrainingError
+from d2f.models.transformer import Transformer
 from d2f.training.processes import Processes
-from d2f.training.sections import OptimizerConfig
+from d2f.training.sections import ModelConfig, OptimizerConfig
+
+
+def require_gradients(model: Transformer, settings: ModelConfig) -> None:
+    """Choose the weights to train where no adapter is: all, or all but the token embeddings."""
+    model.requires_grad_(True)
+    model.embed.requires_grad_(settings.train_embeddings)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

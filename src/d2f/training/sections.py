@@ -41,6 +41,10 @@ class ModelConfig:
     with its adapter off, or a frozen copy where all weights are trained)."""
     teacher_adapter: str | None = None
     """LoRA adapter on `teacher`: folder or hub id."""
+    train_embeddings: bool = True
+    """Where all weights are trained: whether the token embeddings are, and a head that shares them.
+    AdamW moves the rows of tokens that the data never has as far as any other. Where answers repeat
+    names of their prompts, false keeps the model able to read and write names it was not shown."""
     dtype: str = "float32"
     """Type of the weights in memory; bfloat16 is for frozen weights below an adapter."""
     output_dtype: str | None = None
@@ -61,6 +65,11 @@ class ModelConfig:
         at_least("model.max_new_tokens", self.max_new_tokens, 1)
         if self.init is None and (self.init_adapter or self.base_name):
             raise ConfigError("model.init_adapter and model.base_name belong to model.init")
+        if self.init is None and not self.train_embeddings:
+            raise ConfigError(
+                "model.train_embeddings = false keeps the embeddings of model.init; new weights "
+                "have none that are worth keeping"
+            )
         if self.base_name is not None and not is_hub_id(self.base_name):
             raise ConfigError(f"model.base_name is '{self.base_name}'; it must be a hub id")
         if self.teacher == "init" and self.teacher_adapter is not None:

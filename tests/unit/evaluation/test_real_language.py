@@ -78,6 +78,16 @@ def test_commands_name_files_that_are_there(plan):
             assert Path(job.command[2]).exists()
 
 
+def test_students_of_sql_keep_their_embeddings(plan):
+    kept = {
+        job.name
+        for job in plan("--model", "owner/name").train()
+        if "model.train_embeddings=false" in job.command
+    }
+    students = ("teacher", "distilled", "student")
+    assert kept == {f"train-{task}-{name}" for task in ("advising", "wikisql") for name in students}
+
+
 def pretend_grids(plan, scores, speeds=()):
     """Summaries as `d2f eval` would have written them: a score, a speed for each confidence."""
     for job in plan.grid():

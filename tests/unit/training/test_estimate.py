@@ -16,7 +16,7 @@ from d2f.models.presets import preset_spec
 from d2f.testing import tiny_model, tiny_spec
 from d2f.training.estimate import estimate, layer_bytes
 from d2f.training.processes import Processes
-from d2f.training.sections import DataConfig, NoiseConfig
+from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig
 
 REPORT = Path(__file__).parents[3] / "benchmarks" / "reports" / "2026-11-22-train-h200"
 LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
@@ -101,9 +101,10 @@ def test_memory_at_8b_is_that_measured_on_a_gpu(report, row):
     assert found.memory.total == pytest.approx(row["peak_bytes"], rel=0.1)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, lora):
-    config = make_config(tmp_path, "d2f", steps=1, lora=lora)
+@pytest.mark.parametrize(("lora", "embeddings"), [(None, True), (None, False), (LORA, True)])
+def test_weights_gradients_and_optimizer_are_those_of_a_run(tmp_path, lora, embeddings):
+    model = ModelConfig(init="unused", train_embeddings=embeddings)
+    config = make_config(tmp_path, "d2f", steps=1, lora=lora, model=model)
     trainer = make_trainer(config)
     found = estimate(config, tiny_spec("Dream"))
     trainer.run()

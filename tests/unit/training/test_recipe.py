@@ -77,6 +77,8 @@ def test_there_are_recipes_for_every_stage():
             'lora = false\nmodel = {init = "folder", dtype = "bfloat16"}',
             "precision",
         ),
+        ('init = "folder"', 'init = "folder", train_embeddings = false', "leaves the embeddings"),
+        ('init = "folder"', "config = {}, train_embeddings = false", "worth keeping"),
         ('kind = "jsonl"', 'kind = "problems"', "num_problems"),
         ("steps = 5", "steps = 5\nlora = 3", "must be a table"),
         ("steps = 5", "steps = 5\nlora = {r = 0}", r"\[lora\].*r is 0"),

@@ -98,6 +98,18 @@ def test_resuming_goes_on_bit_for_bit(files, stage, lora, padding):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("stage", FAMILY)
+def test_embeddings_stay_as_they_are_and_all_else_is_trained(files, stage):
+    config = config_for(files, stage)
+    config = replace(config, model=replace(config.model, train_embeddings=False))
+    assert not train(config, device="cpu", reporter=At(3, interrupt)).finished
+    assert train(config, device="cpu", resume=True).finished
+    start = load_model(config.model.init, device="cpu")
+    final = load_model(Path(config.output) / "final", device="cpu")
+    for (name, before), after in zip(start.named_parameters(), final.parameters(), strict=True):
+        assert torch.equal(before, after) == name.startswith("embed."), name
+
+
 def test_signals_save_a_checkpoint_and_are_put_back(files):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     config = config_for(files, "d2f")

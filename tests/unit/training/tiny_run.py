@@ -16,6 +16,7 @@ from d2f.testing import tiny_model, write_checkpoint, write_tokenizer
 from d2f.testing.tiny import EOS_TOKEN_ID
 from d2f.training.config import TrainConfig
 from d2f.training.data import TokenDataset
+from d2f.training.optimizer import require_gradients
 from d2f.training.run_log import Reporter, read_log
 from d2f.training.sections import DataConfig, ModelConfig, NoiseConfig, OptimizerConfig
 from d2f.training.step_inputs import StepInputs
@@ -67,7 +68,7 @@ def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
     if config.lora is not None:
         attach_adapter(model, config.lora, torch.Generator().manual_seed(0))
     else:
-        model.requires_grad_(True)
+        require_gradients(model, config.model)
         if config.stage == "d2f":
             teacher = tiny_model("Dream").to(device)
     return Trainer(config, model, make_dataset(config), teacher=teacher, **options)
