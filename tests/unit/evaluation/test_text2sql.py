@@ -11,7 +11,6 @@ from tests.unit.evaluation.harness_files import write_jsonl
 
 from d2f.cli import train_answers
 from d2f.errors import ConfigError
-from d2f.evaluation import tasks
 from d2f.evaluation.report.document import markdown
 from d2f.evaluation.report.reading import load_results
 from d2f.evaluation.tasks import load_task
@@ -113,6 +112,6 @@ def test_an_evaluation_and_its_report_show_the_task(tmp_path):
 )
 def test_training_looks_at_no_test_problems_where_there_are_others(monkeypatch, name, split):
     asked = []
-    monkeypatch.setattr(tasks, "load_task", lambda name, **settings: asked.append(settings))
+    monkeypatch.setattr(train_answers, "load_task", lambda name, **settings: asked.append(settings))
     train_answers._load_task(EvaluateConfig(every=1, task=name))
     assert asked[0]["split"] == split
