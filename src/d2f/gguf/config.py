@@ -222,7 +222,7 @@ def _solved(
 
     Only the ratios of both parameters to `length` matter.
     """
-    inside = np.flatnonzero((factors > 1.0 + _NOISE) & (factors < factor - _NOISE))
+    inside = np.flatnonzero((factors > 1.0 + _NOISE) & (factors < factor * (1 - _NOISE)))
     if len(inside) < 2:
         return None
     smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)

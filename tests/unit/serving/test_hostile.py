@@ -441,8 +441,12 @@ def test_told_twice_it_does_not_wait_for_requests():
             server.server.handle_exit(signal.SIGTERM, None)
         # It may have stopped already: the second signal ends it after any step.
         eventually(lambda: server.service.state is not ServiceState.READY)
-        gate.let(1)
-        asked.join(20)
+
+        def stepped_to_its_end():
+            gate.let(1)
+            return not asked.is_alive()
+
+        eventually(stepped_to_its_end)
     assert answers[0].status == 503
 
 
