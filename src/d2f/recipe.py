@@ -141,6 +141,8 @@ def _convert_to_one_of(value: Any, hints: Sequence[Any], where: str, name: str) 
 
 
 def _named(hint: Any) -> str:
+    if typing.get_origin(hint) is Mapping:
+        return "table"
     name = getattr(hint, "__name__", None) if typing.get_origin(hint) is None else None
     return name or str(hint)
 

@@ -21,6 +21,8 @@ from typing import Any
 from d2f.errors import ConfigError, D2FError, counted
 from d2f.evaluation.results import differences, plain, write_json
 
+_FARTHEST = 10_000_000
+"""Most answers between one and all others; a line that is further off was not written by a run."""
 _REMEDY = "name another --output, or start afresh with --fresh"
 
 
@@ -198,6 +200,11 @@ class AnswerFile:
     def _note(self, record: Mapping[str, Any], length: int) -> None:
         """Count a record as the last line of the file."""
         row, sample = record["row"], record.get("sample", 0)
+        numbers = type(row) is int and type(sample) is int
+        if not numbers or row < 0 or not 0 <= sample < self._num_samples:
+            raise ValueError(f"row {row!r}, sample {sample!r}")
+        if self._key(row, sample) > len(self._places) + _FARTHEST:
+            raise ValueError(f"row {row} is far from all others")
         if self.has(row, sample):
             raise ValueError(f"a second answer to row {row}")
         self.totals.add(record)

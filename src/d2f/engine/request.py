@@ -135,7 +135,7 @@ class Output:
     blocks: list[BlockView]
     """The response's blocks as they stand; of streamed requests only."""
     token_ids: list[int] = field(default_factory=list)
-    """The response so far, up to its first gap, EOS or stop string."""
+    """The response so far, up to its first gap, EOS or stop string; empty if the request failed."""
     result: GenerationResult | None = None
     """Set when the request is done."""
     error: RequestError | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,9 @@ def score_row(
     """
     known = known_problems(row, folder)
     todo = [index for index in range(count) if index not in known]
-    records = [record for index, record in known.items() if index < count]
-    _report(row, records, count, reporter)
+    totals: Counter[str] = Counter()
+    _add(totals, [record for index, record in known.items() if index < count])
+    _report(row, totals, count, reporter)
     if not todo:
         return False
     # What an engine does once is nobody's: compiling, capturing the first graphs.
@@ -87,8 +89,8 @@ def score_row(
             written = make_records(row, pending, spent / len(pending))
             folder.add_problems(written)
             pending.clear()
-            records.extend(written)
-            _report(row, records, count, reporter)
+            _add(totals, written)
+            _report(row, totals, count, reporter)
         spent, last = 0.0, time.monotonic()
 
     try:
@@ -168,18 +170,24 @@ def summarise_score(records: Sequence[Record], *, batch_size: int) -> Record:
     }
 
 
-def _report(row: EvalRow, records: Sequence[Record], count: int, reporter: Reporter) -> None:
+def _add(totals: Counter[str], records: Sequence[Record]) -> None:
+    """Add records to the totals that the running result needs."""
+    for record in records:
+        totals["answers"] += 1
+        for name in ("correct", "num_tokens", "num_forwards", "seconds"):
+            totals[name] += record[name]
+
+
+def _report(row: EvalRow, totals: Counter[str], count: int, reporter: Reporter) -> None:
     """Report the running result of a row."""
-    if not records:
+    answers = totals["answers"]
+    if not answers:
         return
-    right, tokens, forwards, seconds = (
-        sum(record[name] for record in records)
-        for name in ("correct", "num_tokens", "num_forwards", "seconds")
-    )
     reporter.progress(
         row.name,
-        len(records),
+        answers,
         count,
-        f"score {right / len(records):.1%}  {ratio(tokens, forwards):.2f} tokens/forward  "
-        f"{ratio(tokens, seconds):.0f} tokens/s",
+        f"score {totals['correct'] / answers:.1%}  "
+        f"{ratio(totals['num_tokens'], totals['num_forwards']):.2f} tokens/forward  "
+        f"{ratio(totals['num_tokens'], totals['seconds']):.0f} tokens/s",
     )

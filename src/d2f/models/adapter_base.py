@@ -56,7 +56,8 @@ class Fingerprint:
     """Whether the matrices hold few different values, as quantisation leaves them."""
 
     def __post_init__(self) -> None:
-        if not all(isinstance(number, float) for number in self.matrices.values()):
+        numbers = self.matrices.values()
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
             raise ConfigError("the base's fingerprint holds matrices that are no numbers")
 
     def distance(self, other: Fingerprint) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,17 @@ def read_declaration(folder: Path) -> Declaration | None:
             f"{file}: format is {values.get('format')!r}; this version of d2f reads {_FORMAT}, so "
             "update d2f, or fetch the adapter again"
         )
+    # A later version of d2f may write entries that this one can do without.
+    values = _known(Declaration, values)
+    if isinstance(values.get("base"), Mapping):
+        values["base"] = _known(DeclaredBase, values["base"])
     try:
         return from_table(Declaration, values, str(file))
     except ConfigError as error:
         raise CheckpointError(f"{error}; fetch the adapter again") from None
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the values that are fields of a dataclass."""
+    names = [entry.name for entry in fields(kind)]
+    return {name: values[name] for name in names if name in values}

@@ -19,6 +19,11 @@ RECORDS = [
     for row in (1, 2, 5)
     for sample in (0, 1)
 ]
+STRANGE = [
+    json.dumps({**RECORDS[0], **change}).encode() + b"\n"
+    for change in ({"row": 10**13}, {"row": -1}, {"row": True}, {"row": 1.0}, {"sample": 2})
+]
+"""Lines with row and sample that no run writes."""
 WHOLE = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 
 
@@ -43,11 +48,11 @@ def path(tmp_path_factory):
     return path
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 99),
     cut=st.integers(0, len(WHOLE)),
-    junk=st.sampled_from([b"", b"\0\0\n", b"[1]\n", b'{"row": 1}\n', b'{"row": "a"}\n']),
+    junk=st.sampled_from([b"", b"\0\0\n", b"[1]\n", b'{"row": 1}\n', b'{"row": "a"}\n', *STRANGE]),
 )
 def test_a_file_of_any_order_cut_anywhere_is_made_whole(path, seed, cut, junk):
     lines = WHOLE.splitlines(keepends=True)

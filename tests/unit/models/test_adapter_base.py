@@ -257,7 +257,7 @@ def test_a_base_that_is_no_autoregressive_one_is_known_too(tmp_path):
         ({"base__vocab_size": True}, "'vocab_size' is True"),
         ({"base__fingerprint": "x"}, "'fingerprint' is 'x'; it must be a table"),
         ({"base__fingerprint__norms": None}, "'norms' is None"),
-        ({"base__fingerprint__matrices": [1.0]}, "'matrices' is [1.0]"),
+        ({"base__fingerprint__matrices": [1.0]}, "'matrices' is [1.0]; it must be of type table"),
         ({"base__fingerprint__matrices": {"x": "y"}}, "matrices that are no numbers"),
         ({"mask_token_id": "16"}, "'mask_token_id' is '16'"),
         ({"mask_token_id": 96}, "vocabulary holds 0 to 95"),
@@ -364,6 +364,15 @@ def test_going_on_needs_the_same_rank_scale_and_targets():
     model = adapted("llama")
     use_config(model, replace(ALL, dropout=0.5))
     assert model.layers[0].qkv.q_proj.config.dropout == 0.5
+
+
+def test_further_entries_and_whole_numbers_in_a_declaration_do_no_harm(folders):
+    base, folder = folders
+    values = json.loads((folder / "d2f_adapter.json").read_text())
+    values |= {"later": 1, "base": {**values["base"], "later": 2}}
+    values["base"]["fingerprint"]["matrices"]["model.layers.9.mlp.up_proj.weight"] = 0
+    (folder / "d2f_adapter.json").write_text(json.dumps(values))
+    load_model(base, folder, "cpu")
 
 
 @pytest.mark.parametrize("name", ["mask_token_id", "distilled"])
