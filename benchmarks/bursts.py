@@ -17,10 +17,10 @@ from d2f.evaluation.metrics import percentile
 
 @dataclass(frozen=True, kw_only=True)
 class BurstsResult:
-    """What became of the requests."""
+    """The answers and the times of a run's requests."""
 
     answers: list[list[int] | None]
-    """Response ids in the order of the requests; None where it failed."""
+    """Response ids in the order of the requests; None where a request failed."""
     errors: list[str]
     seconds: float
     num_preemptions: int

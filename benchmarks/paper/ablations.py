@@ -39,7 +39,7 @@ NOISE_LEVEL = THRESHOLDS[:2]
 
 
 class NoiseGroup(NamedTuple):
-    """What rows of table 4 have in common that differ in the seed alone."""
+    """The settings that rows of table 4 share if they differ in the seed alone."""
 
     activate: float
     confidence: float

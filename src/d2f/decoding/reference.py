@@ -40,7 +40,7 @@ class Block(Decoded):
 
 
 class Candidate(NamedTuple):
-    """What a forward proposes for one position."""
+    """The token that a forward proposes for one position."""
 
     token: int
     probability: float

@@ -1,4 +1,4 @@
-"""What the host tells a step over the paged cache, and what the step reports.
+"""Types of what the host tells a step over the paged cache, and of what the step reports.
 
 Shapes: B rows, T packed tokens, M candidates (positions that need a token), A alternatives.
 """
@@ -44,15 +44,15 @@ class StepShape:
 
 
 RECORD_TOKENS = ("row", "place", "token", "probability")
-"""What a step reports of each candidate: its row, its place in the response, its token (-1: not
-accepted) and the bits of its probability."""
+"""Numbers that a step reports of each candidate: its row, its place in the response, its token
+(-1: not accepted) and the bits of its probability."""
 
 
 class TokenRecord(NamedTuple):
     """One accepted token."""
 
     place: int
-    """In the response."""
+    """Place of the token in the response."""
     token: int
     probability: float
     alternatives: Alternatives = ()
@@ -60,7 +60,7 @@ class TokenRecord(NamedTuple):
 
 @dataclass(kw_only=True)
 class RowRecord:
-    """What a step reports of one row."""
+    """The report of a step on one row."""
 
     ran: bool
     state: RowState[int]

@@ -23,7 +23,7 @@ class StepTime:
     begin: float = 0.0
     end: float = 0.0
     accepted: dict[int, list[int]] = field(default_factory=dict)
-    """Of each request that it ran, the places in the response that it filled."""
+    """Places in the response that the step filled, for each request that it ran."""
 
 
 class StepClock:
@@ -44,7 +44,7 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self._steps: list[StepTime] = []
         self.seconds_waited = 0.0
-        """How long the host waited for results."""
+        """Seconds that the host waited for results."""
 
     @contextmanager
     def step(self, shape: StepShape) -> Iterator[StepTime]:

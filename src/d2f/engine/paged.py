@@ -75,7 +75,7 @@ class PagedLane:
         self._sizer = StepSizer(self.runner, max_end, exact=not self._overlap)
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
-        """By row."""
+        """Running requests by row."""
         self._flights: deque[Flight] = deque()
         self.num_preemptions = 0
         self._fault: Exception | None = None
@@ -125,7 +125,7 @@ class PagedLane:
         return self.decoder.blocks(task)
 
     def progress(self, task: Task) -> Progress:
-        """How far a request is."""
+        """Return the tokens and forwards of a request so far."""
         token_ids = task.up_to_end(task.tokens)
         return Progress(token_ids=token_ids, num_forwards=task.state.forwards)
 

@@ -93,10 +93,10 @@ class Pending:
     ready: torch.cuda.Event | None
     clock: StepClock | None = None
     time: StepTime | None = None
-    """Where the clock notes it, if there is one."""
+    """The clock's note of the step, if there is a clock."""
 
     def read(self) -> list[RowRecord]:
-        """What it reports of each row."""
+        """Wait for the step and return its report of each row."""
         if self.ready is not None:
             with self.clock.waiting() if self.clock else nullcontext():
                 self.ready.synchronize()

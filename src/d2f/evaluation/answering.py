@@ -213,10 +213,10 @@ class Run:
     """The answers to requests that were put together, and the clock of all steps."""
 
     answers: list[Answer]
-    """In the order of the requests."""
+    """Answers in the order of the requests."""
     seconds: float
     decode_tokens: int
-    """Of the answers, those that came from a step without any prompt."""
+    """Tokens of the answers that came from a step without any prompt."""
     decode_seconds: float
     """From the end of a step to the end of the next one, of the steps without any prompt."""
     steps_ms: list[float]
@@ -225,7 +225,7 @@ class Run:
     num_captured: int
     """Graphs captured within the run, which it should not have to."""
     accepted: list[list[int]]
-    """Of each request, how many tokens each of its forwards filled."""
+    """Number of tokens that each forward filled, one list for each request."""
 
     @property
     def num_tokens(self) -> int:

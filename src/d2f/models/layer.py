@@ -23,14 +23,14 @@ from d2f.ops.norm import add_rms_norm
 
 
 class Attention(Protocol):
-    """How the tokens of a forward see each other, and what its operations run on."""
+    """The rule by which a forward's tokens see each other, and the backend of its operations."""
 
     @property
     def backend(self) -> Backend | None:
         """The operations of a decoding step; None: plain torch with gradients."""
 
     def __call__(self, layer: Any, h_TD: Tensor) -> Tensor:
-        """What the tokens gather with a layer's heads from normalised inputs: (T, N * H)."""
+        """Gather with a layer's heads from the tokens' normalised inputs: (T, N * H)."""
 
 
 def add_norm(

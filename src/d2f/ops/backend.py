@@ -26,7 +26,7 @@ from d2f.ops.swiglu import gated_linear, swiglu
 
 BACKENDS = ("auto", "torch", "triton")
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that the kernels are written for: the first with bf16 products."""
+"""Compute capability of the oldest GPU that the kernels are written for: the first with bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

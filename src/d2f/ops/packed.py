@@ -48,7 +48,7 @@ class PackedTokens:
 
 
 class PackableRows(Protocol):
-    """What packing reads of the rows, all int64 but the page table."""
+    """The tensors of the rows that packing reads, all int64 but the page table."""
 
     prompt_B: Tensor
     """Tokens of the prompt."""
@@ -200,7 +200,7 @@ class Candidates:
     place_M: Tensor
     """Its place in the flat grid (B * N * K); one past the grid if it is not live. int64."""
     number_M: Tensor
-    """How many candidates of its row come before it, int64."""
+    """Number of candidates of the same row that come before this one, int64."""
 
 
 def find_candidates(

@@ -17,7 +17,7 @@ from d2f.ops.packed import PackedTokens
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """What the layers of one forward share. The tokens become B rows of L queries and S keys."""
+    """Plan that a forward's layers share. The tokens become B rows of L queries and S keys."""
 
     rows: tuple[int, int, int]
     """B, L, S; with S = 0 there is nothing to attend to."""
@@ -30,7 +30,7 @@ class AttentionPlan:
     answers: Tensor | None
     """The query of each of the T tokens; None: they are the queries themselves."""
     padding_T1: Tensor | None
-    """Which tokens are padding; None: none is."""
+    """Marks of the tokens that are padding; None: no token is."""
 
 
 def plan_attention(packed: PackedTokens, num_heads: int, num_kv_heads: int) -> AttentionPlan:

@@ -42,7 +42,7 @@ class ModelConfig:
     teacher_adapter: str | None = None
     """LoRA adapter on `teacher`: folder or hub id."""
     train_embeddings: bool = True
-    """Where all weights are trained: whether the token embeddings are, and a head that shares them.
+    """If all weights are trained, train the token embeddings too, and a head that shares them.
     AdamW moves the rows of tokens that the data never has as far as any other. Where answers repeat
     names of their prompts, false keeps the model able to read and write names it was not shown."""
     dtype: str = "float32"
