@@ -27,7 +27,7 @@ class BurstsResult:
     steps_ms: list[float]
 
     def summary(self) -> dict[str, Any]:
-        """For a result file."""
+        """Summarise the run for a result file."""
         finished = [answer for answer in self.answers if answer is not None]
         return {
             "num_requests": len(self.answers),

@@ -249,7 +249,7 @@ def batch_series(comparison: Comparison) -> dict[str, dict[int, Row]]:
 
 
 def overtaking(method: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """From which batch size on autoregression is faster than the method, in words.
+    """Say from which batch size on autoregression is faster than the method.
 
     Example:
         >>> overtaking("serial", [{"batch_size": 8, "serial_ratio": 0.5}])

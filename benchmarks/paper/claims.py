@@ -63,7 +63,7 @@ class Claim:
     paper: str
     """The paper's number."""
     rule: str
-    """When it counts as reproduced, and from which rows."""
+    """Rule that says when the claim counts as reproduced, and from which rows."""
     check: Callable[[Comparison], Finding]
     tasks: tuple[str, ...] = KNOWN_TASKS
     """Tasks on which the claim can be tested; a task of the user's own is taken for any."""
@@ -163,7 +163,7 @@ def _on(where: str) -> str:
 
 
 def _findings(claim: Claim, comparisons: Sequence[Comparison]) -> list[tuple[str, Finding]]:
-    """On each comparison where it can be tested, or one that says why on none."""
+    """Judge a claim on each comparison where it can be tested, or say why it can be on none."""
     found = [(c.title, claim.check(c)) for c in comparisons if claim.concerns(c)]
     tested = [(title, finding) for title, finding in found if finding.verdict != NOT_TESTABLE]
     # A reason of more words than a missing row tells more.

@@ -24,7 +24,7 @@ NOT_FINITE = (
     "the model's logits are not finite, so there is no answer; its weights may be broken, or the "
     "temperature too close to 0"
 )
-"""Why a response has no answer."""
+"""Reason why a response has no answer."""
 
 
 class BlockState(Enum):
@@ -42,7 +42,7 @@ class BlockView:
 
     state: BlockState
     token_ids: tuple[int | None, ...]
-    """None where not decoded yet."""
+    """Tokens of the block; None where not decoded yet."""
     probabilities: tuple[float | None, ...]
     """Probability with which each token was accepted; None where none is decoded yet."""
     alternatives: tuple[Alternatives, ...] = ()
@@ -167,7 +167,7 @@ class Decoded:
     """A response, or a block of it, as far as it is decoded."""
 
     tokens: list[int | None] = field(default_factory=list)
-    """None where not decoded."""
+    """Tokens of the response; None where not decoded."""
     probabilities: list[float | None] = field(default_factory=list)
     """Probability with which each token was accepted; None where none is decoded."""
     alternatives: list[Alternatives] = field(default_factory=list)

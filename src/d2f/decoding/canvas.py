@@ -27,7 +27,7 @@ from d2f.ops.sampling import Choice
 
 PAGE_SIZE = 16
 _FAR = 1 << 40
-"""Beyond every position."""
+"""Position beyond every other."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ class CanvasBuffers:
     probability_T: Tensor
     """Probability with which each token was accepted, fp32; 0 where none was accepted."""
     alternatives_TA: Tensor
-    """Most probable tokens at each position as numbers, if the batch asks for some; 0 at masks."""
+    """Most probable tokens at each position as numbers, if asked for; 0 where none was accepted."""
     tokens_3T: Tensor
     """Position, slot and limit of each token, as `PackedTokens` has them."""
     facts_5B: Tensor
@@ -143,7 +143,7 @@ class Canvas:
             ),
         )
         self._decoded: list[Decoded] | None = None
-        """None where the responses must be read first."""
+        """Decoded responses; None where they must be read first."""
         self._write()
         for place, known in zip(self._places(), kept or [], strict=bool(kept)):
             self.buffers.ids_T[place].copy_(known.ids_R)

@@ -62,7 +62,7 @@ class _State:
     """The tensors that a step reads and writes, at fixed addresses."""
 
     ids_L: Tensor
-    """Response, prompt, padding."""
+    """Token ids of response, prompt and padding."""
     probability_R: Tensor
     """Probability with which each token of the response was accepted, fp32; 0 where none was."""
     alternatives_RA: Tensor
@@ -75,7 +75,7 @@ class _State:
     seed_1: Tensor
     eos_E: Tensor
     finite: Tensor
-    """All logits used were."""
+    """Whether all logits used were finite."""
     stopped: Tensor
     """An EOS has no mask before it."""
 

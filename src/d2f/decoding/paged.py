@@ -189,15 +189,15 @@ class PipelinedDecoder(PagedDecoder):
         return start, max(prompt + response, state.end)
 
     def num_candidates(self, row: HostRow) -> int:
-        """Masked positions of open blocks."""
+        """Count the masked positions of open blocks."""
         return row.tokens[: row.state.opened * row.asked.policy.block_size].count(None)
 
     def growth(self, asked: RowRequest) -> int:
-        """A block."""
+        """Return the length of a block."""
         return asked.policy.block_size
 
     def blocks(self, row: HostRow) -> list[BlockView]:
-        """The open blocks."""
+        """Return the open blocks."""
         state, size = row.state, row.asked.policy.block_size
         if not state.opened:
             return []
@@ -300,7 +300,7 @@ class PipelinedDecoder(PagedDecoder):
         return choice._replace(probability_M=sure_M, rank_M=sure_M)
 
     def _plan(self, rows: Rows, packing: Packing, ran_B: Tensor, cached_B: Tensor) -> None:
-        """After a step: which rows are done, and what the next step computes of the others."""
+        """Note after a step which rows are done, and plan what the next computes of the others."""
         mask = self.model.spec.mask_token_id
         assert mask is not None
         facts, state, reals = rows.facts, rows.state, rows.reals

@@ -65,7 +65,7 @@ class ReferenceSequence(DecodingBatch):
         self.blocks: list[Block] = []
         self.eos_seen = False
         self.all_finite = True
-        """All probabilities were."""
+        """Whether all probabilities were finite."""
 
     def step(self) -> None:
         """One pass of the algorithm's loop."""

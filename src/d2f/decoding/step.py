@@ -22,11 +22,11 @@ class StepShape:
     """The sizes of a step, known on the host before it runs."""
 
     num_rows: int
-    """B."""
+    """Number of rows (B)."""
     num_tokens: int
     """T. Rows whose tokens do not fit any more sit this step out, the last ones first."""
     num_candidates: int
-    """M."""
+    """Number of candidates (M)."""
     max_count: int
     """Most tokens of a row; one that has more sits this step out."""
     max_end: int
@@ -34,7 +34,7 @@ class StepShape:
     prefill: bool = False
     """Some row computes its prompt."""
     sampled: bool = False
-    """Some row has a temperature."""
+    """Whether some row has a temperature."""
     truncated: bool = False
     """Some row samples with top-k, top-p or min-p."""
     ranked: bool = False
@@ -64,11 +64,11 @@ class RowRecord:
 
     ran: bool
     state: RowState[int]
-    """For the next forward."""
+    """State of the row for the next forward."""
     finite: bool = True
-    """All probabilities are."""
+    """Whether all probabilities are finite."""
     tokens: list[TokenRecord] = field(default_factory=list)
-    """The accepted ones."""
+    """Tokens that were accepted."""
 
 
 def make_record(

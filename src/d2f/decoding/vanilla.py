@@ -59,7 +59,7 @@ def vanilla_plan(max_new_tokens: int, options: VanillaOptions) -> list[Step]:
 def transfer_plan(
     max_new_tokens: int, *, num_steps: int | None = None, block_length: int | None = None
 ) -> list[tuple[int, int, int]]:
-    """Per step of LLaDA's sampler: the block's first position, its end, and how many are kept.
+    """List each step of LLaDA's sampler: the block's first position, its end, and the number kept.
 
     Steps are shared out evenly over the blocks, and a block's tokens over its steps, the first
     ones taking the remainder. `num_steps` None: one token a step. There must be no fewer steps

@@ -48,7 +48,7 @@ class StepClock:
 
     @contextmanager
     def step(self, shape: StepShape) -> Iterator[StepTime]:
-        """Around what starts a step."""
+        """Time the step that is started in this context."""
         begin = self._mark()
         step = StepTime(shape, (begin, begin))
         yield step
@@ -57,7 +57,7 @@ class StepClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for a step's results."""
+        """Time the wait for a step's results that happens in this context."""
         start = time.perf_counter()
         yield
         self.seconds_waited += time.perf_counter() - start

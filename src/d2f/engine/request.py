@@ -75,7 +75,7 @@ class EngineConfig:
     def fitted(
         self, model: Transformer, lengths: Iterable[int], *, memory_share: float = 1.0
     ) -> EngineConfig:
-        """These settings, with no larger a cache than sequences of these lengths can fill.
+        """Return these settings, with no larger a cache than sequences of these lengths can fill.
 
         It takes at most `memory_share` of the memory that is free; another engine may come.
         """
@@ -98,9 +98,9 @@ class Request:
     max_new_tokens: int = 256
     """Exact upper bound of the response; the last block is shorter when it must be."""
     policy: DecodingPolicy | None = None
-    """None: the one the checkpoint recommends, else the defaults."""
+    """Decoding policy; None: the one the checkpoint recommends, else the defaults."""
     eos_token_id: int | Sequence[int] | None = None
-    """None: the model's own; `()`: none."""
+    """Tokens that end a response; None: the model's own; `()`: none."""
     strategy: str | None = None
     """None: `autoregressive` for such a model; `pipelined`, but `vanilla` for a checkpoint that was
     not distilled, unless a policy is given."""
@@ -137,9 +137,9 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     """The response so far, up to its first gap, EOS or stop string."""
     result: GenerationResult | None = None
-    """Set when the request is done."""
+    """Result of the request, once it is done."""
     error: RequestError | None = None
-    """Set when it failed."""
+    """Error of the request, if it failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,14 +283,14 @@ class Task(HostRow):
     stops: StopStrings | None = None
     """Stop strings of the request, if it has any."""
     row: int | None = None
-    """Its row on the device; None while it waits."""
+    """Row of the request on the device; None while it waits."""
     pages: list[int] = field(default_factory=list)
     num_in_flight: int = 0
     """Steps that were started with it and not reported yet."""
     stalled: bool = False
     """Whether the request sat out the step last reported."""
     fresh_prompt: bool = False
-    """Its prompt is being computed and may be kept for others."""
+    """Whether the prompt is being computed and may be kept for others."""
     finished: bool = False
     error: RequestError | None = None
     final_blocks: list[BlockView] = field(default_factory=list)

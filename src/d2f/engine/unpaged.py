@@ -129,7 +129,7 @@ class UnpagedLane:
         return self._batch
 
     def _make_do(self, tasks: list[Task], error: BaseException) -> None:
-        """After a batch for which memory did not last."""
+        """Halve the batch for which memory did not last, or fail its only request."""
         if len(tasks) > 1:
             self._fitting_rows = len(tasks) // 2
             return

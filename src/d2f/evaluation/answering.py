@@ -34,7 +34,7 @@ class Answer:
     num_decoded_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None
-    """Why there is no answer."""
+    """Reason why there is no answer."""
 
     @property
     def num_tokens(self) -> int:
@@ -218,9 +218,9 @@ class Run:
     decode_tokens: int
     """Tokens of the answers that came from a step without any prompt."""
     decode_seconds: float
-    """From the end of a step to the end of the next one, of the steps without any prompt."""
+    """Seconds from the end of a step to the end of the next, over all steps without a prompt."""
     steps_ms: list[float]
-    """From end to end, of all steps."""
+    """Milliseconds from the end of a step to the end of the next, of all steps."""
     num_preemptions: int
     num_captured: int
     """Graphs captured within the run, which it should not have to."""

@@ -95,7 +95,7 @@ FILES: Mapping[str, Files] = {
     "advising": _text_to_sql("advising", {}),
     "wikisql": _text_to_sql("wikisql", {"columns": 1}),
 }
-"""Per task."""
+"""Files of each task."""
 
 
 def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, DataRow]]:

@@ -80,11 +80,11 @@ class GridEntry:
     """`[rows.grid]`: how the row's settings were chosen."""
 
     where: str
-    """On which problems; never on those of the recipe."""
+    """Problems on which settings were tried; never those of the recipe."""
     tried: int
     """Number of settings that were tried."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    """The best of them."""
+    """The best of the settings that were tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class RowSettings:
     label: str = ""
     """Name that people read; none: the row's name."""
     model: str
-    """One of `[models]`."""
+    """Name of one of `[models]`."""
     strategy: str
     max_new_tokens: int | str | None = None
     """Most tokens of an answer; "gold": what the longest gold answer and its EOS need, rounded up
@@ -183,7 +183,7 @@ class EvalRecipe:
     clean_up: str = "ours"
     """The way to find a program in an answer: "ours", or "paper", as the authors of D2F do it."""
     max_new_tokens: int | str = GOLD
-    """For rows that say nothing else."""
+    """Length of answers for rows that say nothing else."""
     score: ScoreSettings | None = None
     speed: SpeedSettings | None = None
     models: Mapping[str, ModelEntry]

@@ -129,7 +129,7 @@ def _own_code_eval(name: str, code_eval: Any) -> Iterator[None]:
 
 
 _Rows = Mapping[str, list[tuple[str, DataRow]]]
-"""Per split: rows, each with the place where it stands."""
+"""Rows of each split, each with the place where it stands."""
 
 
 def build_part(

@@ -37,7 +37,7 @@ class Rates:
     """Rows and columns of these matrices."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result file."""
+        """Return the rates for a result file."""
         return asdict(self)
 
 

@@ -74,7 +74,7 @@ class Execution:
     passed: bool
     """Whether its last statement was reached within the limits."""
     reason: str
-    """Why not; empty if passed."""
+    """Reason why the program failed; empty if it passed."""
     seconds: float
     """Wall time, with the start and the end of its process."""
 

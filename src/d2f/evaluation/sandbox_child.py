@@ -102,7 +102,7 @@ def _write_all(data: bytes) -> None:
 
 
 def _ending(status: int) -> str:
-    """Why a child that sent no verdict ended."""
+    """Say why a child that sent no verdict ended."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number in (signal.SIGXCPU, signal.SIGKILL):

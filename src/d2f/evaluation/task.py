@@ -55,7 +55,7 @@ class Verdict:
     answer: str | None = None
     """The part that was taken out of the text: a number, or the program that was run."""
     reason: str | None = None
-    """Why it is wrong, where that is known."""
+    """Reason why the answer is wrong, where it is known."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All scores of the task's own scorer; `correct` follows the first."""
 

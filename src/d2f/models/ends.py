@@ -34,7 +34,7 @@ class EndToken:
 
     id: int
     text: str | None
-    """None where no tokenizer knows it."""
+    """Text of the token; None where no tokenizer knows it."""
     sources: tuple[str, ...]
     """Sources that name the token: `config.json`, `generation_config.json`, `tokenizer's EOS`,
     `padding`."""

@@ -36,11 +36,11 @@ class Refresh:
     """
 
     response_length: int
-    """R."""
+    """Length of the response (R)."""
     prompt: bool
-    """The whole prompt."""
+    """Whether the whole prompt is computed."""
     response: bool
-    """The whole response."""
+    """Whether the whole response is computed."""
     num_tokens: int = 0
     """Number of tokens of a response not computed whole that each layer computes anew: those whose
     values changed most."""

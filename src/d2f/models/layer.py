@@ -105,7 +105,7 @@ class Layer(LayerProgram, nn.Module):
         return (_compiled_whole() if outermost else Layer.whole)(self, x_BLD, attend)
 
     def whole(self, x_BLD: Tensor, attend: Attention) -> Tensor:
-        """The same without compiling."""
+        """Do the same without compiling."""
         out_BLD, residual_BLD = self.compute(x_BLD, None, attend)
         return residual_BLD + out_BLD
 

@@ -52,7 +52,7 @@ class LoraConfig:
     """
 
     r: int = 32
-    """Rank."""
+    """Rank of the updates."""
     alpha: float = 32
     """The update is scaled by alpha / r."""
     dropout: float = 0.0

@@ -68,7 +68,7 @@ class StoredAdapter:
     targets: dict[str, str]
     """Modules that it adapts: published name -> ours."""
     halves: dict[str, StoredTensor]
-    """Its tensors by `lora_keys`."""
+    """Tensors of the adapter by `lora_keys`."""
     copies: dict[str, StoredTensor]
     """Tensors of the base model that were saved with it, by their published names."""
     base_model: str | None
@@ -367,7 +367,7 @@ def _misfit(
     shapes: Mapping[str, tuple[int, ...]],
     spec: ModelSpec,
 ) -> str:
-    """Why an adapter's halves do not fit modules of these shapes (O, I), worded for an error."""
+    """Say why an adapter's halves do not fit modules of these shapes (O, I), for an error."""
     another = (
         f"{folder} is an adapter for another model than this {spec.architecture.name} of "
         f"{counted(spec.num_layers, 'layer')} and width {spec.hidden_size}: {problems}"

@@ -53,7 +53,7 @@ class StoredTensor:
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
     kind: str
     """Its type as the header names it; weights have one of `FLOATS`. Quantised blocks of a GGUF

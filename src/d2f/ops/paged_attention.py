@@ -24,7 +24,7 @@ class AttentionPlan:
     keys: Tensor | slice
     """The slots of the rows' keys, B * S of them."""
     mask: AttentionMask | None
-    """Who sees whom; None: all see all."""
+    """Mask that says which tokens see which; None: all see all."""
     queries: Tensor | None
     """The token of each of the B * L queries; None: they are the tokens themselves."""
     answers: Tensor | None

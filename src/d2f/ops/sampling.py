@@ -1,4 +1,4 @@
-"""From logits to one token, its probability and its rank at each position.
+"""Turn logits into one token, its probability and its rank at each position.
 
 Shapes: M positions, V vocabulary.
 """
@@ -26,9 +26,9 @@ class Choice(NamedTuple):
     """The token that is chosen at each position, and how sure it is."""
 
     token_M: Tensor
-    """int64."""
+    """Token chosen at each position, int64."""
     probability_M: Tensor
-    """The token's, fp32; not finite where the logits are not."""
+    """Probability of that token, fp32; not finite where the logits are not."""
     rank_M: Tensor
     """Rank of each position, fp32: where only one may be decoded, the highest is preferred."""
 

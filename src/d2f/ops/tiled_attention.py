@@ -102,7 +102,7 @@ def _rule(blocks_BL: Tensor, first_BL: Tensor | None) -> Callable[..., Tensor]:
 
 
 def _listed(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of tiles how many are chosen, and which, first: (B, 1, Q) and (B, 1, Q, K)."""
+    """Count each row's chosen tiles and list them first: (B, 1, Q) and (B, 1, Q, K)."""
     chosen_B1QK = chosen_BQK[:, None].to(torch.int32)
     order_B1QK = chosen_B1QK.argsort(dim=-1, descending=True, stable=True)
     return chosen_B1QK.sum(-1, dtype=torch.int32), order_B1QK.to(torch.int32)

@@ -287,7 +287,7 @@ class ObjectiveConfig:
     objective: str = "forward_kl"
     """forward_kl, reverse_kl, soft_cross_entropy or cross_entropy (to the data, no teacher)."""
     weighting: str = "inverse_ratio"
-    """inverse_ratio or none."""
+    """Weighting of the loss: inverse_ratio or none."""
     normalization: str = "batch"
     """batch: one mean over the masked positions of all sequences of an update, so that a sequence
     with more of them weighs more; sequence: the mean of the sequences' means, as the authors'."""
@@ -305,9 +305,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Number added to the denominator."""
     weight_decay: float = 0.05
-    """On matrices; never on norms, biases and the embedding table."""
+    """Decay of matrices; never of norms, biases and the embedding table."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     schedule: str = "constant"

@@ -40,7 +40,7 @@ class Row:
     simulated: str | None
     """Words for what was not real, as random weights; None if all was real."""
     label: str
-    """Its name in tables, which says if something was simulated."""
+    """Name of the row in tables, which says if something was simulated."""
     environment: Mapping[str, Any]
     """The machine, the versions and the commit of the measurement."""
     machine: str
@@ -139,10 +139,10 @@ class Comparison:
     family: str
     test_set: str
     machine: str | None = None
-    """Given where the same rows were measured on several."""
+    """Name of the machine, given where the same rows were measured on several."""
     rows: Sequence[Row]
     counts_tail: bool = False
-    """Its tokens are all that were decoded, not those of answers alone."""
+    """Whether the tokens are all that were decoded, not those of answers alone."""
 
     @property
     def title(self) -> str:

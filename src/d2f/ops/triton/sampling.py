@@ -267,7 +267,7 @@ def _mass(logits_ptr, threshold, largest, scale, VOCAB: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _ordered(bits):
-    """From a float's bits to an integer in the order of the floats, and back."""
+    """Turn a float's bits into an integer in the order of the floats, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
