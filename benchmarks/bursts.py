@@ -17,17 +17,17 @@ from d2f.evaluation.metrics import percentile
 
 @dataclass(frozen=True, kw_only=True)
 class BurstsResult:
-    """What became of the requests."""
+    """The answers and the times of a run's requests."""
 
     answers: list[list[int] | None]
-    """Response ids in the order of the requests; None where it failed."""
+    """Response ids in the order of the requests; None where a request failed."""
     errors: list[str]
     seconds: float
     num_preemptions: int
     steps_ms: list[float]
 
     def summary(self) -> dict[str, Any]:
-        """For a result file."""
+        """Summarise the run for a result file."""
         finished = [answer for answer in self.answers if answer is not None]
         return {
             "num_requests": len(self.answers),

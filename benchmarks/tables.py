@@ -35,7 +35,7 @@ class Tables:
     """Further arguments of `d2f eval`."""
 
     def row(self, method: str, name: str, setting: Row) -> Row:
-        """One method with one setting."""
+        """Return the row of one method with one setting."""
         row: Row = {
             "name": name,
             "method": method,

@@ -46,7 +46,7 @@ class Exchange:
     complete: bool = False
     """Whether the answer came to its end as HTTP defines it."""
     fault: str | None = None
-    """Why it did not."""
+    """Reason why the answer is not complete."""
     seconds: float = 0.0
     """Seconds from the beginning to the end; 0 before."""
 

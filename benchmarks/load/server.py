@@ -104,7 +104,7 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        """Its output so far."""
+        """Return the server's output so far."""
         self._log.flush()
         self._log.seek(0)
         return self._log.read()

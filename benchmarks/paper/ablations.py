@@ -39,7 +39,7 @@ NOISE_LEVEL = THRESHOLDS[:2]
 
 
 class NoiseGroup(NamedTuple):
-    """What rows of table 4 have in common that differ in the seed alone."""
+    """The settings that rows of table 4 share if they differ in the seed alone."""
 
     activate: float
     confidence: float
@@ -249,7 +249,7 @@ def batch_series(comparison: Comparison) -> dict[str, dict[int, Row]]:
 
 
 def overtaking(method: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """From which batch size on autoregression is faster than the method, in words.
+    """Say from which batch size on autoregression is faster than the method.
 
     Example:
         >>> overtaking("serial", [{"batch_size": 8, "serial_ratio": 0.5}])

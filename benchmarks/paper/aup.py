@@ -14,7 +14,7 @@ from d2f.evaluation.report.rows import Comparison
 from d2f.evaluation.report.table import Column, Table
 
 ALPHA = 3.0
-"""How fast the weight of an accuracy falls that is below the best of all methods."""
+"""Rate at which the weight of an accuracy falls below the best accuracy of all methods."""
 MAX_LOSS = 5.0
 """Points whose accuracy lies further below the curve's first are dropped."""
 

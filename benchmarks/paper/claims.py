@@ -45,13 +45,13 @@ VANILLA_BAR = 50.0
 
 
 class Finding(NamedTuple):
-    """What the results of one comparison say of a claim."""
+    """The finding of one comparison's results on a claim."""
 
     verdict: str
     number: str
-    """With its error, and what it is of; why nothing can be said, if so."""
+    """The number with its error, and what it measures; the reason, if nothing can be said."""
     beside: str = ""
-    """What must be known with it."""
+    """Facts that must be known beside the number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,10 @@ class Claim:
     paper: str
     """The paper's number."""
     rule: str
-    """When it counts as reproduced, and from which rows."""
+    """Rule that says when the claim counts as reproduced, and from which rows."""
     check: Callable[[Comparison], Finding]
     tasks: tuple[str, ...] = KNOWN_TASKS
-    """Where it can be tested; a task of the user's own is taken for any."""
+    """Tasks on which the claim can be tested; a task of the user's own is taken for any."""
 
     def concerns(self, comparison: Comparison) -> bool:
         """Whether the test set is of the claim's kind."""
@@ -144,14 +144,14 @@ def claim_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _verdict(low: float, high: float, bar: float, *, worst: float | None = None) -> str:
-    """Of all that a number may be: above a bar, below it (or below `worst`), or neither."""
+    """Judge the range of a number: above a bar, below it (or below `worst`), or neither."""
     if low >= bar:
         return REPRODUCED
     return NOT_REPRODUCED if high < (bar if worst is None else worst) else OPEN
 
 
 def _all(*verdicts: str) -> str:
-    """Of a claim with several parts: one that fails decides."""
+    """Judge a claim with several parts: one part that fails decides."""
     for verdict in (NOT_REPRODUCED, OPEN):
         if verdict in verdicts:
             return verdict
@@ -163,7 +163,7 @@ def _on(where: str) -> str:
 
 
 def _findings(claim: Claim, comparisons: Sequence[Comparison]) -> list[tuple[str, Finding]]:
-    """On each comparison where it can be tested, or one that says why on none."""
+    """Judge a claim on each comparison where it can be tested, or say why it can be on none."""
     found = [(c.title, claim.check(c)) for c in comparisons if claim.concerns(c)]
     tested = [(title, finding) for title, finding in found if finding.verdict != NOT_TESTABLE]
     # A reason of more words than a missing row tells more.
@@ -172,7 +172,7 @@ def _findings(claim: Claim, comparisons: Sequence[Comparison]) -> list[tuple[str
 
 
 class _Speed(NamedTuple):
-    """How much faster one row is than another, and the runs at both ends."""
+    """Ratio of one row's speed to another's, and of the runs at both ends."""
 
     ratio: float
     low: float
@@ -188,7 +188,7 @@ class _Speed(NamedTuple):
 
 
 def _speed(one: Row | None, other: Row | None) -> _Speed | None:
-    """Of medians; at the ends, the slowest run of one against the fastest of the other."""
+    """Compare median speeds; at the ends, the slowest run of one with the fastest of the other."""
     a = one.tokens_per_second if one else None
     b = other.tokens_per_second if other else None
     if a is None or b is None or min(b) <= 0:
@@ -500,4 +500,4 @@ CLAIMS = (
         check=_block_size,
     ),
 )
-"""In the order in which the paper makes them."""
+"""All claims, in the order in which the paper makes them."""

@@ -23,7 +23,7 @@ EXPERIMENTS = {
     "block-size": "figure 5",
     "batch": "batch sizes",
 }
-"""What each experiment fills."""
+"""Tables and figures of the paper that each experiment fills."""
 _SECTIONS: dict[str, Callable[[Comparison], Table | None]] = {
     "Thresholds (table 3)": ablations.threshold_table,
     "Noise schedule (table 4)": ablations.noise_table,

@@ -35,12 +35,12 @@ class PaperRow:
     model: str
     test_set: str
     method: str
-    """In the words of our result files."""
+    """Name of the method in our result files."""
     tokens_per_second: float | None
     seconds_per_problem: float | None
     mean_tokens: float | None
     score: float | None
-    """In percent."""
+    """Share of right answers, in percent."""
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class Counterpart:
 
     @property
     def name(self) -> str:
-        """As table headers show it."""
+        """Name of the counterpart in table headers."""
         return f"{self.family}, {self.test_set}"
 
     def find(self, method: str, *tables: str) -> PaperRow | None:
@@ -104,7 +104,7 @@ def load_paper() -> tuple[PaperRow, ...]:
 
 
 def counterparts(task: str, family: str) -> list[Counterpart]:
-    """What of the paper stands beside a task: for LLaDA, for Dream, or for both.
+    """Return the counterparts in the paper of a task: for LLaDA, for Dream, or for both.
 
     Args:
         task: As recipes name it.
@@ -136,7 +136,7 @@ def over_autoregressive(test_set: str, method: str) -> dict[str, float]:
 
 
 def ablation_counterpart(task: str) -> Counterpart | None:
-    """Where the paper's tables 3 and 4 and figure 2 stand: D2F-Dream with 512 new tokens.
+    """Return the counterpart of tables 3 and 4 and figure 2: D2F-Dream with 512 new tokens.
 
     Example:
         >>> ablation_counterpart("word-problems").test_set

@@ -84,7 +84,7 @@ class TrainSetup:
         return _SHIPPED_NOISE if self.options.shipped else _NOISE
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result file."""
+        """Return the setup for a result file."""
         own, given = ("length", "lora", "loss_memory"), ("dropout", "sharding", "lr", "compiled")
         return {
             **{name: getattr(self, name) for name in own},

@@ -228,7 +228,7 @@ class _Run:
 
 
 def _seeded(request: Request, row: int, sample: int) -> Request:
-    """With noise of its own, which depends on nothing but the seed and the place."""
+    """Give a request noise of its own, which depends on nothing but the seed and the place."""
     if request.temperature == 0:
         return request
     return replace(request, seed=derive_seed(request.seed, f"answer {sample}", row))

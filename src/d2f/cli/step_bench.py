@@ -43,7 +43,7 @@ class StepTimes:
     """All steps together, from a waiting device to a waiting device, / their number."""
     fastest: float
     slowest: float
-    """Of single steps: on a GPU between events at their ends."""
+    """Times of the fastest and the slowest step: on a GPU between events at their ends."""
     num_steps: int
 
 

@@ -249,7 +249,7 @@ def _device(gpu: str | None, config: TrainConfig) -> dict[str, Any]:
 
 
 def _print_plan(facts: dict[str, Any]) -> None:
-    """The plan in lines."""
+    """Print the plan in lines."""
     data, device, processes = facts["data"], facts["device"], facts["processes"]
     accumulated = facts["micro_batches_per_process"]
     _say(

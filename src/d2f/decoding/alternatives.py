@@ -23,7 +23,7 @@ HEAD_ROWS = 512
 """Most positions whose logits exist at once."""
 
 MOST_ALTERNATIVES = 20
-"""As many as OpenAI's protocol knows."""
+"""Most tokens that a request may have reported at each position, as in OpenAI's protocol."""
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
 """Token and probability, the most probable one first; in the forward that decoded the position."""
@@ -76,7 +76,7 @@ def choose_with_alternatives(
 
 
 def read_alternatives(numbers_MA: np.ndarray) -> list[Alternatives]:
-    """What the numbers say; tokens that could not be chosen are left out.
+    """Turn numbers into alternatives; tokens that could not be chosen are left out.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 9.0]])

@@ -29,16 +29,16 @@ class AutoregressiveDecoder(PagedDecoder):
         return row.state._replace(start=min(num_cached, end - 1), end=end), []
 
     def span(self, row: HostRow, ahead: int) -> tuple[int, int]:
-        """Each step ahead appends one token, which the next one computes."""
+        """Return a step's span; each step ahead appends one token, which the next one computes."""
         end = row.state.end + ahead
         return (end - 1 if ahead else row.state.start), min(end, row.longest)
 
     def num_candidates(self, row: HostRow) -> int:
-        """One."""
+        """Return 1: each step decodes one token."""
         return 1
 
     def growth(self, asked: RowRequest) -> int:
-        """One."""
+        """Return 1: each step moves the end by one token."""
         return 1
 
     def blocks(self, row: HostRow) -> list[BlockView]:

@@ -24,7 +24,7 @@ NOT_FINITE = (
     "the model's logits are not finite, so there is no answer; its weights may be broken, or the "
     "temperature too close to 0"
 )
-"""Why a response has no answer."""
+"""Reason why a response has no answer."""
 
 
 class BlockState(Enum):
@@ -42,11 +42,11 @@ class BlockView:
 
     state: BlockState
     token_ids: tuple[int | None, ...]
-    """None where not decoded yet."""
+    """Tokens of the block; None where not decoded yet."""
     probabilities: tuple[float | None, ...]
-    """With which each of them was accepted; None where not decoded yet."""
+    """Probability with which each token was accepted; None where none is decoded yet."""
     alternatives: tuple[Alternatives, ...] = ()
-    """Of each of them, where the request asks for some; empty where not decoded yet."""
+    """Most probable tokens at each position, where the request asks for some; empty at masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class GenerationResult:
     token_ids: list[int]
     """The response up to and including its first EOS, or the token that completes a stop string."""
     probabilities: list[float] = field(compare=False)
-    """Of each token, with which it was accepted: what a policy's confidence threshold is compared
-    with. Rounding may differ from batch to batch, so they do not tell two results apart."""
+    """Probability with which each token was accepted; a policy's confidence threshold is compared
+    with it. Rounding may differ from batch to batch, so it does not tell two results apart."""
     num_forwards: int
     """Model calls that refine blocks, or in autoregression yield a token."""
     num_prefill_forwards: int
@@ -71,7 +71,7 @@ class GenerationResult:
     """Tokens that were decoded in all but for EOS tokens, those behind the response's end among
     them; None where it is not told."""
     alternatives: list[Alternatives] = field(default_factory=list, compare=False)
-    """Of each token, where the request asks for some."""
+    """Most probable tokens at each position, where the request asks for some."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -86,7 +86,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RowRequest:
-    """What a sequence is asked for."""
+    """Prompt, length and settings that are asked for one sequence."""
 
     prompt: Sequence[int]
     max_new_tokens: int
@@ -108,11 +108,11 @@ class RowRequest:
 
     @property
     def filters(self) -> tuple[float, int, float, float]:
-        """How tokens are sampled, whatever the seed."""
+        """Temperature and filters with which tokens are sampled, whatever the seed."""
         return self.temperature, self.top_k, self.top_p, self.min_p
 
     def sampling(self, seed_M: Tensor, position_M: Tensor, step_M: Tensor) -> Sampling | None:
-        """How positions are sampled, each with its seed; None: not at all."""
+        """Return how positions are sampled, each with its seed; None: they are not sampled."""
         if self.temperature == 0:
             return None
         return Sampling(
@@ -167,11 +167,11 @@ class Decoded:
     """A response, or a block of it, as far as it is decoded."""
 
     tokens: list[int | None] = field(default_factory=list)
-    """None where not decoded."""
+    """Tokens of the response; None where not decoded."""
     probabilities: list[float | None] = field(default_factory=list)
-    """With which each token was accepted, None where not decoded."""
+    """Probability with which each token was accepted; None where none is decoded."""
     alternatives: list[Alternatives] = field(default_factory=list)
-    """Of each token, empty where not decoded; of a request that asks for none it has no items."""
+    """Most probable tokens at each position, empty at masks; no items if none are asked for."""
 
     @classmethod
     def read(
@@ -208,7 +208,7 @@ class Decoded:
         num_forwards: int,
         num_query_tokens: int,
     ) -> GenerationResult:
-        """What a whole response comes to, up to its first gap or EOS.
+        """Make a result of the whole response, up to its first gap or EOS.
 
         Raises:
             RequestError: It was decoded from logits that are not finite.
@@ -252,7 +252,7 @@ class DecodingBatch(ABC):
 
     @property
     def settings(self) -> RowRequest:
-        """What all sequences have in common, in the request of the first."""
+        """The request of the first sequence, for the settings that all sequences have in common."""
         return self.asked[0]
 
     @abstractmethod
@@ -265,10 +265,10 @@ class DecodingBatch(ABC):
 
     @abstractmethod
     def finite(self) -> list[bool]:
-        """Of which sequences all logits so far were finite."""
+        """Say for each sequence whether all its logits so far were finite."""
 
     def finished(self) -> list[bool]:
-        """Which sequences are done."""
+        """Say for each sequence whether it is done."""
         return list(self.done)
 
     def results(self, rows: list[int]) -> list[GenerationResult]:

@@ -27,19 +27,19 @@ from d2f.ops.sampling import Choice
 
 PAGE_SIZE = 16
 _FAR = 1 << 40
-"""Beyond every position."""
+"""Position beyond every other."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CanvasBuffers:
-    """What a canvas keeps on the device."""
+    """The tensors that a canvas keeps on the device."""
 
     ids_T: Tensor
     """Token ids; behind the last a place for what is not to be kept."""
     probability_T: Tensor
-    """With which each token was accepted, fp32; 0 where none was."""
+    """Probability with which each token was accepted, fp32; 0 where none was accepted."""
     alternatives_TA: Tensor
-    """Those of each token as numbers, where the batch asks for some; 0 where none was accepted."""
+    """Most probable tokens at each position as numbers, if asked for; 0 where none was accepted."""
     tokens_3T: Tensor
     """Position, slot and limit of each token, as `PackedTokens` has them."""
     facts_5B: Tensor
@@ -61,7 +61,7 @@ class Block:
     place_BK: Tensor
     """Places among the T tokens."""
     candidate_BK: Tensor
-    """Where a token is needed."""
+    """Whether a token is needed at each of these places."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,7 +143,7 @@ class Canvas:
             ),
         )
         self._decoded: list[Decoded] | None = None
-        """None where the responses must be read first."""
+        """Decoded responses; None where they must be read first."""
         self._write()
         for place, known in zip(self._places(), kept or [], strict=bool(kept)):
             self.buffers.ids_T[place].copy_(known.ids_R)
@@ -184,7 +184,7 @@ class Canvas:
         buffers.report_3B[2].fill_(1)
 
     def _places(self) -> list[slice]:
-        """Where each response lies among the tokens."""
+        """Return the place of each response among the tokens."""
         ends = itertools.accumulate(self.counts)
         return [
             slice(end - one.max_new_tokens, end) for end, one in zip(ends, self.asked, strict=True)
@@ -313,7 +313,7 @@ class Canvas:
         self.workspace.run((self.key, key), step)
 
     def report(self) -> tuple[list[int], list[int], list[bool]]:
-        """By sequence: its first mask and first EOS, if any, and whether all was finite."""
+        """Return each sequence's first mask and first EOS, if any, and whether all was finite."""
         gaps, ends, finite = self.buffers.report_3B.tolist()
         return gaps, ends, [bool(flag) for flag in finite]
 
@@ -330,7 +330,7 @@ class Canvas:
         return self._decoded[row]
 
     def keep(self, rows: Sequence[int]) -> list[Kept]:
-        """What another canvas needs to go on with these responses."""
+        """Return what another canvas needs to go on with these responses."""
         buffers, places, finite = self.buffers, self._places(), self.report()[2]
         return [
             Kept(
@@ -344,7 +344,7 @@ class Canvas:
 
 
 def _first(flag_BR: Tensor, index_R: Tensor) -> Tensor:
-    """Where each row's first flag is set; beyond every position if none is: (B,)."""
+    """Find each row's first flag that is set; beyond every position if none is: (B,)."""
     return index_R.where(flag_BR, _FAR).amin(-1)
 
 
@@ -358,5 +358,5 @@ class CanvasBatch(DecodingBatch):
         return self.canvas.decoded(row)
 
     def finite(self) -> list[bool]:
-        """Of which sequences all logits so far were finite."""
+        """Say for each sequence whether all its logits so far were finite."""
         return self.canvas.report()[2]

@@ -35,13 +35,13 @@ from d2f.models.feature_cache import FeatureCache, Refresh
 from d2f.models.transformer import Transformer
 
 LEAST_SLOTS = 256
-"""Of a feature cache; larger ones double, so that few serve all lengths."""
+"""Slots of the smallest feature cache; larger ones double, so that few serve all lengths."""
 
 
 def refresh_at(
     options: RefreshOptions, step: int, prompt_length: int, response_length: int
 ) -> Refresh:
-    """What step 0, 1, … computes anew.
+    """Say what a step (0, 1, …) computes anew.
 
     Example:
         >>> options = RefreshOptions(prompt_interval=4, response_interval=2)
@@ -59,23 +59,23 @@ def refresh_at(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _State:
-    """What a step reads and writes, at fixed addresses."""
+    """The tensors that a step reads and writes, at fixed addresses."""
 
     ids_L: Tensor
-    """Response, prompt, padding."""
+    """Token ids of response, prompt and padding."""
     probability_R: Tensor
-    """With which each token of the response was accepted, fp32; 0 where none was."""
+    """Probability with which each token of the response was accepted, fp32; 0 where none was."""
     alternatives_RA: Tensor
-    """Those of each token of the response as numbers; 0 where none was accepted."""
+    """Most probable tokens at each position of the response as numbers; 0 at masks."""
     positions_L: Tensor
     count_1: Tensor
     """Slots that are no padding."""
     plan_4: Tensor
-    """Of this step: the block's start, its end, how many tokens are kept, the step's number."""
+    """Plan of this step: the block's start and end, how many tokens are kept, the step's number."""
     seed_1: Tensor
     eos_E: Tensor
     finite: Tensor
-    """All logits used were."""
+    """Whether all logits used were finite."""
     stopped: Tensor
     """An EOS has no mask before it."""
 

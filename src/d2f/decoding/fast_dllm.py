@@ -41,7 +41,7 @@ class FastBatch(CanvasBatch):
     """
 
     cache: ClassVar[str | None] = None
-    """Which part of the sequence is not computed again: None, "prefix" or "dual"."""
+    """The part of the sequence that is not computed again: None, "prefix" or "dual"."""
 
     def __init__(
         self,

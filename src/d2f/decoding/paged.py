@@ -54,7 +54,7 @@ class PagedDecoder(ABC):
     one_token: ClassVar[bool] = False
     """Each row gets one token in each step."""
     num_recomputed: ClassVar[int] = 0
-    """How many positions at the end of a prompt that is cached are computed again all the same."""
+    """Number of positions at the end of a cached prompt that are computed again all the same."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class PagedDecoder(ABC):
 
     @abstractmethod
     def begin(self, row: HostRow, num_cached: int) -> tuple[RowState[int], list[bool]]:
-        """Where a row begins, and which of its blocks are fully active.
+        """Return the state in which a row begins, and for each of its blocks if it is fully active.
 
         The keys and values of the first `num_cached` positions are in the cache already. A row that
         was interrupted goes on as it was: all else is computed again, decoded tokens included, so
@@ -95,14 +95,14 @@ class PagedDecoder(ABC):
 
     @abstractmethod
     def growth(self, asked: RowRequest) -> int:
-        """By how many positions a step may move the end of a row."""
+        """Return the most positions by which a step may move the end of a row."""
 
     @abstractmethod
     def blocks(self, row: HostRow) -> list[BlockView]:
         """The response as it stands, for those who watch."""
 
     def threshold(self, asked: RowRequest) -> float:
-        """What the confidence of an accepted token exceeds."""
+        """Return the bound that the confidence of an accepted token exceeds."""
         return asked.policy.confidence_threshold
 
     def pack(self, rows: Rows, shape: StepShape) -> Packing:
@@ -189,15 +189,15 @@ class PipelinedDecoder(PagedDecoder):
         return start, max(prompt + response, state.end)
 
     def num_candidates(self, row: HostRow) -> int:
-        """Masked positions of open blocks."""
+        """Count the masked positions of open blocks."""
         return row.tokens[: row.state.opened * row.asked.policy.block_size].count(None)
 
     def growth(self, asked: RowRequest) -> int:
-        """A block."""
+        """Return the length of a block."""
         return asked.policy.block_size
 
     def blocks(self, row: HostRow) -> list[BlockView]:
-        """The open blocks."""
+        """Return the open blocks."""
         state, size = row.state, row.asked.policy.block_size
         if not state.opened:
             return []
@@ -217,7 +217,7 @@ class PipelinedDecoder(PagedDecoder):
         return views
 
     def confidence(self, probability_BNK: Tensor, rank_BNK: Tensor) -> Tensor:
-        """Which of the two is compared with the row's threshold."""
+        """Return the one of the two that is compared with the row's threshold."""
         return probability_BNK
 
     def step(self, rows: Rows, shape: StepShape) -> Tensor:
@@ -300,7 +300,7 @@ class PipelinedDecoder(PagedDecoder):
         return choice._replace(probability_M=sure_M, rank_M=sure_M)
 
     def _plan(self, rows: Rows, packing: Packing, ran_B: Tensor, cached_B: Tensor) -> None:
-        """After a step: which rows are done, and what the next step computes of the others."""
+        """Note after a step which rows are done, and plan what the next computes of the others."""
         mask = self.model.spec.mask_token_id
         assert mask is not None
         facts, state, reals = rows.facts, rows.state, rows.reals
@@ -373,7 +373,7 @@ def _scattered(values_M: Tensor, place_M: Tensor, rows: Rows, other: float | Non
 
 
 def _fully_active(row: HostRow) -> list[bool]:
-    """Which blocks of a response are fully active."""
+    """Say for each block of a response whether it is fully active."""
     size, limit = row.asked.policy.block_size, row.asked.max_new_tokens
     blocks = [row.tokens[at : at + size] for at in range(0, limit, size)]
     shares = [(len(block) - block.count(None)) / len(block) for block in blocks]

@@ -40,7 +40,7 @@ class Block(Decoded):
 
 
 class Candidate(NamedTuple):
-    """What a forward proposes for one position."""
+    """The token that a forward proposes for one position."""
 
     token: int
     probability: float
@@ -65,7 +65,7 @@ class ReferenceSequence(DecodingBatch):
         self.blocks: list[Block] = []
         self.eos_seen = False
         self.all_finite = True
-        """All probabilities were."""
+        """Whether all probabilities were finite."""
 
     def step(self) -> None:
         """One pass of the algorithm's loop."""

@@ -53,7 +53,7 @@ class RowFacts(NamedTuple, Generic[Value]):
     max_live: Value
     early_stop: Value
     confidence: Value
-    """What ranks the forced token, as `d2f.ops.sampling` numbers it."""
+    """Code of the measure that ranks the forced token, as `d2f.ops.sampling` numbers it."""
     top_k: Value
     seed: Value
 
@@ -81,7 +81,7 @@ class RowReals(NamedTuple, Generic[Value]):
     add: Value
     activate: Value
     threshold: Value
-    """What the confidence of an accepted token exceeds, rounded to fp32 as confidences are."""
+    """Bound that an accepted token's confidence exceeds, rounded to fp32 as confidences are."""
     temperature: Value
     top_p: Value
     min_p: Value
@@ -96,7 +96,7 @@ class HostRow(Decoded):
 
     asked: RowRequest
     state: RowState[int] = NEW_ROW
-    """As last reported; of a row that has run nothing yet, where it began."""
+    """State last reported; for a row that has run nothing yet, the state in which it began."""
 
     @property
     def longest(self) -> int:
@@ -159,7 +159,7 @@ class RowSizes:
 
     @classmethod
     def of(cls, asked: RowRequest) -> RowSizes:
-        """What one sequence needs."""
+        """Return the sizes that one sequence needs."""
         return cls(
             num_blocks=-(-asked.max_new_tokens // asked.policy.block_size),
             block_size=min(asked.policy.block_size, asked.max_new_tokens),

@@ -66,7 +66,7 @@ def accept(
     *,
     confidence_threshold: float | Tensor,
 ) -> Tensor:
-    """Which candidates (masked positions of open blocks) are accepted: (B, N, K), bool.
+    """Mark the candidates (masked positions of open blocks) that are accepted: (B, N, K), bool.
 
     All whose confidence is > tau_conf; a fully active block in which none is accepts the one that
     ranks highest (the first of equals), a semi-active block then accepts nothing. As a tensor, the
@@ -96,14 +96,14 @@ def completed_blocks(first_gap_B: Tensor, opened_B: Tensor, size_B: Tensor) -> T
 
 
 def idle(complete_B: Tensor, opened_B: Tensor, total_B: Tensor, eos_seen_B: Tensor) -> Tensor:
-    """Which sequences have no open block with a mask and may open no further one: (B,), bool."""
+    """Mark sequences that have no open block with a mask and may open no other: (B,), bool."""
     return complete_B >= torch.where(eos_seen_B, opened_B, total_B)
 
 
 def finished(
     first_gap_B: Tensor, first_eos_B: Tensor, idle_B: Tensor, *, early_stop: Tensor
 ) -> Tensor:
-    """Which sequences are done: (B,), bool.
+    """Mark the sequences that are done: (B,), bool.
 
     Args:
         first_gap_B: Place in the response of the first mask.

@@ -1,4 +1,4 @@
-"""What the host tells a step over the paged cache, and what the step reports.
+"""Types of what the host tells a step over the paged cache, and of what the step reports.
 
 Shapes: B rows, T packed tokens, M candidates (positions that need a token), A alternatives.
 """
@@ -22,11 +22,11 @@ class StepShape:
     """The sizes of a step, known on the host before it runs."""
 
     num_rows: int
-    """B."""
+    """Number of rows (B)."""
     num_tokens: int
     """T. Rows whose tokens do not fit any more sit this step out, the last ones first."""
     num_candidates: int
-    """M."""
+    """Number of candidates (M)."""
     max_count: int
     """Most tokens of a row; one that has more sits this step out."""
     max_end: int
@@ -34,7 +34,7 @@ class StepShape:
     prefill: bool = False
     """Some row computes its prompt."""
     sampled: bool = False
-    """Some row has a temperature."""
+    """Whether some row has a temperature."""
     truncated: bool = False
     """Some row samples with top-k, top-p or min-p."""
     ranked: bool = False
@@ -44,15 +44,15 @@ class StepShape:
 
 
 RECORD_TOKENS = ("row", "place", "token", "probability")
-"""What a step reports of each candidate: its row, its place in the response, its token (-1: not
-accepted) and the bits of its probability."""
+"""Numbers that a step reports of each candidate: its row, its place in the response, its token
+(-1: not accepted) and the bits of its probability."""
 
 
 class TokenRecord(NamedTuple):
     """One accepted token."""
 
     place: int
-    """In the response."""
+    """Place of the token in the response."""
     token: int
     probability: float
     alternatives: Alternatives = ()
@@ -60,15 +60,15 @@ class TokenRecord(NamedTuple):
 
 @dataclass(kw_only=True)
 class RowRecord:
-    """What a step reports of one row."""
+    """The report of a step on one row."""
 
     ran: bool
     state: RowState[int]
-    """For the next forward."""
+    """State of the row for the next forward."""
     finite: bool = True
-    """All probabilities are."""
+    """Whether all probabilities are finite."""
     tokens: list[TokenRecord] = field(default_factory=list)
-    """The accepted ones."""
+    """Tokens that were accepted."""
 
 
 def make_record(

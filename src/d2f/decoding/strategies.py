@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("low_confidence", "maskgit_plus", "topk_margin", "entropy", "origin")
 BLOCK_LENGTH = 32
-"""Of all strategies whose options have one, if none is given."""
+"""Default block length of all strategies whose options have one."""
 MOST_STEPS = 2**16
 """More steps, far more than any response has tokens, would only take memory."""
 _WORDS = {int: "a whole number", float: "a number", str: "a name"}
@@ -213,7 +213,7 @@ class EntropyOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """What is known of a strategy before a model is loaded."""
+    """Facts about a strategy that are known before a model is loaded."""
 
     name: str
     decoder: str
@@ -225,13 +225,13 @@ class Strategy:
     fixes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the policy that it sets, and their values."""
     causal: bool = False
-    """It decodes autoregressive models, and no others."""
+    """Whether the strategy decodes autoregressive models, and no others."""
     max_rows: int | None = None
     """Most sequences of a `DecodingBatch`; None: as many as the engine takes."""
 
     @functools.cached_property
     def option_kinds(self) -> dict[str, type]:
-        """What the value of each option must be: `int`, `float` or `str`."""
+        """Type that the value of each option must have: `int`, `float` or `str`."""
         hints = get_type_hints(self.options)
         names = [one.name for one in fields(self.options)]
         return {name: (get_args(hints[name]) or (hints[name],))[0] for name in names}
@@ -368,7 +368,7 @@ def check_strategy(
 
 
 def unheeded(strategy: str, names: Iterable[str]) -> list[str]:
-    """Those fields of a policy that have no effect on a strategy; none if it is unknown.
+    """Return those fields of a policy that have no effect on a strategy; none if it is unknown.
 
     Example:
         >>> unheeded("serial", ["block_size", "add_threshold"])
@@ -380,7 +380,7 @@ def unheeded(strategy: str, names: Iterable[str]) -> list[str]:
 
 
 def default_strategy(spec: ModelSpec, *, policy: bool = False) -> str:
-    """What a model is decoded with unless somebody says otherwise.
+    """Return the strategy that decodes a model unless somebody asks for another.
 
     The pipeline takes for granted that a diffusion model was distilled for it; on another one it
     gives poor answers, so that gets `vanilla`.

@@ -32,7 +32,7 @@ probability each is)."""
 
 
 def vanilla_plan(max_new_tokens: int, options: VanillaOptions) -> list[Step]:
-    """What each step keeps.
+    """Plan for each step the span of the response in which it keeps tokens, and how many.
 
     Args:
         max_new_tokens: Length of the response.
@@ -59,7 +59,7 @@ def vanilla_plan(max_new_tokens: int, options: VanillaOptions) -> list[Step]:
 def transfer_plan(
     max_new_tokens: int, *, num_steps: int | None = None, block_length: int | None = None
 ) -> list[tuple[int, int, int]]:
-    """Per step of LLaDA's sampler: the block's first position, its end, and how many are kept.
+    """List each step of LLaDA's sampler: the block's first position, its end, and the number kept.
 
     Steps are shared out evenly over the blocks, and a block's tokens over its steps, the first
     ones taking the remainder. `num_steps` None: one token a step. There must be no fewer steps
@@ -86,7 +86,7 @@ def transfer_plan(
 
 @functools.lru_cache(maxsize=256)
 def _dream_plan(max_new_tokens: int, num_steps: int, eps: float, algorithm: str) -> list[float]:
-    """How many tokens each step of Dream's samplers keeps, or with which probability.
+    """Return how many tokens each step of Dream's samplers keeps, or with which probability.
 
     Time falls evenly from 1 to eps; a step from t to s keeps the share 1 - s / t of the masks, the
     last one all. In fp32, as published, since the share of one mask may be just below a whole.

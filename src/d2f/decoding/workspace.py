@@ -57,9 +57,9 @@ class Workspace:
         self._turn, self._running = 0, False
         """A turn is what lies between two requests for buffers with steps in between."""
         self._buffers: dict[Hashable, tuple[int, Any]] = {}
-        """With the turn of their last use; those used last come last."""
+        """Buffers by key, each with the turn of its last use; those used last come last."""
         self._steps: dict[Hashable, tuple[int, torch.cuda.CUDAGraph | None]] = {}
-        """Likewise; None where not captured yet."""
+        """Steps by key, kept in the same way as buffers; None where a step is not captured yet."""
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
     @property
@@ -81,7 +81,7 @@ class Workspace:
         return -(-length // multiple) * multiple
 
     def buffers(self, key: Hashable, make: Callable[[], _Buffers]) -> _Buffers:
-        """What `make` returned for `key` when it was called last, now unless it is still kept."""
+        """Return the buffers of `key`, which `make` makes unless they are still kept."""
         if self._running:
             self._turn, self._running = self._turn + 1, False
         value = self._buffers[key][1] if key in self._buffers else make()

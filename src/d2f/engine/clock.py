@@ -23,7 +23,7 @@ class StepTime:
     begin: float = 0.0
     end: float = 0.0
     accepted: dict[int, list[int]] = field(default_factory=dict)
-    """Of each request that it ran, the places in the response that it filled."""
+    """Places in the response that the step filled, for each request that it ran."""
 
 
 class StepClock:
@@ -44,11 +44,11 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self._steps: list[StepTime] = []
         self.seconds_waited = 0.0
-        """How long the host waited for results."""
+        """Seconds that the host waited for results."""
 
     @contextmanager
     def step(self, shape: StepShape) -> Iterator[StepTime]:
-        """Around what starts a step."""
+        """Time the step that is started in this context."""
         begin = self._mark()
         step = StepTime(shape, (begin, begin))
         yield step
@@ -57,7 +57,7 @@ class StepClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for a step's results."""
+        """Time the wait for a step's results that happens in this context."""
         start = time.perf_counter()
         yield
         self.seconds_waited += time.perf_counter() - start

@@ -27,7 +27,7 @@ from d2f.ops.backend import select_backend
 
 
 class Decodes(Protocol):
-    """What the engine needs of a tokenizer; `StopStrings` says what more it makes use of."""
+    """The method that the engine needs of a tokenizer; `StopStrings` says what more it uses."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -35,7 +35,7 @@ class Decodes(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStatus:
-    """How busy an engine is.
+    """Numbers that tell how busy an engine is.
 
     Example:
         >>> EngineStatus(num_waiting=0, num_running=1, num_pages=8, num_free_pages=6).num_running
@@ -46,7 +46,7 @@ class EngineStatus:
     """Requests that are queued, those that had to give way among them."""
     num_running: int
     num_pages: int
-    """Of the key/value cache; 0 before a request needs it."""
+    """Pages of the key/value cache; 0 before a request needs it."""
     num_free_pages: int
     """Pages that no request holds. Kept prompts may hold some of them, and give them up."""
 
@@ -91,7 +91,7 @@ class Engine:
         self._closed = False
         self._clock: StepClock | None = None
         self._lanes: dict[type, Lane] = {}
-        """By decoder."""
+        """Lanes by decoder."""
 
     def _lane(self, strategy: Strategy) -> Lane:
         """The lane of a strategy, opened when its first request comes.
@@ -268,7 +268,7 @@ class Engine:
         return self._lane(task.strategy).view(task)
 
     def progress(self, request_id: int) -> Progress:
-        """How far a request is, for less than the price of a `view`.
+        """Return the tokens and forwards of a request so far, for less than the price of a `view`.
 
         Of strategies that keep no pages it is read from the device.
 
@@ -290,7 +290,7 @@ class Engine:
         return self._lane(task.strategy).progress(task)
 
     def status(self) -> EngineStatus:
-        """How many requests wait and run, and how many pages are free.
+        """Count the requests that wait and run, and the pages that are free.
 
         Example:
             >>> from d2f.testing import tiny_model
@@ -333,7 +333,7 @@ class Engine:
 
     @property
     def num_preemptions(self) -> int:
-        """How often a running request had to give way to an older one."""
+        """Number of times that a running request had to give way to an older one."""
         return sum(lane.num_preemptions for lane in self._paged_lanes())
 
     @property

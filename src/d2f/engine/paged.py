@@ -25,7 +25,7 @@ from d2f.models.cache import CachedPrompt, PromptCache
 USUAL_SIZES = RowSizes(num_blocks=32, block_size=32, prompt_length=1, num_eos=4)
 """Room of a row that is there from the start where graphs are captured."""
 LEAST_ALONE, MOST_ALONE = 16, 1024
-"""For so many steps requests join singly once memory ran out as several joined: the first number at
+"""Steps in which requests join singly once memory ran out as several joined: the first number at
 first, twice as many each time, up to the second."""
 
 
@@ -75,15 +75,15 @@ class PagedLane:
         self._sizer = StepSizer(self.runner, max_end, exact=not self._overlap)
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
-        """By row."""
+        """Running requests by row."""
         self._flights: deque[Flight] = deque()
         self.num_preemptions = 0
         self._fault: Exception | None = None
         """The device failed to take a row out, so its rows are not what the host knows."""
         self._steps_alone = 0
-        """For so many further steps requests join singly, as memory ran out when several joined."""
+        """Steps left in which requests join singly, as memory ran out when several joined."""
         self._next_alone = LEAST_ALONE
-        """For how many steps they will when it happens again."""
+        """Number of steps in which they will join singly when memory runs out again."""
 
     @property
     def num_graphs(self) -> int:
@@ -125,7 +125,7 @@ class PagedLane:
         return self.decoder.blocks(task)
 
     def progress(self, task: Task) -> Progress:
-        """How far a request is."""
+        """Return the tokens and forwards of a request so far."""
         token_ids = task.up_to_end(task.tokens)
         return Progress(token_ids=token_ids, num_forwards=task.state.forwards)
 

@@ -1,4 +1,4 @@
-"""What is asked of an engine: its settings, and requests, from what they ask to what they get."""
+"""An engine's settings, and its requests, from what they ask to what they get."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class EngineConfig:
     def fitted(
         self, model: Transformer, lengths: Iterable[int], *, memory_share: float = 1.0
     ) -> EngineConfig:
-        """These settings, with no larger a cache than sequences of these lengths can fill.
+        """Return these settings, with no larger a cache than sequences of these lengths can fill.
 
         It takes at most `memory_share` of the memory that is free; another engine may come.
         """
@@ -98,9 +98,9 @@ class Request:
     max_new_tokens: int = 256
     """Exact upper bound of the response; the last block is shorter when it must be."""
     policy: DecodingPolicy | None = None
-    """None: the one the checkpoint recommends, else the defaults."""
+    """Decoding policy; None: the one the checkpoint recommends, else the defaults."""
     eos_token_id: int | Sequence[int] | None = None
-    """None: the model's own; `()`: none."""
+    """Tokens that end a response; None: the model's own; `()`: none."""
     strategy: str | None = None
     """None: `autoregressive` for such a model; `pipelined`, but `vanilla` for a checkpoint that was
     not distilled, unless a policy is given."""
@@ -124,12 +124,12 @@ class Request:
     """Report so many of the most probable tokens at each position, 20 at most: in the forward that
     decoded it, and among those that could be sampled. Steps take a little longer for all."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What only this strategy takes."""
+    """Options that only this strategy takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the engine reports of one request."""
+    """The report of an engine on one request."""
 
     request_id: int
     blocks: list[BlockView]
@@ -137,14 +137,14 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     """The response so far, up to its first gap, EOS or stop string; empty if the request failed."""
     result: GenerationResult | None = None
-    """Set when the request is done."""
+    """Result of the request, once it is done."""
     error: RequestError | None = None
-    """Set when it failed."""
+    """Error of the request, if it failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a request is, as far as the host knows.
+    """The tokens and forwards of a request so far, as far as the host knows.
 
     Example:
         >>> len(Progress(token_ids=[5, 6], num_forwards=1).token_ids)
@@ -229,7 +229,7 @@ _RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     ),
     "seed": (int, lambda n: -(2**63) <= n < 2**63, "a whole number of at most 63 bits"),
 }  # fmt: skip
-"""What the numbers of a request must be: their type, their range, and both in words."""
+"""Type and range of each number of a request, and both in words."""
 
 
 def _check_numbers(request: Request) -> None:
@@ -281,20 +281,20 @@ class Task(HostRow):
     number: int
     strategy: Strategy
     stops: StopStrings | None = None
-    """Where the request has any."""
+    """Stop strings of the request, if it has any."""
     row: int | None = None
-    """Its row on the device; None while it waits."""
+    """Row of the request on the device; None while it waits."""
     pages: list[int] = field(default_factory=list)
     num_in_flight: int = 0
     """Steps that were started with it and not reported yet."""
     stalled: bool = False
-    """It sat out the step last reported."""
+    """Whether the request sat out the step last reported."""
     fresh_prompt: bool = False
-    """Its prompt is being computed and may be kept for others."""
+    """Whether the prompt is being computed and may be kept for others."""
     finished: bool = False
     error: RequestError | None = None
     final_blocks: list[BlockView] = field(default_factory=list)
-    """As they were at the end, of strategies without pages."""
+    """Blocks as they were at the end, for strategies without pages."""
 
     @classmethod
     def of(cls, number: int, request: Request, spec: ModelSpec, stops: StopStrings | None) -> Task:
@@ -351,7 +351,7 @@ class Task(HostRow):
         return self.stops is not None and self.ends_at_stop and self.stops.found(self.decoded())
 
     def up_to_end(self, tokens: Iterable[int | None]) -> list[int]:
-        """Of a running request's tokens those before the first gap that its result will have."""
+        """Cut a running request's tokens before the first gap that its result will have."""
         token_ids, _ = cut_at_eos(decoded_prefix(tokens), self.asked.eos_token_ids)
         if self.ends_at_stop:
             return token_ids

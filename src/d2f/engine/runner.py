@@ -23,7 +23,7 @@ from d2f.engine.request import Task
 PROMPT_ROWS, PROMPT_TOKENS = 4, 512
 """Steps with prompts are captured up to so many rows and tokens, whatever the model's size."""
 CHEAP_FLOPS, CHEAP_TOKENS = 1e12, 4096
-"""And up to so many operations, a few milliseconds, and tokens, however many rows."""
+"""Most operations and tokens of steps with prompts that are captured with more rows than that."""
 MOST_GRAPHS = 256
 """Beyond so many the graph unused for longest is given up."""
 
@@ -89,14 +89,14 @@ class Pending:
 
     shape: StepShape
     record: Tensor
-    """On the host; on a GPU it is there once `ready` has happened."""
+    """Record on the host; on a GPU it is there once `ready` has happened."""
     ready: torch.cuda.Event | None
     clock: StepClock | None = None
     time: StepTime | None = None
-    """Where the clock notes it, if there is one."""
+    """The clock's note of the step, if there is a clock."""
 
     def read(self) -> list[RowRecord]:
-        """What it reports of each row."""
+        """Wait for the step and return its report of each row."""
         if self.ready is not None:
             with self.clock.waiting() if self.clock else nullcontext():
                 self.ready.synchronize()

@@ -110,7 +110,7 @@ class SteadyStep:
 
     @property
     def on_gpu(self) -> bool:
-        """It is a captured graph."""
+        """Whether the step is a captured graph."""
         return self.model.device.type == "cuda"
 
     @property
@@ -159,7 +159,7 @@ class SteadyStep:
         return milliseconds
 
     def _step_shape(self, decoder: PagedDecoder) -> StepShape:
-        """As the engine sizes it: exact on a CPU, a captured shape on a GPU."""
+        """Size the step as the engine does: exact on a CPU, a captured shape on a GPU."""
         page_size, tokens = decoder.cache.page_size, self.num_tokens
         positions = self.max_positions if self.on_gpu else self.kv_length + self.window
         max_end = -(-positions // page_size) * page_size

@@ -10,7 +10,7 @@ from d2f.errors import RequestError
 
 
 def with_special_tokens(stop: Sequence[str], special_tokens: Collection[str]) -> tuple[str, ...]:
-    """Those of the stop strings that hold the text of a special token.
+    """Return those of the stop strings that hold the text of a special token.
 
     Example:
         >>> with_special_tokens(["Question:", "<|im_end|>", "."], {"<|im_end|>", "<|mask|>"})
@@ -70,7 +70,7 @@ class StopStrings:
         )
 
     def cut_text(self, token_ids: Sequence[int]) -> str:
-        """What people see of a response: its text up to the stop string that begins first."""
+        """Return the part of a response that people see: up to the first stop string in it."""
         text = self._visible(token_ids)
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if self._special:
@@ -80,11 +80,11 @@ class StopStrings:
         return text[: min(ends, default=len(text))]
 
     def text_before(self, token_ids: Sequence[int], length: int) -> str:
-        """What people see of the first `length` characters with special tokens shown."""
+        """Return what people see of the first `length` characters with special tokens shown."""
         return self._visible(token_ids)[: self._visible_length(token_ids, length)]
 
     def _visible_length(self, token_ids: Sequence[int], length: int) -> int:
-        """How much people see of the first `length` characters with special tokens shown."""
+        """Count what people see of the first `length` characters with special tokens shown."""
         # The token that holds the next character; of its own text the part before that is kept.
         count = bisect.bisect_right(
             range(len(token_ids) + 1), length, key=lambda some: len(self._shown(token_ids[:some]))

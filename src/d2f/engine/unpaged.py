@@ -38,7 +38,7 @@ class UnpagedLane:
         self.model, self._workspace = model, workspace
         self._max_rows, self._on_done = max_rows, on_done
         self._fitting_rows = max_rows
-        """As many of them as memory holds, as far as is known."""
+        """Most rows that memory holds, as far as is known; at most `max_rows`."""
         self.waiting: deque[Task] = deque()
         self._batch: DecodingBatch | None = None
         self._rows: list[Task | None] = []
@@ -83,7 +83,7 @@ class UnpagedLane:
         return self._batch.view(self._rows.index(task))
 
     def progress(self, task: Task) -> Progress:
-        """How far a request is; a finished one as far as it came."""
+        """Return the tokens and forwards so far of a request; none if it is not in the batch."""
         if self._batch is None or task not in self._rows:
             return Progress(token_ids=[], num_forwards=0)
         row = self._rows.index(task)
@@ -129,7 +129,7 @@ class UnpagedLane:
         return self._batch
 
     def _make_do(self, tasks: list[Task], error: BaseException) -> None:
-        """After a batch for which memory did not last."""
+        """Halve the batch for which memory did not last, or fail its only request."""
         if len(tasks) > 1:
             self._fitting_rows = len(tasks) // 2
             return

@@ -34,7 +34,7 @@ class Answer:
     num_decoded_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None
-    """Why there is no answer."""
+    """Reason why there is no answer."""
 
     @property
     def num_tokens(self) -> int:
@@ -213,19 +213,19 @@ class Run:
     """The answers to requests that were put together, and the clock of all steps."""
 
     answers: list[Answer]
-    """In the order of the requests."""
+    """Answers in the order of the requests."""
     seconds: float
     decode_tokens: int
-    """Of the answers, those that came from a step without any prompt."""
+    """Tokens of the answers that came from a step without any prompt."""
     decode_seconds: float
-    """From the end of a step to the end of the next one, of the steps without any prompt."""
+    """Seconds from the end of a step to the end of the next, over all steps without a prompt."""
     steps_ms: list[float]
-    """From end to end, of all steps."""
+    """Milliseconds from the end of a step to the end of the next, of all steps."""
     num_preemptions: int
     num_captured: int
     """Graphs captured within the run, which it should not have to."""
     accepted: list[list[int]]
-    """Of each request, how many tokens each of its forwards filled."""
+    """Number of tokens that each forward filled, one list for each request."""
 
     @property
     def num_tokens(self) -> int:

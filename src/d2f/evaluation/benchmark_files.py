@@ -43,7 +43,7 @@ class Files:
     lists: Mapping[str, int] = field(default_factory=dict)
     """Columns of lists of texts, each with the fewest texts that it may hold."""
     origin: str = ""
-    """Where the files come from, for who lacks them."""
+    """The source of the files, for users who lack them."""
 
 
 _TEXT_TO_SQL = """the file holds one JSON object a line, made from the collection text2sql-data \
@@ -95,7 +95,7 @@ FILES: Mapping[str, Files] = {
     "advising": _text_to_sql("advising", {}),
     "wikisql": _text_to_sql("wikisql", {"columns": 1}),
 }
-"""Per task."""
+"""Files of each task."""
 
 
 def read_split(task: str, split: str, data: str | Path) -> list[tuple[str, DataRow]]:

@@ -31,9 +31,9 @@ from d2f.evaluation.code_statements import (
 )
 
 _END_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>[ \t]*$", re.MULTILINE)
-"""As `<|im_end|>`; some write it with the wide bars of Chinese."""
+"""A special token such as `<|im_end|>`; some models write it with the wide bars of Chinese."""
 _LAST_TOKENS = ("</s>", "<s>", "<eos>", "<pad>", "<end_of_turn>")
-"""Those that may stand in a program too, so they count at the very end alone."""
+"""Special tokens that may stand in a program too, so they count at the very end alone."""
 _LOOKUPS = frozenset(("eval", "exec", "globals", "vars"))
 
 

@@ -12,7 +12,7 @@ from d2f.evaluation.code_statements import Search, parse_or_refuse, split_lines
 
 _FENCE_IN_A_LINE = re.compile(r"\s*```(?P<code>[^`]+)```\s*")
 _LIST_MARKER = re.compile(r"[\s>]*(?:[-*+]|\d{1,9}[.)])?\s*")
-"""What may stand before a fence without being a sentence."""
+"""The text that may stand before a fence without being a sentence."""
 _QUOTE = re.compile(r"^\s*(?:>[ ]?)+")
 _PYTHON = re.compile(r"\s*\{?\s*\.?(?:i?python\d*(?:\.\d+)?|py\d?)(?![\w-])", re.IGNORECASE)
 _STRING_START = re.compile(r"(?:^\s*|[=(\[,:]\s*|\breturn\s+)[rRbBuUfF]{0,2}(?P<quotes>\"\"\"|''')")
@@ -28,7 +28,7 @@ class Piece:
     closed: bool
     """Whether something ends it, and not only the end of the answer."""
     language: str | None = field(default=None, compare=False)
-    """What its fence says behind the marks, "" if nothing; None: it stands in no fence."""
+    """The text behind the marks of the piece's fence, maybe empty; None: there is no fence."""
 
     @property
     def first(self) -> int | None:
@@ -165,7 +165,7 @@ class _Fence(NamedTuple):
     mark: str
     info: str
     before: str
-    """What stands before it in its line, if that is more than a list's marker."""
+    """The text before the fence in its line, if that is more than a list's marker."""
     quoted: bool
     """Whether it stands in a quotation, whose every line begins with a mark."""
 

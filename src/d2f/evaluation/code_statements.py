@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MAX_CHARACTERS = 100_000
-"""Of a longer text only the start is looked at; the longest answers have some 4,000."""
+"""Most characters that are looked at, from the start; the longest answers have some 4,000."""
 _MAX_LINES = 2_000
 _MAX_PARSED_LINES = 30_000
 
@@ -73,7 +73,7 @@ class Statement:
 
     @cached_property
     def _symbols(self) -> tuple[list[symtable.Symbol], list[symtable.Symbol]]:
-        """Those of the top level and of all inner scopes; none that Python refuses so late."""
+        """Symbols of the top level and of all inner scopes; none where Python refuses so late."""
         try:
             top = symtable.symtable(self.source, "<answer>", "exec")
             tables = list(top.get_children())
@@ -172,7 +172,7 @@ class Statement:
 
     @property
     def call(self) -> ast.expr | None:
-        """What it calls, if it is a call or gives names to what a call returns."""
+        """The function that the statement calls, if it is a call or names what a call returns."""
         value = getattr(self.node, "value", None)
         return value.func if isinstance(value, ast.Call) else None
 
@@ -205,7 +205,7 @@ class Refusal:
     """The line at which Python refused a text."""
 
     line: int
-    """How many lines may parse: those before the one that is refused."""
+    """Number of lines that may parse: those before the one that is refused."""
     at_end: bool
     """Whether the text may be the beginning of one that parses."""
 

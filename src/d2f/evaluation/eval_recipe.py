@@ -20,7 +20,7 @@ from d2f.evaluation.task import CLEAN_UPS
 from d2f.recipe import at_least, from_table, one_of, read_recipe
 
 GOLD = "gold"
-"""As many tokens as the longest gold answer has."""
+"""The length that gives an answer as many tokens as the longest gold answer has."""
 MOST_TOGETHER = 4096
 """Problems in a batch; an engine makes room for all of them."""
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,99}")
@@ -44,7 +44,7 @@ class ModelEntry:
     """Begin prompts with the tokenizer's BOS, never with two; false adds none; none: as the
     tokenizer says."""
     simulated: str | None = None
-    """What of it is not real, as random weights; the tables say so."""
+    """The part of the model that is not real, such as random weights; the tables say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ class GridEntry:
     """`[rows.grid]`: how the row's settings were chosen."""
 
     where: str
-    """On which problems; never on those of the recipe."""
+    """Problems on which settings were tried; never those of the recipe."""
     tried: int
-    """How many settings were tried."""
+    """Number of settings that were tried."""
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    """The best of them."""
+    """The best of the settings that were tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +92,13 @@ class RowSettings:
     """`[[rows]]`: one method."""
 
     name: str
-    """Of its folder."""
+    """Name of the row and of its folder."""
     method: str = ""
-    """What tables call it; none: its name."""
+    """Name of the method in tables; none: the row's name."""
     label: str = ""
-    """What people read; none: its name."""
+    """Name that people read; none: the row's name."""
     model: str
-    """One of `[models]`."""
+    """Name of one of `[models]`."""
     strategy: str
     max_new_tokens: int | str | None = None
     """Most tokens of an answer; "gold": what the longest gold answer and its EOS need, rounded up
@@ -106,24 +106,24 @@ class RowSettings:
     early_stop: bool = True
     """Stop at EOS and at the stop strings of the task; false decodes all that was opened."""
     eos: tuple[int | str, ...] | None = None
-    """In place of the model's entry of this name."""
+    """Setting that replaces the model's entry of the same name."""
     replace_eos: bool | None = None
-    """In place of the model's entry of this name."""
+    """Setting that replaces the model's entry of the same name."""
     temperature: float = 0.0
     seed: int = 0
-    """Of the sampling noise; each problem adds its index."""
+    """Seed of the sampling noise; each problem adds its index."""
     score: bool = True
     """Take part in `[score]`."""
     speed: bool = True
     """Take part in `[speed]`."""
     num_problems: int | None = None
-    """In place of `score.num_problems`."""
+    """Number of problems that replaces `score.num_problems`."""
     speed_problems: int | None = None
-    """In place of `speed.num_problems`: slow methods take fewer."""
+    """Number of problems that replaces `speed.num_problems`: slow methods take fewer."""
     speed_batch_size: int | None = None
-    """In place of `speed.batch_size`."""
+    """Batch size that replaces `speed.batch_size`."""
     labels: Mapping[str, Any] = field(default_factory=dict)
-    """What the row stands for in its experiment, as `add_threshold = 0.1`; for the reports."""
+    """Values that the row stands for in its experiment, as `add_threshold = 0.1`, for reports."""
     grid: GridEntry | None = None
     policy: Mapping[str, Any] = field(default_factory=dict)
     """`[rows.policy]`: fields that differ from the policy that the model recommends."""
@@ -169,7 +169,7 @@ class EvalRecipe:
     family: str
     """Model family, as tables show it."""
     test_set: str = ""
-    """As tables show it; none: the task."""
+    """Name of the test set in tables; none: the task."""
     experiment: str = "methods"
     num_fewshot: int | None = None
     """Examples in each prompt; none: the task's own number."""
@@ -178,12 +178,12 @@ class EvalRecipe:
     offline: bool = False
     """Ask the hub for nothing."""
     seed: int = 0
-    """Of problems that are generated, and of few-shot examples."""
+    """Seed of problems that are generated, and of few-shot examples."""
     split: str = "test"
     clean_up: str = "ours"
-    """How a program is found in an answer: "ours", or "paper", as the authors of D2F do it."""
+    """The way to find a program in an answer: "ours", or "paper", as the authors of D2F do it."""
     max_new_tokens: int | str = GOLD
-    """For rows that say nothing else."""
+    """Length of answers for rows that say nothing else."""
     score: ScoreSettings | None = None
     speed: SpeedSettings | None = None
     models: Mapping[str, ModelEntry]

@@ -24,7 +24,7 @@ from d2f.text import Tokenizer
 GOLD_BLOCK = 32
 """The longest gold answer is rounded up to this."""
 _MEMORY_SHARE = 0.5
-"""Of the free memory, at most; another engine may come."""
+"""Largest share of the free memory that an engine takes; another engine may come."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from d2f.problems.number_variants.variants import NUM_KNOWN
 HARNESS_TASKS = tuple(DEFINITIONS)
 GSM8K_VARIANTS = "gsm8k-variants"
 FEWSHOT_SEED = 1234
-"""With which lm-eval draws the examples of few-shot prompts, unless told otherwise."""
+"""Seed with which lm-eval draws the examples of few-shot prompts, unless told otherwise."""
 _VALIDATION: Mapping[str, str] = {
     "gsm8k": "train",
     "gsm8k_cot": "train",

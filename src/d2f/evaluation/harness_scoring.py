@@ -213,7 +213,7 @@ class CodeScorer:
     def __init__(self, clean_up: str = "ours") -> None:
         self._clean_up = clean_up
         self._results: dict[str, Execution | None] = {}
-        """By the program, a candidate with its tests; None: it has not run yet."""
+        """Results by the program, a candidate with its tests; None: the program has not run yet."""
 
     def __call__(self, task: Any, docs: Sequence[Any], texts: Sequence[str]) -> list[Verdict]:
         """Mark one text per problem."""

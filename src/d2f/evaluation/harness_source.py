@@ -129,7 +129,7 @@ def _own_code_eval(name: str, code_eval: Any) -> Iterator[None]:
 
 
 _Rows = Mapping[str, list[tuple[str, DataRow]]]
-"""Per split: rows, each with the place where it stands."""
+"""Rows of each split, each with the place where it stands."""
 
 
 def build_part(
@@ -168,7 +168,7 @@ def _from_hub(name: str, definition: Mapping[str, Any], offline: bool) -> Any:
 
 @contextlib.contextmanager
 def _no_network() -> Iterator[None]:
-    """What HF_HUB_OFFLINE=1 does, for libraries that read it when they were imported."""
+    """Do what HF_HUB_OFFLINE=1 does, for libraries that read it when they were imported."""
     import datasets.config
     import huggingface_hub.constants
 

@@ -13,7 +13,7 @@ OF_TOKENS = (
 )  # fmt: skip
 """Metrics that depend on which tokens are counted."""
 DECODED = "num_decoded_tokens"
-"""What a line counts of all that was decoded, the tail behind the answer too."""
+"""Number of all tokens that a line decoded, the tail behind the answer among them."""
 
 
 def answer_metrics(
@@ -65,7 +65,7 @@ def ratio(part: float, whole: float) -> float:
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share of `count` problems that are right or wrong.
+    """Return the standard error of a share of `count` problems that are right or wrong.
 
     Example:
         >>> standard_error(0.5, 100)

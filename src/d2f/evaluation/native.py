@@ -15,7 +15,7 @@ from d2f.problems.functions import FunctionProblem, generate_function_problems, 
 NATIVE_TASKS = ("word-problems", "functions")
 DEFAULT_NUM_EXAMPLES = 1000
 MOST_EXAMPLES = 1_000_000
-"""They are all made before the first is put to a model."""
+"""Most examples of a native task: all are made before the first is put to a model."""
 
 
 def load_native_task(

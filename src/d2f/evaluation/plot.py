@@ -10,9 +10,9 @@ from typing import Any
 from d2f.errors import ConfigError
 
 HIGHLIGHT = "#d1495b"
-"""D2F."""
+"""Colour of D2F."""
 MUTED = "#8d99ae"
-"""What it is compared with."""
+"""Colour of what D2F is compared with."""
 
 
 def new_figure(width: float, height: float, *, without: str) -> Any:

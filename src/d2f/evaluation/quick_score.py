@@ -20,7 +20,7 @@ from d2f.problems.written_number import last_number
 from d2f.text import Tokenizer
 
 _MEMORY_SHARE = 0.8
-"""Of the free memory, at most, for keys and values."""
+"""Largest share of the free memory that keys and values take."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class Entrant:
 
     name: str
     engine: Engine
-    """Entrants may share one."""
+    """Engine of the strategy; entrants may share one."""
     requests: Sequence[Request]
     """The same prompts in the same order for all entrants; slow ones may have fewer."""
     is_right: Callable[[int, Sequence[int]], bool] | None = None

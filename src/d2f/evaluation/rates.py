@@ -30,14 +30,14 @@ class Rates:
     """The two rates that a step is measured against: of memory and of products."""
 
     copy_bytes_per_second: float
-    """Of a copy on the device, bytes read plus bytes written; the best of several sizes."""
+    """Rate of a copy on the device, bytes read plus bytes written; the best of several sizes."""
     matmul_flops_per_second: float
-    """Of one large product of random matrices in the model's type; the median of several."""
+    """Rate of one large product of random matrices in the model's type; the median of several."""
     matmul_size: int
     """Rows and columns of these matrices."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result file."""
+        """Return the rates for a result file."""
         return asdict(self)
 
 

@@ -31,7 +31,7 @@ from d2f.errors import ConfigError, D2FError
 from d2f.evaluation.sandbox_child import KIND_BYTES, REPLY, REQUEST
 
 _PATIENCE_SECONDS = 30.0
-"""How much longer than the program a server may take before it counts as dead."""
+"""Seconds that a server may take longer than the program before it counts as dead."""
 _MIN_MEMORY_MIB, _MAX_MEMORY_MIB = 64, 1 << 20
 
 
@@ -74,7 +74,7 @@ class Execution:
     passed: bool
     """Whether its last statement was reached within the limits."""
     reason: str
-    """Why not; empty if passed."""
+    """Reason why the program failed; empty if it passed."""
     seconds: float
     """Wall time, with the start and the end of its process."""
 

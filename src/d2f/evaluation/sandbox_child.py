@@ -46,7 +46,7 @@ _PRELOADED = (
     "operator queue random re resource statistics string struct textwrap threading time traceback "
     "types typing unicodedata"
 ).split()
-"""What generated programs import, and the child itself; it is then in memory."""
+"""Modules that generated programs and the child itself import; they are then in memory."""
 
 _NONCE_BYTES = 16
 _MAX_MESSAGE_BYTES = 512
@@ -102,7 +102,7 @@ def _write_all(data: bytes) -> None:
 
 
 def _ending(status: int) -> str:
-    """Why a child that sent no verdict ended."""
+    """Say why a child that sent no verdict ended."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number in (signal.SIGXCPU, signal.SIGKILL):
@@ -191,7 +191,7 @@ class _Server:
     def _become_program(
         self, data: bytes, seconds: float, memory: int, pipes: tuple[int, int], folder: str
     ) -> None:
-        """What the child does; it does not come back."""
+        """Run the program in the child; this call does not return."""
         _in_own_group(0)
         for standard in range(3):
             os.dup2(self._null, standard)

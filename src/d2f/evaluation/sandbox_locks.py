@@ -29,7 +29,7 @@ _LANDLOCK_RIGHTS, _LANDLOCK_READ_FILE, _LANDLOCK_READ_FOLDER = (1 << 13) - 1, 1 
 """All file rights of Landlock's first version, and those that are given back."""
 
 _SYSTEM_FOLDERS = frozenset(("dev", "proc", "sys"))
-"""Where to read alone can do harm: devices, other processes."""
+"""Folders in which even reading can do harm: devices, other processes."""
 _HARMLESS_DEVICES = frozenset(("/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"))
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from d2f.text import Tokenizer
 
 CLEAN_UPS = ("ours", "paper")
-"""How a program is found in an answer; "paper" is how the authors of D2F do it."""
+"""Ways to find a program in an answer; "paper" is the way of the authors of D2F."""
 CLEANED_TASKS = ("humaneval", "mbpp")
 """The tasks of lm-eval whose answers are programs, which are found in one of these ways."""
 
@@ -33,7 +33,7 @@ class Example:
     response: str | None = None
     """A right answer in full, where there is one."""
     source: Any = None
-    """What the task's judge needs, for the task alone."""
+    """Data that the task's own judge needs."""
 
     def encode(self, tokenizer: Tokenizer, chat: bool | None = None) -> list[int]:
         """Put the problem into tokens; `chat` None: with the chat template if there is one.
@@ -53,9 +53,9 @@ class Verdict:
 
     correct: bool
     answer: str | None = None
-    """What was taken out of the text: a number, or the program that was run."""
+    """The part that was taken out of the text: a number, or the program that was run."""
     reason: str | None = None
-    """Why it is wrong, where that is known."""
+    """Reason why the answer is wrong, where it is known."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """All scores of the task's own scorer; `correct` follows the first."""
 

@@ -19,7 +19,7 @@ from d2f.recipe import one_of
 TASKS = (*NATIVE_TASKS, *HARNESS_TASKS, GSM8K_VARIANTS, *TEXT_TO_SQL)
 """The names that a recipe may give."""
 CODE_TASKS = ("functions", *CLEANED_TASKS)
-"""Those whose answers are programs that are run."""
+"""Tasks whose answers are programs that are run."""
 _SPLITS = ("test", "validation")
 
 

@@ -66,7 +66,7 @@ class GGUFTensor:
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
     """Sizes in torch's order, rows first."""
     type: BlockType

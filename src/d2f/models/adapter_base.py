@@ -51,7 +51,7 @@ class Fingerprint:
     norms: tuple[str, ...]
     """SHA-256 of all norms and biases in bf16, rounded directly and by way of fp16."""
     matrices: Mapping[str, float]
-    """Of each matrix W, by published name, u W v / |W| with fixed random signs u and v."""
+    """Number u W v / |W| of each matrix W, by published name, with fixed random signs u and v."""
     quantised: bool
     """Whether the matrices hold few different values, as quantisation leaves them."""
 
@@ -71,7 +71,7 @@ class Fingerprint:
         return math.sqrt(sum(squares) / len(squares)) if squares else math.inf
 
     def difference(self, other: Fingerprint) -> str | None:
-        """What tells the two models apart, worded for an error; None where nothing does."""
+        """Tell how the two models differ, worded for an error; None where they do not."""
         if not set(self.norms) & set(other.norms):
             return "the weights of its norms are others"
         distance = self.distance(other)

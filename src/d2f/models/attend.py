@@ -40,7 +40,7 @@ class Dense:
         self.rope, self.mask = rope, mask
 
     def __call__(self, layer: Layer, h_BLD: Tensor) -> Tensor:
-        """What the positions gather: (B, L, N * H)."""
+        """Gather the values that each position attends to: (B, L, N * H)."""
         return attention(*self._rotated(layer, h_BLD), self.mask)
 
     def _rotated(self, layer: Layer, h_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ class Tiled(Dense):
         self.tiles = tiles
 
     def __call__(self, layer: Layer, h_BLD: Tensor) -> Tensor:
-        """What the positions gather: (B, L, N * H)."""
+        """Gather the values that each position attends to: (B, L, N * H)."""
         return tiled_attention(*self._rotated(layer, h_BLD), self.tiles)
 
 
@@ -90,7 +90,7 @@ class Paged:
         self.cache, self.plan, self.v_TE = cache, plan, v_TE
 
     def __call__(self, layer: StepLayer, h_TD: Tensor) -> Tensor:
-        """What the tokens gather: (T, N * H)."""
+        """Gather the values that each token attends to: (T, N * H)."""
         backend, kv_2SKH = self.backend, self.cache.layer(layer.index)
         qkv_TE = layer.qkv(h_TD, backend, self.v_TE)
         q_TNH = backend.rope_and_write(

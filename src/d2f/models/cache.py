@@ -145,7 +145,7 @@ class PagePool:
         self.num_pages = len(self._free)
         self._holders: dict[int, int] = {}
         self._kept: dict[int, int] = {}
-        """How many kept prompts hold each page; pages that none holds are left out."""
+        """Number of kept prompts that hold each page; pages that none holds are left out."""
         self._num_idle = 0
         """Number of pages that only kept prompts hold."""
         self.wanted_by: dict[object, int] = {}
@@ -176,7 +176,7 @@ class PagePool:
             self._holders[page] += 1
 
     def num_held_once(self, pages: Sequence[int]) -> int:
-        """How many of these pages are free once one holder lets go of them."""
+        """Count those of these pages that are free once one holder lets go of them."""
         return sum(self._holders[page] == 1 for page in pages)
 
     def release(self, pages: Sequence[int]) -> None:
@@ -293,7 +293,7 @@ def enough_bytes(
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a cache may take of the free memory."""
+    """Return the bytes of free memory that a cache may take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

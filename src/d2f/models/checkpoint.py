@@ -28,8 +28,8 @@ from d2f.models.transformer import Transformer, filled_model, published_paramete
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _TRUNK = "model."
-"""What stands before the names of the trunk in a whole model, and is missing where it was saved by
-itself."""
+"""Start of the names of the trunk in a whole model; a trunk that was saved by itself has names
+without it."""
 _BUFFERS = (
     "rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached",
     "rotary_emb.sin_cached", ".attn.bias", ".attn.masked_bias", ".self_attn.bias",
@@ -37,7 +37,7 @@ _BUFFERS = (
 )  # fmt: skip
 """Ends of the names of buffers in floating point; no module of these ends has a bias of its own."""
 OWNED = ("model*.safetensors", "model.safetensors.index.json", "config.json", storage.POLICY_FILE)
-"""What a saved model replaces of a folder."""
+"""Files of a folder that a saved model replaces."""
 
 
 def load_model(
@@ -110,7 +110,7 @@ def load_model(
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """What a model folder says of the model: config.json, decoding policy, ends of an answer.
+    """Read what a model folder says of the model: config.json, decoding policy, ends of an answer.
 
     With an adapter the model is another one (`with_adapter`). Raises `CheckpointError` if a file is
     missing or broken.

@@ -34,9 +34,9 @@ class EndToken:
 
     id: int
     text: str | None
-    """None where no tokenizer knows it."""
+    """Text of the token; None where no tokenizer knows it."""
     sources: tuple[str, ...]
-    """What names it: `config.json`, `generation_config.json`, `tokenizer's EOS`, `chat template`,
+    """Sources that name the token: `config.json`, `generation_config.json`, `tokenizer's EOS`,
     `padding`."""
     has_row: bool = True
     """False: the model's vocabulary ends before it, so no answer can hold it."""
@@ -121,7 +121,7 @@ def _closing_token(tokenizer: Tokenizer) -> int | None:
 
 
 def _padding(spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[int]:
-    """What a diffusion model decodes behind its answers.
+    """Find the token that a diffusion model decodes behind its answers.
 
     A token that has another use, as BOS or for the unknown, is no sign of an end.
     """

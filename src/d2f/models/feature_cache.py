@@ -26,7 +26,7 @@ _PAGE_SIZE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """Which tokens a forward computes anew; all others keep the features of earlier ones.
+    """The tokens that a forward computes anew; all others keep the features of earlier ones.
 
     Example:
         >>> Refresh(response_length=16, prompt=False, response=False, num_tokens=4).num_queries(48)
@@ -36,14 +36,14 @@ class Refresh:
     """
 
     response_length: int
-    """R."""
+    """Length of the response (R)."""
     prompt: bool
-    """The whole prompt."""
+    """Whether the whole prompt is computed."""
     response: bool
-    """The whole response."""
+    """Whether the whole response is computed."""
     num_tokens: int = 0
-    """Where the response is not computed whole: as many of it in each layer, those whose values
-    changed most."""
+    """Number of tokens of a response not computed whole that each layer computes anew: those whose
+    values changed most."""
 
     def num_queries(self, length: int) -> int:
         """T, of L slots: how many go through a layer's projections and feed-forward network."""
@@ -87,7 +87,7 @@ def least_similar(new_LE: Tensor, old_LE: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerFeatures:
-    """What one layer computed last for each token; views of the cache, written in place."""
+    """The last features of each token in one layer; views of the cache, written in place."""
 
     kv_2SKH: Tensor
     """Keys, rotated, and values."""
@@ -135,7 +135,7 @@ class FeatureCache:
         return LayerFeatures(kv_2SKH=self.layer(index), attention_LD=attention_LD, mlp_LD=mlp_LD)
 
     def queries(self, num_queries: int, count_1: Tensor, length: int) -> PackedTokens:
-        """As many queries that see the first `count_1` of `length` slots.
+        """Plan `num_queries` queries that see the first `count_1` of `length` slots.
 
         What is planned for them serves all layers, whichever tokens they are: here a place in the
         cache stands for a position, as attention takes it.

@@ -36,7 +36,7 @@ _QK_NORM = "qk_norm"
 published class of diffusion models has these norms and no biases beside them."""
 DEFAULTS: dict[str, Any] = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 SIZES: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-"""What transformers' classes of autoregressive models take where a config says nothing."""
+"""Sizes that transformers' classes of autoregressive models take where a config names none."""
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _FIRST_WINDOW_LAYER = 28
 

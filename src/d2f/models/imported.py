@@ -18,7 +18,7 @@ from d2f.hub import expanded, resolve_folder
 from d2f.models import checkpoint, storage
 
 IMPORT_FILE = "import.json"
-"""In a folder that was imported: from what, and by what types."""
+"""File in an imported folder that says from what, and by what types, it was imported."""
 _SHARD_BYTES = 2 << 30
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -23,14 +23,14 @@ from d2f.ops.norm import add_rms_norm
 
 
 class Attention(Protocol):
-    """How the tokens of a forward see each other, and what its operations run on."""
+    """The rule by which a forward's tokens see each other, and the backend of its operations."""
 
     @property
     def backend(self) -> Backend | None:
         """The operations of a decoding step; None: plain torch with gradients."""
 
     def __call__(self, layer: Any, h_TD: Tensor) -> Tensor:
-        """What the tokens gather with a layer's heads from normalised inputs: (T, N * H)."""
+        """Gather with a layer's heads from the tokens' normalised inputs: (T, N * H)."""
 
 
 def add_norm(
@@ -105,7 +105,7 @@ class Layer(LayerProgram, nn.Module):
         return (_compiled_whole() if outermost else Layer.whole)(self, x_BLD, attend)
 
     def whole(self, x_BLD: Tensor, attend: Attention) -> Tensor:
-        """The same without compiling."""
+        """Do the same without compiling."""
         out_BLD, residual_BLD = self.compute(x_BLD, None, attend)
         return residual_BLD + out_BLD
 

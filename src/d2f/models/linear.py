@@ -182,7 +182,7 @@ class GateUp(nn.Module):
         self.up_proj: nn.Module = Linear(*sizes, bias=False)
 
     def forward(self, h_BLD: Tensor, backend: Backend | None = None) -> Tensor:
-        """What the down projection reads: (B, L, F). A backend is for `StepGateUp` alone."""
+        """Compute the down projection's input: (B, L, F). A backend is for `StepGateUp` alone."""
         return F.silu(self.gate_proj(h_BLD)) * self.up_proj(h_BLD)
 
 
@@ -195,7 +195,7 @@ class StepGateUp:
         self._parts = [part.for_steps() for part in parts]
 
     def __call__(self, h_TD: Tensor, backend: Backend) -> Tensor:
-        """What the down projection reads: (T, F)."""
+        """Compute the down projection's input: (T, F)."""
         if self._joined is not None:
             return self._joined.gated(h_TD, backend)
         return backend.swiglu(torch.cat([part(h_TD, backend) for part in self._parts], dim=-1))

@@ -52,7 +52,7 @@ class LoraConfig:
     """
 
     r: int = 32
-    """Rank."""
+    """Rank of the updates."""
     alpha: float = 32
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
@@ -96,7 +96,7 @@ class LoraConfig:
         return _by_pattern(self.rank_pattern, published, self.r)
 
     def scale(self, published: str) -> float:
-        """What the update of the module of this published name is multiplied by."""
+        """Return the factor of the update of the module of this published name."""
         alpha, rank = _by_pattern(self.alpha_pattern, published, self.alpha), self.rank(published)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -216,7 +216,7 @@ class Declaration:
     distilled: bool
     """Whether the adapter was trained to be decoded in blocks."""
     dtype: str
-    """Of the adapter's numbers: one of `ADAPTER_DTYPES`."""
+    """Type of the adapter's numbers: one of `ADAPTER_DTYPES`."""
     base: DeclaredBase
     lora: Mapping[str, Any] | None = None
     """int8: the entries of an adapter_config.json, which would lead PEFT to read what it cannot."""
@@ -245,7 +245,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_declaration(folder: Path) -> Declaration | None:
-    """What an adapter's folder declares; None for one that others wrote.
+    """Read what an adapter's folder declares; None for a folder that others wrote.
 
     Raises `CheckpointError` if the file is broken, or of a newer version.
     """

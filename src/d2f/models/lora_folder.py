@@ -68,13 +68,13 @@ class StoredAdapter:
     targets: dict[str, str]
     """Modules that it adapts: published name -> ours."""
     halves: dict[str, StoredTensor]
-    """Its tensors by `lora_keys`."""
+    """Tensors of the adapter by `lora_keys`."""
     copies: dict[str, StoredTensor]
     """Tensors of the base model that were saved with it, by their published names."""
     base_model: str | None
-    """What it was trained on, as the one who saved it called that."""
+    """Name or path of the model that the adapter was trained on, as its maker gave it."""
     declaration: Declaration | None
-    """What d2f has written beside it; None: others made it."""
+    """Declaration that d2f has written beside the adapter; None: others made it."""
     scales: dict[str, StoredTensor]
     """int8: the scales of `halves` by `scale_key`; else empty."""
 
@@ -112,7 +112,7 @@ def adapter_headers(folder: Path, declared: Declaration | None) -> dict[str, Sto
 
 
 def read_adapter(folder: Path, spec: ModelSpec) -> StoredAdapter:
-    """What an adapter's folder holds, checked by header.
+    """Read an adapter's folder, checked by header.
 
     Raises `CheckpointError` if it is not supported or does not belong to a model of this spec.
     """
@@ -253,7 +253,7 @@ def _check_scales(
 
 
 def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], where: Path) -> None:
-    """Of modules that were trained whole the file must hold the tensors; compared later."""
+    """Check that the file holds tensors of modules that were trained whole; compared later."""
     stored = {name.rpartition(".")[0] for name in copies}
     for module in named if isinstance(named, list) else [] if named is None else [named]:
         if not any(f".{name}".endswith(f".{module}") for name in stored):
@@ -265,7 +265,7 @@ def _check_saved_modules(named: object, copies: Mapping[str, StoredTensor], wher
 def _check_copies(
     folder: Path, copies: Mapping[str, StoredTensor], model: Transformer
 ) -> dict[str, StoredTensor]:
-    """Those copies that are parameters of the model, by header; buffers are left out."""
+    """Return those copies that are parameters of the model, by header; buffers are left out."""
     kept, places = {}, _places(model)
     for name, tensor in copies.items():
         if name not in places:
@@ -367,7 +367,7 @@ def _misfit(
     shapes: Mapping[str, tuple[int, ...]],
     spec: ModelSpec,
 ) -> str:
-    """Why an adapter's halves do not fit modules of these shapes (O, I), worded for an error."""
+    """Say why an adapter's halves do not fit modules of these shapes (O, I), for an error."""
     another = (
         f"{folder} is an adapter for another model than this {spec.architecture.name} of "
         f"{counted(spec.num_layers, 'layer')} and width {spec.hidden_size}: {problems}"

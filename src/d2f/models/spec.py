@@ -38,7 +38,7 @@ class Architecture:
     """transformers itself has the class: no code of others is needed to load a model there."""
 
     def fits(self, spec: ModelSpec) -> int:
-        """How well its layers' parts are those of a spec; norms count more than biases."""
+        """Rate how well its layers' parts are those of a spec; norms count more than biases."""
         return 2 * (self.qk_norm == spec.qk_norm) + (self.qkv_bias == spec.qkv_bias)
 
 
@@ -87,7 +87,7 @@ class ModelSpec:
     """`model_type` of the autoregressive checkpoint whose weights are read as a diffusion model's;
     None: they are what config.json says."""
     adapter_base: Fingerprint | None = field(default=None, compare=False)
-    """Of a model with an adapter: what tells its base from others."""
+    """Fingerprint of an adapter's base model, which tells it from others; None without adapter."""
 
     @property
     def num_parameters(self) -> int:
@@ -128,7 +128,7 @@ def published_modules(spec: ModelSpec) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the checkpoints of an architecture are read and written.
+    """The way in which the checkpoints of an architecture are read and written.
 
     Example:
         >>> from d2f.models.families import FAMILIES
@@ -143,7 +143,7 @@ class Family:
     write: Callable[[ModelSpec], dict[str, Any]]
     """(spec): the config.json with which the hub's own code reads the model."""
     defaults: Mapping[str, Any]
-    """What the published class takes for an entry that a config.json lacks. Token ids are not
+    """Values that the published class takes for entries that a config.json lacks. Token ids are not
     among them: transformers' Llama has some, but what it generates does not end there."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Entries of a config.json that have one value here; others are refused."""

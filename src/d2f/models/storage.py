@@ -49,17 +49,17 @@ _NUM_NAMED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """What the header of a safetensors or GGUF file says about one tensor."""
+    """The entry on one tensor in the header of a safetensors or GGUF file."""
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
     kind: str
     """Its type as the header names it; weights have one of `FLOATS`. Quantised blocks of a GGUF
     have the type that they are read in."""
     in_gguf: HubTensor | None = None
-    """Where a GGUF has it."""
+    """The tensor's place and form in a GGUF, if it is in one."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +221,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def compare_tensors(
     stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """What is missing, unexpected or wrongly shaped, worded for an error; empty if nothing is."""
+    """Tell which tensors are missing, unexpected or misshaped, for an error; empty if none is."""
     misshaped = [
         f"{name} is {list(stored[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()

@@ -16,7 +16,7 @@ MOST_MASK_ENTRIES = 2**28
 
 
 class AttentionMask:
-    """Who sees whom in one forward, for all its layers.
+    """Mask that says which tokens see which in one forward, for all its layers.
 
     Args:
         visible: Which keys the queries from one position up to another see: (B, rows, S), bool

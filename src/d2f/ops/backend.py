@@ -1,4 +1,4 @@
-"""Who computes what the layers of a packed forward are made of: plain torch or Triton kernels.
+"""Choose what computes the layers of a packed forward: plain torch or Triton kernels.
 
 Shapes: T tokens, D hidden size, F intermediate size, N query heads, K key/value heads, H head size,
 S cache slots, E = (N + 2K) * H or the outputs of a product.
@@ -26,7 +26,7 @@ from d2f.ops.swiglu import gated_linear, swiglu
 
 BACKENDS = ("auto", "torch", "triton")
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that the kernels are written for: the first with bf16 products."""
+"""Compute capability of the oldest GPU that the kernels are written for: the first with bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class PackedTokens:
 
 
 class PackableRows(Protocol):
-    """What packing reads of the rows, all int64 but the page table."""
+    """The tensors of the rows that packing reads, all int64 but the page table."""
 
     prompt_B: Tensor
     """Tokens of the prompt."""
@@ -80,7 +80,7 @@ class Packing:
     response_T: Tensor
     """Position within the response, negative in the prompt, int64."""
     inside_T: Tensor
-    """False for padding."""
+    """Whether a token is none of the padding."""
     runs_B: Tensor
     """Rows that take part."""
 
@@ -188,19 +188,19 @@ class Candidates:
     """The positions of a forward that need a token, in order; behind the last none is live."""
 
     live_M: Tensor
-    """Whether there is one, bool."""
+    """Whether the candidate exists, bool."""
     index_M: Tensor
-    """Its place among the T tokens, int64."""
+    """Place of the candidate among the T tokens, int64."""
     row_M: Tensor
-    """Its row, int64."""
+    """Row of the candidate, int64."""
     response_M: Tensor
-    """Its position within the response, int64."""
+    """Position of the candidate within the response, int64."""
     position_M: Tensor
-    """Its absolute position, int64."""
+    """Absolute position of the candidate, int64."""
     place_M: Tensor
-    """Its place in the flat grid (B * N * K); one past the grid if it is not live. int64."""
+    """Place of the candidate in the flat grid (B * N * K), int64; one past the grid if not live."""
     number_M: Tensor
-    """How many candidates of its row come before it, int64."""
+    """Number of candidates of the same row that come before this one, int64."""
 
 
 def find_candidates(

@@ -17,20 +17,20 @@ from d2f.ops.packed import PackedTokens
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """What the layers of one forward share. The tokens become B rows of L queries and S keys."""
+    """Plan that a forward's layers share. The tokens become B rows of L queries and S keys."""
 
     rows: tuple[int, int, int]
     """B, L, S; with S = 0 there is nothing to attend to."""
     keys: Tensor | slice
     """The slots of the rows' keys, B * S of them."""
     mask: AttentionMask | None
-    """Who sees whom; None: all see all."""
+    """Mask that says which tokens see which; None: all see all."""
     queries: Tensor | None
     """The token of each of the B * L queries; None: they are the tokens themselves."""
     answers: Tensor | None
     """The query of each of the T tokens; None: they are the queries themselves."""
     padding_T1: Tensor | None
-    """Which tokens are padding; None: none is."""
+    """Marks of the tokens that are padding; None: no token is."""
 
 
 def plan_attention(packed: PackedTokens, num_heads: int, num_kv_heads: int) -> AttentionPlan:

@@ -1,4 +1,4 @@
-"""From logits to one token, its probability and its rank at each position.
+"""Turn logits into one token, its probability and its rank at each position.
 
 Shapes: M positions, V vocabulary.
 """
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor
 
 PROBABILITY, MARGIN, NEG_ENTROPY = 0, 1, 2
-"""What ranks a position: its token's probability, the gap between the two most probable tokens, or
-how concentrated its distribution is."""
+"""Codes of what ranks a position: its token's probability, the gap between the two most probable
+tokens, or how concentrated its distribution is."""
 
 CONFIDENCE_CODES = {"probability": PROBABILITY, "margin": MARGIN, "neg_entropy": NEG_ENTROPY}
-"""By the names that a decoding policy uses."""
+"""Code of each measure of confidence, by the name that a decoding policy uses."""
 
 _WORD = (1 << 63) - 1
 
 
 class Choice(NamedTuple):
-    """What is chosen at each position."""
+    """The token that is chosen at each position, and how sure it is."""
 
     token_M: Tensor
-    """int64."""
+    """Token chosen at each position, int64."""
     probability_M: Tensor
-    """The token's, fp32; not finite where the logits are not."""
+    """Probability of that token, fp32; not finite where the logits are not."""
     rank_M: Tensor
-    """How much a position is preferred when only one may be decoded, fp32."""
+    """Rank of each position, fp32: where only one may be decoded, the highest is preferred."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sampling:
-    """How each position is sampled."""
+    """Temperature, filters and noise with which a token is sampled at each position."""
 
     temperature_M: Tensor
     """fp32; 0: the most probable token, whatever else is set."""

@@ -27,7 +27,7 @@ _AFTER, _BEFORE = torch.iinfo(torch.int32).max, -1
 
 
 def classify_tiles(blocks_BL: Tensor, first_BL: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which tiles are visible in part, and which as a whole: (B, Q, K) each, bool.
+    """Tell which tiles are visible in part, and which as a whole: (B, Q, K) each, bool.
 
     A tile is empty if the smallest number of its keys exceeds the largest of its queries, whole if
     the largest of its keys does not exceed the smallest of its queries. A last tile that is not
@@ -62,7 +62,7 @@ def classify_tiles(blocks_BL: Tensor, first_BL: Tensor | None = None) -> tuple[T
 
 
 def tiled_mask(blocks_BL: Tensor, first_BL: Tensor | None = None) -> BlockMask:
-    """What `tiled_attention` needs to know of the block numbers (B, L), int32.
+    """Make the mask that `tiled_attention` needs from the block numbers (B, L), int32.
 
     `first_BL`, of the same shape, is the smallest number that each query sees; None: all of them.
 
@@ -102,7 +102,7 @@ def _rule(blocks_BL: Tensor, first_BL: Tensor | None) -> Callable[..., Tensor]:
 
 
 def _listed(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of tiles how many are chosen, and which, first: (B, 1, Q) and (B, 1, Q, K)."""
+    """Count each row's chosen tiles and list them first: (B, 1, Q) and (B, 1, Q, K)."""
     chosen_B1QK = chosen_BQK[:, None].to(torch.int32)
     order_B1QK = chosen_B1QK.argsort(dim=-1, descending=True, stable=True)
     return chosen_B1QK.sum(-1, dtype=torch.int32), order_B1QK.to(torch.int32)

@@ -67,7 +67,7 @@ class Frame:
     ask: str = _ASK
     total: str = "How many {u} do {a} and {b} {v}{p} together?"
     mean: str = ""
-    """None: `total` with "on average"."""
+    """Question for the mean; empty: `total` with "on average"."""
     diff: str = "How many more {u} does {a} {v}{p} than {b}?"
     peer: str = ""
     """Id of the frame that a comparison with this one creates; none: its own."""

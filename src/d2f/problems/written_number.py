@@ -7,7 +7,7 @@ from collections import deque
 from decimal import Decimal
 
 MARK = "####"
-"""It stands before a response's final answer."""
+"""Mark that stands before a response's final answer."""
 MAX_DIGITS = 1000
 """Most digits of a number. Python's int() parses up to 4,300; no answer needs many."""
 

@@ -22,7 +22,7 @@ class ServedModel:
 
     name: str
     engine: Engine
-    """It needs the tokenizer if requests may have stop strings."""
+    """The model's engine, which needs the tokenizer if requests may have stop strings."""
     tokenizer: Tokenizer
     strategy: str = ""
     """The strategy of requests that name none, and of the warm-up; empty: the model's default."""

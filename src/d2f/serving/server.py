@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._endings: list[asyncio.Task[None]] = []
         self.fault: str | None = None
-        """Why the server ended before it was ready."""
+        """Reason why the server ended before it was ready."""
         self.interrupted = False
         """Whether Ctrl-C ended it."""
 

@@ -66,7 +66,7 @@ class Service:
         self.max_waiting = max_waiting
         self.state = ServiceState.STARTING
         self.fault: str | None = None
-        """Why the service failed, in words for clients."""
+        """Reason why the service failed, in words for clients."""
         self._metrics, self._pace = metrics, Pace()
         self._num_submitted = 0
         self._started, self._ended = asyncio.Event(), asyncio.Event()

@@ -77,7 +77,7 @@ class Job:
     number: int | None = None
     """The engine's number of the request; None before the engine has it and afterwards."""
     started: float | None = None
-    """When its first step began."""
+    """Time at which the request's first step began."""
     num_forwards: int = 0
     """Forwards that the last update reported."""
     num_committed: int = 0
@@ -234,7 +234,7 @@ class Pace:
         self.num_left = 0
         """Requests that left the queue: they began, or were taken out before."""
         self._began: dict[Hashable, float] = {}
-        """When each running request began."""
+        """Time at which each running request began."""
         self._taken: deque[float] = deque(maxlen=_NUM_RECENT)
         """Seconds from the beginning to the end of recent requests."""
 

@@ -50,8 +50,8 @@ class TrainConfig:
     """Sequences in memory of a process at once; none: its whole share of the batch. The gradient is
     the same."""
     sharding: str = "none"
-    """With several processes: none, each holds all weights (DDP); full, each holds a part of the
-    weights, gradients and optimizer state (FSDP2). The result is the same."""
+    """Weights of each of several processes: none, each holds all (DDP); full, each holds a part of
+    the weights, gradients and optimizer state (FSDP2). The result is the same."""
     max_seconds: float | None = None
     """End, and drive the learning rate, by the seconds since the first step instead of by steps.
     Such a run cannot be repeated bit for bit."""

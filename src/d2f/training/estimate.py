@@ -247,7 +247,7 @@ class DataPlan:
 
     num_samples: int | None = None
     num_rows: int | None = None
-    """As many sequences as samples, or with `padding = "packed"` the rows that hold them."""
+    """Number of sequences: the samples, or with `padding = "packed"` the rows that hold them."""
     note: str
     """The source of the numbers, or the reason why there are none."""
 

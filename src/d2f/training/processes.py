@@ -43,7 +43,7 @@ class Processes(AbstractContextManager["Processes"]):
     """
 
     rank = 0
-    """This process's number among all."""
+    """Number of this process among all."""
     world_size = 1
     """Number of the processes."""
 

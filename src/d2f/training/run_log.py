@@ -42,7 +42,7 @@ class Reporter:
         """Take something that the user should know."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Hear that the run is over."""
 
 
 class RunLog:

@@ -42,7 +42,7 @@ class ModelConfig:
     teacher_adapter: str | None = None
     """LoRA adapter on `teacher`: folder or hub id."""
     train_embeddings: bool = True
-    """Where all weights are trained: whether the token embeddings are, and a head that shares them.
+    """If all weights are trained, train the token embeddings too, and a head that shares them.
     AdamW moves the rows of tokens that the data never has as far as any other. Where answers repeat
     names of their prompts, false keeps the model able to read and write names it was not shown."""
     dtype: str = "float32"
@@ -287,7 +287,7 @@ class ObjectiveConfig:
     objective: str = "forward_kl"
     """forward_kl, reverse_kl, soft_cross_entropy or cross_entropy (to the data, no teacher)."""
     weighting: str = "inverse_ratio"
-    """inverse_ratio or none."""
+    """Weighting of the loss: inverse_ratio or none."""
     normalization: str = "batch"
     """batch: one mean over the masked positions of all sequences of an update, so that a sequence
     with more of them weighs more; sequence: the mean of the sequences' means, as the authors'."""
@@ -305,9 +305,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the two moments."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Number added to the denominator."""
     weight_decay: float = 0.05
-    """On matrices; never on norms, biases and the embedding table."""
+    """Decay of matrices; never of norms, biases and the embedding table."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     schedule: str = "constant"

@@ -47,8 +47,8 @@ class StepInputs:
     position_BL: Tensor | None = None
     """Place of each token in its sample, where a row may hold several; None: 0, 1, …."""
     first_BL: Tensor | None = None
-    """In such rows the block number (int32) of the first block of each token's sample, as block
-    numbers then grow from sample to sample."""
+    """Block number (int32) of the first block of each token's sample, where a row may hold several:
+    block numbers then grow from sample to sample."""
 
     def parts(self, size: int, *, select: bool) -> Iterator[StepInputs]:
         """Cut the batch into micro-batches; `select` leaves out positions without a weight."""

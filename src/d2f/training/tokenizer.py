@@ -8,7 +8,7 @@ from pathlib import Path
 
 EOS, BOS, MASK, ANSWER = "<|endoftext|>", "<|startoftext|>", "<|mask|>", "<|answer|>"
 SPECIAL_TOKENS = (EOS, BOS, MASK, ANSWER)
-"""Their ids are 0, 1, 2, 3."""
+"""Special tokens; their ids are 0, 1, 2, 3."""
 
 QUESTION_TEMPLATE = (
     "{# This model was trained on single questions: it is given the user's last message, without "
@@ -23,7 +23,7 @@ QUESTION_TEMPLATE = (
     "{% for message in messages[last.at + 1:] %}{% if message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-"""For models trained on single questions, the shipped ones among them."""
+"""Chat template of models trained on single questions, the shipped ones among them."""
 
 CONVERSATION_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -31,7 +31,7 @@ CONVERSATION_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|answer|>' }}{% endif %}"
     "{% endfor %}"
 )
-"""For models whose data hold several messages before an answer."""
+"""Chat template of models whose data hold several messages before an answer."""
 
 
 def train_tokenizer(

@@ -70,7 +70,7 @@ class Trackers:
                 self._note(f"tracker {name} fails, and is left out: {first_line(error)}")
 
     def close(self) -> None:
-        """The run is over."""
+        """End every tracker, as the run is over."""
         for name, tracker in self._trackers.items():
             try:
                 tracker.finish()

@@ -137,7 +137,7 @@ class Trainer:
         self._window = LogWindow(self.step, self.seconds)
         self._log: RunLog | None = None
         self.evaluations: Evaluations | None = None
-        """On the main process, if the model is scored."""
+        """Evaluations, which the main process has if the model is scored."""
         self.processes.on_main(lambda: self._open_logs(save_best or (lambda model, record: None)))
 
     def _open_logs(self, save_best: SaveBest) -> None:

@@ -21,7 +21,7 @@ class Curve:
     name: str
     method: str
     rows: Sequence[Row]
-    """Ordered along the line."""
+    """Rows, ordered along the line."""
 
 
 def score_curves(comparison: Comparison) -> list[Curve]:

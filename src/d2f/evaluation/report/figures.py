@@ -42,7 +42,7 @@ class Panel:
     """One picture, which shows each comparison on axes of its own."""
 
     name: str
-    """Of the file, without its ending."""
+    """Name of the file, without its ending."""
     title: str
     draw: Callable[[Any, Comparison], bool]
     """Draws a comparison on axes; False where its rows are not there."""

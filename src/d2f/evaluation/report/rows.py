@@ -32,15 +32,15 @@ class Row:
 
     folder: Path
     summary: Mapping[str, Any]
-    """Of `summary.json`; a table that is missing there is empty here."""
+    """Content of `summary.json`; a table that is missing there is empty here."""
     name: str
-    """Of its folder, too."""
+    """Name of the row and of its folder."""
     method: str
     """One of `METHODS`, or one of the user's own."""
     simulated: str | None
-    """In words, what was not real, as random weights; None if all was."""
+    """Words for what was not real, as random weights; None if all was real."""
     label: str
-    """Its name in tables, which says if something was simulated."""
+    """Name of the row in tables, which says if something was simulated."""
     environment: Mapping[str, Any]
     """The machine, the versions and the commit of the measurement."""
     machine: str
@@ -54,7 +54,7 @@ class Row:
     score: float | None
     """Share of right answers, in percent."""
     standard_error: float | None
-    """Of the score, in points."""
+    """Standard error of the score, in points."""
     digits: str
     """1 for each solved problem, 0 for the others, in order; empty without a score."""
 
@@ -139,10 +139,10 @@ class Comparison:
     family: str
     test_set: str
     machine: str | None = None
-    """Given where the same rows were measured on several."""
+    """Name of the machine, given where the same rows were measured on several."""
     rows: Sequence[Row]
     counts_tail: bool = False
-    """Its tokens are all that were decoded, not those of answers alone."""
+    """Whether the tokens are all that were decoded, not those of answers alone."""
 
     @property
     def title(self) -> str:
@@ -211,7 +211,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     num_pairs: int
-    """How many pairs it rests on."""
+    """Number of pairs that the difference rests on."""
 
 
 def paired_difference(one: Row, other: Row) -> Difference | None:

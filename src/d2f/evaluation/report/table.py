@@ -92,12 +92,12 @@ class Table:
     """
 
     name: str
-    """For the JSON file."""
+    """Name of the table in the JSON file."""
     title: str
     columns: Sequence[Column]
     lines: Sequence[Mapping[str, Any]]
     notes: Sequence[str] = ()
-    """Sentences below it."""
+    """Sentences below the table."""
 
     def markdown(self) -> str:
         """Write the table in Markdown, padded so that it can be read without a browser."""

@@ -30,7 +30,7 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
-"""By `model_type`."""
+"""Families by `model_type`."""
 
 
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:

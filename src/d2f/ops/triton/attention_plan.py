@@ -32,7 +32,7 @@ keys of a split; the rest is unused, so that a tile lies in one sector of memory
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """What the layers of one forward share."""
+    """The plan of one forward's attention, which all its layers share."""
 
     packed: PackedTokens
     num_kv_heads: int

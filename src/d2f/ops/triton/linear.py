@@ -27,7 +27,7 @@ AHEAD = 512
 
 
 class Tiling(NamedTuple):
-    """How a product is cut into programs."""
+    """The sizes by which a product is cut into programs."""
 
     rows: int
     """Outputs of a program."""
@@ -137,7 +137,7 @@ def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Ten
 
 
 def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
-    """As `d2f.ops.linear.linear_fp32`, of a flat batch and without gradients."""
+    """Do as `d2f.ops.linear.linear_fp32`, for a flat batch and without gradients."""
     tiling = choose_tiling(x_MD, weight_VD)
     if tiling is None:
         return plain.linear_fp32(x_MD, weight_VD)
@@ -145,7 +145,7 @@ def linear_fp32(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def choose_tiling(x_TD: Tensor, weight_ED: Tensor) -> Tiling | None:
-    """How to cut this product; None: leave it to the library.
+    """Choose how to cut this product; None leaves it to the library.
 
     The rule follows measurements on an H100 with the layers of an 8B model.
     """

@@ -38,7 +38,7 @@ def _add_rms_norm_kernel(
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `d2f.ops.norm.add_rms_norm`; rows may lie apart, the numbers of a row may not."""
+    """Do as `d2f.ops.norm.add_rms_norm`; rows may lie apart, the numbers of a row may not."""
     num_tokens, width = x_TD.shape
     normed_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
     sum_TD = x_TD if residual_TD is None else torch.empty_like(normed_TD)

@@ -103,7 +103,7 @@ def pack_tokens(
     prefill: bool,
     causal: bool,
 ) -> Packing:
-    """As `d2f.ops.packed.pack_tokens`; of the rows' tensors, the numbers of a row lie together."""
+    """Do as `d2f.ops.packed.pack_tokens`; in each of the rows' tensors a row must be contiguous."""
     num_rows, num_blocks, block_size = rows.tokens_BNK.shape
     assert rows.tokens_BNK[0].is_contiguous() and rows.prompt_BL.stride(1) == 1
     assert rows.pages_BP.stride(1) == 1
@@ -244,7 +244,7 @@ def _enter(
 def find_candidates(
     packing: Packing, rows: PackableRows, *, mask_token_id: int, num_candidates: int
 ) -> Candidates:
-    """As `d2f.ops.packed.find_candidates`."""
+    """Do as `d2f.ops.packed.find_candidates`."""
     num_rows, num_blocks, block_size = rows.tokens_BNK.shape
     per_row, num_tokens = num_blocks * block_size, len(packing.ids_T)
     out_6M, live_M = _columns(packing.ids_T, 6, num_candidates)

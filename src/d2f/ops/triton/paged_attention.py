@@ -34,7 +34,7 @@ def _tuning(tile_rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def paged_attention(q_TNH: Tensor, kv_2SKH: Tensor, plan: AttentionPlan) -> Tensor:
-    """As `d2f.ops.paged_attention.paged_attention`; queries, keys and values are contiguous."""
+    """Do as `d2f.ops.paged_attention.paged_attention`; queries, keys and values are contiguous."""
     num_tokens, num_heads, head_dim = q_TNH.shape
     out_TNH = torch.empty_like(q_TNH)
     if num_tokens > 0:

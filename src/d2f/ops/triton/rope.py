@@ -71,7 +71,7 @@ def rope_and_write(
     slots_T: Tensor,
     num_heads: int,
 ) -> Tensor:
-    """As `d2f.ops.rope.rope_and_write`; rows may lie apart, the numbers of a row may not."""
+    """Do as `d2f.ops.rope.rope_and_write`; rows may lie apart, the numbers of a row may not."""
     kv_heads, head_dim = kv_2SKH.shape[2:]
     num_tokens = qkv_TE.shape[0]
     q_TNH = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TE.dtype, device=qkv_TE.device)

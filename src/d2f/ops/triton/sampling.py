@@ -34,7 +34,7 @@ def choose_tokens(
     sampling: Sampling | None = None,
     needed_M: Tensor | None = None,
 ) -> Choice:
-    """As `d2f.ops.sampling.choose_tokens`; the last dimension of the logits is contiguous."""
+    """Do as `d2f.ops.sampling.choose_tokens`; the last dimension of the logits is contiguous."""
     num_positions, vocab_size = logits_MV.shape
     assert logits_MV.stride(1) == 1
     device, row_stride = logits_MV.device, logits_MV.stride(0)
@@ -80,7 +80,7 @@ def _chunk_kernel(
     seed_ptr, position_ptr, step_ptr, threshold_ptr, partial_ptr, token_ptr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What one chunk of one position adds: the softmax's parts and the best candidate."""
+    """Compute what one chunk of one position adds: the softmax's parts and the best candidate."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     if needed_ptr is not None:
@@ -243,7 +243,7 @@ def _largest(logits_ptr, mask_token, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count(logits_ptr, threshold, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits reach a threshold."""
+    """Count the logits that reach a threshold."""
     count_V = tl.zeros([BLOCK], tl.int32)
     for start in range(0, VOCAB, BLOCK):
         id_V = start + tl.arange(0, BLOCK)
@@ -267,7 +267,7 @@ def _mass(logits_ptr, threshold, largest, scale, VOCAB: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _ordered(bits):
-    """From a float's bits to an integer in the order of the floats, and back."""
+    """Turn a float's bits into an integer in the order of the floats, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -278,7 +278,7 @@ def _value(ordered):
 
 @triton.jit
 def _gumbel(seed, position, step, id_V):
-    """As `d2f.ops.sampling.gumbel_noise`."""
+    """Do as `d2f.ops.sampling.gumbel_noise`."""
     key = _mix(seed.to(tl.uint64, bitcast=True)) ^ position.to(tl.uint64, bitcast=True)
     key = _mix(_mix(key) ^ step.to(tl.uint64, bitcast=True))
     word_V = _mix(key ^ _mix(id_V.to(tl.uint64)))

@@ -47,7 +47,7 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, stride, F, BLOCK: tl.constexpr, EARLY: 
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
-    """As `d2f.ops.swiglu.swiglu`; rows may lie apart, the numbers of a row may not."""
+    """Do as `d2f.ops.swiglu.swiglu`; rows may lie apart, the numbers of a row may not."""
     num_tokens, width = gate_up_TF2.shape[0], gate_up_TF2.shape[1] // 2
     out_TF = torch.empty((num_tokens, width), dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
     _swiglu_kernel[(num_tokens, triton.cdiv(width, BLOCK))](
@@ -62,7 +62,7 @@ def _gated_linear_kernel(
     F: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """As `_linear_kernel`; half of a program's rows are of the gate, half the same of the up part.
+    """Do as `_linear_kernel`, but with a program's rows half from the gate, half from the up part.
 
     The weights are read once, in one product of both halves: two of half as many rows would read
     the input twice from shared memory.
@@ -88,7 +88,7 @@ def _gated_linear_kernel(
 
 
 def gated_linear(x_TD: Tensor, weight_F2D: Tensor) -> Tensor:
-    """As `d2f.ops.swiglu.gated_linear`; fast where T is small.
+    """Do as `d2f.ops.swiglu.gated_linear`; this is fast where T is small.
 
     The numbers of a row must be adjacent; weights must be contiguous.
     """
